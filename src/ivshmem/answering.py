@@ -135,6 +135,15 @@ class Answering(Uncopied):
         if self._queue:
             self._turn.signal(0)
 
+    def relisten(self, bind: Callable[[], None]) -> None:
+        """Have `bind` put another socket in the listener's place."""
+        fd = self._listener.fileno()
+        self._epoll.remove(fd)
+        try:
+            bind()
+        finally:
+            self._epoll.add(fd, _LISTENER, _fds.EPOLLIN if self._listening else 0)
+
     def close(self) -> None:
         """Close all connections and whatever was made here; may be called twice."""
         for caller in self._callers.values():

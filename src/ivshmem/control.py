@@ -29,7 +29,8 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
 
     server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
              fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
-    region   name, socket, vectors, size, page_size, file_system (that the memory is on), source,
+    region   name, socket, unreachable (why nobody can connect by that path; "": they can),
+             vectors, size, page_size, file_system (that the memory is on), source,
              memory (name or path), paused (why newcomers wait; "": they do not), holds_leaves,
              counts {joins, leaves, messages, ..: since the start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
@@ -60,6 +61,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +122,8 @@ class Served(Protocol):
 
     @property
     def server(self) -> Inspectable: ...
+    @property
+    def listener(self) -> sockets.Listener: ...
 
 
 class Regions(Protocol):
@@ -183,7 +187,7 @@ class Control(Uncopied):
             "reload": self._reload,
             **(handlers or {}),
         }
-        self._listener = listener
+        self.listener = listener
         self.path = listener.path
         try:
             self._answering = Answering(
@@ -209,7 +213,15 @@ class Control(Uncopied):
     def close(self) -> None:
         """Disconnect everybody and remove the socket; may be called twice."""
         self._answering.close()
-        self._listener.close()
+        self.listener.close()
+
+    def bind_again(self) -> None:
+        """Have the socket's path, which leads elsewhere, lead to this one again.
+
+        Raises:
+            OSError: as of Listener.bind_again; nothing has changed.
+        """
+        self._answering.relisten(partial(self.listener.bind_again, mode=MODE))
 
     def __enter__(self) -> Control:
         return self
@@ -252,7 +264,7 @@ class Control(Uncopied):
         if message.get("region") is not None:
             name, served = self._named(message)
             regions = {name: served}
-        shown = [self._region(name, served.server, peers) for name, served in regions.items()]
+        shown = [self._region(name, served, peers) for name, served in regions.items()]
         known = {id(served.server.region) for served in self._service.regions.values()}
         self._directories = {k: v for k, v in self._directories.items() if k in known}
         return {"server": self._process(), "regions": shown}
@@ -367,11 +379,13 @@ class Control(Uncopied):
             "pid_namespace": pid_namespace(),
         }
 
-    def _region(self, name: str, server: Inspectable, peers: bool) -> dict[str, Any]:
+    def _region(self, name: str, served: Served, peers: bool) -> dict[str, Any]:
+        server = served.server
         region = server.region
         shown: dict[str, Any] = {
             "name": name,
             "socket": server.path,
+            "unreachable": served.listener.astray(),
             "vectors": server.vectors,
             "size": region.size,
             "page_size": region.page_size,
@@ -582,7 +596,7 @@ _PEER = shapes.record(
     interrupts=shapes.array(_COUNT, MAX_VECTORS),
 )
 _REGION = shapes.record(
-    {"file_system": shapes.text(), "holds_leaves": shapes.flag()},
+    {"file_system": shapes.text(), "holds_leaves": shapes.flag(), "unreachable": shapes.text()},
     name=shapes.text(),
     socket=shapes.text(),
     vectors=shapes.integer(0, MAX_VECTORS),

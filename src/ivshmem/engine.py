@@ -795,6 +795,20 @@ class Engine(Uncopied):
         self._epoll.modify(self._listener.fileno(), _LISTENER, 0)
         self.paused = reason
 
+    def relisten(self, bind: Callable[[], None]) -> None:
+        """Have `bind` put another socket in the place of the listening one; by the thread of steps.
+
+        The old one may live on elsewhere (a parent, a service manager), and would report to this
+        epoll object for ever.
+        """
+        fd = self._listener.fileno()
+        self._epoll.remove(fd)
+        try:
+            bind()
+        finally:
+            self._epoll.add(fd, _LISTENER, _fds.EPOLLIN)
+            self._again = True  # `paused` may be wrong now
+
     def _listen_again(self) -> None:
         if self.paused:
             self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN)

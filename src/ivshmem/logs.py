@@ -24,6 +24,9 @@ one):
                   again
     unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was
     takeover      pid, reason: this process goes on where another ended
+    rebound       path, region (none: the control socket): the path of a socket had led elsewhere,
+                  and was bound again
+    unreachable   path, reason, region: it could not be bound again, so nobody can connect
     limit         limit, peers, vectors: how many descriptors there can be, and for how many peers
                   of so many vectors that is enough; at start
     lost          lines: nobody read the log, and so many lines are missing

@@ -456,6 +456,10 @@ class Server(Uncopied):
         """Have another gate for all who connect from now on; peers stay. Never waits."""
         self._engine.gate = gate
 
+    def relisten(self, bind: Callable[[], None]) -> None:
+        """Have `bind` put another socket in the listener's place; it must not use the server."""
+        self._ask(partial(self._engine.relisten, bind))
+
     def _ask(self, act: Callable[[], _T]) -> _T:
         """Have the engine do something when it is not being changed."""
         try:

@@ -250,6 +250,27 @@ class Service(Loop):
         except Exception:
             _log.exception("not all of region %s could be closed", served.name)
 
+    def bind_again(self, name: str) -> None:
+        """Have a region's path, which leads elsewhere, lead to its server again.
+
+        Raises:
+            OSError: as of Listener.bind_again; nothing has changed.
+        """
+        served = self.regions[name]
+        config, chapter = served.config, Chapter(self._journal, served.number)
+        bind = partial(
+            served.listener.bind_again,
+            mode=config.mode,
+            owner=config.owner,
+            group=config.group,
+        )
+        served.server.relisten(bind)
+        # Whoever keeps copies of its descriptors has one of the old socket.
+        chapter.drop()
+        chapter.keep(served.fds)
+        if self._journal is not None:
+            self._journal.rewrite(self.snapshot())
+
     # -- changes ----------------------------------------------------------------------------------
 
     def reload(self) -> list[str]:

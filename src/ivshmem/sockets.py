@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -34,6 +35,7 @@ MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 # clients of the protocol have no address at all.
 ASK = b"\0ivshmem-ask-"
 
+_NO_FILE = (0, 0)  # a device and inode that no socket has
 _MOST_ANSWER = 4096  # bytes
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
@@ -173,6 +175,7 @@ class Listener(Uncopied):
         self._file = None if file is None else _pair(file)
         # A relative path would be one from the directory that another process was in.
         if file is None and os.path.isabs(self.path):
+            self._file = _NO_FILE
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)
                 if stat.S_ISSOCK(status.st_mode):
@@ -219,6 +222,57 @@ class Listener(Uncopied):
         Somebody can have put another in its place, which is not to be touched.
         """
         return self._file
+
+    def astray(self) -> str:
+        """Say why nobody can connect by `path` any more; "": `path` leads to this socket.
+
+        Also "" where the file is not known: an abstract address, or a relative path that was
+        inherited. The file is this socket's if device and inode are the same: the kernel gives an
+        inode's number to no other file while a socket is bound to it.
+        """
+        if self._file is None:
+            return ""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return "is gone"
+        except OSError as error:
+            return f"cannot be looked at ({error.strerror})"
+        if not stat.S_ISSOCK(status.st_mode):
+            return "leads to a file that is not a socket"
+        same = (status.st_dev, status.st_ino) == self._file
+        return "" if same else "leads to another socket"
+
+    def bind_again(
+        self,
+        *,
+        mode: int | None = None,
+        owner: int | str | None = None,
+        group: int | str | None = None,
+    ) -> None:
+        """Have `path` lead to a new listening socket, in the place of the one that is here.
+
+        Its descriptor keeps its number. (An epoll object has to be told: see Engine.relisten.)
+
+        Args:
+            mode, owner, group: as for a new one.
+
+        Raises:
+            BlockingIOError: somebody waits in the queue of the old socket; nothing has changed.
+            OSError: EPERM, a service manager bound it; or as of making one. Nothing has changed.
+        """
+        if not self.unlinks:
+            reason = "the process that bound it has to do that (restart its socket unit)"
+            raise OSError(errno.EPERM, reason, self.path)
+        waiting = select.poll()
+        waiting.register(self.socket, select.POLLIN)
+        if waiting.poll(0):
+            raise BlockingIOError(errno.EAGAIN, "somebody waits in its queue", self.path)
+        with Listener(self.path, mode=mode, owner=owner, group=group) as fresh:
+            os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
+            self._file = fresh.file
+            fresh.unlinks = False
+        self.listen()
 
     def listen(self) -> None:
         """Let others connect."""
@@ -342,7 +396,8 @@ def _path_of(sock: socket.socket) -> str:
 def _unlink_same(path: str, file: tuple[int, int] | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
-        if (status.st_dev, status.st_ino) == file:
+        # Also a socket: `file` can come from another process, which was wrong or lied.
+        if (status.st_dev, status.st_ino) == file and stat.S_ISSOCK(status.st_mode):
             os.unlink(path)
 
 

@@ -31,7 +31,7 @@ FLOORS: list[list[str]] = [
     ["engine", "config"],
     ["server", "client", "configfile", "opening", "changes", "snapshots"],
     ["service", "control"],
-    ["handover", "metrics", "stalls", "store"],
+    ["handover", "reachable", "metrics", "stalls", "store"],
     ["guest"],
     ["channel", "aio", "bench", "qemu"],
     ["doctor", "migration"],

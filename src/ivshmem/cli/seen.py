@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from .. import control
 from ..errors import IvshmemError
 from ..metrics import Metrics
+from ..reachable import Reachable
 from ..service import Service
 from ..stalls import Stalls
 
@@ -48,15 +49,23 @@ def seen(
     """
     metrics = service.config.metrics
     with contextlib.ExitStack() as stack:
+        made: list[control.Control] = []
+
+        def make_control() -> control.Control | None:
+            found = _control(service, handlers, needed=control_needed) if controlled else None
+            made.extend([found] if found else [])
+            return found
+
         for make in (
             lambda: Stalls(service),
-            lambda: _control(service, handlers, needed=control_needed) if controlled else None,
+            make_control,
+            lambda: Reachable(service, lambda: made[0] if made else None),
             lambda: (
                 None if metrics is None else Metrics(metrics, service, peers=peers, hosts=hosts)
             ),
         ):
             try:
-                part: Stalls | control.Control | Metrics | None = make()
+                part: Stalls | control.Control | Reachable | Metrics | None = make()
                 if part is None:
                     continue
                 stack.enter_context(part)

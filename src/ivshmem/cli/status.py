@@ -41,6 +41,8 @@ def text(status: peers.Status, whose: str = "") -> str:
     lines = [peers.server_line(server) + whose]
     for region in status["regions"]:
         lines += ["", peers.region_line(region), f"  {peers.counts_line(region)}"]
+        if region.get("unreachable"):  # servers of older versions do not say
+            lines.append(f"  nobody can connect: {region['socket']} {region['unreachable']}")
         if region["paused"]:
             lines.append(f"  newcomers wait: {region['paused']}")
         if region["peers"]:

@@ -117,6 +117,8 @@ def lines_of(
             f"{_rate(region['counts'], earlier.get(region['name']), name, seconds)} {name}"
             for name in _RATES
         )
+        if region.get("unreachable"):
+            yield f"  nobody can connect: {region['socket']} {region['unreachable']}"
         if region["paused"]:
             yield f"  newcomers wait: {region['paused']}"
         if region["peers"]:

@@ -1,0 +1,296 @@
+"""A socket's path is removed or replaced while its server runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.isolated import environment
+from support.peer import RawPeer
+from support.running import Running
+from support.waiting import PATIENCE, until
+
+from ivshmem import control, reachable, sockets
+from ivshmem.sockets import Listener
+
+VECTORS = 2
+
+
+class Counting(reachable.Reachable):
+    """Counts its looks."""
+
+    looks = 0
+
+    def step(self) -> None:
+        super().step()
+        self.looks += 1
+
+
+class Watched(Running):
+    """A region "db" at `path`, with its control socket; its paths are looked at all the time."""
+
+    def __init__(self, path: str, **more: Any) -> None:
+        super().__init__({"db": path}, VECTORS, **more)
+        self.control = self.add(
+            control.Control(control.listen(control.default_path(path)), self.service)
+        )
+        self.paths = self.add(Counting(self.service, lambda: self.control, 0.01))
+        self.start()
+
+
+@pytest.fixture
+def watched(socket_path: str) -> Iterator[Watched]:
+    with Watched(socket_path) as found:
+        yield found
+
+
+def status(path: str) -> dict[str, object]:
+    (region,) = control.request(f"{path}.control", {"do": "status"}, PATIENCE)["regions"]
+    return dict(region)
+
+
+def stale(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+
+
+class TestBoundAgain:
+    @pytest.mark.parametrize("replace", [lambda _: None, stale], ids=["gone", "stale"])
+    def test_a_region(
+        self,
+        watched: Watched,
+        socket_path: str,
+        caplog: pytest.LogCaptureFixture,
+        replace: object,
+    ) -> None:
+        caplog.set_level(logging.WARNING)
+        assert callable(replace)
+        with RawPeer(socket_path) as before:
+            before.set_up(VECTORS)
+            number = watched.service.regions["db"].listener.socket.fileno()
+            for _ in range(3):
+                os.unlink(socket_path)
+                replace(socket_path)
+                until(lambda: sockets.is_live(socket_path))
+                with RawPeer(socket_path) as after:
+                    after.set_up(VECTORS)
+                    assert before.drain() > 0
+                    assert watched.service.regions["db"].listener.socket.fileno() == number
+            assert status(socket_path)["unreachable"] == ""
+        words = "is gone" if replace is not stale else "leads to another socket"
+        assert f"{socket_path} {words}: it was bound again" in caplog.text
+
+    def test_the_control_socket(self, watched: Watched, socket_path: str) -> None:
+        path = f"{socket_path}.control"
+        with control.Client(path, PATIENCE) as before:
+            os.unlink(path)
+            until(lambda: sockets.is_live(path))
+            assert stat.S_IMODE(os.stat(path).st_mode) == control.MODE
+            assert status(socket_path)["name"] == "db"
+            assert before.ask({"do": "version"})["protocol"] == control.PROTOCOL
+
+    def test_its_permissions(self, socket_path: str) -> None:
+        with Watched(socket_path, mode=0o640):
+            os.unlink(socket_path)
+            until(lambda: sockets.is_live(socket_path))
+            assert stat.S_IMODE(os.stat(socket_path).st_mode) == 0o640
+
+    def test_its_directory(self, directory: Path) -> None:
+        place = directory / "place"
+        place.mkdir()
+        with Watched(str(place / "s")):
+            place.rename(directory / "moved")
+            place.mkdir()
+            until(lambda: (place / "s").exists() and sockets.is_live(str(place / "s")))
+        assert list(place.iterdir()) == []
+        for left in (directory / "moved").iterdir():
+            left.unlink()
+
+    def test_not_while_somebody_waits(self, socket_path: str) -> None:
+        """They would be cut off: QEMU spins then."""
+        with Listener(socket_path) as listener:
+            listener.listen()
+            with socket.socket(socket.AF_UNIX) as newcomer:
+                newcomer.connect(socket_path)
+                os.unlink(socket_path)
+                with pytest.raises(BlockingIOError):
+                    listener.bind_again()
+                assert not os.path.exists(socket_path)
+                listener.socket.accept()[0].close()
+            listener.bind_again()
+            assert listener.astray() == ""
+
+
+class TestLeftAlone:
+    @pytest.mark.parametrize("kind", ["file", "directory", "fifo", "link"])
+    def test_another_file(
+        self,
+        watched: Watched,
+        socket_path: str,
+        caplog: pytest.LogCaptureFixture,
+        kind: str,
+    ) -> None:
+        path = Path(socket_path)
+        path.unlink()
+        if kind == "file":
+            path.touch()
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/etc/passwd")
+        before = path.lstat()
+        until(lambda: "nobody can connect" in caplog.text)
+        assert status(socket_path)["unreachable"] == "leads to a file that is not a socket"
+        looks = watched.paths.looks
+        until(lambda: watched.paths.looks > looks + 2)
+        assert path.lstat() == before
+        assert caplog.text.count("nobody can connect") == 1
+        (path.rmdir if kind == "directory" else path.unlink)()
+        until(lambda: path.exists() and sockets.is_live(socket_path))
+
+    def test_another_server(
+        self, watched: Watched, socket_path: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        draft = f"{socket_path}.draft"
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(draft)
+            other.listen()
+            os.rename(draft, socket_path)
+            until(lambda: "another process listens there" in caplog.text)
+            assert status(socket_path)["unreachable"] == "leads to another socket"
+            mine = os.lstat(socket_path)
+            watched.__exit__(None, None, None)
+            assert os.lstat(socket_path) == mine
+        os.unlink(socket_path)
+
+    def test_one_that_a_service_manager_bound(self, socket_path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(socket_path)
+            sock.listen()
+            with Listener.adopt(os.dup(sock.fileno())) as listener:
+                os.unlink(socket_path)
+                assert listener.astray() == "is gone"
+                with pytest.raises(PermissionError, match="restart its socket unit"):
+                    listener.bind_again()
+            with Listener.adopt(os.dup(sock.fileno())) as listener:
+                assert listener.astray() == "is gone", "it was before"
+
+
+def test_an_inode_that_is_used_again_is_another(socket_path: str) -> None:
+    """The kernel holds the old one as long as the socket is bound."""
+    with Listener(socket_path) as listener:
+        for _ in range(100):
+            os.unlink(socket_path)
+            stale(socket_path)
+            assert listener.astray() == "leads to another socket"
+        os.unlink(socket_path)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(*options: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "ivshmem", "serve", "-q", "-l", "64K", "-n", "2", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("serving")
+            yield process
+        finally:
+            process.terminate()
+
+
+def test_a_supervised_child_and_its_successor(socket_path: str) -> None:
+    """Each finds what the one before bound again."""
+    with serving("--supervise", "-S", socket_path) as process, RawPeer(socket_path) as first:
+        first.set_up(VECTORS)
+        os.unlink(socket_path)
+        until(lambda: os.path.exists(socket_path) and sockets.is_live(socket_path))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        child = int(children.read_text())
+        os.kill(child, signal.SIGKILL)
+        until(lambda: children.read_text().strip() not in ("", str(child)))
+        with RawPeer(socket_path) as second:
+            second.set_up(VECTORS)
+            assert first.drain() > 0
+            assert status(socket_path)["unreachable"] == ""
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert not os.path.exists(socket_path)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_successor_says_what_became_of_the_path(socket_path: str, replaced: bool) -> None:
+    """It used to print "serving on" a path by which nobody could connect."""
+    with serving("-S", socket_path) as first, RawPeer(socket_path) as peer:
+        peer.set_up(VECTORS)
+        os.kill(first.pid, signal.SIGSTOP)  # so that it does not notice
+        os.unlink(socket_path)
+        if replaced:
+            Path(socket_path).touch()
+        with subprocess.Popen(
+            [sys.executable, "-m", "ivshmem", "serve", "-q", "--takeover", "-S", socket_path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        ) as second:
+            assert second.stderr is not None
+            connected = Path(f"/proc/{second.pid}/net/unix")
+            until(lambda: connected.exists())
+            os.kill(first.pid, signal.SIGCONT)
+            line = second.stderr.readline()
+            while "goes on with" in line:
+                line = second.stderr.readline()
+            if replaced:
+                assert f"nobody can connect to {socket_path}, which leads to a file" in line
+                assert status(socket_path)["unreachable"] != ""
+            else:
+                assert "it was bound again" in line
+                with RawPeer(socket_path) as other:
+                    other.set_up(VECTORS)
+            second.terminate()
+            assert second.wait(PATIENCE) == 0
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(socket_path)
+
+
+def test_what_the_commands_say(socket_path: str) -> None:
+    def ivshmem(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ivshmem", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+        )
+        return done.stdout + done.stderr
+
+    with serving("-S", socket_path):
+        os.unlink(socket_path)
+        Path(socket_path).touch()
+        told = f"nobody can connect: {socket_path} leads to a file that is not a socket"
+        assert told in ivshmem("status", "-S", socket_path)
+        region = json.loads(ivshmem("status", "--json", "-S", socket_path))["regions"][0]
+        assert region["unreachable"] == "leads to a file that is not a socket"
+        os.unlink(socket_path)
+        until(lambda: os.path.exists(socket_path) and sockets.is_live(socket_path))
