@@ -126,6 +126,7 @@ class TestWhatItSays:
         assert region == {
             "name": "default",
             "socket": server.path,
+            "unreachable": "",
             "vectors": VECTORS,
             "size": 4096,
             "page_size": 4096,
