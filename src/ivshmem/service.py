@@ -263,11 +263,14 @@ class Service(Loop):
             mode=config.mode,
             owner=config.owner,
             group=config.group,
+            note=self._note_all,
         )
         served.server.relisten(bind)
         # Whoever keeps copies of its descriptors has one of the old socket.
         chapter.drop()
         chapter.keep(served.fds)
+
+    def _note_all(self) -> None:
         if self._journal is not None:
             self._journal.rewrite(self.snapshot())
 

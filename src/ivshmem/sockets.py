@@ -19,7 +19,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,8 +240,10 @@ class Listener(Uncopied):
             return f"cannot be looked at ({error.strerror})"
         if not stat.S_ISSOCK(status.st_mode):
             return "leads to a file that is not a socket"
-        same = (status.st_dev, status.st_ino) == self._file
-        return "" if same else "leads to another socket"
+        if (status.st_dev, status.st_ino) != self._file:
+            return "leads to another socket"
+        # Our file, and a socket that is closed: a process was killed while it bound it again.
+        return "" if is_live(self.path) else "is stale"
 
     def bind_again(
         self,
@@ -249,6 +251,7 @@ class Listener(Uncopied):
         mode: int | None = None,
         owner: int | str | None = None,
         group: int | str | None = None,
+        note: Callable[[], object] = lambda: None,
     ) -> None:
         """Have `path` lead to a new listening socket, in the place of the one that is here.
 
@@ -256,6 +259,9 @@ class Listener(Uncopied):
 
         Args:
             mode, owner, group: as for a new one.
+            note: tells a successor what `file` is from now on. It is called before the new socket
+                takes the old one's place: whenever this process is killed, the path is found to be
+                stale, and never to be another's.
 
         Raises:
             BlockingIOError: somebody waits in the queue of the old socket; nothing has changed.
@@ -268,10 +274,16 @@ class Listener(Uncopied):
         waiting.register(self.socket, select.POLLIN)
         if waiting.poll(0):
             raise BlockingIOError(errno.EAGAIN, "somebody waits in its queue", self.path)
-        with Listener(self.path, mode=mode, owner=owner, group=group) as fresh:
-            os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
-            self._file = fresh.file
-            fresh.unlinks = False
+        former = self._file
+        try:
+            with Listener(self.path, mode=mode, owner=owner, group=group) as fresh:
+                self._file = fresh.file
+                note()
+                os.dup2(fresh.socket.fileno(), self.socket.fileno(), inheritable=False)
+                fresh.unlinks = False
+        except BaseException:
+            self._file = former
+            raise
         self.listen()
 
     def listen(self) -> None:

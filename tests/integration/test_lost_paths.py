@@ -189,6 +189,48 @@ class TestLeftAlone:
                 assert listener.astray() == "is gone", "it was before"
 
 
+def test_killed_at_each_step_of_binding_it_again(socket_path: str) -> None:
+    """What a successor knows of the path leads it to bind it again, and never to give it up."""
+    with Listener(socket_path) as listener:
+        listener.listen()
+        number = listener.socket.fileno()
+        noted: list[tuple[int, int] | None] = [listener.file]
+
+        def successor(file: tuple[int, int] | None) -> Listener:
+            return Listener.adopt(os.dup(number), unlink=True, file=file)
+
+        def note() -> None:
+            with successor(noted[-1]) as before:
+                assert before.astray() == "leads to another socket"
+            noted.append(listener.file)
+
+        os.unlink(socket_path)
+        with pytest.raises(ZeroDivisionError):
+            listener.bind_again(note=lambda: 1 // 0)
+        assert listener.file == noted[0]
+        assert listener.astray() == "is gone"
+        listener.bind_again(note=note)
+        with successor(noted[1]) as after:
+            assert after.astray() == ""
+            after.unlinks = False
+    # Killed after `note` and before the new socket took the old one's place.
+    with Listener(socket_path) as fresh:
+        file = fresh.file
+        fresh.unlinks = False
+    with Listener.adopt(_listening(), unlink=True, file=file) as old:
+        old.path = socket_path
+        assert old.astray() == "is stale"
+        old.bind_again()
+        assert old.astray() == ""
+
+
+def _listening() -> int:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(b"\0ivshmem-test-%d" % os.getpid())
+        sock.listen()
+        return sock.detach()
+
+
 def test_an_inode_that_is_used_again_is_another(socket_path: str) -> None:
     """The kernel holds the old one as long as the socket is bound."""
     with Listener(socket_path) as listener:
