@@ -1,7 +1,8 @@
-"""Importing the package leaves a free-threaded CPython free of its lock.
+"""A free-threaded CPython keeps its lock off when it has the package, and nothing goes wrong then.
 
 On an ordinary CPython this is asked of a free-threaded one: IVSHMEM_FREE_THREADED names it, or it
 is python3.14t or python3.13t on PATH. The checked-in C files are compiled for it.
+`python tests/support/free_threaded.py FOLDER` makes one.
 """
 
 from __future__ import annotations
@@ -61,13 +62,94 @@ def build_for(interpreter: str, directory: Path) -> Path:
     return directory
 
 
-def test_the_lock_stays_off(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """A free-threaded interpreter, and the environment in which it has the package."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        found = probe(sys.executable)
-    else:
-        wish = os.environ.get("IVSHMEM_FREE_THREADED")
-        interpreter = wish or next(filter(None, map(shutil.which, NAMES)), None)
-        if interpreter is None:
-            pytest.skip("no free-threaded CPython: name one by IVSHMEM_FREE_THREADED")
-        found = probe(interpreter, PYTHONPATH=str(build_for(interpreter, tmp_path)))
+        return sys.executable, {}
+    wish = os.environ.get("IVSHMEM_FREE_THREADED")
+    interpreter = wish or next(filter(None, map(shutil.which, NAMES)), None)
+    if interpreter is None:
+        pytest.skip("no free-threaded CPython: name one by IVSHMEM_FREE_THREADED")
+    built = build_for(interpreter, tmp_path_factory.mktemp("free"))
+    return interpreter, {"PYTHONPATH": str(built)}
+
+
+def test_the_lock_stays_off(free: tuple[str, dict[str, str]]) -> None:
+    interpreter, environment = free
+    found = probe(interpreter, **environment)
     assert found == ["False", "_bell", "_core", "_fds", "_memory", "_spin", "_wire"]
+
+
+# What a lock would hide: views that another thread's close() meets, arrays that grow while others
+# read them, doorbells that are closed while they are rung.
+STRESS = """
+import os, sys, threading
+from ivshmem import ClosedError, Directory, NoSuchPeer, NoSuchVector, Region
+from ivshmem._core import Doorbells
+
+for _ in range(100):
+    with Region.create("16K") as region, Directory.create(region, beat=1e-6) as table:
+        table.publish("a", id=1)
+        region.close()
+
+class Bells(Doorbells):
+    def _news(self): pass
+    def _missing(self, peer, vector):
+        raise NoSuchPeer(str(peer))
+
+fails = []
+for _ in range(20):
+    bells = Bells()
+    bells._add_vector(os.eventfd(0, os.EFD_NONBLOCK))
+    theirs = os.eventfd(0, os.EFD_NONBLOCK)
+    bells._add_bell(1, os.dup(theirs))
+    begin = threading.Barrier(5)
+
+    def use(ring):
+        begin.wait()
+        try:
+            for number in range(3000):
+                try:
+                    ring(number)
+                except (NoSuchPeer, NoSuchVector):
+                    pass
+        except ClosedError:
+            pass
+        except BaseException as error:
+            fails.append(error)
+
+    def grow(number):
+        bells._add_bell(1, os.dup(theirs))
+        if number % 100 == 99:
+            bells._drop_peer(1)
+        if number == 2000:
+            bells.close()
+
+    users = [grow, lambda n: bells.ring(1, n % 64), lambda n: bells.ring_nowait(1, n % 64),
+             lambda n: bells.ring_all_nowait([1], [0, n % 64]),
+             lambda n: bells._doorbell_nowait(1, n % 64).ring()]
+    threads = [threading.Thread(target=use, args=(user,)) for user in users]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bells.close()
+    os.close(theirs)
+print(sys._is_gil_enabled(), fails, flush=True)
+"""
+
+
+def test_nothing_rests_on_the_lock(free: tuple[str, dict[str, str]]) -> None:
+    interpreter, environment = free
+    result = subprocess.run(
+        [interpreter, "-W", "error", "-X", "faulthandler", "-c", STRESS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        check=False,
+        cwd="/",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "False []\n"
