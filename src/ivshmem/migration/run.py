@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ..errors import IvshmemError
 from .crew import Crew
@@ -22,8 +23,10 @@ from .model import MigrationError, Options, Plan, Step, Vm
 from .moving import Arrived, Watch
 from .plan import check_vms, make_plan
 from .plugging import NotAsked, Pending
-from .state import State, default_path
+from .state import State, Word, default_path
 from .steps import Worker
+
+_T = TypeVar("_T")
 
 # Told of each step when it begins: its number, from 1 on, and whether it is undone.
 Tell = Callable[[int, Step, bool], object]
@@ -87,7 +90,12 @@ async def migrate(
         MigrationError: an earlier one has to be resumed or put back first; nothing was touched.
         OSError: the state cannot be written; nothing was touched.
     """
-    with State.create(state or default_path(plan.vms), plan) as begun:
+    path = state or default_path(plan.vms)
+    begun, cancelled = await _wholly(State.create, path, plan)
+    with begun:
+        if cancelled is not None:
+            begun.remove()
+            raise cancelled
         await _Run(begun, tell, watch).forward()
 
 
@@ -137,10 +145,16 @@ class _Run:
     async def _do(self, worker: Worker) -> None:
         index = self._state.next
         step = self._plan.steps[index]
-        self._state.note("begin", index)
+        await self._note("begin", index)
         self._tell(index + 1, step, False)
         await worker.do(step, self._vm(step))
-        self._state.note("done", index)
+        await self._note("done", index)
+
+    async def _note(self, word: Word, index: int) -> None:
+        """Write it down before anything else is done; if we are cancelled, that comes after."""
+        _, cancelled = await _wholly(self._state.note, word, index)
+        if cancelled is not None:
+            raise cancelled
 
     async def _failed(self, error: BaseException) -> None:
         """Go back if there is a way, and say how things stand."""
@@ -176,7 +190,7 @@ class _Run:
                     except Arrived as error:
                         if error.wholly:
                             with contextlib.suppress(OSError):  # who resumes will find out
-                                self._state.note("done", index)
+                                await self._note("done", index)
                         raise self._unfinished(reason, why=str(error), forward=True) from error
                     except (IvshmemError, OSError) as error:
                         problems.append((error, index))
@@ -195,7 +209,7 @@ class _Run:
         if not (isinstance(reason, NotAsked) and self._state.words[index] == "begin"):
             self._tell(index + 1, step, True)
             await worker.undo(step, self._vm(step), seconds)
-        self._state.note("undone", index)
+        await self._note("undone", index)
 
     def _vm(self, step: Step) -> Vm | None:
         return self._plan.vm(step.vm) if step.vm else None
@@ -221,6 +235,23 @@ class _Run:
             step,
             self._state.path,
         )
+
+
+async def _wholly(
+    work: Callable[..., _T], *arguments: object
+) -> tuple[_T, asyncio.CancelledError | None]:
+    """Do in a thread what waits for a disk, to its end; and whether we were cancelled meanwhile.
+
+    The disk can take seconds, in which the embedding program's other tasks go on.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return task.result(), cancelled
 
 
 def _said(error: BaseException) -> str:
