@@ -88,7 +88,7 @@ def test_each_answer_by_wrong_values(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "no answer to"),
+        (b"", "what is not QMP"),
         (b"nonsense", "what is not QMP"),
         (b"\xff\xfe", "what is not QMP"),
         (b"[]", "what is not QMP"),
