@@ -43,7 +43,7 @@ def unplug(qemu: Bare) -> None:
     until(lambda: removed(qemu))
     # See tests/vm/test_hold_leaves.py: QEMU 7.2 dies when a device comes at once.
     with pytest.raises(QmpError, match="memdev"):
-        qemu.qmp("device_add", driver="ivshmem-plain")
+        qemu.qmp("device_add", driver="ivshmem-plain", bus="port0")
 
 
 def removed(qemu: Bare) -> bool:
