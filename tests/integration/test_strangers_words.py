@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import types
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from support.waiting import PATIENCE
 
 from ivshmem import control, errors, logs, metrics, notify, qemu, sockets
 from ivshmem.bench import quiet
@@ -338,3 +341,19 @@ def test_an_attribute_is_read_back(path: str) -> None:
     server = element.find("server")
     assert server is not None
     assert server.get("path") == element.get("name") == path
+
+
+def test_a_terminal_that_has_not_all_characters(tmp_path: Path) -> None:
+    """A traceback in the midst of a table would be no help."""
+    file = tmp_path / "\u4e16"
+    file.write_bytes(bytes(4096))
+    done = subprocess.run(
+        [sys.executable, "-m", "ivshmem", "qemu", "-f", str(file), "--iommu"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert r"mem-path=" in done.stdout

@@ -128,6 +128,9 @@ def open_standard_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    # A name that the terminal's encoding does not have is no reason to end in the midst of a table.
+    with contextlib.suppress(AttributeError):  # another object stands for it, in a test for one
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def guarded(run: Callable[..., int | None], *arguments: object) -> int:

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from ..plain import command, plain
 
 PROC = Path("/proc")
+_LISTENS = 0x10000  # the flag of a socket that listens, __SO_ACCEPTCON
+_LINE = re.compile(
+    r"[0-9A-Fa-f]+: [0-9A-F]{8} [0-9A-F]{8} (?P<flags>[0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2}"
+    r" +(?P<inode>[0-9]+) (?P<path>.*)"
+)
 _MOST_BYTES = 4096  # of a command line
 _MOST_CHARACTERS = 60  # of them are shown
 
@@ -34,14 +41,21 @@ def of_file(path: Path) -> list[Holder]:
 
 
 def of_socket(path: str) -> list[Holder]:
-    """Who listens on the Unix socket bound to `path`."""
+    """Who listens on the Unix socket bound to `path`.
+
+    A claim, not a proof: the kernel writes paths into its list as they are, and a path can have a
+    newline in it, so that one who binds it writes lines of that list. A line about a socket that
+    has another line, too, is not believed.
+    """
+    text = (PROC / "net/unix").read_bytes().decode(errors="surrogateescape")
+    found = [match for line in text.split("\n")[1:] if (match := _LINE.fullmatch(line))]
+    lines = Counter(match["inode"] for match in found)
     links = {
-        f"socket:[{fields[6]}]"
-        for fields in (
-            line.split(maxsplit=7) for line in (PROC / "net/unix").read_text().splitlines()[1:]
-        )
-        # the flag of a socket that listens, __SO_ACCEPTCON
-        if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & 0x10000
+        f"socket:[{match['inode']}]"
+        for match in found
+        if match["path"] == path
+        and int(match["flags"], 16) & _LISTENS
+        and lines[match["inode"]] == 1
     }
     return [holder for link in sorted(links) for holder in _with_link(link)]
 
