@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .access import Rules
-from .directory import SLOT_BYTES
 from .errors import IvshmemError
 from .limits import DEFAULT_SIZE as DEFAULT_SIZE
 from .limits import EXISTING as EXISTING
 from .limits import LOG_FORMATS as LOG_FORMATS
+from .limits import SLOT_BYTES
 from .pages import huge_page_size
 from .region import posix_path
 from .sizes import check_size, format_size, parse_size

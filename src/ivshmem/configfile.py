@@ -44,7 +44,7 @@ from .config import (
     conflicts,
     problems,
 )
-from .directory import MAX_SLOTS
+from .limits import MAX_SLOTS
 from .pages import PAGE, huge_page_size
 from .plain import NAME, plain
 from .protocol import MAX_VECTORS

@@ -62,20 +62,20 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from . import logs, pages, shapes, sockets
+from . import __version__, logs, shapes, sockets
 from .accounts import user_name
 from .answering import LONGEST, Answering, Caller
-from .directory import Directory
-from .engine import LINGER, PeerReport
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
+from .limits import LINGER, LONGEST_LINGER, MAX_ID, MAX_VECTORS
 from .plain import plain
-from .protocol import MAX_ID, MAX_VECTORS
-from .region import Region
 from .uncopied import Uncopied
+
+if TYPE_CHECKING:  # those who ask import none of what answers
+    from .directory import Directory
+    from .engine import PeerReport
+    from .region import Region
 
 _log = logging.getLogger("ivshmem.control")
 
@@ -83,7 +83,6 @@ PROTOCOL = 1
 SUFFIX = ".control"
 MODE = 0o600
 
-LONGEST_LINGER = 1e6  # seconds that a hold may be asked for
 
 _LOOK = 0.01  # seconds between two questions whether a peer has read all
 _MOST_ERROR = 500  # characters of an error
@@ -173,7 +172,6 @@ class Control(Uncopied):
         self._service = service
         self._uids = frozenset({0, os.geteuid()}) if uids is None else uids
         self._since = time.time()
-        package_version()  # reads files, for which there may be no descriptor later
         self._directories: dict[int, tuple[Region, Directory | None]] = {}
         # Who has asked to hold which peers' news, and is still connected.
         self._askers: dict[Caller, set[tuple[str, int]]] = {}
@@ -254,7 +252,7 @@ class Control(Uncopied):
     # -- requests ---------------------------------------------------------------------------------
 
     def _version(self, _: Caller, __: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"version": package_version(), "protocol": PROTOCOL, "pid": os.getpid()}
+        return {"version": __version__, "protocol": PROTOCOL, "pid": os.getpid()}
 
     def _status(self, _: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peers = message.get("peers", True)
@@ -369,7 +367,7 @@ class Control(Uncopied):
         return {
             "pid": os.getpid(),
             "uid": os.geteuid(),
-            "version": package_version(),
+            "version": __version__,
             "protocol": PROTOCOL,
             "since": self._since,
             "time": time.time(),
@@ -416,6 +414,8 @@ class Control(Uncopied):
         known = self._directories.get(id(region))
         if known is not None and known[1] is not None:
             return known[1]
+        from .directory import Directory
+
         try:
             directory = Directory.open(region)
         except (NoDirectory, ClosedError):
@@ -528,14 +528,6 @@ def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
 
 
 @functools.cache
-def package_version() -> str:
-    """This package's, as installed."""
-    try:
-        return version("ivshmem")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def pid_namespace() -> int:
     """The inode of this process's pid namespace, 0 if that is not known."""
     try:
@@ -545,6 +537,8 @@ def pid_namespace() -> int:
 
 
 def _file_system(region: Region) -> str:
+    from . import pages
+
     with contextlib.suppress(OSError):  # no descriptor is left, say
         return pages.file_system(region.fileno())
     return ""
@@ -552,7 +546,8 @@ def _file_system(region: Region) -> str:
 
 def _resident() -> int:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
     except (OSError, ValueError, IndexError):
         return 0
     return pages * resource.getpagesize()

@@ -35,6 +35,7 @@ from . import _memory
 from .endpoint import Endpoint
 from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
 from .limits import MAX_SLOTS as MAX_SLOTS
+from .limits import SLOT_BYTES as SLOT_BYTES
 from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
 from .sizes import format_size
@@ -49,7 +50,6 @@ LEASE = 5.0  # seconds without one, after which its owner is dead
 
 # The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this
 # package is for, so that _memory's atomics, which have the machine's order, need no conversion.
-SLOT_BYTES = 128  # of a slot, and of the trailer behind the last one
 NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
 DEFAULT_SLOTS = 63
 MAGIC, VERSION = b"IVSHNAME", 1

@@ -40,6 +40,7 @@ from .access import Verdict
 from .emulators import is_qemu
 from .errors import NoSuchPeer
 from .journal import Chapter
+from .limits import LINGER as LINGER
 from .protocol import Member, Roster
 from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
 from .uncopied import Uncopied
@@ -54,7 +55,6 @@ _FIRST_WATCHED = 1 << 62
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
 _COMPLAIN_SECONDS = 60.0
-LINGER = 60.0  # seconds that a peer's news are held after the one who asked for that is gone
 _FEW_IDS = 4096  # of 65,536: worth a word
 _COMPLAINTS = 1000  # kinds of which is known when they were last logged
 

@@ -56,8 +56,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from . import __version__
 from .answering import Answering, Caller
-from .control import Inspectable, Regions, package_version
+from .control import Inspectable, Regions
 from .engine import PeerReport
 from .errors import IvshmemError
 from .plain import NAME, plain
@@ -151,7 +152,7 @@ class Figures:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         info = GaugeMetricFamily("ivshmem_info", "What serves", labels=["version"])
-        info.add_metric([package_version()], 1)
+        info.add_metric([__version__], 1)
         yield info
         now = time.time()
         found = [

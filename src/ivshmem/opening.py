@@ -12,12 +12,15 @@ import os
 
 from . import pages, safe_files
 from .config import DEFAULT_SIZE, RegionConfig
-from .directory import Directory
 from .errors import RegionError
 from .region import Region, posix_path
 from .sizes import parse_size
 from .sockets import Listener
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .directory import Directory
 
 
 @dataclasses.dataclass
@@ -77,6 +80,8 @@ def open_region(config: RegionConfig, inherited: Listener | None = None) -> Open
             undo.callback(region.unlink)
         directory = None
         if config.names is not None:
+            from .directory import Directory  # here: few regions have names
+
             directory = Directory.create(region, config.names or None)
         undo.pop_all()
     return Opened(listener, region, created, directory)

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
 from . import _fds, sockets
-from .directory import Directory
 from .engine import LINGER, Engine, Gate, Peer, PeerReport
 from .errors import ClosedError, ServerFailed
 from .journal import Chapter
@@ -38,6 +37,10 @@ from .replay import Unfinished
 from .sizes import check_size
 from .turns import Turns
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .directory import Directory
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -146,6 +149,8 @@ class Server(Uncopied):
             # QEMU aborts on what is no power of two.
             check_size(self.region.size, PAGE, what="memory that guests share")
             if names is not False:
+                from .directory import Directory  # here: few regions have names
+
                 self.directory = Directory.create(self.region, slots)
                 undo.callback(self.directory.close)
             shared = _fds.FdArray()

@@ -28,7 +28,6 @@ from typing import Any
 from .access import Verdict
 from .changes import plan
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
-from .directory import Directory
 from .engine import Gate, Peer
 from .errors import NoDirectory
 from .journal import Chapter, Journal, Record, group
@@ -39,6 +38,10 @@ from .server import Server
 from .sockets import Credentials, Listener
 from .turns import is_mine
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    pass
 
 _log = logging.getLogger("ivshmem.service")
 
@@ -467,6 +470,8 @@ class Service(Loop):
             region = _region(shared, source, source_name)
             directory = None
             if config.names is not None:
+                from .directory import Directory  # here: few regions have names
+
                 with contextlib.suppress(NoDirectory):
                     directory = Directory.open(region)
             opened = Opened(listener, region, created, directory)

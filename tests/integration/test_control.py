@@ -102,7 +102,7 @@ def line(sock: socket.socket) -> dict[str, Any]:
 class TestWhatItSays:
     def test_version(self, controlled: Controlled) -> None:
         reply = controlled.ask("version")
-        assert reply == {"version": control.package_version(), "protocol": 1, "pid": os.getpid()}
+        assert reply == {"version": ivshmem.__version__, "protocol": 1, "pid": os.getpid()}
 
     def test_the_process(self, controlled: Controlled) -> None:
         server = controlled.ask("status")["server"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from argparse import Action, ArgumentError, ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser, HelpFormatter, Namespace
 
 from .. import __version__
 from ..plain import plain
@@ -46,8 +46,26 @@ SUBCOMMANDS = {
 }
 
 
+class Help(HelpFormatter):
+    """As wide as the terminal; argparse itself imports shutil for that, with each option."""
+
+    def __init__(self, prog: str, **how: Any) -> None:
+        super().__init__(prog, **{"width": _columns() - 2, **how})
+
+
+def _columns() -> int:
+    with contextlib.suppress(KeyError, ValueError):
+        return max(int(os.environ["COLUMNS"]), 20)
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(1).columns or 80
+    return 80
+
+
 class Parser(ArgumentParser):
     """Says what is wrong in one line, not after a screen of usage; and what was meant, perhaps."""
+
+    def __init__(self, *arguments: Any, **how: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": Help, **how})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")

@@ -13,10 +13,14 @@ from collections.abc import Iterable, Mapping
 from .. import qemu
 from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
-from ..directory import SLOT_BYTES, Directory
+from ..limits import SLOT_BYTES
 from ..plain import command, plain
 from ..service import Served, Service
 from ..sizes import format_size, parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..directory import Directory
 
 _INDENT = " " * len("  libvirt: ")
 _IVSHMEM = [sys.executable, "-m", "ivshmem"]

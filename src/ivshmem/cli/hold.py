@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..control import LONGEST_LINGER
-from ..engine import LINGER
+from ..limits import LINGER, LONGEST_LINGER
 from . import asking
 from .evict import peer_id
 

@@ -9,12 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-from .. import configfile, pages, qemu, sockets
-from ..config import DEFAULT_SIZE
+from .. import qemu, sockets
 from ..errors import RegionError, ServerGone
+from ..limits import DEFAULT_SIZE
 from ..plain import plain
 from ..qemu import old
-from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size
 from .arguments import OF_THE_SERVER, server_of, vectors
 
@@ -149,6 +148,9 @@ def _old(options: argparse.Namespace) -> tuple[list[str], str]:
             qemu.doorbell(meant.socket, meant.vectors, ident=options.id, master=meant.master),
             qemu.libvirt_doorbell(meant.socket, meant.vectors, master=meant.master),
         )
+    from .. import pages
+    from ..region import posix_path
+
     path = posix_path(meant.name)
     check_size(meant.size, pages.PAGE, what=path)
     return (
@@ -177,6 +179,8 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
     """Devices for regions of a file, in one guest if they are several."""
     if options.vectors is not None or options.size is not None:
         raise ValueError("--vectors and --size: with --config, the file says that")
+    from .. import configfile  # here and below, since most calls need none of these
+
     config = configfile.load(options.config)
     names = options.region or list(config.regions)
     if options.id and len(names) > 1:
@@ -198,6 +202,9 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
 
 
 def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
+    from .. import pages
+    from ..region import posix_path
+
     if options.name:
         path = posix_path(options.name)
     elif options.file:
@@ -231,6 +238,8 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
 
 def _hugetlbfs_mount(wanted: bool | str) -> str:
     """Where a hugetlbfs with pages of the wanted size is mounted."""
+    from .. import pages
+
     size = pages.huge_page_size(wanted)
     for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
         _, written, kind, *_ = line.split()

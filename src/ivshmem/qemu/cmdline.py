@@ -11,7 +11,6 @@ import platform
 import re
 import zlib
 from collections.abc import Iterable
-from xml.sax.saxutils import escape
 
 from ..plain import command
 from ..plain import plain as visible
@@ -174,12 +173,16 @@ def _escaped(value: str) -> str:
     return value.replace(",", ",,")
 
 
+# What xml.sax.saxutils has, too; that imports all of HTTP and TLS.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+
+
 def _attribute(value: str) -> str:
     """A value as XML has it, which a person can read, too."""
     parts = []
     for character in value:
         if visible(character) == character:
-            parts.append(escape(character, {'"': "&quot;"}))
+            parts.append(_ENTITIES.get(character, character))
         elif character in "\t\n\r" or "\x7f" <= character < "\ud800" or character > "\udfff":
             parts.append(f"&#x{ord(character):x};")
         else:

@@ -1,0 +1,121 @@
+"""What each command imports, at most: imports are nearly all of the time until a server listens.
+
+A line here is allowed to shrink. Who adds a module measures first: `make bench ARGS='-k start'`.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from support.stopping import users_environment
+from support.waiting import PATIENCE, until
+
+IVSHMEM = [sys.executable, "-X", "importtime", "-m", "ivshmem"]
+SERVER = [
+    sys.executable,
+    "-X",
+    "importtime",
+    str(Path(sysconfig.get_path("scripts"), "ivshmem-server")),
+]
+
+# Costly parts of the standard library, which only some commands have a use for.
+COSTLY = {
+    *("asyncio", "ctypes", "datetime", "difflib", "email", "hashlib", "html", "http"),
+    *("inspect", "logging", "multiprocessing", "numpy", "pdb", "platform", "queue", "random"),
+    *("shutil", "ssl", "statistics", "subprocess", "tempfile", "tomllib", "traceback", "typing"),
+    *("unittest", "urllib", "uuid", "xml", "zipfile", "zlib", "json", "socket", "dataclasses"),
+    *("pathlib", "threading", "argparse", "prometheus_client", "qemu"),
+}
+
+START = "__init__ __main__ errors plain cli"
+OPTIONS = f"{START} limits runtime cli.arguments"
+PARENT = f"{OPTIONS} _fds keeper accounts safe_files cli.serve cli.daemon cli.supervising"
+SERVES = (
+    f"{OPTIONS} _fds _memory _wire access accounts answering changes config control emulators"
+    " engine handover journal keeper locks logs loop metrics notify opening pages protocol qemu"
+    " qemu.cmdline region replay safe_files server service shapes sizes snapshots sockets stalls"
+    " store turns uncopied cli.banner cli.daemon cli.managed cli.news cli.seen cli.serving"
+    " cli.succession cli.supervising"
+)
+ASKS = f"{OPTIONS} _fds accounts answering control locks logs shapes sizes sockets cli.asking"
+COSTLY_TO_SERVE = (
+    "argparse dataclasses inspect json logging pathlib socket threading traceback typing"
+    " urllib zlib"
+)
+COSTLY_TO_ASK = "argparse json logging pathlib socket threading traceback typing urllib"
+
+# The command, ivshmem's own modules, costly ones.
+TABLE = {
+    "help": ([*IVSHMEM, "--help"], f"{START} limits", "argparse"),
+    "version": ([*IVSHMEM, "-V"], f"{START} limits", "argparse"),
+    "status": (
+        [*IVSHMEM, "status", "-S", "PATH"],
+        f"{ASKS} emulators cli.status cli.peers qemu qemu.cmdline qemu.processes",
+        f"{COSTLY_TO_ASK} zlib",
+    ),
+    "evict": ([*IVSHMEM, "evict", "-S", "PATH", "7"], f"{ASKS} cli.evict", COSTLY_TO_ASK),
+    "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli.reload", COSTLY_TO_ASK),
+    "qemu": (
+        [*IVSHMEM, "qemu", "-S", "PATH"],
+        f"{OPTIONS} _fds accounts locks shapes sizes sockets cli.qemu qemu qemu.cmdline qemu.old",
+        "argparse json pathlib socket threading typing urllib zlib",
+    ),
+    "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli.serve", COSTLY_TO_SERVE),
+    "ivshmem-server": (
+        [*SERVER, "-F", "-M", "ivshmem-imports", "-S", "NEW"],
+        f"{SERVES} cli.compat",
+        COSTLY_TO_SERVE,
+    ),
+    "the parent": (
+        [*IVSHMEM, "serve", "--supervise", "-S", "NEW"],
+        PARENT,
+        "argparse typing",
+    ),
+}
+
+
+def modules(importtime: str) -> set[str]:
+    return {line.rpartition("|")[2].strip() for line in importtime.splitlines() if "|" in line}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_command_imports_no_more(tmp_path: Path, name: str) -> None:
+    command, ours, costly = TABLE[name]
+    server, new = tmp_path / "server", tmp_path / "new"
+    answering = subprocess.Popen(
+        [sys.executable, "-m", "ivshmem", "serve", "-q", "-S", str(server), "-l", "64K"],
+        stdout=subprocess.DEVNULL,
+        env=users_environment(),
+    )
+    log = tmp_path / "log"
+    words = [{"PATH": str(server), "NEW": str(new)}.get(word, word) for word in command]
+    try:
+        until(lambda: Path(f"{server}.control").exists(), "a server")
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=file, env=users_environment()
+            )
+            if "NEW" in command:
+                until(lambda: Path(f"{new}.control").exists(), "another server")
+                process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
+    finally:
+        answering.terminate()
+        answering.wait(PATIENCE)
+    text = log.read_text()
+    if name == "the parent":  # what the child imports comes after what it needs first
+        text = text.partition("ivshmem.cli.supervising")[0]
+    found = modules(text)
+    own = {re.sub(r"^ivshmem\.?", "", each) or "__init__" for each in found if "ivshmem" in each}
+    allowed = set(ours.split())
+    assert own, text
+    assert own <= allowed, f"imported, too: {sorted(own - allowed)}"
+    others = {each.partition(".")[0] for each in found} & COSTLY
+    assert "importlib.metadata" not in found
+    assert others <= set(costly.split()), f"imported, too: {sorted(others - set(costly.split()))}"
