@@ -8,7 +8,10 @@ from __future__ import annotations
 import grp
 import operator
 import pwd
-from typing import SupportsIndex
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import SupportsIndex
 
 # The users as whom libvirt runs QEMU: Debian's, Fedora's. Both are in the group kvm.
 LIBVIRT_USERS = ("libvirt-qemu", "qemu")

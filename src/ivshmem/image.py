@@ -44,9 +44,12 @@ from .errors import ImageError
 from .pages import PAGE
 from .plain import plain
 from .region import Region
-from .safe_files import Users
 from .sizes import format_size
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .safe_files import Users
 
 _MAGIC = b"IVSHSAVE"
 _VERSION = 1

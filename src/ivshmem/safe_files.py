@@ -24,15 +24,18 @@ import fcntl
 import os
 import pwd
 import stat
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, SupportsIndex
 
 from . import _fds
 from .accounts import user_id
 from .uncopied import Uncopied
 
-# Users whose files are accepted, by name or number.
-Users = Iterable[SupportsIndex | str]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import BinaryIO, SupportsIndex, TypeAlias
+
+    # Users whose files are accepted, by name or number.
+    Users: TypeAlias = Iterable[SupportsIndex | str]
 
 # What a caller says who has no option to accept users with, so that no message names one.
 NOBODY = None

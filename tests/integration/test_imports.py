@@ -75,7 +75,7 @@ TABLE = {
     "the parent": (
         [*IVSHMEM, "serve", "--supervise", "-S", "NEW"],
         PARENT,
-        "argparse typing",
+        "argparse",
     ),
 }
 
