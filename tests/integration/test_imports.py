@@ -39,11 +39,13 @@ PARENT = f"{OPTIONS} _fds keeper accounts safe_files cli.serve cli.daemon cli.su
 SERVES = (
     f"{OPTIONS} _fds _memory _wire access accounts answering changes config control emulators"
     " engine handover journal keeper locks logs loop metrics notify opening pages protocol qemu"
-    " qemu.cmdline region replay safe_files server service shapes sizes snapshots sockets stalls"
-    " store turns uncopied cli.banner cli.daemon cli.managed cli.news cli.seen cli.serving"
+    " qemu.cmdline reachable region replay safe_files server service shapes sizes snapshots sockets stalls"
+    " store turns uncopied cli.banner cli.daemon cli.managed cli.news cli.obstacles cli.seen cli.serving"
     " cli.succession cli.supervising"
 )
-ASKS = f"{OPTIONS} _fds accounts answering control locks logs shapes sizes sockets cli.asking"
+ASKS = (
+    f"{OPTIONS} _fds accounts answering control locks logs shapes sizes sockets uncopied cli.asking"
+)
 COSTLY_TO_SERVE = (
     "argparse dataclasses inspect json logging pathlib socket threading traceback typing"
     " urllib zlib"
@@ -56,7 +58,7 @@ TABLE = {
     "version": ([*IVSHMEM, "-V"], f"{START} limits", "argparse"),
     "status": (
         [*IVSHMEM, "status", "-S", "PATH"],
-        f"{ASKS} emulators cli.status cli.peers qemu qemu.cmdline qemu.processes",
+        f"{ASKS} emulators cli.columns cli.status cli.peers qemu qemu.cmdline qemu.processes",
         f"{COSTLY_TO_ASK} zlib",
     ),
     "evict": ([*IVSHMEM, "evict", "-S", "PATH", "7"], f"{ASKS} cli.evict", COSTLY_TO_ASK),
