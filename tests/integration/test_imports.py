@@ -33,15 +33,15 @@ COSTLY = {
     *("pathlib", "threading", "argparse", "prometheus_client", "qemu"),
 }
 
-START = "__init__ __main__ errors plain cli"
+START = "__init__ __main__ errors plain uncopied cli"
 OPTIONS = f"{START} limits runtime cli.arguments"
 PARENT = f"{OPTIONS} _fds keeper accounts safe_files cli.serve cli.daemon cli.supervising"
 SERVES = (
     f"{OPTIONS} _fds _memory _wire access accounts answering changes config control emulators"
     " engine handover journal keeper locks logs loop metrics notify opening pages protocol qemu"
-    " qemu.cmdline reachable region replay safe_files server service shapes sizes snapshots sockets stalls"
-    " store turns uncopied cli.banner cli.daemon cli.managed cli.news cli.obstacles cli.seen cli.serving"
-    " cli.succession cli.supervising"
+    " qemu.cmdline reachable region replay safe_files server service shapes sizes snapshots"
+    " sockets stalls store turns uncopied cli.banner cli.daemon cli.managed cli.news"
+    " cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (
     f"{OPTIONS} _fds accounts answering control locks logs shapes sizes sockets uncopied cli.asking"
@@ -59,7 +59,7 @@ TABLE = {
     "status": (
         [*IVSHMEM, "status", "-S", "PATH"],
         f"{ASKS} emulators cli.columns cli.status cli.peers qemu qemu.cmdline qemu.processes",
-        f"{COSTLY_TO_ASK} zlib",
+        f"{COSTLY_TO_ASK} shutil zlib",
     ),
     "evict": ([*IVSHMEM, "evict", "-S", "PATH", "7"], f"{ASKS} cli.evict", COSTLY_TO_ASK),
     "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli.reload", COSTLY_TO_ASK),

@@ -7,7 +7,6 @@ Sources: qemu(1); libvirt's "Domain XML format", section on shared memory device
 from __future__ import annotations
 
 import os
-import platform
 import re
 import zlib
 from collections.abc import Iterable
@@ -111,12 +110,12 @@ def iommu(machine: str = "") -> list[str]:
 
     They go before all devices.
     """
-    return list(_IOMMUS.get(machine or platform.machine(), _OTHER_IOMMU)[0])
+    return list(_IOMMUS.get(machine or os.uname().machine, _OTHER_IOMMU)[0])
 
 
 def libvirt_iommu(machine: str = "") -> str:
     """libvirt's XML for the same, with what goes into <features> in front."""
-    _, features, device = _IOMMUS.get(machine or platform.machine(), _OTHER_IOMMU)
+    _, features, device = _IOMMUS.get(machine or os.uname().machine, _OTHER_IOMMU)
     return (
         f"<!-- in <features>: -->{features}<!-- in <devices>: -->{device}" if features else device
     )
