@@ -264,4 +264,4 @@ class Rosters(RuleBasedStateMachine):
 
 
 TestRosters = Rosters.TestCase
-TestRosters.settings = settings(max_examples=300, stateful_step_count=60)
+TestRosters.settings = settings(max_examples=200, stateful_step_count=60)

@@ -1,0 +1,51 @@
+"""Which servers a plan has hold the news of a QEMU that is unplugged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from ivshmem.migration import Options, Plan
+
+from .test_migration_plan import Case
+
+
+def spoiled(options: Options | None = None) -> Case:
+    """Its server is of a version that cannot hold news."""
+    case = Case("doorbell", options=options)
+    here = case.servers["source"]["/here"]
+    case.servers["source"]["/here"] = replace(here, can_hold=False)
+    return case
+
+
+def test_a_step_knows_whose_news_are_held() -> None:
+    case = Case("doorbell")
+    here = case.servers["source"]["/here"]
+    step = next(step for step in case.plan().steps if step.kind == "unplug")
+    assert (step.control, step.region, step.pid) == (here.control, here.region, 11)
+
+
+def test_a_plain_device_has_no_news() -> None:
+    step = next(step for step in Case("plain").plan().steps if step.kind == "unplug")
+    assert (step.control, step.pid) == ("", 0)
+
+
+def test_a_server_that_cannot_hold_news() -> None:
+    (reason,) = spoiled().reasons()
+    assert "cannot hold a peer's news" in reason
+    assert "`ivshmem serve --takeover`" in reason
+    assert "--force" in reason
+
+
+def test_the_risk_can_be_taken() -> None:
+    plan = spoiled(Options(force=True)).plan()
+    assert [step.control for step in plan.steps if step.kind == "unplug"] == [""]
+
+
+def test_a_plan_that_an_older_version_wrote_down() -> None:
+    """It says nothing of all that."""
+    plan = Case("plain").plan()
+    written = json.loads(json.dumps(plan.to_json()))
+    for step in written["steps"]:
+        del step["pid"]
+    assert Plan.from_json(written) == plan
