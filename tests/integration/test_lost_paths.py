@@ -332,6 +332,17 @@ def test_what_the_commands_say(socket_path: str) -> None:
         Path(socket_path).touch()
         told = f"nobody can connect: {socket_path} leads to a file that is not a socket"
         assert told in ivshmem("status", "-S", socket_path)
+        checks = json.loads(ivshmem("doctor", "--json", "-S", socket_path, "--qemu", "true"))[
+            "checks"
+        ]
+        (check,) = (check for check in checks if check["name"] == "socket")
+        assert check["state"] == "failed"
+        assert f"{socket_path} is not a socket, and pid " in check["found"]
+        assert " still serves its peers there" in check["found"]
+        # What it recommends, as it is printed, says why nobody can connect.
+        words = ["sh", "-c", check["mend"]]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
+        assert told in done.stdout, (check, done)
         region = json.loads(ivshmem("status", "--json", "-S", socket_path))["regions"][0]
         assert region["unreachable"] == "leads to a file that is not a socket"
         os.unlink(socket_path)

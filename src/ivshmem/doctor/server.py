@@ -62,19 +62,35 @@ class ServerSteps:
         try:
             sockets.check_path(path)
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                return failed(f"{path} is not a socket: nobody can listen there", self._beside())
+                return self._lost("is not a socket") or failed(
+                    f"{path} is not a socket: nobody can listen there", self._beside()
+                )
             if not sockets.is_live(path):
-                return failed(f"{path} is stale: nobody listens", self.wishes.serve())
+                return self._lost("is stale") or failed(
+                    f"{path} is stale: nobody listens", self.wishes.serve()
+                )
         except PermissionError:
             return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         except FileNotFoundError:
             folder = os.path.dirname(path)
             if not os.path.isdir(folder):
                 return failed(f"no directory {folder}", f"mkdir -p {quoted(folder)}")
-            return failed(f"no {path}: no server listens there", self.wishes.serve())
+            return self._lost("is gone") or failed(
+                f"no {path}: no server listens there", self.wishes.serve()
+            )
         except OSError as error:
             return failed(f"{path}: {error.strerror}", ours("serve", "--daemon"))
         return ok(f"{path}, somebody listens")
+
+    def _lost(self, what: str) -> Finding | None:
+        """Say that a server runs whose path leads elsewhere; None: there is none to be seen."""
+        found = holders.of_socket(self.socket)
+        if not found:
+            return None
+        who = " and ".join(map(str, found))
+        # It binds its path again within seconds, if it can. Another server would not get its peers.
+        why = ours("status", "-S", self.socket)
+        return failed(f"{self.socket} {what}, and {who} still serves its peers there", why)
 
     def _permission(self) -> Finding:
         if not self.socket:
