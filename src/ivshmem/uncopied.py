@@ -8,7 +8,9 @@ collected closes it for the other, or waits for a thread that only the other has
 
 from __future__ import annotations
 
-from typing import NoReturn, SupportsIndex
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn, SupportsIndex
 
 
 class Uncopied:
