@@ -31,7 +31,8 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
              fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
     region   name, socket, unreachable (why nobody can connect by that path; "": they can),
              vectors, size, page_size, file_system (that the memory is on), source,
-             memory (name or path), paused (why newcomers wait; "": they do not), holds_leaves,
+             memory (name or path), memory_leads_to ("this", "nothing", "another": RegionInfo; "":
+             it has no name), paused (why newcomers wait; "": they do not), holds_leaves,
              counts {joins, leaves, messages, ..: since the start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
@@ -390,6 +391,7 @@ class Control(Uncopied):
             "file_system": _file_system(region),
             "source": region.source,
             "memory": region.name or "",
+            "memory_leads_to": region.name_leads_to() or "",
             "paused": server.paused,
             "holds_leaves": server.holds_leaves,
             "counts": dict(server.counts),
@@ -591,7 +593,12 @@ _PEER = shapes.record(
     interrupts=shapes.array(_COUNT, MAX_VECTORS),
 )
 _REGION = shapes.record(
-    {"file_system": shapes.text(), "holds_leaves": shapes.flag(), "unreachable": shapes.text()},
+    {
+        "file_system": shapes.text(),
+        "holds_leaves": shapes.flag(),
+        "unreachable": shapes.text(),
+        "memory_leads_to": shapes.text(),
+    },
     name=shapes.text(),
     socket=shapes.text(),
     vectors=shapes.integer(0, MAX_VECTORS),

@@ -176,7 +176,7 @@ class Engine(Uncopied):
         listener: listening; borrowed, like `memory`.
         memory: the region's descriptor, as an array of one.
         readonly_memory: gives the same for peers that can only read; borrowed, too.
-        answer: what is told to those who only ask (`sockets.ask`), beside the number of peers.
+        answer: gives what those are told who only ask (`sockets.ask`), beside the number of peers.
         on_join, on_leave: called at the end of a step. What they raise is logged, and harms nobody.
         gate: asked about each newcomer before it is sent anything. If it raises, that is logged,
             and the newcomer is refused.
@@ -192,7 +192,7 @@ class Engine(Uncopied):
         memory: _fds.FdArray,
         readonly_memory: Callable[[], _fds.FdArray],
         vectors: int,
-        answer: dict[str, int],
+        answer: Callable[[], dict[str, int]],
         on_join: Callable[[Peer], object] | None,
         on_leave: Callable[[Peer], object] | None,
         gate: Gate | None = None,
@@ -473,7 +473,7 @@ class Engine(Uncopied):
     def _tell(self, sock: socket.socket) -> None:
         """Answer somebody who does not want to be a peer."""
         with sock, contextlib.suppress(OSError):
-            sock.send(json.dumps({**self._answer, "peers": len(self._connections)}).encode())
+            sock.send(json.dumps({**self._answer(), "peers": len(self._connections)}).encode())
 
     def _keep(self, sock: socket.socket) -> None:
         """Have a newcomer's descriptors kept, under the number that it will have."""

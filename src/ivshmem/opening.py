@@ -117,6 +117,21 @@ def open_memory(config: RegionConfig) -> tuple[Region, bool]:
     return region, not region.adopted
 
 
+def holders_of_removed(path: str) -> list[int]:
+    """Processes that have a file open which was at `path` and was removed; proc(5).
+
+    Of all users for root, else of our own.
+    """
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # not ours to see, or it has ended
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"{path} (deleted)":
+                    found.append(int(pid))
+                    break
+    return found
+
+
 def _attach(config: RegionConfig) -> Region:
     region = Region.attach(
         name=config.name,

@@ -249,6 +249,7 @@ class Region(Uncopied, _memory.Mapping):
             with draft:
                 region = cls._furnish(draft.file, *parts, target, prealloc)
                 draft.publish(replace=replace)
+                region._reopen(place)
             return region
         except BaseException as error:
             if region is not None:
@@ -258,6 +259,18 @@ class Region(Uncopied, _memory.Mapping):
             if isinstance(error, FileExistsError):
                 raise _exists(target, replace) from None
             raise
+
+    def _reopen(self, place: safe_files.Place) -> None:
+        """Have a descriptor that shows the name in /proc/PID/fd, here and in all it is sent to.
+
+        One of a file that was opened without a name never does.
+        """
+        with contextlib.suppress(OSError):
+            file = place.open(os.O_RDWR)
+            if safe_files.same_file(os.fstat(file[0]), os.fstat(self.fileno())):
+                former, self._fd = self._fd, file
+                if former is not None:
+                    former.close()
 
     @classmethod
     def attach(
@@ -529,6 +542,11 @@ class Region(Uncopied, _memory.Mapping):
             sealed=seals & fcntl.F_SEAL_SHRINK != 0,
             name_leads_to=self.name_leads_to(),
         )
+
+    @property
+    def path(self) -> str | None:
+        """The path of its name or file; None: it has none."""
+        return self._path
 
     def name_leads_to(self) -> LeadsTo | None:
         """What a process gets that opens the region's name now: as in RegionInfo.

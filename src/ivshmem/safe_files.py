@@ -65,6 +65,14 @@ def user_word(uid: int) -> str:
         return f"uid {uid}"
 
 
+def user_name(uid: int) -> str:
+    """A user as an option takes one: by name, or by uid if the system has no name for it."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def kind_word(mode: int) -> str:
     """What a mode from stat(2) says, for a message: "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
@@ -311,9 +319,9 @@ class _Trusted:
     def refusal(self, path: str | None, uid: int, what: str) -> PermissionError:
         """The error for what is another user's."""
         user = user_word(uid)
-        name = user.partition(" (")[0].removeprefix("uid ")
         way = (
-            f", or if you trust that user, --accept-owner {name} (accept_owner in Python and TOML)"
+            f", or if you trust that user, --accept-owner {user_name(uid)} (accept_owner in Python"
+            " and TOML)"
             if self._optional
             else ""
         )

@@ -163,18 +163,12 @@ class Server(Uncopied):
             else:
                 listener = undo.enter_context(sockets.Listener(path))
             self.path = listener.path
-            answer = {
-                "protocol": VERSION,
-                "vectors": self.vectors,
-                "size": self.region.size,
-                "page_size": self.region.page_size,
-            }
             self._engine = Engine(
                 listener.socket,
                 shared,
                 partial(_made_readonly, self.region, readonly),
                 self.vectors,
-                answer,
+                partial(_answer, self.vectors, self.region),
                 on_join,
                 on_leave,
                 gate,
@@ -606,6 +600,20 @@ class Server(Uncopied):
         if not self._closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             self.close()
+
+
+def _answer(vectors: int, region: Region) -> dict[str, int]:
+    """What is told to those who only ask; `sockets.ask` says what it means."""
+    file = os.fstat(region.fileno())
+    return {
+        "protocol": VERSION,
+        "vectors": vectors,
+        "size": region.size,
+        "page_size": region.page_size,
+        "device": file.st_dev,
+        "inode": file.st_ino,
+        "name_lost": int(region.name_leads_to() in ("nothing", "another")),
+    }
 
 
 def _made_readonly(region: Region, memory: _fds.FdArray) -> _fds.FdArray:

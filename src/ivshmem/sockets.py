@@ -482,7 +482,8 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
     Who connects from an abstract address that begins with ASK is told, in JSON, and not announced.
 
     Returns:
-        protocol, vectors, size, page_size (bytes) and peers.
+        protocol, vectors, size, page_size (bytes) and peers; from newer servers also device and
+        inode (of the memory's file) and name_lost (1: the memory's name does not lead to it).
 
     Raises:
         ServerGone: this server does not answer questions, or its answer makes no sense. (It may

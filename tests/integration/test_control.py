@@ -133,6 +133,7 @@ class TestWhatItSays:
             "file_system": "tmpfs",
             "source": "anonymous",
             "memory": "",
+            "memory_leads_to": "",
             "paused": "",
             "holds_leaves": False,
         }

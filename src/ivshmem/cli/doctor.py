@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 
 from .. import doctor, runtime
-from .arguments import OF_THE_SERVER, is_name
+from .arguments import OF_THE_SERVER, add_accept_owner, is_name
 from .banner import counted
 from .columns import wrapped
 
@@ -58,6 +58,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SIZE",
         help="the memory is to be in huge pages, of the default size or of SIZE (2M, 1G)",
     )
+    add_accept_owner(host)
     host.add_argument(
         "--lock",
         action="store_true",
@@ -84,6 +85,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         options.qemu,
         options.user,
         options.lock,
+        tuple(options.accept_owner or ()),
     )
     of_host = wishes != doctor.Wishes()
     if options.address and (options.host or of_host):

@@ -24,6 +24,14 @@ _MOST_NAMES = 3
 _MOST_CALLED = 4 * NAME  # characters of a guest and its names
 _MOST_INTERRUPTS = 8
 
+# What is said of memory whose name is not its own any more.
+_LOST = {
+    "nothing": "; its name is gone: whoever opens that now does not share this memory, so restart"
+    " the server and its guests",
+    "another": "; its name leads to another file: whoever opens that now does not share this"
+    " memory, so restart the server and its guests",
+}
+
 Status = Mapping[str, Any]
 
 
@@ -67,7 +75,7 @@ def region_line(region: Status) -> str:
     vectors = "1 vector" if region["vectors"] == 1 else f"{region['vectors']} vectors"
     return (
         f"region {region['name']}: {format_size(region['size'])} ({where}), {vectors}, on"
-        f" {region['socket']}"
+        f" {region['socket']}{_LOST.get(region.get('memory_leads_to', ''), '')}"
     )
 
 

@@ -22,6 +22,7 @@ from ..config import ServiceConfig
 from ..engine import Peer
 from ..errors import IvshmemError
 from ..journal import Journal
+from ..opening import holders_of_removed
 from ..service import Service, former, mentioned
 from ..sockets import Listener
 from . import daemon, one_line
@@ -295,6 +296,8 @@ def _serve(
                 kept.announce()
                 kept.reserve()
             ready()
+            if past is None:
+                _tell_of_removed(service)
             with (
                 _reloading(service, plan, manager) as reload,
                 replacing(kept, service),
@@ -364,6 +367,24 @@ def _reloading(
     finally:
         service.unwatch(wanted[0])
         wanted.close()
+
+
+def _tell_of_removed(service: Service) -> None:
+    """Warn of names that were made now while other memory that had them is still shared.
+
+    systemd's RemoveIPC= removes names at a logout, for instance, and the processes that share the
+    memory do not notice. It cannot get its name back: the kernel links no file that has lost all.
+    """
+    for server in service.regions.values():
+        if server.region.source != "posix" or not (path := server.region.path):
+            continue
+        if pids := holders_of_removed(path):
+            _log.warning(
+                "%s was made anew: process %s still shares the memory that had this name before,"
+                " and sees nothing of this one: end it, or choose another --name",
+                path,
+                " and ".join(map(str, pids)),
+            )
 
 
 def _tell_peer(plan: Plan, news: News, verb: str, region: str, peer: Peer) -> None:

@@ -7,13 +7,13 @@ Invariant: no command here makes a file smaller, or takes its contents away: oth
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import stat
 from dataclasses import replace
 from pathlib import Path
 
-from .. import pages, qemu
+from .. import pages, qemu, safe_files
 from ..errors import RegionError
 from ..plain import quoted
 from ..region import posix_path
@@ -25,6 +25,12 @@ from .wishes import DEFAULT_SIZE, Wishes
 _MOUNTS = Path("/proc/self/mountinfo")
 
 _SERVED = "the server has it"
+
+_ALONE = (
+    "it was removed or replaced while it was served, or it never was the server's. A process that"
+    " opens it now shares nothing with the server's peers: end the server and its guests, and start"
+    " them anew"
+)
 
 
 class MemorySteps:
@@ -41,7 +47,8 @@ class MemorySteps:
             self.target = posix_path(wishes.name)
         elif wishes.place is not None:
             self.target = os.path.abspath(wishes.place)
-        self._status: os.stat_result | None = None  # of the file, if it exists
+        self._status: os.stat_result | None = None  # of the file, if it exists and is not empty
+        self._is_empty = False
 
     def steps(self) -> list[Step]:
         return [
@@ -88,16 +95,37 @@ class MemorySteps:
         return self._file(self.target)
 
     def _file(self, path: str) -> Finding:
+        beside = replace(self.wishes, name=None, path=_free_beside(path)).serve()
+        accept, links = self.wishes.accept_owner, self.wishes.name is None
         try:
-            self._status = os.stat(path)
+            with safe_files.find(path, accept=accept, links=links) as place:
+                self._status = place.status()
+                if self._status is not None and not self._is_served():
+                    place.check(self._status)
+        except safe_files.WrongKind as error:
+            return failed(f"{path}: {error.strerror}", beside)
+        except PermissionError as error:
+            if error.errno == errno.EACCES:
+                return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
+            return failed(f"{path}: {error.strerror}", self._accepting() or beside)
         except FileNotFoundError:
             return ok(f"{path} is to be made, {format_size(self._size)}")
-        except PermissionError:
-            return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
-        if not stat.S_ISREG(self._status.st_mode):
+        except OSError as error:
+            return failed(f"{path}: {error.strerror}", beside)
+        if not self._status:
+            if "inode" in self.answer:
+                return failed(
+                    f"{path} is gone, but the server still has its memory: {_ALONE}",
+                    self.wishes.serve(),
+                )
+            return ok(f"{path} is to be made, {format_size(self._size)}")
+        if not self._status.st_size:
+            self._is_empty = True
+            self._status = None
+            return ok(f"{path} is empty, and is to be made, {format_size(self._size)}")
+        if "inode" in self.answer and not self._is_served():
             return failed(
-                f"{path} is not a regular file: choose another path, as here",
-                replace(self.wishes, name=None, path=_free_beside(path)).serve(),
+                f"{path} is not the memory that the server has: {_ALONE}", self.wishes.serve()
             )
         size, wanted = self._status.st_size, self.wishes.size
         try:
@@ -113,10 +141,23 @@ class MemorySteps:
         # To make it smaller would kill whoever uses the rest.
         return failed(f"{what}: give QEMU its size", qemu.shell(qemu.plain(path, size)))
 
+    def _is_served(self) -> bool:
+        """Whether what is there is the memory that the server says it has."""
+        assert self._status is not None
+        here = (self._status.st_dev, self._status.st_ino)
+        return here == (self.answer.get("device"), self.answer.get("inode"))
+
+    def _accepting(self) -> str:
+        """The command that serves a file of another user; "" if that is not what is wrong."""
+        if self._status is None or self._status.st_uid in (0, os.geteuid()):
+            return ""
+        owner = safe_files.user_name(self._status.st_uid)
+        return replace(self.wishes, accept_owner=(*self.wishes.accept_owner, owner)).serve()
+
     def _permission(self) -> Finding:
         if self.target is None:
             return skipped("anonymous memory goes to whoever may connect to the socket")
-        if self._status is None and _is_visible(self.target):
+        if self._status is None and not self._is_empty and _is_visible(self.target):
             return access.permission(self._folder, "wx", self.wishes.user)
         return access.permission(self.target, "rw", self.wishes.user)
 

@@ -126,6 +126,13 @@ class ServerSteps:
             return failed(f"{what}, not the {self.wishes.size} asked for", self._beside())
         if self.wishes.hugepages and answer["page_size"] == PAGE:
             return failed(f"{what}, not in huge pages", self._beside())
+        if answer.get("name_lost"):
+            return failed(
+                f"{what}; the name of its memory is gone or leads to another file, so whoever opens"
+                " that name shares nothing with its peers: end the server and its guests, and start"
+                " them anew",
+                self.wishes.serve(),
+            )
         return ok(what)
 
     def _stranger(self, who: str, said: bytes, join: str) -> Finding:

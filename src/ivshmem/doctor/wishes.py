@@ -22,6 +22,7 @@ class Wishes:
         hugepages: as Region.create takes it.
         qemu: the program; None: the one for guests of this machine's kind.
         user: who is to use socket and memory; None: who runs this, and libvirt's QEMU, if any.
+        accept_owner: users whose memory is accepted, as Region.attach takes them.
         lock: the memory will be locked (QEMU's `-overcommit mem-lock=on`, or vfio on the host).
     """
 
@@ -34,6 +35,7 @@ class Wishes:
     qemu: str | None = None
     user: str | None = None
     lock: bool = False
+    accept_owner: tuple[str, ...] = ()
 
     @property
     def place(self) -> str | None:
@@ -56,6 +58,8 @@ class Wishes:
             ("--directory", self.directory),
         ):
             words += [option, value] if value else []
+        for user in self.accept_owner:
+            words += ["--accept-owner", user]
         if self.hugepages:
             words.append("--hugepages")
             words += [] if self.hugepages is True else [str(self.hugepages)]

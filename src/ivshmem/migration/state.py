@@ -52,8 +52,12 @@ class State(Uncopied):
             OSError: it cannot be written.
         """
         path = os.path.abspath(path)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with safe_files.Draft(path, os.O_RDWR | os.O_APPEND) as draft:
+        try:
+            place = safe_files.find(path)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            place = safe_files.find(path)
+        with safe_files.Draft(place, os.O_RDWR | os.O_APPEND) as draft:
             _append(draft.file[0], {"version": _VERSION, "plan": plan.to_json()})
             try:
                 draft.publish(keep_lock=True)
