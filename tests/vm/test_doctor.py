@@ -195,7 +195,7 @@ class TestWell:
             assert (status, checks_of(answer)) == (0, checks)
         lines = a.sh(DOCTOR).splitlines()
         assert lines[0] == f"guest {a.address}"
-        assert lines[-1] == "all is well"
+        assert lines[-1].startswith("all is well")
         assert lines[1] == f"  ok    device               doorbell, {VECTORS} vectors, 1M"
         assert [line[8:].split("  ")[0] for line in lines[1:-1]] == NAMES
 
@@ -288,12 +288,12 @@ class TestMended:
         # What is to be run as root is the doctor himself.
         *su, command = shlex.split(check.mend)
         assert su == ["su", "-c"]
-        assert a.sh(command).endswith("\nall is well\n")
+        assert a.sh(command).splitlines()[-1].startswith("all is well")
         # A user who was given the device.
         a.bind("vfio-pci")
         a.sh("chmod 666 /dev/vfio/[0-9]*")
         lines = a.sh(user).splitlines()
-        assert lines[-1] == "all is well"
+        assert lines[-1].startswith("all is well")
         assert "user 1000, who was given /dev/vfio/" in lines[2]
         # Not even root, for instance in a container.
         a.sh(f"echo {a.address} > {a.path}/driver/unbind; mount -o remount,ro /sys")
@@ -366,7 +366,7 @@ class TestMendedByQemu:
         status, answer = b.call("doctor", "0000:00:1e.7")
         (check,) = checks_of(answer).values()
         assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"
-        assert b.sh(check.mend).endswith("\nall is well\n")
+        assert b.sh(check.mend).splitlines()[-1].startswith("all is well")
 
     def test_no_iommu_and_one_too_weak(self, guest: MakeGuest, doorbell: list[str]) -> None:
         weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]

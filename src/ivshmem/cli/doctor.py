@@ -29,7 +29,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Check one by one what sharing needs. Of each failure it prints the one command"
         " that mends it, or the QEMU option (then beginning with a dash). In a guest that ends with"
         " interrupts that the device sends to itself; on a host, with limits. Nothing is changed."
-        " Exit status 0: all is well; what is a warning, others may need.",
+        " Exit status 0: nothing failed. A warning is what others may need, or what could not be"
+        " looked at.",
     )
     parser.add_argument(
         "address",
