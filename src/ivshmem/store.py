@@ -4,8 +4,12 @@ Knows: the names in the manager's fd store, in what order a group comes back. Do
 descriptors are for, but that the first of a group is a socket, and the others are not.
 
 Invariants:
-1. What the journal names has been stored before, or nobody goes on by that journal.
-2. A name is never given to two groups at a time.
+1. Nothing here makes the loop wait longer than _MOMENT. What the manager has no room for by then is
+   sent when it has, in order, and until all of that is sent nothing waits.
+2. What the journal names has been stored before, or is in the queue here. If this process is killed
+   before the manager has read that, the newcomer it belongs to is gone, and only that one: a
+   successor takes a member whose descriptors are missing for one that has left.
+3. A name is never given to two groups at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +17,11 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
+from . import _fds
 from .journal import Journal, is_group
 from .notify import Notifier
 from .uncopied import Uncopied
@@ -24,8 +31,13 @@ _log = logging.getLogger("ivshmem.server")
 _JOURNAL = "journal"
 
 # Seconds that the manager may be busy with something else, as systemd is with a daemon-reload on a
-# large machine. Nobody joins meanwhile; interrupts do not pass through here.
+# large machine. After that the journal is given up.
 _PATIENCE = 30.0
+# A queue of datagrams has room for ten, so a burst of joins fills it though the manager reads. To
+# wait for that keeps what a kill could lose at nothing.
+_MOMENT = 0.25
+_PAUSE = 0.02  # seconds between tries: no event tells when descriptors in flight have arrived
+_LAST = 5.0  # seconds that the end may take
 
 # Groups by name, as the manager gave them back.
 Groups = dict[str, list[int]]
@@ -33,6 +45,8 @@ Groups = dict[str, list[int]]
 
 class Store(Uncopied):
     """Has the service manager keep what a journal names, from now on.
+
+    The loop calls `step()` when `fileno()` is readable, and `close()` is called at the end.
 
     If the manager does not listen, the journal is given up: the log says so, the service runs on,
     and a successor of it begins anew.
@@ -43,6 +57,11 @@ class Store(Uncopied):
         self._journal = journal
         self._patience = patience
         self._given_up = False
+        # What the manager has not been told yet: a name, and a descriptor to keep (None: to drop
+        # all of that name). The descriptor is a copy, for its owner may close his before that.
+        self._queue: deque[tuple[str, int | None]] = deque()
+        self._since = 0.0  # when it last took something, or the queue began
+        self._timer = _fds.Timer()
         journal.keep, journal.drop = self.keep, self.drop
 
     def keep_journal(self, *, replace: bool) -> None:
@@ -53,30 +72,91 @@ class Store(Uncopied):
 
     def keep(self, name: str, fds: Sequence[int]) -> None:
         """Have a group kept, after all that were kept or dropped before."""
-        # One by one: of several in a message systemd forgets the order.
-        self._try(
-            lambda: all(self._notifier.store(name, [fd], timeout=self._patience) for fd in fds)
-        )
+        for fd in fds:  # one by one: of several in a message systemd forgets the order
+            self._add(name, fd)
 
     def drop(self, name: str) -> None:
         """Undo `keep`."""
-        self._try(lambda: self._notifier.drop(name, timeout=self._patience))
+        self._add(name, None)
 
-    def _try(self, tell: Callable[[], bool]) -> None:
+    def fileno(self) -> int:
+        """Readable when `step` has something to do."""
+        return self._timer.fileno()
+
+    def step(self) -> None:
+        """Send what the manager had no room for, as far as it has now."""
+        self._timer.set(0)
+        while self._queue:
+            name, fd = self._queue[0]
+            if not self._tell(name, fd):
+                break
+            self._queue.popleft()
+            _close(fd)
+            self._since = time.monotonic()
+        self._wind()
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all is sent, at most so long: where nobody is served, at the start and end."""
+        deadline = time.monotonic() + seconds
+        while self._queue and time.monotonic() < deadline:
+            self.step()
+            if self._queue:
+                time.sleep(_PAUSE)
+
+    def close(self) -> None:
+        """Send the rest, for at most some seconds; may be called twice."""
+        self.flush(_LAST)
+        self._forget()
+        self._timer.close()
+
+    def _add(self, name: str, fd: int | None) -> None:
+        if self._given_up or (not self._queue and self._tell(name, fd, _MOMENT)):
+            return
         if self._given_up:
             return
-        reason = f"it does not read what it is told, for {self._patience:g} seconds"
+        if not self._queue:
+            self._since = time.monotonic()
         try:
-            if tell():
-                return
+            self._queue.append((name, None if fd is None else os.dup(fd)))
+        except OSError as error:  # EMFILE
+            self._give_up(error.strerror or str(error))
+        self._wind()
+
+    def _tell(self, name: str, fd: int | None, seconds: float = 0.0) -> bool:
+        """Whether the manager had room for it within that time."""
+        try:
+            if fd is None:
+                return self._notifier.drop(name, timeout=seconds)
+            return self._notifier.store(name, [fd], timeout=seconds) == 1
         except OSError as error:
-            reason = error.strerror or str(error)
+            self._give_up(error.strerror or str(error))
+            return False
+
+    def _wind(self) -> None:
+        if not self._queue:
+            return
+        if time.monotonic() > self._since + self._patience:
+            self._give_up(f"it does not read what it is told, for {self._patience:g} seconds")
+        else:
+            self._timer.set(_PAUSE)
+
+    def _give_up(self, reason: str) -> None:
         self._given_up = True
+        self._forget()
         self._journal.spoil()
         _log.error(
             "the service manager keeps nothing from now on (%s): a restart cuts all peers off",
             reason,
         )
+
+    def _forget(self) -> None:
+        while self._queue:
+            _close(self._queue.popleft()[1])
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 def sort_out(passed: Iterable[tuple[str, int]]) -> tuple[int | None, Groups, list[int]]:

@@ -275,6 +275,10 @@ def test_a_store_is_given_up(
         with caplog.at_level(logging.ERROR):
             chapter.keep(eventfds.make(1), 5)
             chapter.drop(5)
+            assert not caplog.records
+            while not caplog.records:
+                assert select.select([store], [], [], 10)[0]
+                store.step()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "a restart cuts all peers off" in caplog.text
     while select.select([manager], [], [], 0)[0]:
@@ -283,6 +287,7 @@ def test_a_store_is_given_up(
             os.close(fd)
     store.keep("1/6", [0])
     assert not select.select([manager], [], [], 0)[0]
+    store.close()
     copy = os.dup(journal.fileno())
     del chapter  # it holds the journal's memory
     journal.close()

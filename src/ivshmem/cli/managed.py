@@ -35,12 +35,14 @@ class Manager(Uncopied):
         notifier: tells it how the service is.
         listeners: sockets that it passed, by path.
         journal, groups: what it had stored.
+        keeps: has it keep what is in a journal, from `keep` on.
     """
 
     notifier: notify.Notifier
     listeners: dict[str, Listener] = field(default_factory=dict)
     journal: int | None = None
     groups: store.Groups = field(default_factory=dict)
+    keeps: store.Store | None = None
 
     @classmethod
     def from_environment(cls) -> Manager:
@@ -102,14 +104,15 @@ class Manager(Uncopied):
             _log.error("all peers of the last process are cut off: %s", error)
             journal = None
         if journal is not None:
-            keeps = store.Store(self.notifier, journal)
+            self.keeps = keeps = store.Store(self.notifier, journal)
             return journal, stored_past(journal, groups, keeps.drop, config)
         journal = Journal()
-        keeps = store.Store(self.notifier, journal)
+        self.keeps = keeps = store.Store(self.notifier, journal)
         for name, fds in groups.items():
             keeps.drop(name)
             _close_all(fds)
         keeps.keep_journal(replace=fd is not None)
+        keeps.flush(_PATIENCE)
         if fd is not None or groups:
             # Until the manager has closed its copies, the old sockets listen.
             self.notifier.barrier(_PATIENCE)
@@ -117,6 +120,8 @@ class Manager(Uncopied):
 
     def close(self) -> None:
         """Forget all about it."""
+        if self.keeps is not None:
+            self.keeps.close()
         self.notifier.close()
         for listener in self.listeners.values():
             listener.close()
@@ -130,6 +135,20 @@ class Manager(Uncopied):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def keeping(manager: Manager, service: Service) -> Iterator[None]:
+    """While the block runs, send what the manager had no room for, in the service's loop."""
+    keeps = manager.keeps
+    if keeps is None:
+        yield
+        return
+    service.watch(keeps.fileno(), keeps.step)
+    try:
+        yield
+    finally:
+        service.unwatch(keeps.fileno())
 
 
 @contextlib.contextmanager

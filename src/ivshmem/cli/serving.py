@@ -28,7 +28,7 @@ from ..sockets import Listener
 from . import daemon, one_line
 from .arguments import check_no_region, region_of
 from .banner import banner, count, planned
-from .managed import Manager, telling
+from .managed import Manager, keeping, telling
 from .news import News, say_as, show, tell_peer
 from .obstacles import obstacles
 from .seen import seen
@@ -301,6 +301,7 @@ def _serve(
             with (
                 _reloading(service, plan, manager) as reload,
                 replacing(kept, service),
+                keeping(manager, service),
                 telling(manager.notifier, service),
                 daemon.ended_by_signals(service.stop, reload),
                 keeper.left_to_another(partial(say_as, plan.config.log_format))
