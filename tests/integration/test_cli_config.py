@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import stat
@@ -372,7 +373,9 @@ def test_arguments_of_one_region(file: Path) -> None:
     )
     assert run("qemu", "--config", str(file), "--region", "a", "--libvirt", "--master").stdout == (
         f"<shmem name=\"a\" role='master'><model type='ivshmem-doorbell'/><server path=\"{a}\"/>"
-        "<msi vectors='2' ioeventfd='on'/></shmem>\n"
+        "<msi vectors='2' ioeventfd='on'/>"
+        f"<address type='pci' domain='0' bus='0' slot='{qemu.slot_of('a'):#04x}' function='0'/>"
+        "</shmem>\n"
     )
 
 
@@ -386,6 +389,10 @@ def test_arguments_of_all_regions(file: Path) -> None:
     ]
     lines = run("qemu", "--config", str(file), "--libvirt").stdout.splitlines()
     assert [line.partition(">")[0] for line in lines] == ['<shmem name="a"', '<shmem name="b"']
+    slots = [re.search("slot='(0x..)'", line)[1] for line in lines]  # type: ignore[index]
+    assert len(set(slots)) == 2, "libvirt places them on one bridge otherwise"
+    one = ("qemu", "--config", str(file), "--region", "b", "--libvirt", "--slot", "7")
+    assert " slot='0x07' " in run(*one).stdout
 
 
 @pytest.mark.parametrize(

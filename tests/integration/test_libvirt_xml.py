@@ -78,5 +78,25 @@ def test_what_the_xml_says(path: str) -> None:
     assert {child.tag: child.attrib for child in xml} == {
         "model": {"type": "ivshmem-doorbell"},
         "server": {"path": path},
+        "address": {
+            "type": "pci",
+            "domain": "0",
+            "bus": "0",
+            "function": "0",
+            "slot": f"{qemu.slot_of('db'):#04x}",
+        },
         "msi": {"vectors": "3", "ioeventfd": "on"},
     }
+
+
+def test_slots() -> None:
+    """Always the same for a name, and another where that one is taken; all are possible ones."""
+    names = [f"region-{number}" for number in range(200)]
+    assert {qemu.slot_of(name) for name in names} == set(range(0x10, 0x1B))
+    assert [qemu.slot_of(name) for name in names] == [qemu.slot_of(name) for name in names]
+    taken: list[int] = []
+    for name in names[:11]:
+        taken.append(qemu.slot_of(name, taken))
+    assert sorted(taken) == list(range(0x10, 0x1B))
+    xml = qemu.libvirt_doorbell("/run/s", 1, slot=3)
+    assert "<address type='pci' domain='0' bus='0' slot='0x03' function='0'/>" in xml

@@ -85,6 +85,13 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     old.add_argument(
         "-chardev", metavar="socket,...", action="append", default=[], help="if the device had one"
     )
+    parser.add_argument(
+        "--slot",
+        metavar="N",
+        type=_slot,
+        help="of the guest's root PCI bus, 1 to 31, with --libvirt (default: one of 16 to 26, by"
+        " the region's name; choose another if libvirt says that it is in use)",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--libvirt", action="store_true", help="print XML for libvirt instead")
     form.add_argument("--json", action="store_true", help="print the arguments as a JSON list")
@@ -97,6 +104,16 @@ def ident(text: str) -> str:
         return qemu.check_ident(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _slot(text: str) -> int:
+    try:
+        slot = int(text, 0)
+    except ValueError:
+        slot = 0
+    if not 1 <= slot <= 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a slot: 1 to 31 are allowed")
+    return slot
 
 
 def run(options: argparse.Namespace) -> int:
@@ -146,7 +163,9 @@ def _old(options: argparse.Namespace) -> tuple[list[str], str]:
     if meant.socket:
         return (
             qemu.doorbell(meant.socket, meant.vectors, ident=options.id, master=meant.master),
-            qemu.libvirt_doorbell(meant.socket, meant.vectors, master=meant.master),
+            qemu.libvirt_doorbell(
+                meant.socket, meant.vectors, master=meant.master, slot=options.slot
+            ),
         )
     from .. import pages
     from ..region import posix_path
@@ -155,7 +174,9 @@ def _old(options: argparse.Namespace) -> tuple[list[str], str]:
     check_size(meant.size, pages.PAGE, what=path)
     return (
         qemu.plain(path, meant.size, ident=options.id, master=meant.master),
-        qemu.libvirt_plain(os.path.basename(path), meant.size, master=meant.master),
+        qemu.libvirt_plain(
+            os.path.basename(path), meant.size, master=meant.master, slot=options.slot
+        ),
     )
 
 
@@ -171,7 +192,7 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
             ) from None
     return (
         qemu.doorbell(path, number, ident=options.id, master=options.master),
-        qemu.libvirt_doorbell(path, number, master=options.master),
+        qemu.libvirt_doorbell(path, number, master=options.master, slot=options.slot),
     )
 
 
@@ -187,7 +208,10 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
         raise ValueError("an id is for one device: give --region NAME, too")
     if options.master and len(names) > 1:
         raise ValueError("a guest can be master of one region: give --region NAME, too")
+    if options.slot is not None and len(names) > 1:
+        raise ValueError("a slot is for one device: give --region NAME, too")
     arguments, xml = [], []
+    slots: list[int] = []
     for name in names:
         if name not in config.regions:
             raise config.error(f"no region {name}: there are {', '.join(config.regions)}")
@@ -195,8 +219,11 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
         arguments += qemu.doorbell(
             region.socket, region.vectors, ident=options.id, master=options.master
         )
+        slots.append(options.slot or qemu.slot_of(name, slots))
         xml.append(
-            qemu.libvirt_doorbell(region.socket, region.vectors, name=name, master=options.master)
+            qemu.libvirt_doorbell(
+                region.socket, region.vectors, name=name, master=options.master, slot=slots[-1]
+            )
         )
     return arguments, "\n".join(xml)
 
@@ -233,7 +260,8 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
         raise RegionError(
             f"libvirt takes only a POSIX name for plain memory, not {path}: use --name"
         )
-    return arguments, qemu.libvirt_plain(os.path.basename(path), size, master=options.master)
+    xml = qemu.libvirt_plain(os.path.basename(path), size, master=options.master, slot=options.slot)
+    return arguments, xml
 
 
 def _hugetlbfs_mount(wanted: bool | str) -> str:

@@ -11,6 +11,7 @@ from .cmdline import (
     plain,
     shell,
     shell_lines,
+    slot_of,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "plain",
     "shell",
     "shell_lines",
+    "slot_of",
 ]

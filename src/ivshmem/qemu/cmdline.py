@@ -17,6 +17,9 @@ from ..sizes import format_size
 
 _LONGEST_IDENT = 40
 
+# Slots of the root bus that libvirt uses last, if ever, on both kinds of PC.
+_SLOTS = range(0x10, 0x1B)
+
 
 def doorbell(
     socket: str, vectors: int, *, ident: str | None = None, master: bool = False
@@ -69,22 +72,31 @@ def plain(
 
 
 def libvirt_doorbell(
-    socket: str, vectors: int, *, name: str | None = None, master: bool = False
+    socket: str,
+    vectors: int,
+    *,
+    name: str | None = None,
+    master: bool = False,
+    slot: int | None = None,
 ) -> str:
-    """libvirt's XML for the same as `doorbell`."""
+    """libvirt's XML for the same as `doorbell`.
+
+    `slot`: on the guest's root bus; None: slot_of(name), by default that of the socket.
+    """
+    name = name or ident_of(socket)
     return (
-        f"<shmem name={_attribute(name or ident_of(socket))}{_role(master)}>"
+        f"<shmem name={_attribute(name)}{_role(master)}>"
         "<model type='ivshmem-doorbell'/>"
         f"<server path={_attribute(socket)}/>"
-        f"<msi vectors='{max(vectors, 1)}' ioeventfd='on'/></shmem>"
+        f"<msi vectors='{max(vectors, 1)}' ioeventfd='on'/>{_address(name, slot)}</shmem>"
     )
 
 
-def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
+def libvirt_plain(name: str, size: int, *, master: bool = False, slot: int | None = None) -> str:
     """libvirt's XML for the same as `plain`; libvirt takes only a POSIX name, of at least 1 MiB."""
     return (
         f"<shmem name={_attribute(name)}{_role(master)}><model type='ivshmem-plain'/>"
-        f"<size unit='KiB'>{size // 1024}</size></shmem>"
+        f"<size unit='KiB'>{size // 1024}</size>{_address(name, slot)}</shmem>"
     )
 
 
@@ -119,6 +131,23 @@ def libvirt_iommu(machine: str = "") -> str:
     return (
         f"<!-- in <features>: -->{features}<!-- in <devices>: -->{device}" if features else device
     )
+
+
+def slot_of(name: str, taken: Iterable[int] = ()) -> int:
+    """Return a slot of a guest's root bus, always the same for a name, that is not taken.
+
+    Without an address libvirt places all of a guest's ivshmem devices on one bridge, where they
+    share an IOMMU group: one process of the guest must then open all of them.
+    """
+    first: int = zlib.crc32(os.fsencode(name)) % len(_SLOTS)
+    order = [*_SLOTS[first:], *_SLOTS[:first]]
+    free: list[int] = [slot for slot in order if slot not in taken]
+    return free[0] if free else order[0]
+
+
+def _address(name: str, slot: int | None) -> str:
+    slot = slot_of(name) if slot is None else slot
+    return f"<address type='pci' domain='0' bus='0' slot='{slot:#04x}' function='0'/>"
 
 
 def ident_of(path: str) -> str:
