@@ -2256,7 +2256,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":1128
+/* "ivshmem/_core.pyx":1133
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -4336,8 +4336,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[162]
 #define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[163]
 #define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[166]
 #define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[167]
 #define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[168]
 #define __pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq __pyx_string_tab[169]
@@ -7838,7 +7838,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been. When\n        the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7929,8 +7929,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":236
- *         Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.
+  /* "ivshmem/_core.pyx":237
+ *         the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
  *         self.uio = True
@@ -7938,7 +7938,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -7946,12 +7946,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":237
+  /* "ivshmem/_core.pyx":238
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -7983,7 +7983,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":239
+/* "ivshmem/_core.pyx":240
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8033,46 +8033,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 239, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 240, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 239, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 240, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 239, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 240, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 239, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 240, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 239, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 240, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 239, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 240, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 239, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 240, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 239, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 240, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 239, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 240, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 240, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 240, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 239, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 240, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8083,7 +8083,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 239, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 240, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -8110,7 +8110,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":244
+  /* "ivshmem/_core.pyx":245
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -8122,7 +8122,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":245
+  /* "ivshmem/_core.pyx":246
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -8131,7 +8131,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":246
+  /* "ivshmem/_core.pyx":247
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -8140,7 +8140,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":239
+  /* "ivshmem/_core.pyx":240
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8155,7 +8155,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":248
+/* "ivshmem/_core.pyx":249
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8203,32 +8203,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 249, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 249, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 249, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 248, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 249, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 249, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 249, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8258,7 +8258,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":250
+  /* "ivshmem/_core.pyx":251
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -8269,12 +8269,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 250, __pyx_L1_error)
+    __PYX_ERR(0, 251, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 250, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":248
+  /* "ivshmem/_core.pyx":249
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8295,7 +8295,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":252
+/* "ivshmem/_core.pyx":253
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8343,32 +8343,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 252, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 252, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 252, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 253, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 252, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8401,7 +8401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":254
+  /* "ivshmem/_core.pyx":255
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -8410,15 +8410,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 254, __pyx_L1_error)
+    __PYX_ERR(0, 255, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 255, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":256
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
@@ -8430,7 +8430,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8447,7 +8447,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":252
+  /* "ivshmem/_core.pyx":253
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8468,7 +8468,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":257
+/* "ivshmem/_core.pyx":258
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8516,32 +8516,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 257, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 257, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 257, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 257, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8582,7 +8582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":260
+        /* "ivshmem/_core.pyx":261
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -8591,15 +8591,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 260, __pyx_L4_error)
+          __PYX_ERR(0, 261, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 260, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 261, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":261
+        /* "ivshmem/_core.pyx":262
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8610,7 +8610,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":262
+          /* "ivshmem/_core.pyx":263
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8624,12 +8624,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":261
+          /* "ivshmem/_core.pyx":262
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8639,7 +8639,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":257
+      /* "ivshmem/_core.pyx":258
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8676,7 +8676,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":264
+/* "ivshmem/_core.pyx":265
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8709,7 +8709,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":267
+  /* "ivshmem/_core.pyx":268
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return length_of(self.own)             # <<<<<<<<<<<<<<
@@ -8718,7 +8718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8732,7 +8732,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":264
+  /* "ivshmem/_core.pyx":265
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8752,7 +8752,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":269
+/* "ivshmem/_core.pyx":270
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8784,14 +8784,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":272
+  /* "ivshmem/_core.pyx":273
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8804,7 +8804,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":269
+  /* "ivshmem/_core.pyx":270
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8823,7 +8823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":274
+/* "ivshmem/_core.pyx":275
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8844,7 +8844,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":276
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8856,7 +8856,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":276
+    /* "ivshmem/_core.pyx":277
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -8864,7 +8864,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8883,14 +8883,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 277, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 276, __pyx_L1_error)
+    __PYX_ERR(0, 277, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":275
+    /* "ivshmem/_core.pyx":276
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8899,7 +8899,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":278
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -8912,7 +8912,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":274
+  /* "ivshmem/_core.pyx":275
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8933,7 +8933,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":279
+/* "ivshmem/_core.pyx":280
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -8981,32 +8981,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 279, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 279, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 279, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 280, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 279, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 279, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9050,7 +9050,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":282
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9062,7 +9062,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":282
+    /* "ivshmem/_core.pyx":283
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9079,7 +9079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":281
+    /* "ivshmem/_core.pyx":282
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9088,7 +9088,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":283
+  /* "ivshmem/_core.pyx":284
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -9097,7 +9097,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":284
+    /* "ivshmem/_core.pyx":285
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9106,7 +9106,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":285
+      /* "ivshmem/_core.pyx":286
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -9120,12 +9120,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":284
+      /* "ivshmem/_core.pyx":285
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9135,7 +9135,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":287
+    /* "ivshmem/_core.pyx":288
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -9143,13 +9143,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 287, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 288, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":289
+  /* "ivshmem/_core.pyx":290
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9195,7 +9195,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":280
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9217,7 +9217,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":291
+/* "ivshmem/_core.pyx":292
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9299,17 +9299,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":300
+        /* "ivshmem/_core.pyx":301
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":301
+        /* "ivshmem/_core.pyx":302
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -9318,7 +9318,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":302
+          /* "ivshmem/_core.pyx":303
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9329,7 +9329,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":303
+            /* "ivshmem/_core.pyx":304
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -9342,13 +9342,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":304
+            /* "ivshmem/_core.pyx":305
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9357,12 +9357,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 305, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 304, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 305, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 305, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -9371,12 +9371,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":305
+            /* "ivshmem/_core.pyx":306
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9385,9 +9385,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 305, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 306, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -9396,12 +9396,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":306
+            /* "ivshmem/_core.pyx":307
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -9413,7 +9413,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":302
+            /* "ivshmem/_core.pyx":303
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9422,14 +9422,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":307
+          /* "ivshmem/_core.pyx":308
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9444,7 +9444,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":309
+        /* "ivshmem/_core.pyx":310
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9496,7 +9496,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":291
+      /* "ivshmem/_core.pyx":292
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9538,7 +9538,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":311
+/* "ivshmem/_core.pyx":312
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9557,7 +9557,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":313
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9571,14 +9571,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":313
+        /* "ivshmem/_core.pyx":314
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 313, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_temp;
@@ -9593,7 +9593,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":312
+      /* "ivshmem/_core.pyx":313
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9617,7 +9617,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":311
+  /* "ivshmem/_core.pyx":312
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9637,7 +9637,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":315
+/* "ivshmem/_core.pyx":316
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9665,7 +9665,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":324
+  /* "ivshmem/_core.pyx":325
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9676,7 +9676,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":325
+    /* "ivshmem/_core.pyx":326
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -9689,13 +9689,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":326
+    /* "ivshmem/_core.pyx":327
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9704,11 +9704,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9718,12 +9718,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":327
+    /* "ivshmem/_core.pyx":328
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -9740,7 +9740,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":328
+      /* "ivshmem/_core.pyx":329
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9751,12 +9751,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -9766,14 +9766,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 328, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":329
+    /* "ivshmem/_core.pyx":330
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9785,7 +9785,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":330
+      /* "ivshmem/_core.pyx":331
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9794,11 +9794,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -9808,12 +9808,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 331, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":329
+      /* "ivshmem/_core.pyx":330
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9822,7 +9822,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     }
 
-    /* "ivshmem/_core.pyx":331
+    /* "ivshmem/_core.pyx":332
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -9834,7 +9834,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":324
+    /* "ivshmem/_core.pyx":325
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9843,7 +9843,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
   }
 
-  /* "ivshmem/_core.pyx":332
+  /* "ivshmem/_core.pyx":333
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -9861,7 +9861,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":315
+  /* "ivshmem/_core.pyx":316
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9886,7 +9886,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":336
+/* "ivshmem/_core.pyx":337
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9934,48 +9934,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 336, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 336, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 336, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 337, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 336, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10019,7 +10019,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":357
+  /* "ivshmem/_core.pyx":358
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10030,27 +10030,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":358
+    /* "ivshmem/_core.pyx":359
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":359
+    /* "ivshmem/_core.pyx":360
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 360, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":360
+    /* "ivshmem/_core.pyx":361
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -10084,7 +10084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":361
+      /* "ivshmem/_core.pyx":362
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10093,7 +10093,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 361, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -10101,13 +10101,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":362
+    /* "ivshmem/_core.pyx":363
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -10116,9 +10116,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 362, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 363, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 362, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 363, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -10127,12 +10127,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 363, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":363
+    /* "ivshmem/_core.pyx":364
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -10149,7 +10149,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":357
+    /* "ivshmem/_core.pyx":358
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10158,7 +10158,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":364
+  /* "ivshmem/_core.pyx":365
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -10167,7 +10167,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":365
+    /* "ivshmem/_core.pyx":366
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10179,7 +10179,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":366
+      /* "ivshmem/_core.pyx":367
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -10188,11 +10188,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 366, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":367
+      /* "ivshmem/_core.pyx":368
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10220,7 +10220,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":368
+        /* "ivshmem/_core.pyx":369
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
@@ -10229,7 +10229,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":367
+        /* "ivshmem/_core.pyx":368
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10239,7 +10239,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":370
+      /* "ivshmem/_core.pyx":371
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10251,7 +10251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":365
+      /* "ivshmem/_core.pyx":366
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10261,7 +10261,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":372
+    /* "ivshmem/_core.pyx":373
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -10269,12 +10269,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 373, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":373
+      /* "ivshmem/_core.pyx":374
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10299,7 +10299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":374
+        /* "ivshmem/_core.pyx":375
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10308,7 +10308,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":373
+        /* "ivshmem/_core.pyx":374
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10318,7 +10318,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":376
+      /* "ivshmem/_core.pyx":377
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10332,7 +10332,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":377
+              /* "ivshmem/_core.pyx":378
  *                 else:
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
@@ -10342,7 +10342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
               __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":376
+            /* "ivshmem/_core.pyx":377
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10359,7 +10359,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":378
+        /* "ivshmem/_core.pyx":379
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10372,7 +10372,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":379
+    /* "ivshmem/_core.pyx":380
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10384,7 +10384,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":380
+      /* "ivshmem/_core.pyx":381
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -10401,7 +10401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":379
+      /* "ivshmem/_core.pyx":380
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10410,7 +10410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":381
+    /* "ivshmem/_core.pyx":382
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10422,17 +10422,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":382
+      /* "ivshmem/_core.pyx":383
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":383
+      /* "ivshmem/_core.pyx":384
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10441,7 +10441,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 383, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 384, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10449,12 +10449,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 383, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 384, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":381
+      /* "ivshmem/_core.pyx":382
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10464,7 +10464,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":384
+    /* "ivshmem/_core.pyx":385
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10476,17 +10476,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":385
+      /* "ivshmem/_core.pyx":386
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":384
+      /* "ivshmem/_core.pyx":385
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10496,7 +10496,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":387
+    /* "ivshmem/_core.pyx":388
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10504,13 +10504,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 387, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":336
+  /* "ivshmem/_core.pyx":337
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10538,7 +10538,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":389
+/* "ivshmem/_core.pyx":390
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10586,48 +10586,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 389, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 390, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 389, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 390, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 389, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 390, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 390, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 391, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 389, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 390, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10673,7 +10673,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_nowait", 0);
 
-  /* "ivshmem/_core.pyx":402
+  /* "ivshmem/_core.pyx":403
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10684,7 +10684,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":403
+    /* "ivshmem/_core.pyx":404
  *         cdef FdArray bells
  *         if self.registers is not None:
  *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
@@ -10693,7 +10693,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -10701,7 +10701,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -10715,7 +10715,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":402
+    /* "ivshmem/_core.pyx":403
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10724,7 +10724,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":404
+  /* "ivshmem/_core.pyx":405
  *         if self.registers is not None:
  *             return self.ring(peer, vector)
  *         while True:             # <<<<<<<<<<<<<<
@@ -10733,19 +10733,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":405
+    /* "ivshmem/_core.pyx":406
  *             return self.ring(peer, vector)
  *         while True:
  *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
  *             if bells is not None and bells.enter():
  *                 try:
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":406
+    /* "ivshmem/_core.pyx":407
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10770,7 +10770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":408
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():
  *                 try:             # <<<<<<<<<<<<<<
@@ -10779,21 +10779,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":408
+        /* "ivshmem/_core.pyx":409
  *             if bells is not None and bells.enter():
  *                 try:
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                 finally:
  *                     bells.leave()
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L12_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 409, __pyx_L12_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L12_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L12_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
       }
 
-      /* "ivshmem/_core.pyx":410
+      /* "ivshmem/_core.pyx":411
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
  *                 finally:
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10840,7 +10840,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
         __pyx_L13:;
       }
 
-      /* "ivshmem/_core.pyx":411
+      /* "ivshmem/_core.pyx":412
  *                 finally:
  *                     bells.leave()
  *                 return None             # <<<<<<<<<<<<<<
@@ -10857,7 +10857,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":407
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10866,17 +10866,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     }
 
-    /* "ivshmem/_core.pyx":412
+    /* "ivshmem/_core.pyx":413
  *                     bells.leave()
  *                 return None
  *             self.check()             # <<<<<<<<<<<<<<
  *             self._missing(peer, vector)
  * 
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":413
+    /* "ivshmem/_core.pyx":414
  *                 return None
  *             self.check()
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10885,7 +10885,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 414, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 0;
     {
@@ -10893,13 +10893,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 413, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 414, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":389
+  /* "ivshmem/_core.pyx":390
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10923,7 +10923,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":415
+/* "ivshmem/_core.pyx":416
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -10943,7 +10943,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("quiet", 0);
 
-  /* "ivshmem/_core.pyx":418
+  /* "ivshmem/_core.pyx":419
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10957,7 +10957,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":419
+        /* "ivshmem/_core.pyx":420
  *         cdef Signaller signaller
  *         with cython.critical_section(self):
  *             signaller = self.signaller             # <<<<<<<<<<<<<<
@@ -10969,7 +10969,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":420
+        /* "ivshmem/_core.pyx":421
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -10980,19 +10980,19 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":421
+          /* "ivshmem/_core.pyx":422
  *             signaller = self.signaller
  *             if signaller is None:
  *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
 */
-          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 421, __pyx_L4_error)
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 422, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":422
+          /* "ivshmem/_core.pyx":423
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11004,7 +11004,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":423
+            /* "ivshmem/_core.pyx":424
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller             # <<<<<<<<<<<<<<
@@ -11016,7 +11016,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
             __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
             __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
 
-            /* "ivshmem/_core.pyx":422
+            /* "ivshmem/_core.pyx":423
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11025,7 +11025,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
 */
           }
 
-          /* "ivshmem/_core.pyx":420
+          /* "ivshmem/_core.pyx":421
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11035,7 +11035,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         }
       }
 
-      /* "ivshmem/_core.pyx":418
+      /* "ivshmem/_core.pyx":419
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11056,7 +11056,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":424
+  /* "ivshmem/_core.pyx":425
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
  *         return signaller             # <<<<<<<<<<<<<<
@@ -11074,7 +11074,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":415
+  /* "ivshmem/_core.pyx":416
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11095,7 +11095,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":426
+/* "ivshmem/_core.pyx":427
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11115,7 +11115,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":428
+  /* "ivshmem/_core.pyx":429
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -11124,15 +11124,15 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 428, __pyx_L1_error)
+    __PYX_ERR(0, 429, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 428, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 429, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":429
+  /* "ivshmem/_core.pyx":430
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
@@ -11164,7 +11164,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 429, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 430, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_temp;
     {
@@ -11176,7 +11176,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":426
+  /* "ivshmem/_core.pyx":427
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11196,7 +11196,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":431
+/* "ivshmem/_core.pyx":432
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11253,13 +11253,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 432, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11279,10 +11279,10 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 431, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 432, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_temp;
           {
@@ -11308,20 +11308,20 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     #endif
   }
 
-  /* "ivshmem/_core.pyx":437
+  /* "ivshmem/_core.pyx":438
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 438, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":440
+  /* "ivshmem/_core.pyx":441
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -11333,7 +11333,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":441
+  /* "ivshmem/_core.pyx":442
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -11345,7 +11345,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":443
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -11354,7 +11354,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":443
+  /* "ivshmem/_core.pyx":444
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11365,27 +11365,27 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":444
+    /* "ivshmem/_core.pyx":445
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":445
+    /* "ivshmem/_core.pyx":446
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 446, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":446
+    /* "ivshmem/_core.pyx":447
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -11419,7 +11419,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":447
+      /* "ivshmem/_core.pyx":448
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11428,7 +11428,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -11436,13 +11436,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 448, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":448
+    /* "ivshmem/_core.pyx":449
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -11456,7 +11456,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":449
+    /* "ivshmem/_core.pyx":450
  *                 self._missing(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -11465,7 +11465,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":450
+    /* "ivshmem/_core.pyx":451
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -11474,7 +11474,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":451
+    /* "ivshmem/_core.pyx":452
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -11485,7 +11485,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":452
+    /* "ivshmem/_core.pyx":453
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -11494,7 +11494,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":443
+    /* "ivshmem/_core.pyx":444
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11504,7 +11504,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":455
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -11513,7 +11513,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
@@ -11522,17 +11522,17 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":455
+      /* "ivshmem/_core.pyx":456
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 455, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":456
+      /* "ivshmem/_core.pyx":457
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11541,7 +11541,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -11549,13 +11549,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 456, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 457, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":457
+    /* "ivshmem/_core.pyx":458
  *                 self.check()
  *                 self._missing(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -11567,7 +11567,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":458
+    /* "ivshmem/_core.pyx":459
  *                 self._missing(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
@@ -11576,7 +11576,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":459
+    /* "ivshmem/_core.pyx":460
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
@@ -11585,7 +11585,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":460
+    /* "ivshmem/_core.pyx":461
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
@@ -11596,7 +11596,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":461
+  /* "ivshmem/_core.pyx":462
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
@@ -11614,7 +11614,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":431
+  /* "ivshmem/_core.pyx":432
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11681,48 +11681,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 431, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 432, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 431, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 431, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 432, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 431, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 432, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 431, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 431, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 432, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 431, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 432, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11755,7 +11755,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11779,7 +11779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":463
+/* "ivshmem/_core.pyx":464
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11828,48 +11828,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 464, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 464, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 463, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 464, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 463, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 464, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11904,7 +11904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
 
-  /* "ivshmem/_core.pyx":465
+  /* "ivshmem/_core.pyx":466
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
@@ -11913,12 +11913,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
 */
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":466
+  /* "ivshmem/_core.pyx":467
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
@@ -11928,7 +11928,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
   __pyx_v_made->nowait = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":467
+  /* "ivshmem/_core.pyx":468
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
@@ -11936,7 +11936,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
  * 
 */
   if (__pyx_v_made->nowait) {
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 467, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -11944,13 +11944,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 467, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
   __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":469
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
  *         return made             # <<<<<<<<<<<<<<
@@ -11968,7 +11968,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":463
+  /* "ivshmem/_core.pyx":464
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11989,7 +11989,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":470
+/* "ivshmem/_core.pyx":471
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12038,33 +12038,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 470, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 471, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 471, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 470, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 471, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 471, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12077,7 +12077,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 470, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 471, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12108,18 +12108,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all", 0);
 
-  /* "ivshmem/_core.pyx":486
+  /* "ivshmem/_core.pyx":487
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
  *         """
  *         return self.ring_several(self.several(peers, vector))             # <<<<<<<<<<<<<<
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12133,7 +12133,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":470
+  /* "ivshmem/_core.pyx":471
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12152,7 +12152,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":488
+/* "ivshmem/_core.pyx":489
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12201,33 +12201,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 488, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 489, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 488, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 489, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 488, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 488, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 489, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 488, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 489, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 488, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12240,7 +12240,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 488, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 489, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12292,31 +12292,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all_nowait", 0);
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":491
  *     def ring_all_nowait(self, peers=None, vector=0):
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":491
+  /* "ivshmem/_core.pyx":492
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
  *         if self.registers is not None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_entered = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":493
+  /* "ivshmem/_core.pyx":494
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12327,15 +12327,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":494
+    /* "ivshmem/_core.pyx":495
  *         cdef Signaller signaller
  *         if self.registers is not None:
  *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
  *         signaller = self.quiet()
  *         try:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 494, __pyx_L1_error)
-    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     {
@@ -12349,7 +12349,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":493
+    /* "ivshmem/_core.pyx":494
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12358,19 +12358,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   }
 
-  /* "ivshmem/_core.pyx":495
+  /* "ivshmem/_core.pyx":496
  *         if self.registers is not None:
  *             return self.ring_several(bells)
  *         signaller = self.quiet()             # <<<<<<<<<<<<<<
  *         try:
  *             for bell in bells:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 496, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":496
+  /* "ivshmem/_core.pyx":497
  *             return self.ring_several(bells)
  *         signaller = self.quiet()
  *         try:             # <<<<<<<<<<<<<<
@@ -12379,7 +12379,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":497
+    /* "ivshmem/_core.pyx":498
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12388,7 +12388,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
     if (unlikely(__pyx_v_bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 497, __pyx_L5_error)
+      __PYX_ERR(0, 498, __pyx_L5_error)
     }
     __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_3 = 0;
@@ -12396,18 +12396,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 497, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 498, __pyx_L5_error)
         #endif
         if (__pyx_t_3 >= __pyx_temp) break;
       }
       __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_3;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_core.pyx":498
+      /* "ivshmem/_core.pyx":499
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12419,17 +12419,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":499
+        /* "ivshmem/_core.pyx":500
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)             # <<<<<<<<<<<<<<
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
 */
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 500, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":498
+        /* "ivshmem/_core.pyx":499
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12438,7 +12438,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
       }
 
-      /* "ivshmem/_core.pyx":497
+      /* "ivshmem/_core.pyx":498
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12448,7 +12448,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":500
+    /* "ivshmem/_core.pyx":501
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12459,7 +12459,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":501
+      /* "ivshmem/_core.pyx":502
  *                     entered.append(bell)
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
@@ -12469,7 +12469,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
       __Pyx_INCREF(__pyx_t_4);
       { /* enter inner scope */
-        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 501, __pyx_L14_error)
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 502, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
         __pyx_t_3 = 0;
@@ -12477,20 +12477,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 501, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 502, __pyx_L14_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 501, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 501, __pyx_L14_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 501, __pyx_L14_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 502, __pyx_L14_error)
           __pyx_t_8 = 0;
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12507,12 +12507,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 501, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":500
+      /* "ivshmem/_core.pyx":501
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12522,7 +12522,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       goto __pyx_L11;
     }
 
-    /* "ivshmem/_core.pyx":503
+    /* "ivshmem/_core.pyx":504
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12536,28 +12536,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 503, __pyx_L5_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 504, __pyx_L5_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 503, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 504, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":504
+        /* "ivshmem/_core.pyx":505
  *             else:
  *                 for bell in entered:
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             for bell in entered:
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L5_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":503
+        /* "ivshmem/_core.pyx":504
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12570,7 +12570,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":506
+  /* "ivshmem/_core.pyx":507
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12585,18 +12585,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 506, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":507
+        /* "ivshmem/_core.pyx":508
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12605,7 +12605,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
         ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-        /* "ivshmem/_core.pyx":506
+        /* "ivshmem/_core.pyx":507
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12642,18 +12642,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L26_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 507, __pyx_L26_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 506, __pyx_L26_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L26_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":507
+          /* "ivshmem/_core.pyx":508
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12662,7 +12662,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-          /* "ivshmem/_core.pyx":506
+          /* "ivshmem/_core.pyx":507
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12697,15 +12697,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":508
+  /* "ivshmem/_core.pyx":509
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
  *         return len(entered)             # <<<<<<<<<<<<<<
  * 
  *     cdef list several(self, object peers, object vector):
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12719,7 +12719,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":489
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12747,7 +12747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":510
+/* "ivshmem/_core.pyx":511
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -12786,29 +12786,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":512
+  /* "ivshmem/_core.pyx":513
  *     cdef list several(self, object peers, object vector):
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
  *         self.check()
  *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":513
+  /* "ivshmem/_core.pyx":514
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 514, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":514
+  /* "ivshmem/_core.pyx":515
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -12819,7 +12819,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":515
+    /* "ivshmem/_core.pyx":516
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12830,7 +12830,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":516
+      /* "ivshmem/_core.pyx":517
  *         if peers is None:
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")             # <<<<<<<<<<<<<<
@@ -12843,14 +12843,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_who_is_th};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 516, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 516, __pyx_L1_error)
+      __PYX_ERR(0, 517, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":515
+      /* "ivshmem/_core.pyx":516
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12859,7 +12859,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":517
+    /* "ivshmem/_core.pyx":518
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -12885,7 +12885,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":518
+      /* "ivshmem/_core.pyx":519
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()             # <<<<<<<<<<<<<<
@@ -12899,12 +12899,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 519, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":517
+      /* "ivshmem/_core.pyx":518
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -12913,7 +12913,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":519
+    /* "ivshmem/_core.pyx":520
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -12927,7 +12927,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":520
+          /* "ivshmem/_core.pyx":521
  *                 self._news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -12935,14 +12935,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 520, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 520, __pyx_L13_error)
+              __PYX_ERR(0, 521, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 520, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 521, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -12950,7 +12950,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 520, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 521, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
               __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
@@ -12960,7 +12960,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
               __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 520, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 521, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12977,7 +12977,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":519
+        /* "ivshmem/_core.pyx":520
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -12998,7 +12998,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":514
+    /* "ivshmem/_core.pyx":515
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -13007,25 +13007,25 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":521
+  /* "ivshmem/_core.pyx":522
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in vectors:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vector);
     __Pyx_GIVEREF(__pyx_v_vector);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 521, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 522, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -13033,7 +13033,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __pyx_v_vectors = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":522
+  /* "ivshmem/_core.pyx":523
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13045,9 +13045,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 523, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 523, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -13055,7 +13055,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 522, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13065,7 +13065,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 522, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13076,13 +13076,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 523, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 522, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 523, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13092,7 +13092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":523
+    /* "ivshmem/_core.pyx":524
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13101,7 +13101,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     if (unlikely(__pyx_v_vectors == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 523, __pyx_L1_error)
+      __PYX_ERR(0, 524, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_vectors; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -13109,7 +13109,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -13119,29 +13119,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 523, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 524, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":525
  *         for peer in peers:
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
  *         self.check()  # what was iterated over may have closed it
  *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 525, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 524, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 525, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":523
+      /* "ivshmem/_core.pyx":524
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13151,7 +13151,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":522
+    /* "ivshmem/_core.pyx":523
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13161,17 +13161,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":525
+  /* "ivshmem/_core.pyx":526
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it             # <<<<<<<<<<<<<<
  *         return bells
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":526
+  /* "ivshmem/_core.pyx":527
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it
  *         return bells             # <<<<<<<<<<<<<<
@@ -13189,7 +13189,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":510
+  /* "ivshmem/_core.pyx":511
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -13219,7 +13219,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":528
+/* "ivshmem/_core.pyx":529
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13255,7 +13255,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_several", 0);
 
-  /* "ivshmem/_core.pyx":531
+  /* "ivshmem/_core.pyx":532
  *         cdef Bell **targets
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
@@ -13264,7 +13264,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":532
+  /* "ivshmem/_core.pyx":533
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
@@ -13273,12 +13273,12 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   if (unlikely(__pyx_v_bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 532, __pyx_L1_error)
+    __PYX_ERR(0, 533, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 532, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":533
+  /* "ivshmem/_core.pyx":534
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13287,7 +13287,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":534
+  /* "ivshmem/_core.pyx":535
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
@@ -13311,7 +13311,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   __pyx_v_targets = ((struct __pyx_t_7ivshmem_5_bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_5_bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":535
+  /* "ivshmem/_core.pyx":536
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13323,16 +13323,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":536
+    /* "ivshmem/_core.pyx":537
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 536, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 537, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":535
+    /* "ivshmem/_core.pyx":536
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13341,7 +13341,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   }
 
-  /* "ivshmem/_core.pyx":537
+  /* "ivshmem/_core.pyx":538
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13350,7 +13350,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":538
+    /* "ivshmem/_core.pyx":539
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -13364,7 +13364,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":539
+      /* "ivshmem/_core.pyx":540
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
@@ -13373,16 +13373,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
       if (unlikely(__pyx_v_bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 539, __pyx_L5_error)
+        __PYX_ERR(0, 540, __pyx_L5_error)
       }
-      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 539, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 540, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6)->bell);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":540
+    /* "ivshmem/_core.pyx":541
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13391,7 +13391,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":541
+    /* "ivshmem/_core.pyx":542
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13404,7 +13404,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":542
+      /* "ivshmem/_core.pyx":543
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13417,7 +13417,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":543
+            /* "ivshmem/_core.pyx":544
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -13430,7 +13430,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
               if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":544
+              /* "ivshmem/_core.pyx":545
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -13439,7 +13439,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
               __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":545
+              /* "ivshmem/_core.pyx":546
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13451,7 +13451,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":546
+                /* "ivshmem/_core.pyx":547
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -13460,7 +13460,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":545
+                /* "ivshmem/_core.pyx":546
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13470,7 +13470,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
                 goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":547
+              /* "ivshmem/_core.pyx":548
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13482,7 +13482,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":548
+                /* "ivshmem/_core.pyx":549
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
@@ -13491,7 +13491,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":547
+                /* "ivshmem/_core.pyx":548
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13501,7 +13501,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               }
               __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":549
+              /* "ivshmem/_core.pyx":550
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -13513,7 +13513,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
             __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":542
+          /* "ivshmem/_core.pyx":543
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13530,7 +13530,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           }
       }
 
-      /* "ivshmem/_core.pyx":550
+      /* "ivshmem/_core.pyx":551
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13542,7 +13542,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":551
+        /* "ivshmem/_core.pyx":552
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13554,17 +13554,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":552
+          /* "ivshmem/_core.pyx":553
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":551
+          /* "ivshmem/_core.pyx":552
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13573,17 +13573,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
         }
 
-        /* "ivshmem/_core.pyx":553
+        /* "ivshmem/_core.pyx":554
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L5_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 554, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":550
+        /* "ivshmem/_core.pyx":551
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13594,7 +13594,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     }
   }
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":556
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -13639,7 +13639,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":556
+  /* "ivshmem/_core.pyx":557
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
@@ -13652,7 +13652,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":528
+  /* "ivshmem/_core.pyx":529
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13676,7 +13676,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":560
+/* "ivshmem/_core.pyx":561
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13725,24 +13725,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 560, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 561, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 560, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 561, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":561
+      /* "ivshmem/_core.pyx":562
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -13756,11 +13756,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13775,7 +13775,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 560, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 561, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13788,7 +13788,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":561
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13829,7 +13829,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":581
+  /* "ivshmem/_core.pyx":582
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -13841,23 +13841,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 582, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":582
+  /* "ivshmem/_core.pyx":583
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vector is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":584
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -13866,7 +13866,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":584
+    /* "ivshmem/_core.pyx":585
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -13877,14 +13877,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":585
+      /* "ivshmem/_core.pyx":586
  *         try:
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 585, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 586, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -13897,7 +13897,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":584
+      /* "ivshmem/_core.pyx":585
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -13906,7 +13906,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":586
+    /* "ivshmem/_core.pyx":587
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -13923,7 +13923,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 586, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -13934,15 +13934,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":587
+      /* "ivshmem/_core.pyx":588
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 587, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 587, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 588, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 588, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -13956,7 +13956,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":586
+      /* "ivshmem/_core.pyx":587
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -13965,14 +13965,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":588
+    /* "ivshmem/_core.pyx":589
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
  *             return self.wait_some(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 588, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 589, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -13986,7 +13986,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":590
+  /* "ivshmem/_core.pyx":591
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -14034,7 +14034,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":561
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14054,7 +14054,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":592
+/* "ivshmem/_core.pyx":593
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14080,7 +14080,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":593
+  /* "ivshmem/_core.pyx":594
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14092,13 +14092,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 593, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 594, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":594
+  /* "ivshmem/_core.pyx":595
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -14107,7 +14107,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":597
+  /* "ivshmem/_core.pyx":598
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14127,17 +14127,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":598
+    /* "ivshmem/_core.pyx":599
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 599, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":597
+    /* "ivshmem/_core.pyx":598
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14146,7 +14146,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":599
+  /* "ivshmem/_core.pyx":600
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
@@ -14163,7 +14163,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":600
+  /* "ivshmem/_core.pyx":601
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14188,7 +14188,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_L4_bool_binop_done:;
   __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":601
+  /* "ivshmem/_core.pyx":602
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14214,7 +14214,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":602
+    /* "ivshmem/_core.pyx":603
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -14223,7 +14223,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":603
+    /* "ivshmem/_core.pyx":604
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14259,7 +14259,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":604
+      /* "ivshmem/_core.pyx":605
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -14277,7 +14277,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":603
+      /* "ivshmem/_core.pyx":604
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14286,7 +14286,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":601
+    /* "ivshmem/_core.pyx":602
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14295,7 +14295,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":605
+  /* "ivshmem/_core.pyx":606
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0
  *         while True:             # <<<<<<<<<<<<<<
@@ -14304,7 +14304,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":606
+    /* "ivshmem/_core.pyx":607
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14330,7 +14330,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":612
+      /* "ivshmem/_core.pyx":613
  *                     deadline,
  *                     probe_of(self, vector, plainly),
  *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
@@ -14340,18 +14340,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
 
-      /* "ivshmem/_core.pyx":607
+      /* "ivshmem/_core.pyx":608
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 607, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 608, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":606
+      /* "ivshmem/_core.pyx":607
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14360,7 +14360,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":615
+    /* "ivshmem/_core.pyx":616
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14372,7 +14372,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":616
+      /* "ivshmem/_core.pyx":617
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14385,7 +14385,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":618
+            /* "ivshmem/_core.pyx":619
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -14408,7 +14408,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
           }
 
-          /* "ivshmem/_core.pyx":616
+          /* "ivshmem/_core.pyx":617
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14425,7 +14425,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":619
+      /* "ivshmem/_core.pyx":620
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14437,7 +14437,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":620
+        /* "ivshmem/_core.pyx":621
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -14455,7 +14455,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":619
+        /* "ivshmem/_core.pyx":620
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14464,7 +14464,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":615
+      /* "ivshmem/_core.pyx":616
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14473,7 +14473,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":621
+    /* "ivshmem/_core.pyx":622
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14499,14 +14499,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":622
+      /* "ivshmem/_core.pyx":623
  *                     return 0
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 622, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 623, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -14519,7 +14519,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":621
+      /* "ivshmem/_core.pyx":622
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14528,7 +14528,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":623
+    /* "ivshmem/_core.pyx":624
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -14545,11 +14545,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 623, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 624, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":624
+    /* "ivshmem/_core.pyx":625
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
@@ -14558,7 +14558,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":627
  *             n = 0
  *             # What a signal handler did may have been to start a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14584,7 +14584,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":592
+  /* "ivshmem/_core.pyx":593
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14609,7 +14609,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":628
+/* "ivshmem/_core.pyx":629
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14634,7 +14634,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":631
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14646,17 +14646,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":631
+    /* "ivshmem/_core.pyx":632
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 632, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":630
+    /* "ivshmem/_core.pyx":631
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14665,7 +14665,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":632
+  /* "ivshmem/_core.pyx":633
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14680,7 +14680,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":633
+    /* "ivshmem/_core.pyx":634
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14696,7 +14696,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":634
+        /* "ivshmem/_core.pyx":635
  *         if length_of(self.own) == 0:
  *             try:
  *                 self._deaf()             # <<<<<<<<<<<<<<
@@ -14710,12 +14710,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 634, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 635, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":633
+        /* "ivshmem/_core.pyx":634
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14731,7 +14731,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":635
+      /* "ivshmem/_core.pyx":636
  *             try:
  *                 self._deaf()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -14741,12 +14741,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 635, __pyx_L7_except_error)
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 636, __pyx_L7_except_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":636
+        /* "ivshmem/_core.pyx":637
  *                 self._deaf()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -14755,7 +14755,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":637
+        /* "ivshmem/_core.pyx":638
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
@@ -14767,11 +14767,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
         __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 637, __pyx_L7_except_error)
+        __PYX_ERR(0, 638, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":633
+      /* "ivshmem/_core.pyx":634
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14787,7 +14787,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":632
+    /* "ivshmem/_core.pyx":633
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14796,7 +14796,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":638
+  /* "ivshmem/_core.pyx":639
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -14809,7 +14809,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":629
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14830,7 +14830,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":640
+/* "ivshmem/_core.pyx":641
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -14858,7 +14858,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":641
+  /* "ivshmem/_core.pyx":642
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14878,7 +14878,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":642
+    /* "ivshmem/_core.pyx":643
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")             # <<<<<<<<<<<<<<
@@ -14886,13 +14886,13 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 642, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 643, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 642, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 643, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = ((PyObject *)__pyx_v_self->own);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 642, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 643, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
@@ -14906,7 +14906,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     #endif
     __pyx_t_11 = 0;
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 642, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 643, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -14928,14 +14928,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 642, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 643, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 642, __pyx_L1_error)
+    __PYX_ERR(0, 643, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":641
+    /* "ivshmem/_core.pyx":642
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14944,7 +14944,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":643
+  /* "ivshmem/_core.pyx":644
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14957,7 +14957,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":640
+  /* "ivshmem/_core.pyx":641
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -14981,7 +14981,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":645
+/* "ivshmem/_core.pyx":646
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15007,27 +15007,27 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":646
+  /* "ivshmem/_core.pyx":647
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the endpoint was closed while waiting")
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+ *         if (
 */
   __pyx_t_1 = ((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0);
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":647
+    /* "ivshmem/_core.pyx":648
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
- *             self._news()
+ *         if (
+ *             code == NEWS
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 647, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15046,28 +15046,28 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 647, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 647, __pyx_L1_error)
+    __PYX_ERR(0, 648, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":646
+    /* "ivshmem/_core.pyx":647
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the endpoint was closed while waiting")
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+ *         if (
 */
   }
 
-  /* "ivshmem/_core.pyx":648
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+  /* "ivshmem/_core.pyx":650
  *             raise ClosedError("the endpoint was closed while waiting")
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):             # <<<<<<<<<<<<<<
- *             self._news()
- *         elif code == -EINVAL:
+ *         if (
+ *             code == NEWS             # <<<<<<<<<<<<<<
+ *             or code == -EIO and self.uio
+ *             or code == -EINTR and self.urgent and is_readable(self.watched)
 */
   __pyx_t_6 = (__pyx_v_code == __pyx_e_7ivshmem_5_core_NEWS);
 
@@ -15079,6 +15079,37 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
     goto __pyx_L5_bool_binop_done;
   }
+
+  /* "ivshmem/_core.pyx":651
+ *         if (
+ *             code == NEWS
+ *             or code == -EIO and self.uio             # <<<<<<<<<<<<<<
+ *             or code == -EINTR and self.urgent and is_readable(self.watched)
+ *         ):
+*/
+  __pyx_t_6 = (__pyx_v_code == (-EIO));
+
+  if (!__pyx_t_6) {
+
+    goto __pyx_L7_next_or;
+  } else {
+
+  }
+  if (!__pyx_v_self->uio) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->uio;
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_L7_next_or:;
+
+  /* "ivshmem/_core.pyx":652
+ *             code == NEWS
+ *             or code == -EIO and self.uio
+ *             or code == -EINTR and self.urgent and is_readable(self.watched)             # <<<<<<<<<<<<<<
+ *         ):
+ *             self._news()
+*/
   __pyx_t_6 = (__pyx_v_code == (-EINTR));
 
   if (__pyx_t_6) {
@@ -15101,12 +15132,20 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   __pyx_t_1 = __pyx_t_6;
 
   __pyx_L5_bool_binop_done:;
+
+  /* "ivshmem/_core.pyx":649
+ *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *             raise ClosedError("the endpoint was closed while waiting")
+ *         if (             # <<<<<<<<<<<<<<
+ *             code == NEWS
+ *             or code == -EIO and self.uio
+*/
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":649
- *             raise ClosedError("the endpoint was closed while waiting")
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+    /* "ivshmem/_core.pyx":654
+ *             or code == -EINTR and self.urgent and is_readable(self.watched)
+ *         ):
  *             self._news()             # <<<<<<<<<<<<<<
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
@@ -15118,23 +15157,23 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 649, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":648
+    /* "ivshmem/_core.pyx":649
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):             # <<<<<<<<<<<<<<
- *             self._news()
- *         elif code == -EINVAL:
+ *         if (             # <<<<<<<<<<<<<<
+ *             code == NEWS
+ *             or code == -EIO and self.uio
 */
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":650
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+  /* "ivshmem/_core.pyx":655
+ *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
  *             what = "UIO device" if self.uio else "eventfd"
@@ -15145,7 +15184,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":651
+    /* "ivshmem/_core.pyx":656
  *             self._news()
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
@@ -15162,7 +15201,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":652
+    /* "ivshmem/_core.pyx":657
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
@@ -15170,11 +15209,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 652, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 652, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 652, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15184,15 +15223,15 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 652, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 657, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 652, __pyx_L1_error)
+    __PYX_ERR(0, 657, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":650
- *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+    /* "ivshmem/_core.pyx":655
+ *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
  *             what = "UIO device" if self.uio else "eventfd"
@@ -15200,7 +15239,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":658
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15215,28 +15254,28 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
     __pyx_t_1 = __pyx_t_6;
 
-    goto __pyx_L9_bool_binop_done;
+    goto __pyx_L11_bool_binop_done;
   }
   __pyx_t_6 = (__pyx_v_code != (-EINTR));
 
 
   __pyx_t_1 = __pyx_t_6;
 
-  __pyx_L9_bool_binop_done:;
+  __pyx_L11_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":654
+    /* "ivshmem/_core.pyx":659
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 654, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":653
+    /* "ivshmem/_core.pyx":658
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15246,17 +15285,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":655
+  /* "ivshmem/_core.pyx":660
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 655, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":656
+  /* "ivshmem/_core.pyx":661
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15269,7 +15308,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":645
+  /* "ivshmem/_core.pyx":646
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15293,7 +15332,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":658
+/* "ivshmem/_core.pyx":663
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15312,7 +15351,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":665
+  /* "ivshmem/_core.pyx":670
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15321,7 +15360,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":666
+    /* "ivshmem/_core.pyx":671
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -15330,7 +15369,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":667
+    /* "ivshmem/_core.pyx":672
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15342,7 +15381,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":668
+      /* "ivshmem/_core.pyx":673
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
@@ -15355,7 +15394,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":667
+      /* "ivshmem/_core.pyx":672
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15364,7 +15403,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":665
+    /* "ivshmem/_core.pyx":670
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15373,7 +15412,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":669
+  /* "ivshmem/_core.pyx":674
  *             if n:
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -15382,7 +15421,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":675
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -15391,7 +15430,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":671
+  /* "ivshmem/_core.pyx":676
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -15402,7 +15441,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":672
+  /* "ivshmem/_core.pyx":677
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -15413,7 +15452,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":673
+  /* "ivshmem/_core.pyx":678
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -15430,7 +15469,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":674
+  /* "ivshmem/_core.pyx":679
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15442,7 +15481,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":675
+    /* "ivshmem/_core.pyx":680
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -15455,7 +15494,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":674
+    /* "ivshmem/_core.pyx":679
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15464,7 +15503,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":676
+  /* "ivshmem/_core.pyx":681
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15476,7 +15515,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":677
+    /* "ivshmem/_core.pyx":682
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -15489,7 +15528,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":676
+    /* "ivshmem/_core.pyx":681
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15498,7 +15537,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":683
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15510,7 +15549,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":679
+    /* "ivshmem/_core.pyx":684
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15523,7 +15562,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":678
+    /* "ivshmem/_core.pyx":683
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15532,7 +15571,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":680
+  /* "ivshmem/_core.pyx":685
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -15541,7 +15580,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":686
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15553,7 +15592,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":682
+    /* "ivshmem/_core.pyx":687
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -15566,7 +15605,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":681
+    /* "ivshmem/_core.pyx":686
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15575,7 +15614,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":683
+  /* "ivshmem/_core.pyx":688
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15597,7 +15636,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":684
+    /* "ivshmem/_core.pyx":689
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
@@ -15610,7 +15649,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":683
+    /* "ivshmem/_core.pyx":688
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15619,7 +15658,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":691
  *             return NEWS
  *         # Another thread, or a hostile peer, took it, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
@@ -15655,7 +15694,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":663
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15671,7 +15710,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":688
+/* "ivshmem/_core.pyx":693
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -15720,17 +15759,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":690
+  /* "ivshmem/_core.pyx":695
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 690, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 695, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":696
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -15739,19 +15778,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":693
+  /* "ivshmem/_core.pyx":698
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 698, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":698
+  /* "ivshmem/_core.pyx":703
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -15763,9 +15802,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 698, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 703, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 698, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 703, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -15773,7 +15812,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 698, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -15783,7 +15822,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 698, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -15794,13 +15833,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 698, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 703, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 698, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 703, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -15810,54 +15849,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":699
+    /* "ivshmem/_core.pyx":704
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 699, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 704, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":700
+    /* "ivshmem/_core.pyx":705
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":701
+    /* "ivshmem/_core.pyx":706
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 701, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 706, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 701, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 706, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":702
+      /* "ivshmem/_core.pyx":707
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 702, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 707, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 702, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 707, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":701
+      /* "ivshmem/_core.pyx":706
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -15866,7 +15905,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":698
+    /* "ivshmem/_core.pyx":703
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -15876,7 +15915,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":708
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -15885,7 +15924,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 708, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -15895,7 +15934,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":704
+    /* "ivshmem/_core.pyx":709
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -15908,14 +15947,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 704, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 709, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 704, __pyx_L1_error)
+    __PYX_ERR(0, 709, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":703
+    /* "ivshmem/_core.pyx":708
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -15924,18 +15963,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":710
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":706
+  /* "ivshmem/_core.pyx":711
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -15944,7 +15983,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":712
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -15956,16 +15995,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":713
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 708, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 713, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":707
+    /* "ivshmem/_core.pyx":712
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -15974,7 +16013,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":709
+  /* "ivshmem/_core.pyx":714
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -15983,20 +16022,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":710
+    /* "ivshmem/_core.pyx":715
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 710, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 715, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":711
+      /* "ivshmem/_core.pyx":716
  *         try:
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
@@ -16005,9 +16044,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 711, __pyx_L10_error)
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 716, __pyx_L10_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 711, __pyx_L10_error)
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 716, __pyx_L10_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16016,7 +16055,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-    /* "ivshmem/_core.pyx":712
+    /* "ivshmem/_core.pyx":717
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16025,7 +16064,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":713
+    /* "ivshmem/_core.pyx":718
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -16041,7 +16080,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":714
+    /* "ivshmem/_core.pyx":719
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -16055,7 +16094,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":715
+      /* "ivshmem/_core.pyx":720
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16066,7 +16105,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":716
+    /* "ivshmem/_core.pyx":721
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16075,7 +16114,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":722
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -16084,7 +16123,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":718
+    /* "ivshmem/_core.pyx":723
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -16093,7 +16132,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":719
+      /* "ivshmem/_core.pyx":724
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16119,17 +16158,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":720
+        /* "ivshmem/_core.pyx":725
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 720, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 725, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":719
+        /* "ivshmem/_core.pyx":724
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16138,7 +16177,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":721
+      /* "ivshmem/_core.pyx":726
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16150,7 +16189,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":722
+        /* "ivshmem/_core.pyx":727
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16163,7 +16202,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":723
+              /* "ivshmem/_core.pyx":728
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -16172,7 +16211,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":724
+              /* "ivshmem/_core.pyx":729
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -16192,7 +16231,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":722
+            /* "ivshmem/_core.pyx":727
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16209,7 +16248,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":725
+        /* "ivshmem/_core.pyx":730
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16221,17 +16260,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":726
+          /* "ivshmem/_core.pyx":731
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 726, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 731, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":727
+          /* "ivshmem/_core.pyx":732
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -16248,7 +16287,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":725
+          /* "ivshmem/_core.pyx":730
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16257,7 +16296,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":721
+        /* "ivshmem/_core.pyx":726
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16266,7 +16305,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":728
+      /* "ivshmem/_core.pyx":733
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16278,20 +16317,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":729
+        /* "ivshmem/_core.pyx":734
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 729, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 734, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":730
+          /* "ivshmem/_core.pyx":735
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16303,21 +16342,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":731
+            /* "ivshmem/_core.pyx":736
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 731, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 736, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 731, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 736, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":732
+            /* "ivshmem/_core.pyx":737
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16343,7 +16382,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":733
+              /* "ivshmem/_core.pyx":738
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -16351,11 +16390,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 733, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 738, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 733, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 738, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 733, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 738, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -16376,7 +16415,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 733, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 738, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -16390,7 +16429,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":732
+              /* "ivshmem/_core.pyx":737
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16399,7 +16438,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":734
+            /* "ivshmem/_core.pyx":739
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16411,7 +16450,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":735
+              /* "ivshmem/_core.pyx":740
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -16420,7 +16459,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":734
+              /* "ivshmem/_core.pyx":739
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16429,7 +16468,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":730
+            /* "ivshmem/_core.pyx":735
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16440,7 +16479,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":737
+          /* "ivshmem/_core.pyx":742
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -16463,7 +16502,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":728
+        /* "ivshmem/_core.pyx":733
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16472,7 +16511,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":738
+      /* "ivshmem/_core.pyx":743
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16489,11 +16528,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 738, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 743, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":739
+      /* "ivshmem/_core.pyx":744
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16519,7 +16558,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":740
+        /* "ivshmem/_core.pyx":745
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16536,7 +16575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":739
+        /* "ivshmem/_core.pyx":744
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16545,7 +16584,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":741
+      /* "ivshmem/_core.pyx":746
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -16556,7 +16595,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":743
+  /* "ivshmem/_core.pyx":748
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -16613,7 +16652,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":688
+  /* "ivshmem/_core.pyx":693
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -16647,7 +16686,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":745
+/* "ivshmem/_core.pyx":750
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16699,33 +16738,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 745, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 750, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 745, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 750, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":751
+      /* "ivshmem/_core.pyx":756
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16735,7 +16774,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":754
+      /* "ivshmem/_core.pyx":759
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16744,29 +16783,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_7_memory_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 745, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 750, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 750, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 750, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 745, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 750, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":751
+      /* "ivshmem/_core.pyx":756
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16776,7 +16815,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":754
+      /* "ivshmem/_core.pyx":759
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16794,7 +16833,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 745, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 750, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16805,11 +16844,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 748, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 754, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 753, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 759, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":745
+  /* "ivshmem/_core.pyx":750
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16867,7 +16906,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":784
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -16879,43 +16918,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 779, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 784, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":780
+  /* "ivshmem/_core.pyx":785
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 780, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 785, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":781
+  /* "ivshmem/_core.pyx":786
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 786, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":783
+  /* "ivshmem/_core.pyx":788
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 783, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":784
+  /* "ivshmem/_core.pyx":789
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -16924,27 +16963,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":785
+    /* "ivshmem/_core.pyx":790
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 790, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":786
+    /* "ivshmem/_core.pyx":791
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 786, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 791, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":787
+    /* "ivshmem/_core.pyx":792
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -16970,7 +17009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":788
+      /* "ivshmem/_core.pyx":793
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -16978,9 +17017,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 788, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 793, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 788, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 793, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -16989,14 +17028,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 788, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 793, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 788, __pyx_L4_error)
+      __PYX_ERR(0, 793, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":787
+      /* "ivshmem/_core.pyx":792
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17005,7 +17044,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":789
+    /* "ivshmem/_core.pyx":794
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -17016,7 +17055,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":790
+    /* "ivshmem/_core.pyx":795
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -17025,17 +17064,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":791
+    /* "ivshmem/_core.pyx":796
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 791, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 796, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":792
+    /* "ivshmem/_core.pyx":797
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -17044,7 +17083,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":793
+      /* "ivshmem/_core.pyx":798
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17055,14 +17094,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":794
+        /* "ivshmem/_core.pyx":799
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 794, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 799, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17075,7 +17114,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":793
+        /* "ivshmem/_core.pyx":798
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17084,7 +17123,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":795
+      /* "ivshmem/_core.pyx":800
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -17095,17 +17134,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":796
+      /* "ivshmem/_core.pyx":801
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 796, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 801, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":797
+      /* "ivshmem/_core.pyx":802
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -17114,14 +17153,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":798
+        /* "ivshmem/_core.pyx":803
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 798, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 803, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17135,7 +17174,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":800
+      /* "ivshmem/_core.pyx":805
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -17187,7 +17226,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":802
+    /* "ivshmem/_core.pyx":807
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -17239,7 +17278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":804
+  /* "ivshmem/_core.pyx":809
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17290,7 +17329,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":745
+  /* "ivshmem/_core.pyx":750
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17316,7 +17355,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":806
+/* "ivshmem/_core.pyx":811
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17341,7 +17380,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":812
+  /* "ivshmem/_core.pyx":817
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -17350,7 +17389,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":813
+  /* "ivshmem/_core.pyx":818
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -17359,7 +17398,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":814
+    /* "ivshmem/_core.pyx":819
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -17368,7 +17407,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":815
+    /* "ivshmem/_core.pyx":820
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17394,17 +17433,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":816
+      /* "ivshmem/_core.pyx":821
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 816, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 821, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":815
+      /* "ivshmem/_core.pyx":820
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17413,7 +17452,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":817
+    /* "ivshmem/_core.pyx":822
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17425,7 +17464,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":818
+      /* "ivshmem/_core.pyx":823
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -17434,7 +17473,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":819
+      /* "ivshmem/_core.pyx":824
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -17455,7 +17494,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":820
+      /* "ivshmem/_core.pyx":825
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17468,7 +17507,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":821
+            /* "ivshmem/_core.pyx":826
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17478,7 +17517,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":820
+          /* "ivshmem/_core.pyx":825
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17495,7 +17534,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":822
+      /* "ivshmem/_core.pyx":827
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17507,7 +17546,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":823
+        /* "ivshmem/_core.pyx":828
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17524,7 +17563,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":822
+        /* "ivshmem/_core.pyx":827
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17533,7 +17572,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":817
+      /* "ivshmem/_core.pyx":822
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17543,7 +17582,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":824
+    /* "ivshmem/_core.pyx":829
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17555,14 +17594,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":825
+      /* "ivshmem/_core.pyx":830
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 825, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 830, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -17575,7 +17614,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":824
+      /* "ivshmem/_core.pyx":829
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17585,7 +17624,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":826
+    /* "ivshmem/_core.pyx":831
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
@@ -17611,11 +17650,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 826, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 831, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":828
+    /* "ivshmem/_core.pyx":833
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17651,7 +17690,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":829
+      /* "ivshmem/_core.pyx":834
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
@@ -17668,7 +17707,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":828
+      /* "ivshmem/_core.pyx":833
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17678,7 +17717,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":806
+  /* "ivshmem/_core.pyx":811
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17702,7 +17741,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":831
+/* "ivshmem/_core.pyx":836
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17716,7 +17755,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":835
+  /* "ivshmem/_core.pyx":840
  *     ) noexcept nogil:
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
@@ -17725,7 +17764,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":836
+  /* "ivshmem/_core.pyx":841
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17737,7 +17776,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":837
+    /* "ivshmem/_core.pyx":842
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17746,7 +17785,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":836
+    /* "ivshmem/_core.pyx":841
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17755,7 +17794,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":838
+  /* "ivshmem/_core.pyx":843
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17767,7 +17806,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":839
+    /* "ivshmem/_core.pyx":844
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17776,7 +17815,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":840
+    /* "ivshmem/_core.pyx":845
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17802,7 +17841,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":841
+      /* "ivshmem/_core.pyx":846
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
@@ -17811,7 +17850,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":840
+      /* "ivshmem/_core.pyx":845
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17820,7 +17859,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":838
+    /* "ivshmem/_core.pyx":843
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17829,7 +17868,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":842
+  /* "ivshmem/_core.pyx":847
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17841,7 +17880,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":843
+    /* "ivshmem/_core.pyx":848
  *                 n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17850,7 +17889,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":842
+    /* "ivshmem/_core.pyx":847
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17859,7 +17898,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":844
+  /* "ivshmem/_core.pyx":849
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
@@ -17872,7 +17911,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":831
+  /* "ivshmem/_core.pyx":836
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17886,7 +17925,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":846
+/* "ivshmem/_core.pyx":851
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17934,24 +17973,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 846, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 851, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 846, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 851, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 846, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 851, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 846, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 851, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -17962,7 +18001,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 846, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 851, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18001,17 +18040,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":848
+  /* "ivshmem/_core.pyx":853
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 848, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 853, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":849
+  /* "ivshmem/_core.pyx":854
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -18020,14 +18059,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":850
+    /* "ivshmem/_core.pyx":855
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 850, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -18041,7 +18080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":852
+  /* "ivshmem/_core.pyx":857
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -18089,7 +18128,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":846
+  /* "ivshmem/_core.pyx":851
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18108,7 +18147,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":854
+/* "ivshmem/_core.pyx":859
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18141,17 +18180,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":855
+  /* "ivshmem/_core.pyx":860
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 855, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 860, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":858
+  /* "ivshmem/_core.pyx":863
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -18160,21 +18199,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":861
+  /* "ivshmem/_core.pyx":866
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 861, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 866, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":862
+  /* "ivshmem/_core.pyx":867
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -18183,7 +18222,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":863
+  /* "ivshmem/_core.pyx":868
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18192,7 +18231,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":864
+    /* "ivshmem/_core.pyx":869
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -18201,7 +18240,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":865
+    /* "ivshmem/_core.pyx":870
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18213,17 +18252,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":866
+      /* "ivshmem/_core.pyx":871
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 866, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 871, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":865
+      /* "ivshmem/_core.pyx":870
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18232,7 +18271,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":867
+    /* "ivshmem/_core.pyx":872
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18244,17 +18283,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":868
+      /* "ivshmem/_core.pyx":873
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 868, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 873, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":867
+      /* "ivshmem/_core.pyx":872
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18263,7 +18302,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":869
+    /* "ivshmem/_core.pyx":874
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18275,7 +18314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":870
+      /* "ivshmem/_core.pyx":875
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -18283,7 +18322,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 870, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 875, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -18302,14 +18341,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 870, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 875, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 870, __pyx_L1_error)
+      __PYX_ERR(0, 875, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":869
+      /* "ivshmem/_core.pyx":874
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18318,7 +18357,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":871
+    /* "ivshmem/_core.pyx":876
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18330,7 +18369,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":872
+      /* "ivshmem/_core.pyx":877
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -18347,7 +18386,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":871
+      /* "ivshmem/_core.pyx":876
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18356,7 +18395,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":873
+    /* "ivshmem/_core.pyx":878
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18368,7 +18407,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":874
+      /* "ivshmem/_core.pyx":879
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -18379,7 +18418,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":875
+      /* "ivshmem/_core.pyx":880
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18391,7 +18430,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":876
+        /* "ivshmem/_core.pyx":881
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -18405,12 +18444,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 876, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 881, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":877
+        /* "ivshmem/_core.pyx":882
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18419,7 +18458,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":878
+          /* "ivshmem/_core.pyx":883
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -18437,7 +18476,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":877
+          /* "ivshmem/_core.pyx":882
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18446,7 +18485,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":875
+        /* "ivshmem/_core.pyx":880
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18456,7 +18495,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":879
+      /* "ivshmem/_core.pyx":884
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18468,7 +18507,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":880
+        /* "ivshmem/_core.pyx":885
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -18477,7 +18516,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":881
+        /* "ivshmem/_core.pyx":886
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18503,7 +18542,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":882
+          /* "ivshmem/_core.pyx":887
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -18511,11 +18550,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 882, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 887, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 882, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 887, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 882, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 887, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -18536,7 +18575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 882, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 887, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -18550,7 +18589,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":881
+          /* "ivshmem/_core.pyx":886
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18559,7 +18598,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":883
+        /* "ivshmem/_core.pyx":888
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18571,7 +18610,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":884
+          /* "ivshmem/_core.pyx":889
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -18588,11 +18627,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 884, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 889, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":883
+          /* "ivshmem/_core.pyx":888
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18601,7 +18640,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":879
+        /* "ivshmem/_core.pyx":884
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18611,7 +18650,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":873
+      /* "ivshmem/_core.pyx":878
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18621,7 +18660,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":885
+    /* "ivshmem/_core.pyx":890
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18633,17 +18672,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":886
+      /* "ivshmem/_core.pyx":891
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 886, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 891, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":885
+      /* "ivshmem/_core.pyx":890
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18653,17 +18692,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":888
+    /* "ivshmem/_core.pyx":893
  *                 self.attend(n)
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 888, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":889
+    /* "ivshmem/_core.pyx":894
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18699,7 +18738,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":890
+      /* "ivshmem/_core.pyx":895
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -18708,7 +18747,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":889
+      /* "ivshmem/_core.pyx":894
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18718,7 +18757,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":891
+    /* "ivshmem/_core.pyx":896
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18730,7 +18769,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":892
+      /* "ivshmem/_core.pyx":897
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -18739,7 +18778,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":893
+      /* "ivshmem/_core.pyx":898
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18751,7 +18790,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":894
+        /* "ivshmem/_core.pyx":899
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -18768,7 +18807,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":893
+        /* "ivshmem/_core.pyx":898
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18777,7 +18816,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":891
+      /* "ivshmem/_core.pyx":896
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18788,7 +18827,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":854
+  /* "ivshmem/_core.pyx":859
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18819,7 +18858,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":896
+/* "ivshmem/_core.pyx":901
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18832,7 +18871,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":898
+  /* "ivshmem/_core.pyx":903
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -18841,7 +18880,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":899
+  /* "ivshmem/_core.pyx":904
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
  *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
@@ -18860,7 +18899,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":896
+  /* "ivshmem/_core.pyx":901
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18874,7 +18913,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":901
+/* "ivshmem/_core.pyx":906
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18891,7 +18930,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":903
+  /* "ivshmem/_core.pyx":908
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -18900,7 +18939,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":904
+  /* "ivshmem/_core.pyx":909
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18912,7 +18951,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":905
+    /* "ivshmem/_core.pyx":910
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -18933,7 +18972,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":904
+    /* "ivshmem/_core.pyx":909
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18942,7 +18981,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":906
+  /* "ivshmem/_core.pyx":911
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -18954,7 +18993,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":907
+    /* "ivshmem/_core.pyx":912
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -18967,7 +19006,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":906
+    /* "ivshmem/_core.pyx":911
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -18976,7 +19015,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":909
+  /* "ivshmem/_core.pyx":914
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -18992,7 +19031,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":910
+  /* "ivshmem/_core.pyx":915
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -19001,7 +19040,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":916
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -19010,7 +19049,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":912
+  /* "ivshmem/_core.pyx":917
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19023,7 +19062,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":901
+  /* "ivshmem/_core.pyx":906
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19039,7 +19078,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":916
+/* "ivshmem/_core.pyx":921
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19055,7 +19094,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":918
+  /* "ivshmem/_core.pyx":923
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """What wait_one does, as far as that goes without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -19064,7 +19103,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":920
+  /* "ivshmem/_core.pyx":925
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19076,7 +19115,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":921
+    /* "ivshmem/_core.pyx":926
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19089,7 +19128,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":920
+    /* "ivshmem/_core.pyx":925
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19098,7 +19137,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":922
+  /* "ivshmem/_core.pyx":927
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19112,7 +19151,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":923
+    /* "ivshmem/_core.pyx":928
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19124,7 +19163,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":924
+      /* "ivshmem/_core.pyx":929
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19141,7 +19180,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":923
+      /* "ivshmem/_core.pyx":928
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19150,7 +19189,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":930
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19175,7 +19214,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":926
+    /* "ivshmem/_core.pyx":931
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19201,7 +19240,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":927
+      /* "ivshmem/_core.pyx":932
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19210,7 +19249,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":931
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19219,7 +19258,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":928
+    /* "ivshmem/_core.pyx":933
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19245,7 +19284,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":929
+      /* "ivshmem/_core.pyx":934
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19254,7 +19293,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":930
+      /* "ivshmem/_core.pyx":935
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19263,7 +19302,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":938
+      /* "ivshmem/_core.pyx":943
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19272,7 +19311,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":928
+      /* "ivshmem/_core.pyx":933
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19281,7 +19320,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":939
+    /* "ivshmem/_core.pyx":944
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19293,7 +19332,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":940
+      /* "ivshmem/_core.pyx":945
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19315,7 +19354,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":939
+      /* "ivshmem/_core.pyx":944
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19324,7 +19363,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":941
+    /* "ivshmem/_core.pyx":946
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19350,7 +19389,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":942
+      /* "ivshmem/_core.pyx":947
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19359,7 +19398,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":941
+      /* "ivshmem/_core.pyx":946
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19368,7 +19407,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":922
+    /* "ivshmem/_core.pyx":927
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19378,7 +19417,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":949
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19390,7 +19429,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":945
+  /* "ivshmem/_core.pyx":950
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19399,7 +19438,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":946
+  /* "ivshmem/_core.pyx":951
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19412,7 +19451,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":921
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19427,7 +19466,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":948
+/* "ivshmem/_core.pyx":953
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19452,7 +19491,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":958
+  /* "ivshmem/_core.pyx":963
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19461,7 +19500,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":961
+  /* "ivshmem/_core.pyx":966
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19470,17 +19509,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":962
+  /* "ivshmem/_core.pyx":967
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 962, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 967, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":963
+  /* "ivshmem/_core.pyx":968
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19495,7 +19534,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":964
+    /* "ivshmem/_core.pyx":969
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -19509,12 +19548,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 964, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 969, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":963
+    /* "ivshmem/_core.pyx":968
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19523,17 +19562,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":965
+  /* "ivshmem/_core.pyx":970
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 965, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 970, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":966
+  /* "ivshmem/_core.pyx":971
  *             self._deaf()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19542,7 +19581,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":967
+  /* "ivshmem/_core.pyx":972
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19569,7 +19608,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":968
+    /* "ivshmem/_core.pyx":973
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19578,7 +19617,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":969
+    /* "ivshmem/_core.pyx":974
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19591,7 +19630,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":970
+          /* "ivshmem/_core.pyx":975
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19604,7 +19643,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":971
+            /* "ivshmem/_core.pyx":976
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19613,7 +19652,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":972
+            /* "ivshmem/_core.pyx":977
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19625,7 +19664,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":973
+              /* "ivshmem/_core.pyx":978
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19634,7 +19673,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":972
+              /* "ivshmem/_core.pyx":977
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19643,7 +19682,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":974
+            /* "ivshmem/_core.pyx":979
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19652,7 +19691,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":975
+            /* "ivshmem/_core.pyx":980
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19661,7 +19700,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":976
+            /* "ivshmem/_core.pyx":981
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19673,7 +19712,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":977
+              /* "ivshmem/_core.pyx":982
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19682,7 +19721,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_4_fds_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":976
+              /* "ivshmem/_core.pyx":981
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19691,7 +19730,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":978
+            /* "ivshmem/_core.pyx":983
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19700,7 +19739,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":979
+            /* "ivshmem/_core.pyx":984
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19712,7 +19751,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":980
+              /* "ivshmem/_core.pyx":985
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19721,7 +19760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":979
+              /* "ivshmem/_core.pyx":984
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19733,7 +19772,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":969
+        /* "ivshmem/_core.pyx":974
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19750,7 +19789,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":981
+    /* "ivshmem/_core.pyx":986
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19762,7 +19801,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":982
+      /* "ivshmem/_core.pyx":987
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -19771,7 +19810,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":981
+      /* "ivshmem/_core.pyx":986
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19780,7 +19819,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":983
+    /* "ivshmem/_core.pyx":988
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19792,17 +19831,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":984
+      /* "ivshmem/_core.pyx":989
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 984, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 989, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":983
+      /* "ivshmem/_core.pyx":988
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19813,7 +19852,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":985
+  /* "ivshmem/_core.pyx":990
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -19826,7 +19865,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":948
+  /* "ivshmem/_core.pyx":953
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19849,7 +19888,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":987
+/* "ivshmem/_core.pyx":992
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -19902,38 +19941,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 987, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 992, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 987, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 992, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 987, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 992, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 987, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 992, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 987, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 992, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 987, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 992, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 987, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 992, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -19944,7 +19983,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 987, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 992, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -19955,7 +19994,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 987, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 992, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20001,7 +20040,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("echo", 0);
 
-  /* "ivshmem/_core.pyx":1006
+  /* "ivshmem/_core.pyx":1011
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -20010,7 +20049,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1007
+  /* "ivshmem/_core.pyx":1012
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20022,13 +20061,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1007, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1012, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1008
+  /* "ivshmem/_core.pyx":1013
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -20037,7 +20076,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1009
+  /* "ivshmem/_core.pyx":1014
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -20046,7 +20085,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1010
+  /* "ivshmem/_core.pyx":1015
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)             # <<<<<<<<<<<<<<
@@ -20058,19 +20097,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_4 = __pyx_v_vector;
   } else {
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1010, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1015, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_t_7.__pyx_n = 1;
   __pyx_t_7.vector = __pyx_t_4;
-  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1010, __pyx_L1_error)
+  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1015, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6);
   __pyx_t_6 = 0;
 
-  /* "ivshmem/_core.pyx":1011
+  /* "ivshmem/_core.pyx":1016
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -20081,7 +20120,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1012
+    /* "ivshmem/_core.pyx":1017
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -20090,7 +20129,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1012, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1017, __pyx_L1_error)
 
     __pyx_t_8 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
 
@@ -20107,7 +20146,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1011
+    /* "ivshmem/_core.pyx":1016
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -20116,7 +20155,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1013
+  /* "ivshmem/_core.pyx":1018
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:             # <<<<<<<<<<<<<<
@@ -20125,28 +20164,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1015
+    /* "ivshmem/_core.pyx":1020
  *         while True:
  *             done += self.serve(
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped             # <<<<<<<<<<<<<<
  *             )
  *             if stopped == 0:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1015, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1020, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1014
+    /* "ivshmem/_core.pyx":1019
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1014, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1019, __pyx_L1_error)
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1017
+    /* "ivshmem/_core.pyx":1022
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20158,14 +20197,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":1018
+      /* "ivshmem/_core.pyx":1023
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal
 */
-      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1018, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1023, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       {
         PyObject *__pyx_temp;
@@ -20178,7 +20217,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_6 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1017
+      /* "ivshmem/_core.pyx":1022
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20187,17 +20226,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1019
+    /* "ivshmem/_core.pyx":1024
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped it, unless that was a signal
  * 
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1019, __pyx_L1_error)
+    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1024, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1020
+    /* "ivshmem/_core.pyx":1025
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
@@ -20211,13 +20250,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1020, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1025, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   }
 
-  /* "ivshmem/_core.pyx":987
+  /* "ivshmem/_core.pyx":992
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20244,7 +20283,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1024
+/* "ivshmem/_core.pyx":1029
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20255,7 +20294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1026
+  /* "ivshmem/_core.pyx":1031
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20267,7 +20306,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1027
+    /* "ivshmem/_core.pyx":1032
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20278,7 +20317,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1028
+          /* "ivshmem/_core.pyx":1033
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20288,7 +20327,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1027
+        /* "ivshmem/_core.pyx":1032
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20304,7 +20343,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":1026
+    /* "ivshmem/_core.pyx":1031
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20313,7 +20352,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":1024
+  /* "ivshmem/_core.pyx":1029
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20324,7 +20363,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":1030
+/* "ivshmem/_core.pyx":1035
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20343,7 +20382,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1031
+  /* "ivshmem/_core.pyx":1036
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20354,7 +20393,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1032
+    /* "ivshmem/_core.pyx":1037
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20368,12 +20407,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1032, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1037, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1031
+    /* "ivshmem/_core.pyx":1036
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20382,7 +20421,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1033
+  /* "ivshmem/_core.pyx":1038
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20396,12 +20435,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1033, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1038, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1034
+  /* "ivshmem/_core.pyx":1039
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -20415,12 +20454,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1034, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1039, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1035
+  /* "ivshmem/_core.pyx":1040
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -20434,12 +20473,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1035, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1040, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1036
+  /* "ivshmem/_core.pyx":1041
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20450,7 +20489,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1037
+    /* "ivshmem/_core.pyx":1042
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -20464,12 +20503,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1037, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1042, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1036
+    /* "ivshmem/_core.pyx":1041
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20478,7 +20517,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1038
+  /* "ivshmem/_core.pyx":1043
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20489,7 +20528,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1039
+    /* "ivshmem/_core.pyx":1044
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -20503,12 +20542,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1039, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1044, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1038
+    /* "ivshmem/_core.pyx":1043
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20517,7 +20556,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1040
+  /* "ivshmem/_core.pyx":1045
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20531,7 +20570,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1041
+        /* "ivshmem/_core.pyx":1046
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -20544,7 +20583,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1040
+      /* "ivshmem/_core.pyx":1045
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20561,7 +20600,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1030
+  /* "ivshmem/_core.pyx":1035
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20580,7 +20619,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1043
+/* "ivshmem/_core.pyx":1048
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20657,7 +20696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1046
+        /* "ivshmem/_core.pyx":1051
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -20667,9 +20706,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1046, __pyx_L4_error)
+          __PYX_ERR(0, 1051, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1046, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1051, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -20677,12 +20716,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1046, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1051, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1047
+          /* "ivshmem/_core.pyx":1052
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20693,7 +20732,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1048
+            /* "ivshmem/_core.pyx":1053
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -20707,12 +20746,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1048, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1053, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1047
+            /* "ivshmem/_core.pyx":1052
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20723,7 +20762,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1049
+        /* "ivshmem/_core.pyx":1054
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -20732,13 +20771,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1049, __pyx_L4_error)
+          __PYX_ERR(0, 1054, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1049, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1054, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1043
+      /* "ivshmem/_core.pyx":1048
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20776,7 +20815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1051
+/* "ivshmem/_core.pyx":1056
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -20848,7 +20887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1054
+  /* "ivshmem/_core.pyx":1059
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20860,7 +20899,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1055
+    /* "ivshmem/_core.pyx":1060
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -20877,7 +20916,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1054
+    /* "ivshmem/_core.pyx":1059
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20886,7 +20925,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1056
+  /* "ivshmem/_core.pyx":1061
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -20895,7 +20934,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1057
+    /* "ivshmem/_core.pyx":1062
  *             return
  *         try:
  *             self._unwatch()             # <<<<<<<<<<<<<<
@@ -20909,12 +20948,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1057, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1062, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1058
+    /* "ivshmem/_core.pyx":1063
  *         try:
  *             self._unwatch()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -20923,7 +20962,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1059
+    /* "ivshmem/_core.pyx":1064
  *             self._unwatch()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -20937,12 +20976,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1059, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1064, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1061
+    /* "ivshmem/_core.pyx":1066
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -20954,7 +20993,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1062
+      /* "ivshmem/_core.pyx":1067
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -20968,22 +21007,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1062, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1067, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1063
+      /* "ivshmem/_core.pyx":1068
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1063, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1068, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1061
+      /* "ivshmem/_core.pyx":1066
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -20993,7 +21032,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1065
+    /* "ivshmem/_core.pyx":1070
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -21006,7 +21045,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1067
+  /* "ivshmem/_core.pyx":1072
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21052,7 +21091,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1051
+  /* "ivshmem/_core.pyx":1056
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21074,7 +21113,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1069
+/* "ivshmem/_core.pyx":1074
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21103,7 +21142,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1075
+  /* "ivshmem/_core.pyx":1080
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21114,7 +21153,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1076
+    /* "ivshmem/_core.pyx":1081
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21131,7 +21170,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1077
+      /* "ivshmem/_core.pyx":1082
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21140,7 +21179,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1077, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1082, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21148,14 +21187,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1077, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1075
+    /* "ivshmem/_core.pyx":1080
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21165,7 +21204,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1078
+  /* "ivshmem/_core.pyx":1083
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21177,19 +21216,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1079
+    /* "ivshmem/_core.pyx":1084
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1079, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1084, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1080
+    /* "ivshmem/_core.pyx":1085
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21200,7 +21239,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1081
+      /* "ivshmem/_core.pyx":1086
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21213,7 +21252,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1080
+      /* "ivshmem/_core.pyx":1085
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21222,7 +21261,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1082
+    /* "ivshmem/_core.pyx":1087
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21233,14 +21272,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1083
+      /* "ivshmem/_core.pyx":1088
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1083, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1088, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21253,11 +21292,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1083, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1088, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1083, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1088, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21268,12 +21307,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1078
+    /* "ivshmem/_core.pyx":1083
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21283,7 +21322,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1085
+  /* "ivshmem/_core.pyx":1090
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21296,7 +21335,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1069
+  /* "ivshmem/_core.pyx":1074
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21322,7 +21361,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1089
+/* "ivshmem/_core.pyx":1094
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21369,32 +21408,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1089, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1094, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1089, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1094, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1089, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1094, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1089, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1094, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1089, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1094, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1090, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1095, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1089, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1094, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21438,7 +21477,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1093
+  /* "ivshmem/_core.pyx":1098
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21450,17 +21489,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1094
+    /* "ivshmem/_core.pyx":1099
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1094, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1099, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1093
+    /* "ivshmem/_core.pyx":1098
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21469,7 +21508,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1095
+  /* "ivshmem/_core.pyx":1100
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -21478,17 +21517,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1096
+    /* "ivshmem/_core.pyx":1101
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1096, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1101, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1097
+    /* "ivshmem/_core.pyx":1102
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -21497,7 +21536,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1098
+    /* "ivshmem/_core.pyx":1103
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21523,14 +21562,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1099
+      /* "ivshmem/_core.pyx":1104
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1099, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1104, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -21543,7 +21582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1098
+      /* "ivshmem/_core.pyx":1103
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21552,7 +21591,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1100
+    /* "ivshmem/_core.pyx":1105
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21564,7 +21603,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1101
+      /* "ivshmem/_core.pyx":1106
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -21581,11 +21620,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1101, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1106, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1100
+      /* "ivshmem/_core.pyx":1105
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21594,7 +21633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1102
+    /* "ivshmem/_core.pyx":1107
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -21613,7 +21652,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1104
+  /* "ivshmem/_core.pyx":1109
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21661,7 +21700,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1089
+  /* "ivshmem/_core.pyx":1094
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21681,7 +21720,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1106
+/* "ivshmem/_core.pyx":1111
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -21729,32 +21768,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1106, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1111, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1106, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1111, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1106, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1111, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1106, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1111, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1106, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1111, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1106, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1111, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21789,17 +21828,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1113
+  /* "ivshmem/_core.pyx":1118
  *                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1113, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1118, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1114
+  /* "ivshmem/_core.pyx":1119
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21814,7 +21853,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1115
+    /* "ivshmem/_core.pyx":1120
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -21828,12 +21867,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1115, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1120, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1114
+    /* "ivshmem/_core.pyx":1119
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21842,27 +21881,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1116
+  /* "ivshmem/_core.pyx":1121
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1116, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1121, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1117
+    /* "ivshmem/_core.pyx":1122
  *             self._deaf()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1117, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1117, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -21876,7 +21915,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1116
+    /* "ivshmem/_core.pyx":1121
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -21885,25 +21924,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1118
+  /* "ivshmem/_core.pyx":1123
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1118, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1123, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1119
+    /* "ivshmem/_core.pyx":1124
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1119, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -21916,7 +21955,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1118
+    /* "ivshmem/_core.pyx":1123
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -21925,18 +21964,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1120
+  /* "ivshmem/_core.pyx":1125
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1120, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1125, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1121
+    /* "ivshmem/_core.pyx":1126
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -21944,7 +21983,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1121, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1126, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -21963,7 +22002,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1120
+    /* "ivshmem/_core.pyx":1125
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -21972,19 +22011,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1122
+  /* "ivshmem/_core.pyx":1127
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1122, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1122, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1127, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1127, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1123
+  /* "ivshmem/_core.pyx":1128
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -21993,8 +22032,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1123, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1123, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1128, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -22009,7 +22048,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1106
+  /* "ivshmem/_core.pyx":1111
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22029,7 +22068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1135
+/* "ivshmem/_core.pyx":1140
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22040,7 +22079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1136
+  /* "ivshmem/_core.pyx":1141
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22053,7 +22092,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1135
+  /* "ivshmem/_core.pyx":1140
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22066,7 +22105,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1139
+/* "ivshmem/_core.pyx":1144
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22077,7 +22116,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1145
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -22086,7 +22125,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1141
+  /* "ivshmem/_core.pyx":1146
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -22099,7 +22138,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1139
+  /* "ivshmem/_core.pyx":1144
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22112,7 +22151,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1144
+/* "ivshmem/_core.pyx":1149
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22128,7 +22167,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1145
+  /* "ivshmem/_core.pyx":1150
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22142,7 +22181,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1146
+    /* "ivshmem/_core.pyx":1151
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22154,7 +22193,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1147
+      /* "ivshmem/_core.pyx":1152
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22167,7 +22206,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1146
+      /* "ivshmem/_core.pyx":1151
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22176,7 +22215,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1148
+    /* "ivshmem/_core.pyx":1153
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22187,7 +22226,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1149
+  /* "ivshmem/_core.pyx":1154
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22200,7 +22239,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1144
+  /* "ivshmem/_core.pyx":1149
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22214,7 +22253,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1152
+/* "ivshmem/_core.pyx":1157
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22228,7 +22267,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1154
+  /* "ivshmem/_core.pyx":1159
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22240,7 +22279,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1155
+    /* "ivshmem/_core.pyx":1160
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22253,7 +22292,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1154
+    /* "ivshmem/_core.pyx":1159
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22262,7 +22301,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1156
+  /* "ivshmem/_core.pyx":1161
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22284,7 +22323,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1152
+  /* "ivshmem/_core.pyx":1157
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22298,7 +22337,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1159
+/* "ivshmem/_core.pyx":1164
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22311,7 +22350,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1162
+  /* "ivshmem/_core.pyx":1167
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22321,7 +22360,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1163
+  /* "ivshmem/_core.pyx":1168
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22330,7 +22369,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1164
+  /* "ivshmem/_core.pyx":1169
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22339,7 +22378,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1165
+  /* "ivshmem/_core.pyx":1170
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22352,7 +22391,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1159
+  /* "ivshmem/_core.pyx":1164
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22367,7 +22406,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1168
+/* "ivshmem/_core.pyx":1173
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22384,7 +22423,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1169
+  /* "ivshmem/_core.pyx":1174
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22393,7 +22432,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1170
+  /* "ivshmem/_core.pyx":1175
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22402,7 +22441,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1171
+  /* "ivshmem/_core.pyx":1176
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22433,7 +22472,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1168
+  /* "ivshmem/_core.pyx":1173
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22448,7 +22487,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1174
+/* "ivshmem/_core.pyx":1179
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22466,7 +22505,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1175
+  /* "ivshmem/_core.pyx":1180
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22475,7 +22514,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1178
+  /* "ivshmem/_core.pyx":1183
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22485,7 +22524,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1179
+  /* "ivshmem/_core.pyx":1184
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -22493,7 +22532,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1180
+  /* "ivshmem/_core.pyx":1185
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22522,7 +22561,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1174
+  /* "ivshmem/_core.pyx":1179
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23743,190 +23782,190 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":239
+  /* "ivshmem/_core.pyx":240
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 239, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 239, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":248
+  /* "ivshmem/_core.pyx":249
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":252
+  /* "ivshmem/_core.pyx":253
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 253, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 252, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":257
+  /* "ivshmem/_core.pyx":258
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":280
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":291
+  /* "ivshmem/_core.pyx":292
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":431
+  /* "ivshmem/_core.pyx":432
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 432, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 431, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":463
+  /* "ivshmem/_core.pyx":464
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 463, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":470
+  /* "ivshmem/_core.pyx":471
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each vector named of each peer named.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 470, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 471, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 470, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 471, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":489
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 488, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":846
+  /* "ivshmem/_core.pyx":851
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 846, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 851, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 846, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 851, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":987
+  /* "ivshmem/_core.pyx":992
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 987, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 992, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 987, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 992, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -23934,52 +23973,52 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1043
+  /* "ivshmem/_core.pyx":1048
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1043, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1048, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1043, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1048, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1051
+  /* "ivshmem/_core.pyx":1056
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1051, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1056, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1051, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1056, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1106
+  /* "ivshmem/_core.pyx":1111
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """What is readable while there is something to take; borrowed until close().
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1106, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1106, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1111, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -24068,7 +24107,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":431
+  /* "ivshmem/_core.pyx":432
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -24077,12 +24116,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 431, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 432, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":470
+  /* "ivshmem/_core.pyx":471
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -24091,12 +24130,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 470, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":846
+  /* "ivshmem/_core.pyx":851
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -24105,7 +24144,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 846, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 851, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -24147,13 +24186,13 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{4},{8},{4},{7},{6},{7},{8},{2},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{3},{5},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{4},{7},{6},{6},{6},{7},{5},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{298},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{22},{25},{11},{123},{66},{79},{95},{28},{37},{175},{173},{53},{268}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{298},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{22},{11},{123},{66},{79},{95},{28},{37},{175},{173},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2083 bytes) */
-static const char cstring[] = "x\332\225U\317s\023G\026\226\210!v\"\047\0226\220@H\215\302\017\003\001o)qa\326U\251-\025\306`\2621\010\003\tl\301\2445\323\222\006\217g\244\351\036\311\332M\266r\364q\216}\354\343\034\347\250\243\217\034u\324\321\177\202\377\204}\257{\306\036\033.[e\253\273_w\277~\357\373\276\367\306\260\210\347\371\334hR\303\362\273\016\265\r?0\272\216\265\345R{\005L\236G-n\2206q\274\333\270\345w\251g\360\0165l\332w,\232\355\014:4\200\005x\202\211\3410\303\243\324\006g\035\302\214m\037\266x\207\350{?\376`4\035\316\014\277\245\226\003?\260\325y\210\001N\320>\365x\313\306]\243\017/\373\001[\\\201\203p\202zv\327w<\256|\376\243\236nk?\371\355\001l\007\241\3276~\017\034\257\315~7\270\263M\231\301\034\017\302u\364\276K\030N\034\016!\266\374`q\303\367\350\206\317U\230\334\270?\344\035\337\303\250l\352:M\032\020N\335\241\301x\340X\034\322S\271<}\360\364\316\322\275%\010\3326\002\372\016\202\2017\302\246\005\256\031U\3515C\307\345\016d=\354R\266h\254\267\214\241\037*`\014\356\033]8\227\277\000`x\006\243\\\241\262\240H!\334\361=\023\256C\036\013\206\355\004\360\210\323\247x{\215\270\214.\276X\177\222\362@\014\2221b\373T\303\271\345\371\003 \306\307D\220\026\272bxd\233\252\007\272\224\006\014\035!F\304\266M\270@m\207\221\246K\251\207\277m\313azf;}\326\331\246\333\2134\010\200\217t\3657\323\002^\027\273\303\035\317\317\270\000\177\010*B\212\017\250\227\016y\201(,\327g\324>fE6\264\031Bu\\\252\034@L\3078M\335\017\220\034\013S\200\007\214\274\021\275\2402\301\013\314H\266\247te\334W\356\037`\360\253\276\0374\251\353\262\303\311\242i\006\324\016-j\2329\033\"\202\323\023&\3556g<\351Ke\362\201\325\246\244ul\311\254\300\351\036\367d\247S \002\021\310\357\004~\327D8s6\327a\234z&qA\267\037\232C\307\317\031\267\035\006\332o\347,\036\035\344\303C\t\230\315\341I\013\243n>j\220\246\331\013iH\355\2341\364\006\204[\235\234\005\2037U\025\0373\036;\244P:Zf\251\037Y\250\325\311e\320\002Yx\271\265\212\216\344\317g\226\024\274u\017\2524\010\273|\303\337\014\255\316K\305\332\323\300\347\276\345\273J\007\246\371t""\270\003\377\253P\320\346\006\335\341\317h\3134\323\242\003)\230\300\207\205C+\364\324\010\235\"\300q\033\272\235\032};t\325A,)\034\241\020\314>\307z\301U/$n\266\223\351\313T\030fVN\031\207!SZN_Z?y-)\005\345tsR-G\0321\035\206u\351\207PC\364\230Lr\342\310$\241\204\220\321\177Dz\216\352\214\340\034\255\232L\210\226xl\000\255\321\033\302\037T+\264\0216\364,\307_<|\237\221\220\373\030\246J\302r1$\200\217\007\304\242Mbm\251\014u\361\0031.v7\337c6\004\233\345\207B\240\310&|LT\363I\277\017\351\300Z\266\026G\233r`h;\353MY\303R-\312u\266\035\276Ml\2529C\374m\036vq\346\341\373\276g3\337\265!d\252\272\226j\215]\277\253\021\010h\033q\013\0308\"\303\000\234\364)\"\225I\356\204\364\324\047\007\322\007\237\010% i\323\026\t]\316\234\266\007=[\375\272\340\016\332,\266u\006?\214\373\335.\265a\010(\047[\024\277W\020M\030\264!\311>qC\312\2640\322\017\"\364I\253\203\337M\354\2377\340\347f!\233\3356N,\341\233\025\302\367\233v\001_\315\237qK\035R?w\227\314\354tzP\353\330o\2763\227S\020\315%\023\20067\263\310\323\373\352\032\3367n<\035>i\342\367\317\270\2253\252#\377\207\323\033}\337\261o\026Z\304q\315\201\303;\005\020r\312rAG\257 +`\231\240\2325\334\005(\014[\351\312o\025\020;`<\364x\201u\010H\306<\204[\245\210/\244\321\353\304\265\362Af\037M\005\251\001\267\177\325\377\252O\246\277\330%zp\242\336\244T\216\212\321|\324\210\250\250\201\365\366\235\203\317\n3\263\273?\303\326ti\367qD&\323\237\357.\355\016\242\266h\340\3413\221-\252bI\374\021\303\361}\265\367\247\250\213\206\260euR\232\235L\317LJ_\356\366&\345\371\350\241X\226UY\333/_T7\006\322\216\253qm_9!x\271\264\273\026U\243{\260\327\303\345e\361\\\236\227<\256\305\020\335\227\273;Q_l\312\317\342\233I-\201\270\017\316\024fJ\037{\255\034\315\210\312\244\364\225(\212\212\270*\010ZfEc\037\302\350G\233\342\023t\217\341<\020\027dQVp\272!\253\3730<\022\365\303h\320\375\354\356z\364\\\234\207H\311D\335\376U\254\312\342\244rQ\\\227g\300\246\002\276.\212\372\364\267\207\341\256%UD\351ntA\024\047\245Jt>\202|\016\246u\274\210\334\013y\025\222\277""\231\374\230(\307<Z\212v\004\227w\343\271\370~\314\223\032\306\264&\026d\005\316\251g\376\t\2164\374\340H\021\262\032\235\006\222\324\346\303\250\226Y\177\201\314\301\362D\324p\330\020U\330(\351D\0320\375\002\247\2001F\367\367\250\256\222c\210\234JZ\307<\027\325\047\2459\210h(O\311\352\t\333\000\201\226\265\023\326?\344\222\374o\322\300\047!\000Q\325l\365\304\224X\223\327\343b\\\321O\177\047\277\006\302\227b\245\244\237q\177\374\315\235X];\314\346\243\332\332\221\210_9\017q\375\320\207x(k\362Q\374 9\237\260\321\255\275\365\367\215\367\371L\346\243UqF\020\3601\210\301>\273\373\002$\206x\235=\304bFs\260,\256\300\263\345\257\304i\034\316\0018(\237w\361\251x!\231K\352G\246\266|\036W\342\253\261\225(\361\254c\260\010C\037E\246\220\034O]\026o\342\352\201Q\230)\203\347\237@g\363\362\267\270\021\267\223\306x\352;P\233\326\272z[c]\004p\256\304G\016\256\312_\222\312\376\364Ex\257#\211\016\376\033\221V\330\177P\033\372\346\237\262.\001\3024\315\264\000\246A.\3459x\367\224\274\005\310\234\003\231\315_\322\325\207\271\376\033\225?)\177\255\n\340\254\\\211_$\327\022>Z\032\355\354\365\322:\230\314C\224r9\276\225<\030\235\033\221\375\324i\345\222X\221/\342kq\230\254\215\024\317\014\341\034O}\037\3774\232\335{;\336|;~k\036\\/\314\\\223@\021\242\200\340=\036Ad\227P\224\220\302D\0256J\341nrq\264\274we\357\365\373\0362v\017(\000-^\206r\336\002\200o&?$\233\243\251\321\372^C\245\225\245\010\014}\016\224\257\306\237\306\375\344Y\322\037\275y\2770n<\033?{5~\365z\374\372_X\350;\021\003W\345\013\272\241}\n:)bO(\243\314\306S\313Io?\027DE\227\226-\276\227\233qQ\253x^\274\204r\234\217\337\350,{\343\251\225Q\025K\351[\361\233b\222\350\006\221\026\346\243\250~\254=\246\004\351\262*\235\033\237[\220\275\370\014pX:\033]\213\0021\047\036\313v\374<9\013-\300\031\361\275Z*$\321\002\330T\007\233\327%p:z#o\200\326\210^\274\002%s ,\335{\251zY\272\263\025_H>\001\177\315Qq\037\244q\027\036Y\2253\000\344\365df47\252\353\246R\375\340\245\024\227_\305#m\321\257\204\331\342\245\270\007h?\214\227\223*4&\304""\342\177\177(\353\020";
-    PyObject *data = __Pyx_DecompressString(cstring, 2083, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2085 bytes) */
+static const char cstring[] = "x\332\225U\317s\023G\026\226\210!v\"\047\0226\220@H\215\302\017\003\001o)qa\326U\251-\025\306`\2621\010\003\tl\301d4\323\222\006\217\247\245\351\036\311\332M\266r\364q\216}\354\343\034\347\250\243\217\034u\324\321\177\202\377\204}\257{\306\036\033.[e\253\273_w\277~\357\373\276\367\306\260-\337\247\334h\022\303\246]\2278\006\r\214\256koy\304Y\001\223\357\023\233\033V\333r\375\333\270E\273\3047x\207\030\016\351\2736\311v\006\035\022\300\002<\301\304p\231\341\023\342\200\263\216\305\214m\n[\274c\351{?\376`4]\316\014\332R\313\001\r\034u\036b\200\023\244O|\336rp\327\350\303\3134`\213+p\020N\020\337\351R\327\347\312\347?\352\351\266\366\223\337\036\300v\020\372m\343\367\300\365\333\354w\203\273\333\204\031\314\365!\\W\357{\026\303\211\313!\304\026\r\0267\250O6(War\343\376\220w\250\217Q9\304s\233$\2608\361\206\006\343\201ksHO\345\362\364\301\323;K\367\226 h\307\010\310;\010\006\336\010\2336\270fD\245\327\014]\217\273\220\365\260K\330\242\261\3362\2064T\300\030\234\032]8\227\277\000`\370\006#\\\241\262\240H\261\270K}\023\256C\036\013\206\343\006\360\210\333\047x{\315\362\030Y|\261\376$\345\3012\254\214\021\207\022\r\347\226O\007@\014\305D\220\026\262b\370\3266Q\017t\t\t\030:B\214,\3071\341\002q\\f5=B|\374m\333.\3233\307\355\263\3166\331^$A\000|\244\253\277\2316\360\272\330\035\356\3704\343\002\374!\250\010)>\240^:\344\005\242\260=\312\210s\314\212lh3\204\352zD9\200\230\216q\232\272\037 96\246\000\017\030y#zAe\202\027\230Y\331\236\322\225q_\271\177\200\301\257R\0324\211\347\261\303\311\242i\006\304\tmb\2329\033\"\202\323\023&\3556g<\351Ke\362\201\325!V\353\330\222\331\201\333=\356\311I\247@\004\"\220\337\th\327D8s6\317e\234\370\246\345\201n?4\207.\315\031\267]\006\332o\347,>\031\344\303C\t\230\315\341I\013#^>j\220\246\331\013IH\234\2341\364\007\026\267;9\013\006o\252*>f<vH\241t\264\314R?\262\020\273\223\313\240\005\262\360sk\025\235\225?\237YR\360\326}\250\322 \354\362\r\272\031\332\235\227\212\265\247\001\345\324\246\236\322\201i>\035\356\300\377*\024\264\271Av\3703\3222""\315\264\350@\n&\360a\343\320\n}5B\247\010p\334\206n\247F\352\204\236:\210%\205#\024\202\331\347X/\270\352\205\226\227\355d\3722\025\206\231\225\023\306a\310\224\226\323\227\326O^KJA9\335\234T\313\221FL\227a]\322\020j\210\034\223IN\034\231$\224\0202\372\217H\317Q\235\021\234\243U\223\t\321Z>\033@k\364\207\360\007\325\nm\204\r}\333\245\213\207\3573+\344\024\303TI\330\036\206\004\360\361\300\262I\323\262\267T\206\272\370\201\030\017\273\033\365\231\003\301f\371\241\020\010\262\t\037\023\325|\322\357C:\260\226\243\305\321&\034\030\332\316zS\326\260T\213\362\334m\227o[\016\321\234!\376\016\017\2738\363\361}\352;\214z\016\204LT\327R\255\261K\273\032\201\200\264\021\267\200\201#k\030\200\223>A\2442\311\235\220\236\372\344@\372\340\023\241\004$\035\322\262B\2173\267\355C\317V\277\036\270\2036\213m\235\301\017\343\264\333%\016\014\001\341\326\026\301\357\025D\023\006mH\262oy!aZ\030\351\007\021\372\244\335\301\357&\366\317\033\360s\263\220\315n\033\047\226\360\315\n\341\373M\272\200\257\346\317\270\245\016\251\237\273Kfv:=\250uL\233\357\314\345\024Ds\311\004\240\315\315,\362\364\276\272\206\367\215\033O\207O\232\370\3753n\345\214\352\310\377\341\364F\237\272\316\315B\313r=s\340\362N\001\204\234\262\\\320\321+\310\nX&\250f\rw\001\n\303Q\272\242\255\002b\007\214\207>/\260\216\005\2221\017\341V)\342\013i\364:q\255|\220\331GSAj\300\355_\365\277\352\223\351/v-=\270QoR*G\305h>jDD\324\300z\373\316\301g\205\231\331\335\237ak\272\264\3738\262&\323\237\357.\355\016\242\266h\340\3413\221#\252bI\374\021\303\361}\265\367\247\250\213\206pduR\232\235L\317LJ_\356\366&\345\371\350\241X\226UY\333/_T7\006\322\211\253qm_9\261\360riw-\252F\367`\257\207\313\313\342\271</y\\\213!\272/ww\242\276\330\224\237\3057\223Z\002q\037\234)\314\224>\366Z9\232\021\225I\351+Q\024\025qUXh\231\025\215}\010\243\037m\212O\320=\206\363@\\\220EY\301\351\206\254\356\303\360H\324\017\243A\367\263\273\353\321sq\036\"\265&\352\366\257bU\026\047\225\213\342\272<\0036\025\360uQ\324\247\277=\014w-\251\"Jw\243\013\2428)U""\242\363\021\344s0\255\343E\344^\310\253\220\374\315\344\307D9\346\321R\264#\270\274\033\317\305\367c\236\3240\2465\261 +pN=\363Op\244\341\007G\212\220_ G\260<\0215\0346D\0256J\270\261\032\235\006\366\324\255\207Q-\263\256G\r\230~\201S\300\030\243\373{TW\3111DN%\255c\236\213\352\223\322\034D4\224\247d\365\204m\200@\313\332\t\353\037rI\3767i\340\223\020\226\250j\266zbJ\254\311\353q1\256\350\247\277\223_\003\341K\261R\322\317\270?\376\346N\254\256\035\006\375Qm\355H\304\257\234\207\270~\350C<\2245\371(~\220\234O\330\350\326\336\372\373\306\373|&\363\321\2528#,\3601\210\301>\273\373\002$\206\260\234=\304bFs\260,\256\300\263\345\257\304i\034\316\0018(\237w\361\251x!\231K\352G\246\266|\036W\342\253\261\235(\361\254c\260\010C\037E\246\220\034O]\026o\342\352\201Q\230)\203\347\237@g\363\362\267\270\021\267\223\306x\352;P\233\326\272z[c]\004p\256\304G\016\256\312_\222\312\376\364Ex\257#-\035\3747\"\255\260\377\2406\364\315?e]\002\204i\232i\001L\203\\\312s\360\356)y\013\2209\0072\233\277\244\253\017s\3757*\177R\376Z\025\300Y\271\022\277H\256%|\2644\332\331\353\245u0\231\207(\345r|+y0:7\262\366S\247\225KbE\276\210\257\305a\2626R<3\204s<\365}\374\323hv\357\355x\363\355\370\255yp\2750sM\002E\210\002\202\367x\004\221]B\251B\n\023U\330(\205\273\311\305\321\362\336\225\275\327\357{\310\330=\240\000\264x\031\312y\013\000\276\231\374\220l\216\246F\353{\r\225V\226\"0\3649P\276\032\177\032\367\223gI\177\364\346\375\302\270\361l\374\354\325\370\325\353\361\353\177a\241\357D\014\\\225/\350\206\366)\350\244\210=\241\2142\033O-\047\275\375\\\020\025]Z\216\370^n\306E\255\342y\361\022\312q>~\243\263\354\215\247VFU,\245o\305o\212IK7\210\2640\037E\365c\3551%H\227U\351\334\370\334\202\354\305g\200\303\322\331\350Z\024\2109\361X\266\343\347\311Yh\001\356\210\357\325R!\211\026\300\246:\330\274.\201\323\321\033y\003\264f\351\305+P2\007\302\322\275\227\252\227\245;[\361\205\344\023\360\327\034\025\367A\032w\341\221U9\003@^OfFs\243\272n*\325\017^Jq\371U<\322\026\375J\230-^\212{\200\366\303x9\251BcB,""\376\007\203\332\353\022";
+    PyObject *data = __Pyx_DecompressString(cstring, 2085, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
@@ -24161,7 +24200,7 @@ static const char cstring[] = "x\332\225U\317s\023G\026\226\210!v\"\047\0226\220
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
     #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2780 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\177____fun\003\002\357iter\014\001mai=n\003\002odul$\002\317\205\001\232&\001pN\000vt\274\205\0014\001qgual\022\005\330e__\300!\236(\005test_\000\342e_\250\201\206\001\354\210\003\272c_\301h_\276a_\266\256g_d\240k_d\234e_\373is\224\206\001outin\243e_\233i\005\005\232`_\214d_\252\205a_\370D_\354F_\341G_\352\332D_\315G_\355Badd\377answeran\375y""\000\000thinga\377syncio.c\373orz\003sauto\314\353\205\001\356\205\002cl\217\001\274 tr\177aceback\212\207\002\364\216\207\003\226@l\332\210\001onsd\247one\213e\205ae\312Aeqd\367\207\003\231\213\004\240\213\004sfd\227c\377getitems\370\243\210\004\251\210\005\236\210\002limit\237madem\257B\377\210\001d\377tuplenan\377oseconds7old\260 er\223\211\001\226\211\002wpop\347\204\003reg\350\205\001\377rsrelayr\006B\000ve\324\213\001\375e\354l\356\213\002\374\000\374Q\000\274\205\001setdef\377aultsign\373al\000\003lersl\373ee\323\212\001spins\277topped\004\000roetak\310\000me\276@\377urgentva\317lues\205\215\003\212\215\004wh\347ich\264\215\001\211\215\001(in\267t)\000\002\005, \000\014s\377truct ep7oll\221\206\003 * \002%\002g64_5\005\"\004__\304\204\001\337obj_7\357\212\004_4?_fds_S\273\002\267\000\3709\004o\002<\001 (PyO\215b\374\214\001 *\n\010\222\002*((\377void)\000fa\377il_with\000;is\301\207\003fd\000\270\003\256\"\335\000\250\214\001one\240\211\004\000dwead\323bof\000\270!\377_count\000s?hared_\346&\245\"\360^\001\367\004\363\003\363\210\003elli\363nt\271\017\227A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000""\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\316\214BD\220\005\242@\030\002G\220\3451\016\005M\367\000\244@O\2301]\330\253@N\230!\230\000\014\274A\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Qo\001~\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\230\001\316`?\230\004\320\034-\2502\002\305\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\254!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377&\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\221\204\001\300\000\023\001T\206b6\260\032\177\2707\300#\300Z\310\220`\367\013\2108\200@!\330\014\035\357\230Q\230k\336 )\2602\377\260S\270\004\270I\300Q""\350\301\207\002\333\005\237@\013\360@D\250\007\377\250v\260R\260v\270]\377\310\047\320QR\320RY\277\320YZ\320Z[\345\206\001x\177\220s\230!\330\020\027\313\210\003g\007\220q\211\207\001\330\210\001\005\220\376 \0477\260q\330\207\003\214\204\0016\303@\325\210\002\177d\230+\240S\250\001\300\204\003\377\024\230V\2406\250\024\250\375]\340\003q\320\004:\270!+\360\014\377aX\305Ba\233\207\003\222\206\004\217H\220A\330\223\211\t\232D\321\205\003\014\377\025\320\025\047\240q\250\006\376\376`\014\022\220%\220r\230\377\023\230J\240g\250T\260\377\022\2603\260i\270t\300\254\355\206\002\306`\230f\264 \014\276\210\001\024>\331\211\003\005\220]\240(\351`\301\210\002\177\005\220Y\230a\230t\256@\356\366\211\002\005\220V\307\210\002\014\020\220\376\026\001k\250\027\260\003\2603\377\260b\270\001\340\014\023\220\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\317\207\003\326\223 \024\220]\n\021\222#W\230\351Hv\003`\003u\005\005V\2308\377\2401\240G\2507\260!\177\2601\330\010\017\210q";
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\177____fun\003\002\357iter\014\001mai=n\003\002odul$\002\317\205\001\232&\001pN\000vt\274\205\0014\001qgual\022\005\330e__\300!\236(\005test_\000\342e_\250\201\206\001\354\210\003\272c_\301h_\276a_\266\256g_d\240k_d\234e_\373is\224\206\001outin\243e_\233i\005\005\232`_\214d_\252\205a_\370D_\354F_\341G_\352\332D_\315G_\355Badd\377answeran\375y""\000\000thinga\377syncio.c\373orz\003sauto\314\353\205\001\356\205\002cl\217\001\274 tr\177aceback\212\207\002\364\216\207\003\226@l\332\210\001onsd\247one\213e\205ae\312Aeqd\367\207\003\231\213\004\240\213\004sfd\227c\377getitems\370\243\210\004\251\210\005\236\210\002limit\237madem\257B\377\210\001d\377tuplenan\377oseconds7old\260 er\223\211\001\226\211\002wpop\347\204\003reg\350\205\001\377rsrelayr\006B\000ve\324\213\001\375e\354l\356\213\002\374\000\374Q\000\274\205\001setdef\377aultsign\373al\000\003lersl\373ee\323\212\001spins\277topped\004\000roetak\310\000me\276@\377urgentva\317lues\205\215\003\212\215\004wh\347ich\264\215\001\211\215\001(in\267t)\000\002\005, \000\014s\377truct ep7oll\221\206\003 * \002%\002g64_5\005\"\004__\304\204\001\337obj_7\357\212\004_4?_fds_S\273\002\267\000\3709\004o\002<\001 (PyO\215b\374\214\001 *\n\010\222\002*((\377void)\000fa\377il_with\000;is\301\207\003fd\000\270\003\256\"\335\000\250\214\001one\240\211\004\000dwead\323bof\000\270!\377_count\000s?hared_\346&\245\"\360^\001\367\004\363\003\363\210\003elli\363nt\271\017\227A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000""\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\362\214BM\341\000\216@O\2301\330\256\225@N\230!\202\000\014\246ADs\220\005\273@1\002G\2201\016\005\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Q\205\001\224\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\256\001\316`?\230\004\320\034-\2502\002\254\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\223!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377&\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\247\204\001\300\000\023\001T\206b6\260\032\177\2707\300#\300Z\310\220`\367\013\2108\200@!\330\014\035\357\230Q\230k\336 )\2602\377\260S\270\004\270I""\300Q\350\301\207\002\333\005\237@\013\360@D\250\007\377\250v\260R\260v\270]\377\310\047\320QR\320RY\277\320YZ\320Z[\345\206\001x\177\220s\230!\330\020\027\313\210\003g\007\220q\211\207\001\330\210\001\005\220\376 \0477\260q\330\207\003\214\204\0016\303@\325\210\002\177d\230+\240S\250\001\300\204\003\377\024\230V\2406\250\024\250\375]\340\003q\320\004:\270!+\360\014\377aX\305Ba\233\207\003\222\206\004\217H\220A\330\223\211\t\232D\321\205\003\014\377\025\320\025\047\240q\250\006\376\376`\014\022\220%\220r\230\377\023\230J\240g\250T\260\377\022\2603\260i\270t\300\254\355\206\002\306`\230f\264 \014\276\210\001\024>\331\211\003\005\220]\240(\351`\301\210\002\177\005\220Y\230a\230t\256@\356\366\211\002\005\220V\307\210\002\014\020\220\376\026\001k\250\027\260\003\2603\377\260b\270\001\340\014\023\220\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\317\207\003\326\223 \024\220]\n\021\222#W\230\351Hv\003`\003u\005\005V\2308\377\2401\240G\2507\260!\177\2601\330\010\017\210q";
     PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2780, 3927);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -24170,7 +24209,7 @@ static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
     #else /* compression: none (3927 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionsdonedoorbellechoenterederrorseventfdeventfdsfdfilenogetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoretaketimeouturgentvaluesvectorvectorswhichwordint (int)\000i""nt (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a\330""\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360&\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230T\240\031\250!\2506\260\032\2707\300#\300Z\310q\330\010\013\2108\2207\230!""\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\010\t\330\014\024\220D\230\006\230a\330\020\030\230\013\2401\240D\250\007\250v\260R\260v\270]\310\047\320QR\320RY\320YZ\320Z[\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionsdonedoorbellechoenterederrorseventfdeventfdsfdfilenogetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoretaketimeouturgentvaluesvectorvectorswhichwordint (int)\000i""nt (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a""\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360&\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230T\240\031\250!\2506\260\032\2707\300#\300Z\310q\330\010\013\2108\2207\230!""\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\010\t\330\014\024\220D\230\006\230a\330\020\030\230\013\2401\240D\250\007\250v\260R\260v\270]\310\047\320QR\320RY\320YZ\320Z[\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -24343,77 +24382,77 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 239};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 240};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 249};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 252};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 253};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 257};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 291};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 431};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 464};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 470};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 471};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 488};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 846};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 851};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 987};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 992};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1043};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1048};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1051};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1056};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1106};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1111};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }

@@ -20,7 +20,7 @@ from ._fds cimport (
     Signaller, take_count, time_left,
 )
 from ._libc cimport (
-    c_read, EAGAIN, EINTR, EINVAL, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
+    c_read, EAGAIN, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
     c_close, getpid, IVSHMEM_CLOSING, ivshmem_and, ivshmem_count, ivshmem_enter,
     ivshmem_is_only_thread, ivshmem_leave, ivshmem_load, ivshmem_or, ivshmem_pause, ivshmem_shut,
     ivshmem_state, ivshmem_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
@@ -231,7 +231,8 @@ cdef class Doorbells:
     def _listen_uio(self, int fd):
         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
 
-        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.
+        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been. When
+        the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.
         """
         self.own.take(fd)
         self.uio = True
@@ -645,7 +646,11 @@ cdef class Doorbells:
     cdef int attend(self, int64_t code) except -1:
         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
             raise ClosedError("the endpoint was closed while waiting")
-        if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+        if (
+            code == NEWS
+            or code == -EIO and self.uio
+            or code == -EINTR and self.urgent and is_readable(self.watched)
+        ):
             self._news()
         elif code == -EINVAL:
             what = "UIO device" if self.uio else "eventfd"

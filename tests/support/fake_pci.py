@@ -105,9 +105,11 @@ class FakePci:
             self._bind(address, driver)
         return path
 
-    def set_group(self, address: str, group: int) -> None:
+    def set_group(self, address: str, group: int, *, made_by_vfio: bool = False) -> None:
         members = self.root / "groups" / str(group) / "devices"
         members.mkdir(parents=True, exist_ok=True)
+        if made_by_vfio:  # only such a group has a name
+            (members.parent / "name").write_text("vfio-noiommu\n")
         (members / address).symlink_to(self.root / "devices" / address)
         (self.root / "devices" / address / "iommu_group").symlink_to(members.parent)
 

@@ -44,6 +44,7 @@ class FakeVfio:
         mappable: regions that can be mapped.
         vectors, eventfds: of the device; a duplicate for each (interrupt index, number) set.
         command: the command register as it was at each SET_IRQS.
+        addresses: of the devices in its groups.
         asks: whether the kernel has the interrupt that asks for the device back.
         fail: (call's name or number in the order of calls, error number) to fail with.
         busy: somebody else has the group open.
@@ -62,7 +63,7 @@ class FakeVfio:
         self.fail: dict[str | int, int] = {}
         self.eventfds: dict[tuple[int, int], int] = {}
         self.command: list[int] = []
-        self.address = "0000:00:04.0"
+        self.addresses = {"0000:00:04.0"}
         self.file = os.memfd_create("device")
         os.truncate(self.file, (CONFIG + 1) << SPACING)
         self._containers: dict[int, int] = {}  # descriptor -> IOMMU type, 0 for none yet
@@ -104,6 +105,8 @@ class FakeVfio:
         inside = isinstance(path, Path) and path.parent == self.dev
         if inside and path.name != "vfio":
             held = str(path) in open_fds().values()
+            if path.exists() and path.name.startswith("noiommu-") and not self.rawio:
+                raise PermissionError(errno.EPERM, "Operation not permitted", path)
             if path.exists() and (self.busy or held):
                 raise OSError(errno.EBUSY, "Device or resource busy", path)
         fd = self._open(path, flags, *args, **kwargs)
@@ -137,8 +140,10 @@ class FakeVfio:
         return int(arg in self.types)
 
     def _set_iommu(self, fd: int, arg: int) -> int:
-        if fd not in self._groups.values() or arg not in self.types:
+        if fd not in self._groups.values() or arg not in {*self.types, NOIOMMU}:
             _refuse(errno.EINVAL)
+        if arg not in self.types:  # the mode is off
+            _refuse(errno.ENODEV)
         if arg != NOIOMMU and not self.remaps:
             _refuse(errno.EPERM)
         self._containers[fd] = arg
@@ -156,15 +161,13 @@ class FakeVfio:
         (container,) = struct.unpack("i", arg)
         if container not in self._containers or self._groups[fd] >= 0:
             _refuse(errno.EINVAL)
-        if NOIOMMU in self.types and not self.rawio:
-            _refuse(errno.EPERM)
         self._groups[fd] = container
         return 0
 
     def _group_get_device_fd(self, fd: int, arg: bytearray) -> int:
         if not self.viable or self._containers.get(self._groups[fd], 0) == 0:
             _refuse(errno.EINVAL)
-        if bytes(arg) != self.address.encode() + b"\0":
+        if bytes(arg) not in {address.encode() + b"\0" for address in self.addresses}:
             _refuse(errno.ENODEV)
         self.poke(CONFIG, 4, b"\0\0")  # the device is reset, and may no longer master the bus
         self._end_interrupts()

@@ -1,7 +1,6 @@
-"""A device by UIO: over files that stand for its maps, and a socket for its interrupts.
+"""A device by UIO: over files that stand for its maps, and a pseudo terminal for its interrupts.
 
-Drivers of that kind are out of tree, so no guest of ours has one. A socket of packets reads like
-/dev/uioN: 4 bytes at once, how many interrupts there were; readable when there was one.
+Real guests with a driver of that kind are in tests/vm/test_uio.py.
 """
 
 from __future__ import annotations
@@ -11,18 +10,19 @@ import contextlib
 import errno
 import os
 import select
-import socket
 import struct
 import time
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.fake_pci import FakePci
 from support.leaks import open_fds, shared_mappings
 from support.waiting import PATIENCE, Background, once_asleep
 
-from ivshmem import ClosedError, Directory, IdChanged, Interrupt, NoSuchVector, guest
+from ivshmem import ClosedError, DeviceGone, Directory, IdChanged, Interrupt, NoSuchVector, guest
 from ivshmem._core import Doorbells
 from ivshmem._fds import FdArray
 from ivshmem.aio import open_async
@@ -35,30 +35,41 @@ MIB = 1 << 20
 
 
 class Counter:
-    """The kernel's side of /dev/uioN, whose count starts anywhere."""
+    """The kernel's side of /dev/uioN, whose count starts anywhere.
+
+    A pseudo terminal: when its other end is gone, poll wakes and read says EIO, as of a UIO device
+    whose driver has lost its device. (Of a socket, read says that it is at its end.)
+    """
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
-        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._theirs.setblocking(False)
+        self._theirs, self._ours = os.openpty()
+        tty.setraw(self._ours)
+        os.set_blocking(self._theirs, False)
+        self.gone = False
 
     def open(self) -> int:
         """What open(2) of the device gives."""
-        return os.dup(self._theirs.fileno())
+        return os.dup(self._theirs)
 
     def interrupt(self, times: int = 1) -> None:
         """The count goes on; one that was not read yet is replaced, as it is no queue."""
         with contextlib.suppress(BlockingIOError):
-            self._theirs.recv(4)
+            os.read(self._theirs, 4)
         self.count = (self.count + times) & 0xFFFFFFFF
-        self._ours.send(struct.pack("=I", self.count))
+        os.write(self._ours, struct.pack("=I", self.count))
+        # A terminal's bytes come a moment later; a thread that waits may have taken them by then.
+        select.select([self._theirs], [], [], 0.01)
 
     def end(self) -> None:
-        self._ours.close()
+        """The device is unplugged, or its driver unbound."""
+        os.close(self._ours)
+        self.gone = True
 
     def close(self) -> None:
-        self._ours.close()
-        self._theirs.close()
+        if not self.gone:
+            self.end()
+        os.close(self._theirs)
 
 
 class Listener(Doorbells):
@@ -66,6 +77,9 @@ class Listener(Doorbells):
 
     def __init__(self, counter: Counter) -> None:
         self._listen_uio(counter.open())
+
+    def _news(self) -> NoReturn:
+        raise DeviceGone
 
 
 @pytest.fixture
@@ -155,13 +169,34 @@ def test_fileno(counter: Counter, listener: Listener) -> None:
 
 
 @each_wait
-def test_what_is_no_uio_device(
+def test_what_is_no_uio_device(wait: Wait, result: Result, tmp_path: Path) -> None:
+    """An error, not an endless loop: what is at its end is readable all the time."""
+    reader, writer = os.pipe()
+    os.close(writer)
+
+    class Wrong(Doorbells):
+        def __init__(self) -> None:
+            self._listen_uio(reader)
+
+    wrong = Wrong()
+    with pytest.raises(OSError, match="what was opened as a vector is no UIO device"):
+        wait(wrong, PATIENCE)  # type: ignore[arg-type]
+    wrong.close()
+
+
+@each_wait
+def test_a_driver_that_has_lost_the_device(
     counter: Counter, listener: Listener, wait: Wait, result: Result
 ) -> None:
-    """An error, not an endless loop: what is at its end is readable all the time."""
+    """It is told as that, and again each time; to a thread that waits already, too."""
+    waiting = Background(lambda: wait(listener, None))
+    waiting.wait_until_asleep()
     counter.end()
-    with pytest.raises(OSError, match="what was opened as a vector is no UIO device"):
-        wait(listener, PATIENCE)
+    with pytest.raises(DeviceGone):
+        waiting.result()
+    for timeout in (0, 0.001, None):
+        with pytest.raises(DeviceGone):
+            wait(listener, timeout)
 
 
 # -- finding --------------------------------------------------------------------------------------
@@ -226,6 +261,8 @@ def test_open_device(machine: FakePci, tmp_path: Path) -> None:
 def memory(machine: FakePci, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A device with a UIO driver: its registers in the first page of this file, then its memory."""
     path = machine.add(A, driver="uio_ivshmem", vectors=4)
+    config = path / "config"
+    config.write_bytes(config.read_bytes()[:4] + b"\2\0" + config.read_bytes()[6:])  # it decodes
     add_maps(path, (0xFEBF1000, 0), (0x100000000, 0))
     file = os.memfd_create("device")
     os.ftruncate(file, PAGE + MIB)
@@ -263,6 +300,45 @@ def test_an_id_that_changes(machine: FakePci, memory: int, counter: Counter) -> 
         migrate(memory, 65536)
         assert device.next_event(0) is None
         assert device.id == device.current_id() == 7
+
+
+def test_registers_of_a_device_that_is_gone(
+    machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read as 0, which would be an id: nobody is told of that one."""
+    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+    with guest.open() as device:
+        migrate(memory, 0)
+        counter.end()
+        for look in (
+            device.current_id,
+            lambda: device.next_event(0),
+            lambda: next(device.events()),
+            lambda: device.wait(0),
+            lambda: device.wait(timeout=0),
+        ):
+            with pytest.raises(DeviceGone, match=f"{A}: the device was unplugged: close it"):
+                look()
+        assert device.id == 6
+
+
+def test_registers_of_a_device_that_is_switched_off(
+    machine: FakePci, memory: int, counter: Counter
+) -> None:
+    """As long as it does not decode memory, they read as 0 or as anything else."""
+    config = machine.root / "devices" / A / "config"
+    on = config.read_bytes()
+    with guest.open() as device:
+        migrate(memory, 0)
+        config.write_bytes(on[:4] + b"\0\0" + on[6:])
+        assert device.current_id() == 6
+        assert device.next_event(0) is None
+        config.write_bytes(on)
+        assert device.next_event(0) == IdChanged(6, 0)
+        migrate(memory, 3)
+        machine.unplug(A)
+        with pytest.raises(DeviceGone, match="was unplugged"):
+            device.next_event(0)
 
 
 def test_an_id_that_changes_while_somebody_waits(
@@ -355,9 +431,15 @@ def test_a_driver_that_does_not_map_it(machine: FakePci, memory: int, missing: i
 
 
 def test_no_uio_driver(machine: FakePci) -> None:
-    machine.add(A)
-    with pytest.raises(OSError, match="no UIO driver for ivshmem has the device"):
+    """What is advised instead is there."""
+    path = machine.add(A)
+    text = "no UIO driver for ivshmem has the device"
+    with pytest.raises(OSError, match=f"{text}: '{A}'$"):
         guest.open(access="uio")
+    machine.set_group(A, 7)
+    with pytest.raises(OSError, match=f"{text}: open it by vfio"):
+        guest.open(access="uio")
+    assert path.exists()
 
 
 def test_uio_pci_generic_is_not_meant(machine: FakePci) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_somebody_else_has_it(kernel: FakeVfio) -> None:
     path = kernel.add_group(GROUP)
     kernel.busy = True
     before = open_fds()
-    with pytest.raises(OSError, match="another process has the device open: stop it, or") as error:
+    with pytest.raises(OSError, match="another process has the device open") as error:
         Vfio(A, GROUP)
     assert not isinstance(error.value, Unusable)
     assert (error.value.errno, error.value.filename) == (errno.EBUSY, str(path))
@@ -248,7 +249,7 @@ def add_noiommu(machine: FakePci, kernel: FakeVfio, *, vectors: int = 2, driver:
 
     def bound(address: str, driver: str) -> None:
         if driver == "vfio-pci":
-            machine.set_group(address, 0)
+            machine.set_group(address, 0, made_by_vfio=True)
             kernel.add_group(0, iommu=False)
 
     def unbound(address: str, driver: str) -> None:
@@ -424,7 +425,9 @@ def test_where_it_is_unusable_sysfs_it_is(machine: FakePci, kernel: FakeVfio, an
     assert machine.driver(A) == ""
 
 
-def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
+def test_a_mode_that_is_off(
+    machine: FakePci, kernel: FakeVfio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine.add_driver("vfio-pci")
     machine.add(A)
     with guest.open() as device:
@@ -432,10 +435,22 @@ def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
         with pytest.raises(NoInterrupts, match="this guest has no IOMMU, which vfio needs"):
             device.wait(0, 0)
     assert kernel.calls == []
-    for access in ("vfio", "noiommu"):
-        with pytest.raises(Unusable, match="no IOMMU group"):
-            guest.open(access=access)
-    assert machine.driver(A) == ""
+    with pytest.raises(Unusable, match="this guest has no IOMMU, which vfio needs: give QEMU"):
+        guest.open(access="vfio")
+    with pytest.raises(
+        Unusable, match="this kernel's vfio has no no-IOMMU mode; this guest has no"
+    ):
+        guest.open(access="noiommu")
+    vfio.NOIOMMU.write_text("N\n")
+    switch = f"`echo Y > {vfio.NOIOMMU}`"
+    monkeypatch.setattr(vfio, "ENABLE_NOIOMMU", switch.strip("`"))
+    with pytest.raises(Unusable, match=f"vfio's no-IOMMU mode is off; .*: as root, {switch}"):
+        guest.open(access="noiommu")
+    with guest.open() as device, pytest.raises(NoInterrupts, match=f"or let vfio .*: {switch}"):
+        device.wait(0, 0)
+    assert machine.writes == [(f"devices/{A}/enable", word) for word in "1010"]
+    subprocess.run(["sh", "-c", vfio.ENABLE_NOIOMMU], check=True)
+    assert vfio.noiommu_enabled()
 
 
 def test_a_plain_device(machine: FakePci, kernel: FakeVfio) -> None:

@@ -167,6 +167,8 @@ def _list(options: argparse.Namespace) -> int:
 def _described(device: guest.Device) -> dict[str, str]:
     vectors = "? vectors" if device.vectors is None else count(device.vectors)
     group = "no IOMMU group" if device.iommu_group is None else f"IOMMU group {device.iommu_group}"
+    if device.noiommu_group is not None:
+        group = f"no IOMMU (vfio's group {device.noiommu_group})"
     return {
         "size": format_size(device.size),
         "variant": device.variant,
@@ -248,9 +250,12 @@ def _measure(options: argparse.Namespace) -> int:
         else:
             read, write = (f"{rate / 1e6:8.0f} MB/s" for rate in (speed.read, speed.write))
             print(f"{speed.memory:<14}read {read}   write {write}")
+    if all(speed.error for speed in speeds):
+        print("nothing could be measured")
+        return 1
     for what in ("read", "write"):
         rates = {getattr(speed, what): speed.memory for speed in speeds if not speed.error}
-        if rates and max(rates) > _NOISE * min(rates):
+        if max(rates) > _NOISE * min(rates):
             print(f"fastest to {what}: {rates[max(rates)]}")
         else:
             print(f"to {what} there is no difference to speak of")

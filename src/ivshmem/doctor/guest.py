@@ -4,8 +4,9 @@ Knows: what stands between a program and the device, and who can take it away: a
 guest, or an option of the QEMU that runs it. Does not know: how a device is opened.
 
 Invariants:
-1. A device is opened only if nothing speaks against it: no driver loses it, no other program is
-   disturbed, and the kernel switches nothing on that was off.
+1. A device is opened only if nothing speaks against it: no driver loses it but those that `open`
+   takes it from, too, for as long as it is open; no other program is disturbed, and the kernel
+   switches nothing on that was off.
 2. What is judged from outside is not taken for granted: the interrupt to oneself is the proof.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from .. import qemu, runtime
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
-from ..guest.device import Access, GuestDevice, open_device
+from ..guest.device import Access, GuestDevice, best_way, open_device
 from ..plain import quoted
 from ..sizes import format_size
 from . import holders
@@ -105,14 +106,10 @@ class DeviceSteps:
     @property
     def _access(self) -> Access:
         """The way in which it would be opened if nothing were in the way."""
-        device = self.device
-        if device.variant == "plain":
-            given = device.driver == "vfio-pci" and device.iommu_group is not None
-            if not (given or self._locked):
-                return "sysfs"
-        elif device.driver != "uio_pci_generic" and uio.name(device) is not None:
-            return "uio"
-        return "noiommu" if device.iommu_group is None and vfio.noiommu_enabled() else "vfio"
+        way = best_way(self.device)
+        if way == "sysfs" and (self.device.variant == "doorbell" or self._locked):
+            return "vfio"  # what is missing for that is what this is about
+        return way
 
     def _without_vfio(self) -> Finding | None:
         """Why what concerns vfio does not concern this device."""
@@ -143,9 +140,11 @@ class DeviceSteps:
         who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
         if not lacking:
             return ok(who)
-        group = vfio.group_path(device.iommu_group or 0)
-        if device.driver == "vfio-pci" and _may_write(group):
+        group = self._group_path(device)
+        if device.driver == "vfio-pci" and group is not None and _may_write(group):
             return ok(f"{who}, who was given {group}")
+        if (name := uio.name(device)) is not None and _may_write(uio.DEV / name):
+            return ok(f"{who}, who was given {uio.DEV / name}")
         if os.geteuid() == 0:
             return failed(
                 f"root may not write {lacking[0]}: a container?", "mount -o remount,rw /sys"
@@ -196,6 +195,8 @@ class DeviceSteps:
             return ok(driver)
         if self._access == "uio":
             return ok(f"{driver}: one vector")
+        if self._access in ("vfio", "noiommu") and self.device.variant == "doorbell":
+            return warning(f"{driver} has the device, and gets it back after each use")
         return failed(
             f"{driver} has the device",
             as_root(f"echo {self.device.address} > {self.device.path}/driver/unbind"),
@@ -210,6 +211,12 @@ class DeviceSteps:
             return ok(f"group {self.device.iommu_group}")
         if self._access == "noiommu":
             return warning("none, but vfio is allowed to do without")
+        if vfio.has_noiommu():
+            return failed(
+                "none, and vfio's no-IOMMU mode, which lets the device write to all memory and"
+                " taints the kernel, is off",
+                as_root(vfio.ENABLE_NOIOMMU),
+            )
         what = "" if self._locked else ", so no interrupts (memory and ringing work by sysfs)"
         if _DMAR.exists():
             mend = _kernel_mend("intel_iommu=on")
@@ -274,24 +281,55 @@ class DeviceSteps:
 
     # -- the proof --------------------------------------------------------------------------------
 
+    @staticmethod
+    def _group_path(device: pci.Device) -> Path | None:
+        """The file that stands for its group; None if there is no group."""
+        if device.iommu_group is not None:
+            return vfio.group_path(device.iommu_group)
+        if device.noiommu_group is not None:
+            return vfio.group_path(device.noiommu_group, iommu=False)
+        return None
+
     def _free(self) -> Finding:
-        if (reason := self._without_vfio()) is not None:
-            return reason
         device = pci.look(self.device.address)
-        group = vfio.group_path(device.iommu_group or 0, iommu=self._access == "vfio")
-        if device.driver != "vfio-pci" or not vfio.is_held(group):
+        if self._access == "uio":
+            return self._free_of_uio(device)
+        if self._access == "sysfs":
+            return skipped(_PLAIN)
+        group = self._group_path(device)
+        held = group is not None and vfio.is_held(group)
+        mates = [a for a, driver in pci.group_mates(device).items() if driver == "vfio-pci"]
+        if group is None or not held or not (mates or device.driver == "vfio-pci"):
             return ok("nobody has it open")
         found = holders.of_file(group)
         who = " and ".join(map(str, found)) or "a process that is not to be seen from here"
-        if any(_is_broker(holder) for holder in found):
+        if any(_is_broker(holder) for holder in found) and not mates:
             self._shared = True
             return warning(f"{who} shares it: connect to its socket")
+        if mates:
+            return failed(
+                f"{who} has IOMMU group {device.iommu_group} open, in which {' and '.join(mates)}"
+                " is, too: open both in that process, or give each device a port of its own",
+                "-device pcie-root-port,id=port1,chassis=1"
+                " -device ivshmem-doorbell,bus=port1,vectors=1,chardev=ivshmem",
+            )
+        if os.getpid() in [holder.pid for holder in found]:
+            return failed("this process has it open: close it first")
         pids = " ".join(str(holder.pid) for holder in found)
         return failed(f"{who} has it open", as_root(f"kill {pids}") if pids else "")
 
+    def _free_of_uio(self, device: pci.Device) -> Finding:
+        """Others may have it open, too, but a ring would look like one of a peer to them."""
+        name = uio.name(device)
+        found = holders.of_file(uio.DEV / name) if name else []
+        if not found:
+            return ok("nobody has it open")
+        self._shared = True
+        return warning(f"{' and '.join(map(str, found))} has it open, and is not disturbed")
+
     def _opening(self) -> Finding:
         if self._shared:
-            return skipped("another process shares the device")
+            return skipped("another process uses the device")
         access = self._access
         try:
             with open_device(self.device.address, access=access) as endpoint:

@@ -10,9 +10,11 @@ missing and what mends it.
 """
 
 from .broker import Broker
-from .device import GuestDevice
-from .device import open_device as open  # noqa: A004 - `guest.open()` reads as it should
+from .device import GuestDevice, open_device
 from .measure import Speed, measure
 from .pci import Device, devices
 
-__all__ = ["Broker", "Device", "GuestDevice", "Speed", "devices", "measure", "open"]
+open = open_device  # noqa: A001 - `guest.open()` reads as it should
+
+# Without `open`: `from ivshmem.guest import *` would replace Python's own.
+__all__ = ["Broker", "Device", "GuestDevice", "Speed", "devices", "measure"]

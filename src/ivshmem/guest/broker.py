@@ -7,6 +7,9 @@ To the world a virtual machine is one peer. So all clients here have its id, eac
 device reaches all of them, and they are not told of one another. Whom they can ring, the device
 does not say: those who stand in the region's directory of names, and those given here.
 
+All peers have as many vectors as the device has, also where this machine hears only one interrupt
+for all of them, as by UIO: that one then goes to each vector of each client.
+
 Invariants:
 1. A client can neither block nor end this process: its eventfds are signalled by the kernel, and
    read without blocking.
@@ -17,6 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -29,6 +33,7 @@ from ..engine import Peer
 from ..errors import NoDirectory
 from ..protocol import MAX_ID, Member
 from ..server import Server
+from .device import GuestDevice
 
 _log = logging.getLogger("ivshmem.guest")
 
@@ -72,7 +77,7 @@ class Broker(Server):
         if device.region.offset:
             raise ValueError(
                 "memory that is mapped by vfio or UIO cannot be handed on: open the device with"
-                " memory='resource2'"
+                " memory='resource2', for which a guest with a UIO driver boots with iomem=relaxed"
             )
         self.device = device
         self._shared_id = device.id
@@ -82,15 +87,19 @@ class Broker(Server):
         self._remote: dict[int, tuple[Member, _fds.FdArray]] = {}
         self._directory: Directory | None = None
         self._complaint = ""
-        super().__init__(path, device.region, device.vectors, on_join=on_join, on_leave=on_leave)
+        heard = device.vectors
+        known = device.device.vectors if isinstance(device, GuestDevice) and heard else None
+        vectors = heard if known is None else known
+        self._one_for_all = vectors > heard
+        super().__init__(path, device.region, vectors, on_join=on_join, on_leave=on_leave)
         try:
-            self._signaller = _fds.Signaller()
+            self._signaller = _signaller()
             self._resources.callback(self._signaller.close)
             self._timer = _fds.Timer()
             self._resources.callback(self._timer.close)
             self._resources.callback(self._close_bells)
             self._engine.watch(self._timer.fileno(), self._look)
-            if device.vectors:
+            if heard:
                 self._engine.watch(device.fileno(), self._interrupts)
             self._look()
         except BaseException:
@@ -108,7 +117,9 @@ class Broker(Server):
             if (event := self.device.next_event(0)) is None:
                 break
             if isinstance(event, _core.Interrupt):
-                self._signaller.signal(self._engine.bells(event.vector))
+                any_of = range(self.vectors) if self._one_for_all else (event.vector,)
+                for vector in any_of:
+                    self._signaller.signal(self._engine.bells(vector))
 
     # -- peers elsewhere --------------------------------------------------------------------------
 
@@ -176,3 +187,21 @@ class Broker(Server):
     def _close_bells(self) -> None:
         for _, bells in self._remote.values():
             bells.close()
+
+
+def _signaller() -> _fds.Signaller:
+    try:
+        return _fds.Signaller()
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.ENOSYS:
+            reason = (
+                "this kernel has no asynchronous I/O (CONFIG_AIO, or a seccomp filter), and without"
+                " it a client could block the others: let one process use the device, by `open`"
+            )
+        elif error.errno == errno.EAGAIN:
+            reason = (
+                "too many users of asynchronous I/O: as root,"
+                " echo 1048576 > /proc/sys/fs/aio-max-nr"
+            )
+        raise OSError(error.errno, reason) from None

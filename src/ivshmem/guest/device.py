@@ -6,8 +6,12 @@ what. Does not know: sysfs, vfio and UIO in detail; who the other peers are, whi
 Invariants:
 1. A device is given back as it was found: its driver, and whatever was opened.
 2. The driver is changed back only after everything of the device is unmapped and closed, also by
-   forked children: until then the kernel would wait, and nothing could interrupt it.
+   forked children: until then the kernel would wait, and nothing could interrupt it. If this
+   process has several devices of one IOMMU group open, all get their drivers back with the last.
 3. Registers are accessed by single 32-bit loads and stores only.
+4. An id that has changed is believed only if the device still decodes memory: after the device is
+   unplugged, or its driver has let go of it, registers read as 0, which is an id.
+5. No driver is taken from a process that uses it.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchV
 from ..pages import PAGE
 from ..protocol import MAX_ID, MAX_VECTORS
 from ..region import Region
-from . import pci, uio
-from .vfio import Unusable, Vfio, group_path, is_held, noiommu_enabled
+from . import pci, uio, users, vfio
+from .vfio import Unusable, Vfio
 
 # Registers of BAR0, by offset.
 IVPOSITION, DOORBELL, REGISTER_BYTES = 8, 12, 256
@@ -70,8 +74,11 @@ def open_device(
 
     Raises:
         NoSuchDevice: there is none at `address`; or several, and no address was given.
-        OSError: no permission (root has it), somebody else has it open (EBUSY), or the way asked
+        OSError: no permission (root has it), a process uses it already (EBUSY), or the way asked
             for does not exist here; the message says what is missing. The device is then as before.
+
+    Devices of one IOMMU group (several on one pcie-to-pci-bridge, for instance) can be open in one
+    process only, which then has them all.
     """
     device = choose(address)
     if access is not None:
@@ -108,26 +115,50 @@ def _normal(address: str) -> str:
     return address if "." in address else f"{address}.0"
 
 
+def best_way(device: pci.Device) -> Access:
+    """The way in which `open` opens a device first, if none is chosen."""
+    if uio.name(device) is not None:
+        return "uio"
+    # Without interrupts sysfs does as well, and leaves drivers alone. But lockdown(7) forbids it,
+    # and a user who was given the device by vfio has it by vfio only.
+    plain = device.variant == "plain" and device.driver != _VFIO
+    if device.iommu_group is not None:
+        return "sysfs" if plain and not pci.locked_down() else "vfio"
+    if device.noiommu_group is not None or (vfio.noiommu_enabled() and not plain):
+        return "noiommu"
+    return "sysfs"
+
+
 def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
+    way = best_way(device)
     if device.variant == "plain":
-        # Without interrupts sysfs does as well, and leaves drivers alone; but see lockdown(7), and
-        # who was given the device by vfio has it so.
-        if device.iommu_group is not None and (device.driver == _VFIO or pci.locked_down()):
-            return PlainVfioDevice(device, memory)
-        return SysfsDevice(device, memory)
-    if uio.name(device) is not None and device.driver != "uio_pci_generic":
-        return UioDevice(device, memory)
+        return _PLAIN_WAYS[way](device, memory)
+    if way == "sysfs":
+        return SysfsDevice(device, memory, why=_no_iommu(vfio.has_noiommu()))
     try:
-        if device.iommu_group is not None:
-            return VfioDevice(device, memory)
-        if noiommu_enabled():
-            return NoIommuDevice(device, memory)
-        why = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
+        return _WAYS[way](device, memory)
     except Unusable as error:
         if device.driver == _VFIO:  # sysfs is no way out then
             raise
         why = f"vfio cannot be used: {error.strerror}"
     return SysfsDevice(device, memory, why=why)
+
+
+def _no_iommu(switched_off: bool) -> str:
+    """What a guest without an IOMMU lacks; `switched_off`: its kernel could do without one."""
+    text = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
+    if not switched_off:
+        return text
+    return f"{text}; or let vfio do without, which taints the kernel: `{vfio.ENABLE_NOIOMMU}`"
+
+
+def _advice(device: pci.Device) -> str:
+    """How to open a device that is not to be opened by sysfs, or not only for its memory."""
+    if device.iommu_group is not None:
+        return "open it by vfio"
+    if device.noiommu_group is not None or vfio.noiommu_enabled():
+        return "open it by noiommu"
+    return "open it by uio" if uio.name(device) is not None else ""
 
 
 class GuestDevice(Endpoint):
@@ -138,9 +169,13 @@ class GuestDevice(Endpoint):
     of the virtual machine, which is what the server gives it where it is migrated to. Nothing tells
     of that, so `events` looks once a second, and `wait` does not notice.
 
-    When the device is unplugged, waiting raises DeviceGone; the kernel waits with the removal until
-    the device is closed here. (In the ways "sysfs" and "uio" nobody tells; and memory that was
-    mapped by sysfs is then gone: touching it is SIGBUS.)
+    When the device is unplugged, waiting raises DeviceGone, and so does looking for another id. By
+    vfio the kernel waits with the removal until the device is closed here. By UIO it does not: the
+    memory reads as 0 from then on. In the way "sysfs" nobody tells, and the memory is gone:
+    touching it is SIGBUS.
+
+    `close` gives the device back, which waits for at most 5 seconds for another process that
+    changes its driver at that moment; Ctrl-C ends that wait, and the device is given back first.
 
     Attributes:
         device: what it is, and which driver it had before.
@@ -231,11 +266,28 @@ class GuestDevice(Endpoint):
 
         Raises:
             ClosedError: the device is closed.
+            DeviceGone: it was unplugged, or another has its driver now.
         """
         if self.device.variant != "doorbell":
             return self.id
         found = self._registers.load(IVPOSITION)
-        return found if found <= MAX_ID else self.id  # it has none yet, or is being unplugged
+        if found == self.id or found > MAX_ID:  # it has none yet, or is being unplugged
+            return self.id
+        return found if self._decodes() else self.id
+
+    def _decodes(self) -> bool:
+        """Whether the registers are behind their mapping, where else anything may be read.
+
+        Raises:
+            DeviceGone: they will never be there again.
+        """
+        decodes: bool | None = None
+        with pci.unless_unplugged():
+            decodes = bool(pci.command(self.device) & pci.COMMAND_MEMORY)
+        return self._gone() if decodes is None else decodes
+
+    def _gone(self) -> NoReturn:
+        raise DeviceGone(f"{self.device.address}: the device was unplugged: close it")
 
     def _next_news(self) -> Event | None:
         before, self.id = self.id, self.current_id()
@@ -281,10 +333,19 @@ class VfioDevice(GuestDevice):
     def _open(self, memory: Memory | None) -> None:
         if not pci.load_driver(_VFIO):
             raise Unusable(errno.ENODEV, "this kernel has no vfio-pci: load or install that module")
-        # Until the group is open, somebody else could take the driver away.
+        self._check()
+        loan = _Loan(self.device)
+        self._undo(loan.give_back)
+        # Until the group is open, another process could take the driver away.
         with pci.locked(self.device):
-            group = self._bind()
-            self._vfio = Vfio(self.device.address, group, iommu=self._iommu)
+            group = self._bind(loan)
+            try:
+                self._vfio = loan.vfio = Vfio(self.device.address, group, iommu=self._iommu)
+            except BaseException as error:
+                loan.restore()
+                if isinstance(error, OSError) and error.errno == errno.EBUSY:
+                    raise self._busy(error) from None
+                raise
         self._resources.callback(self._vfio.close)
         self._set_command(pci.COMMAND_MEMORY)
         registers = self._vfio.region(pci.REGISTERS)
@@ -300,25 +361,49 @@ class VfioDevice(GuestDevice):
             self._map_resource(memory)
         self._listen()
 
-    def _bind(self) -> int:
+    def _check(self) -> None:
+        """Raise Unusable before anything is changed, if vfio cannot have the device."""
+        if self.device.iommu_group is None:
+            raise Unusable(errno.EINVAL, _no_iommu(vfio.has_noiommu()), self.device.address)
+
+    def _bind(self, loan: _Loan) -> int:
         """Let vfio-pci have the device until the end; returns its group."""
-        loan = _Loan(self.device)
-        self._undo(loan.give_back)
+        device = self.device
+        if users_ids := uio.users_of(device):
+            reason = f"{users.named(users_ids)} uses it through UIO: stop that, or open it by uio"
+            raise OSError(errno.EBUSY, reason, device.address)
         try:
-            loan.restore = pci.bind(self.device, _VFIO)
+            with _explained(device, str(device.path / "driver_override"), mapping=False):
+                loan.restore = pci.bind(device, _VFIO)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            raise Unusable(
-                errno.EINVAL,
-                f"vfio-pci does not take the device without an IOMMU: {IOMMU_HINT}",
-                self.device.address,
-            ) from None
-        group = pci.look(self.device.address).iommu_group
+            raise Unusable(errno.EINVAL, error.strerror, error.filename) from None
+        now = pci.look(device.address)
+        group = now.iommu_group if self._iommu else now.noiommu_group
         if group is None:
-            raise Unusable(errno.EINVAL, f"no IOMMU group: {IOMMU_HINT}", self.device.address)
-        loan.group = group_path(group, iommu=self._iommu)
+            loan.restore()
+            raise Unusable(errno.EINVAL, "vfio-pci has made no group for it", device.address)
         return group
+
+    def _busy(self, error: OSError) -> OSError:
+        """Say which process has the group open, and what can be done."""
+        if error.filename == self.device.address:  # this process, this device
+            return error
+        who = users.named(users.of(Path(error.filename)))
+        mates = [a for a, driver in pci.group_mates(self.device).items() if driver == _VFIO]
+        if not mates:
+            reason = (
+                f"another process has the device open ({who}): stop it, or let it be `ivshmem"
+                " guest serve`, to which many can connect"
+            )
+        else:
+            reason = (
+                f"another process ({who}) has IOMMU group {self.device.iommu_group} open, in which"
+                f" {' and '.join(mates)} is, too: open both in one process, or give each device a"
+                " port of its own (-device pcie-root-port,id=port1,chassis=1, and bus=port1)"
+            )
+        return OSError(errno.EBUSY, reason, error.filename)
 
     def _set_command(self, bits: int) -> None:
         self._vfio.set_config(pci.COMMAND, self._vfio.config(pci.COMMAND) | bits)
@@ -346,7 +431,10 @@ class VfioDevice(GuestDevice):
             self._listen_alone(relay)
 
     def _news(self) -> NoReturn:
-        raise DeviceGone(f"{self.device.address}: the device was unplugged: close it")
+        self._gone()
+
+    def _decodes(self) -> bool:
+        return bool(self._vfio.config(pci.COMMAND) & pci.COMMAND_MEMORY)
 
 
 class _Loan:
@@ -354,18 +442,30 @@ class _Loan:
 
     def __init__(self, device: pci.Device) -> None:
         self.device = device
-        self.group: Path | None = None
-        self.restore: Callable[[], None] | None = None
+        self.vfio: Vfio | None = None
+        self.restore: Callable[[], None] = lambda: None
 
     def give_back(self) -> None:
-        """Let the former driver have it, unless somebody else has the group open now.
+        """Let the former driver have it, unless another process has the group open now.
 
-        That may be a forked child, or whoever was quicker: vfio-pci stays then.
+        That may be a forked child, or a process that was quicker: vfio-pci stays then. While this
+        process has other devices of the group open, nobody can tell; closing the last one does it
+        for all. Can be done again, if it was interrupted.
         """
-        if self.restore is not None:
-            with pci.locked(self.device):
-                if self.group is None or not is_held(self.group):
-                    self.restore()
+        if self.vfio is None:  # it was never open
+            return
+        group = self.vfio.group
+        if self._restore not in group.afterwards:
+            group.afterwards.append(self._restore)
+        while group.afterwards and not group.devices:
+            group.afterwards[-1]()
+            group.afterwards.pop()
+
+    def _restore(self) -> None:
+        assert self.vfio is not None
+        with pci.locked(self.device), pci.unless_unplugged():
+            if not vfio.is_held(self.vfio.path):
+                self.restore()
 
 
 class NoIommuDevice(VfioDevice):
@@ -373,6 +473,21 @@ class NoIommuDevice(VfioDevice):
 
     access: Access = "noiommu"
     _iommu = False
+
+    def _check(self) -> None:
+        device = self.device
+        if device.iommu_group is not None:
+            reason = "it is behind an IOMMU: open it by vfio"
+        elif device.noiommu_group is not None or vfio.noiommu_enabled():
+            return
+        elif vfio.has_noiommu():
+            reason = (
+                "vfio's no-IOMMU mode is off; it lets the device write to all memory, and taints"
+                f" the kernel: as root, `{vfio.ENABLE_NOIOMMU}`"
+            )
+        else:
+            reason = f"this kernel's vfio has no no-IOMMU mode; {_no_iommu(False)}"
+        raise Unusable(errno.EINVAL, reason, device.address)
 
 
 class UioDevice(GuestDevice):
@@ -382,20 +497,50 @@ class UioDevice(GuestDevice):
 
     def _open(self, memory: Memory | None) -> None:
         if (name := uio.name(self.device)) is None:
+            use = _advice(self.device)
             raise OSError(
                 errno.ENODEV,
-                "no UIO driver for ivshmem has the device; stock kernels have none: use vfio",
+                f"no UIO driver for ivshmem has the device{f': {use}' if use else ''}",
                 self.device.address,
             )
-        fd = uio.open_device(name)
-        self._listen_uio(fd)
-        registers = uio.find_map(self.device, name, pci.bar_start(self.device, pci.REGISTERS))
-        self._map_registers(fd, registers)
+        # Of a driver that is there, none of our other processes takes the device away now.
+        with pci.locked(self.device), _explained_uio(name):
+            fd = self._uio = uio.open_device(name)
+        if self.device.variant == "doorbell":
+            self._listen_uio(fd)
+        else:
+            self._resources.callback(os.close, fd)
+        start = pci.bar_start(self.device, pci.REGISTERS)
+        registers = uio.find_map(self.device, name, start)
+        try:
+            self._map_registers(fd, registers)
+        except OSError as error:
+            if error.errno == errno.ENODEV and start % PAGE:
+                reason = (
+                    f"its registers begin inside a page, at {start:#x}, and UIO maps whole pages"
+                    f" only: boot the guest with {_ALIGNED}"
+                )
+            elif error.errno == errno.EINVAL:
+                reason = (
+                    f"the driver {self.device.driver} gives out less than the whole page that its"
+                    " registers are in, and UIO maps whole pages only: change its uio_mem.size"
+                )
+            else:
+                raise
+            raise OSError(error.errno, reason, str(uio.DEV / name)) from None
         if memory in (None, "uio"):
             offset = uio.find_map(self.device, name, pci.bar_start(self.device, pci.MEMORY))
             self._map_memory(_fds.FdArray.copy(fd), offset, "uio", str(uio.DEV / name))
         else:
             self._map_resource(memory)
+
+    def _news(self) -> NoReturn:  # reads say EIO
+        self._gone()
+
+    def _decodes(self) -> bool:
+        if uio.is_gone(self._uio):
+            self._gone()
+        return super()._decodes()
 
 
 class _Deaf(GuestDevice):
@@ -411,19 +556,21 @@ class SysfsDevice(_Deaf):
     access: Access = "sysfs"
 
     def __init__(self, device: pci.Device, memory: Memory | None, *, why: str = "") -> None:
-        need = "" if device.iommu_group is not None else f", which needs an IOMMU: {IOMMU_HINT}"
-        self._why = why or f"by way of sysfs there are none: open it by vfio{need}"
+        use = _advice(device) or _no_iommu(vfio.has_noiommu())
+        self._why = why or f"by way of sysfs there are none: {use}"
         super().__init__(device, memory)
 
     def _open(self, memory: Memory | None) -> None:
         device = self.device
         if device.driver:
-            # To unbind vfio-pci while somebody has the device open would wait for that somebody.
-            instead = f", or as root: echo {device.address} > {device.path}/driver/unbind"
+            # To unbind vfio-pci while a process has the device open would wait for that process.
+            unbind = f"as root: echo {device.address} > {device.path}/driver/unbind"
+            ways = [way for way in (_advice(device), unbind) if way]
+            if device.driver == _VFIO:
+                ways.remove(unbind)
             raise OSError(
                 errno.EBUSY,
-                f"the driver {device.driver} has the device: open it by vfio"
-                + ("" if device.driver == _VFIO else instead),
+                f"the driver {device.driver} has the device: {', or '.join(ways)}",
                 device.address,
             )
         with _explained(device, str(device.path)):
@@ -448,6 +595,10 @@ class SysfsDevice(_Deaf):
         raise NoInterrupts(f"no interrupts here: {self._why}")
 
 
+class PlainUioDevice(_Deaf, UioDevice):
+    """A plain device by UIO: memory only."""
+
+
 class PlainVfioDevice(_Deaf, VfioDevice):
     """A plain device by vfio: memory only."""
 
@@ -464,6 +615,7 @@ _WAYS: dict[Access, type[GuestDevice]] = {
 }
 _PLAIN_WAYS: dict[Access, type[GuestDevice]] = {
     **_WAYS,
+    "uio": PlainUioDevice,
     "vfio": PlainVfioDevice,
     "noiommu": PlainNoIommuDevice,
 }
@@ -481,27 +633,65 @@ _PLAIN = (
 )
 
 
+# Lets each ivshmem device's registers begin a page.
+_ALIGNED = f"pci=resource_alignment=12@pci:{pci.VENDOR_ID:04x}:{pci.DEVICE_ID:04x}"
+
+
 @contextlib.contextmanager
-def _explained(device: pci.Device, path: str) -> Iterator[None]:
-    """Say of what sysfs refuses why, and what mends it."""
+def _explained_uio(name: str) -> Iterator[None]:
+    """Say what mends it that the UIO device cannot be opened."""
     try:
         yield
     except PermissionError as error:
-        if mode := pci.locked_down():
+        reason = (
+            f"{error.strerror}: run as root, or let root give it to you:"
+            f" chown USER {uio.DEV / name}"
+        )
+        raise OSError(error.errno, reason, error.filename) from None
+
+
+@contextlib.contextmanager
+def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterator[None]:
+    """Say of what sysfs refuses why, and what mends it; `mapping`: a lockdown forbids it."""
+    try:
+        yield
+    except PermissionError as error:
+        if mapping and (mode := pci.locked_down()):
             reason = (
                 f"the kernel is locked down ({mode}), which forbids this to root, too: use vfio, or"
                 " boot without Secure Boot and lockdown="
             )
         elif os.geteuid():
             reason = "only root may: run as root"
+            if not mapping:
+                reason += ", or let root bind vfio-pci and chown its group to you (/dev/vfio/N)"
         else:
-            reason = f"{error.strerror}: not allowed to root either, perhaps by kernel lockdown"
+            reason = (
+                f"{error.strerror}: not allowed to root here, perhaps by a container or kernel"
+                " lockdown: run it outside of the container"
+            )
         raise OSError(error.errno, reason, error.filename or path) from None
     except OSError as error:
-        if error.errno == errno.EINVAL and error.filename is None:
-            now = pci.look(device.address).driver or "a driver"
-            reason = f"{now} has claimed it: unbind that, or choose another way to map the memory"
-            raise OSError(error.errno, reason, path) from None
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, path) from None
-        raise
+        reason = error.strerror or str(error)
+        if error.errno == errno.EROFS:
+            reason = "sysfs is mounted read-only, as in a container: mount -o remount,rw /sys"
+        elif error.errno == errno.ENOENT and path.endswith("resource2_wc"):
+            reason = (
+                "this kernel maps nothing write-combined (it has no PAT: booted with nopat?): use"
+                " memory='resource2'"
+            )
+        elif error.errno == errno.EINVAL and error.filename is None:
+            reason = _claimed(device)
+        raise OSError(error.errno, reason, error.filename or path) from None
+
+
+def _claimed(device: pci.Device) -> str:
+    """Why the kernel does not map by sysfs what a driver has claimed, and what mends it."""
+    now = pci.look(device.address)
+    ways = ["boot the guest with iomem=relaxed"]
+    if (use := _advice(now)) and not use.endswith("uio"):
+        ways.insert(0, use)
+    return (
+        f"the driver {now.driver or 'that had it'} has claimed the memory, and this kernel lets"
+        f" nobody map it by sysfs then: {', or '.join(ways)}"
+    )

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..errors import IvshmemError
-from .device import Memory, choose, open_device
+from .device import Access, Memory, best_way, choose, open_device
 
-MEMORIES: tuple[Memory, ...] = ("vfio", "resource2", "resource2_wc")
+MEMORIES: tuple[Memory, ...] = ("vfio", "uio", "resource2", "resource2_wc")
+
+# The ways that have a mapping of their own; the others can be had beside whatever opens the device.
+_OWN: dict[Memory, Access] = {"vfio": "vfio", "uio": "uio"}
 
 _ROUNDS = 3  # in turn, the best of which counts: others use the processor as well
 _CHUNK = 1 << 16  # bytes copied at once: small enough for the processor's caches on our side
@@ -44,8 +47,9 @@ def measure(
 ) -> list[Speed]:
     """Copy from the memory, and the same bytes back, by each way; one Speed for each.
 
-    What another peer writes meanwhile to these `length` bytes (None: at most 1 MiB) at `offset` is
-    lost. Each way takes about six times `seconds`.
+    What another peer writes at the same time to these `length` bytes (None: at most 1 MiB) at
+    `offset` is lost. Each way takes about six times `seconds`. A process that uses the device keeps
+    it: the ways that would take it away then have an error.
 
     Raises:
         NoSuchDevice, OSError: as of `open`; ValueError: no such bytes in the memory.
@@ -73,8 +77,10 @@ def measure(
 
 def _measure(address: str, memory: Memory, offset: int, length: int, seconds: float) -> Speed:
     try:
-        # Only vfio can map it by vfio; the other ways are there without interrupts, too.
-        device = open_device(address, access="vfio" if memory == "vfio" else None, memory=memory)
+        access = _OWN.get(memory)
+        if memory == "vfio" and best_way(choose(address)) == "noiommu":
+            access = "noiommu"
+        device = open_device(address, access=access, memory=memory)
     except (IvshmemError, OSError, ValueError) as error:
         return Speed(memory, error=getattr(error, "strerror", None) or str(error))
     with (

@@ -6,6 +6,8 @@ Invariants:
 1. A driver is changed only by `bind`, and what that returns puts the former one back.
 2. Nothing is unbound while a process may have it open through vfio: the kernel would wait for that
    process without end. Looking and acting are one step, under `locked`.
+3. An `iommu_group` is one of an IOMMU. The group that vfio makes up for a device without an IOMMU
+   is called `noiommu_group`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ COMMAND_MEMORY, COMMAND_MASTER = 2, 4
 _CAPABILITIES, _HEADER = 0x34, 64
 _MSIX = 0x11
 
+# How vfio names the groups that it makes for devices without an IOMMU; other groups have no name.
+_NOIOMMU_NAME = "vfio-noiommu"
+
 _LOCK_SECONDS = 5.0  # to bind a driver takes milliseconds
 
 
@@ -48,6 +53,8 @@ class Device:
         vectors: of a doorbell device; 0 of a plain one; None where only root could see it.
         driver: the kernel driver that has it; "" for none.
         iommu_group: its number; None where there is no IOMMU.
+        noiommu_group: the number of the group that vfio-pci has made for the device, which has no
+            IOMMU; None unless vfio-pci has the device so.
     """
 
     address: str
@@ -56,6 +63,7 @@ class Device:
     vectors: int | None
     driver: str
     iommu_group: int | None
+    noiommu_group: int | None = None
 
     @property
     def path(self) -> Path:
@@ -67,14 +75,14 @@ def devices() -> list[Device]:
     """The ivshmem devices of this machine, by address; none on most hosts."""
     found = []
     for path in sorted((SYSFS / "devices").glob("*")):
-        with _unless_unplugged():
+        with unless_unplugged():
             if (_hex(path / "vendor"), _hex(path / "device")) == (VENDOR_ID, DEVICE_ID):
                 found.append(look(path.name))
     return found
 
 
 @contextlib.contextmanager
-def _unless_unplugged() -> Iterator[None]:
+def unless_unplugged() -> Iterator[None]:
     """Leave the block if a device goes away: its files are gone then, or open ones are dead."""
     try:
         yield
@@ -104,13 +112,16 @@ def look(address: str) -> Device:
     sizes = [end - start + 1 if end else 0 for start, end in _bars(path)]
     doorbell = sizes[MSIX_TABLE] > 0
     group = _link(path / "iommu_group")
+    number = int(group) if group else None
+    made_up = _text(path / "iommu_group" / "name") == _NOIOMMU_NAME
     return Device(
         address,
         sizes[MEMORY],
         "doorbell" if doorbell else "plain",
         _msix_vectors((path / "config").read_bytes()) if doorbell else 0,
         _link(path / "driver"),
-        int(group) if group else None,
+        None if made_up else number,
+        number if made_up else None,
     )
 
 
@@ -251,7 +262,7 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
 
 def _unbind(device: Device, driver: str) -> None:
     """Take the device from this driver, and from no other that has got it meanwhile."""
-    with _unless_unplugged():  # ENODEV: the driver does not have it
+    with unless_unplugged():  # ENODEV: the driver does not have it
         _write(SYSFS / "drivers" / driver / "unbind", device.address)
 
 
@@ -285,6 +296,14 @@ def enable(device: Device, on: bool) -> None:
     except OSError as error:
         if on or error.errno != errno.EBUSY:  # a driver has it now, and its own ways
             raise
+
+
+def _text(path: Path) -> str:
+    """What a file says; "" where there is no file."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _hex(path: Path) -> int:

@@ -3,25 +3,44 @@
 Knows: /dev/uioN and its maps (Linux, Documentation/driver-api/uio-howto.rst).
 Does not know: what is behind them.
 
-Drivers of that kind for ivshmem are out of tree. Stock kernels have only uio_pci_generic, which
-serves neither this device's interrupts nor its memory.
+Drivers of that kind for ivshmem are out of tree.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 from pathlib import Path
 
 from ..pages import PAGE
+from . import users
 from .pci import Device
 
 DEV = Path("/dev")
 
 
+# A driver of stock kernels, which serves neither this device's interrupts nor its memory.
+GENERIC = "uio_pci_generic"
+
+
 def name(device: Device) -> str | None:
-    """The UIO device ("uio0") that a driver made of this PCI device; None if there is none."""
+    """The UIO device ("uio0") that a driver for ivshmem made of it; None if there is none."""
+    if device.driver == GENERIC:
+        return None
     return next((path.name for path in sorted((device.path / "uio").glob("uio*"))), None)
+
+
+def users_of(device: Device) -> list[int]:
+    """The ids of the processes that have the device open through UIO, as far as we may see them."""
+    return [pid for path in (device.path / "uio").glob("uio*") for pid in users.of(DEV / path.name)]
+
+
+def is_gone(fd: int) -> bool:
+    """Whether the driver of an open UIO device has lost the device. Takes no interrupt away."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))  # POLLERR and POLLHUP come unasked
 
 
 def open_device(uio: str) -> int:

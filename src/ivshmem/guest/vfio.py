@@ -5,6 +5,8 @@ Knows: the ioctls and their structures, with an IOMMU and without. Does not know
 Invariants:
 1. Nothing of the device is touched before its group is viable and its container has an IOMMU.
 2. All vectors are set in one SET_IRQS: vfio cannot add to those that are enabled (EINVAL).
+3. A process opens a group once, for all devices in it, and closes it with the last of them. A
+   forked child opens groups of its own, and closes its copies of the parent's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ from ..uncopied import Uncopied
 
 DEV = Path("/dev/vfio")
 NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
+ENABLE_NOIOMMU = f"echo Y > {NOIOMMU}"
 UNSAFE_INTERRUPTS = "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 
 # ioctl numbers: _IO(';', 100 + n)
@@ -39,6 +44,12 @@ _DATA_EVENTFD, _ACTION_TRIGGER = 4, 32
 
 CONFIG = 7  # the region that is the configuration space; 0 to 5 are the BARs
 
+_NOIOMMU_PREFIX = "noiommu-"
+_NO_RAWIO = (
+    "vfio without an IOMMU is for processes with CAP_SYS_RAWIO: run as root, whom nobody has taken"
+    " that right from"
+)
+
 
 class Unusable(OSError):
     """vfio cannot give this device to anybody, as this machine is set up."""
@@ -52,52 +63,56 @@ class VfioRegion(NamedTuple):
     mappable: bool
 
 
-class Vfio(Uncopied):
-    """One device, opened through its group, which one process at a time can have open.
+class _Group(Uncopied):
+    """An IOMMU group that this process has open, with a container of its own.
 
-    Raises:
-        Unusable: vfio cannot be used with this device here; the message says what is missing.
-        OSError: EBUSY, another process has the group open; EACCES. Nothing is left open.
+    Attributes:
+        fd: the descriptor.
+        devices: the addresses of those that are open.
+        afterwards: for the caller, who does this after closing the last device.
     """
 
-    def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
+    def __init__(self, path: Path, iommu: bool) -> None:
+        self.path = path
+        self.devices: set[str] = set()
+        self.afterwards: list[Callable[[], object]] = []
         self._fds = _fds.FdArray()
-        self.path = group_path(group, iommu=iommu)
         try:
             container = self._open(DEV / "vfio")
-            opened = self._open(self.path)
-            self._attach(container, opened, iommu)
-            # A bytearray: of immutable bytes fcntl makes a copy, and returns that instead.
-            name = bytearray(address.encode() + b"\0")
-            self.device = fcntl.ioctl(opened, _GROUP_GET_DEVICE_FD, name)
-            self._fds.take(self.device)
+            self.fd = self._open(path)
+            self._attach(container, iommu)
         except BaseException:
             self._fds.close()
             raise
+
+    def close(self) -> None:
+        """Let go of the group. It cannot be used after that, so another is made next time."""
+        self._fds.close()
+        for key in [key for key, group in _groups.items() if group is self]:
+            del _groups[key]
 
     def _open(self, path: Path) -> int:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                reason = (
-                    "another process has the device open: stop it, or let it be"
-                    " `ivshmem guest serve`, to which many can connect"
-                )
+                reason = "another process has the device open"
                 raise OSError(errno.EBUSY, reason, str(path)) from None
             if error.errno in (errno.ENOENT, errno.ENODEV):
                 raise Unusable(
                     errno.ENODEV, "no such vfio device in this kernel", str(path)
                 ) from None
+            if error.errno == errno.EPERM and path.name.startswith(_NOIOMMU_PREFIX):
+                raise Unusable(errno.EPERM, _NO_RAWIO, str(path)) from None
             raise
         self._fds.take(fd)
         return fd
 
-    def _attach(self, container: int, group: int, iommu: bool) -> None:
+    def _attach(self, container: int, iommu: bool) -> None:
         if (version := fcntl.ioctl(container, _GET_API_VERSION)) != 0:
             raise Unusable(errno.ENOTSUP, f"vfio has API version {version}, not 0", str(self.path))
         status = bytearray(struct.pack("II", 8, 0))
-        fcntl.ioctl(group, _GROUP_GET_STATUS, status)
+        fcntl.ioctl(self.fd, _GROUP_GET_STATUS, status)
         if not struct.unpack("II", status)[1] & _GROUP_VIABLE:
             raise Unusable(
                 errno.EPERM,
@@ -106,7 +121,7 @@ class Vfio(Uncopied):
                 str(self.path),
             )
         try:
-            fcntl.ioctl(group, _GROUP_SET_CONTAINER, bytearray(struct.pack("i", container)))
+            fcntl.ioctl(self.fd, _GROUP_SET_CONTAINER, bytearray(struct.pack("i", container)))
             fcntl.ioctl(container, _SET_IOMMU, self._kind(container, iommu))
         except PermissionError:
             raise Unusable(
@@ -114,7 +129,7 @@ class Vfio(Uncopied):
                 "the IOMMU does not remap interrupts: give QEMU `-device intel-iommu,intremap=on`"
                 f" and kernel-irqchip=split, or do without (`{UNSAFE_INTERRUPTS}`)"
                 if iommu
-                else "vfio without an IOMMU is for processes with CAP_SYS_RAWIO",
+                else _NO_RAWIO,
                 str(self.path),
             ) from None
         except OSError as error:
@@ -122,7 +137,9 @@ class Vfio(Uncopied):
                 raise
             raise Unusable(
                 error.errno,
-                "vfio has no driver for its IOMMU: modprobe vfio_iommu_type1",
+                "vfio has no driver for its IOMMU: modprobe vfio_iommu_type1"
+                if iommu
+                else f"vfio's no-IOMMU mode is off: as root, `{ENABLE_NOIOMMU}`",
                 str(self.path),
             ) from None
 
@@ -131,6 +148,67 @@ class Vfio(Uncopied):
         if not iommu:
             return _NO_IOMMU
         return _TYPE1V2 if fcntl.ioctl(container, _CHECK_EXTENSION, _TYPE1V2) else _TYPE1
+
+
+# The groups that this process has open. A forked child finds none of its own here, and a lock
+# that no thread of its own holds. The lock can be taken again: garbage collection closes, too.
+_groups: weakref.WeakValueDictionary[tuple[int, Path], _Group] = weakref.WeakValueDictionary()
+_locks: dict[int, contextlib.AbstractContextManager[bool]] = {}
+
+
+def _locked() -> contextlib.AbstractContextManager[bool]:
+    return _locks.setdefault(os.getpid(), threading.RLock())
+
+
+class Vfio(Uncopied):
+    """One device, opened through its group, which one process at a time can have open.
+
+    Attributes:
+        device: the descriptor.
+        group: what all open devices of the IOMMU group share.
+
+    Raises:
+        Unusable: vfio cannot be used with this device here; the message says what is missing.
+        OSError: EBUSY, another process has the group open, or this one the device; EACCES. Nothing
+            is left open.
+    """
+
+    def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
+        self._fds = _fds.FdArray()
+        self._address = address
+        self._open = False
+        self.path = group_path(group, iommu=iommu)
+        with _locked():
+            key = os.getpid(), self.path
+            if (shared := _groups.get(key)) is None:
+                shared = _Group(self.path, iommu)
+                _groups[key] = shared
+            elif address in shared.devices:
+                raise OSError(errno.EBUSY, "this process has the device open already", address)
+            self.group = shared
+            try:
+                # A bytearray: of immutable bytes fcntl makes a copy, and returns that instead.
+                name = bytearray(address.encode() + b"\0")
+                self.device = fcntl.ioctl(shared.fd, _GROUP_GET_DEVICE_FD, name)
+                self._fds.take(self.device)
+                shared.devices.add(address)
+            except BaseException:
+                self._release()
+                raise
+            self._open = True
+
+    def close(self) -> None:
+        """Let go of the device; its interrupts end. May be called twice."""
+        with _locked():
+            if self._open:
+                self._open = False
+                self._release()
+
+    def _release(self) -> None:
+        self._fds.close()
+        self.group.devices.discard(self._address)
+        if not self.group.devices:
+            self.group.close()
 
     def region(self, index: int) -> VfioRegion:
         """Where BAR `index`, or CONFIG, is in `device`."""
@@ -172,14 +250,10 @@ class Vfio(Uncopied):
         head = struct.pack("IIIII", size, _DATA_EVENTFD | _ACTION_TRIGGER, index, 0, len(fds))
         fcntl.ioctl(self.device, _SET_IRQS, bytearray(head + struct.pack(f"{len(fds)}i", *fds)))
 
-    def close(self) -> None:
-        """Let go of the device; its interrupts end. May be called twice."""
-        self._fds.close()
-
 
 def group_path(group: int, *, iommu: bool = True) -> Path:
     """The file that stands for an IOMMU group."""
-    return DEV / (f"{group}" if iommu else f"noiommu-{group}")
+    return DEV / (f"{group}" if iommu else f"{_NOIOMMU_PREFIX}{group}")
 
 
 def is_held(path: Path) -> bool:
@@ -192,6 +266,11 @@ def is_held(path: Path) -> bool:
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ENODEV)
     return False
+
+
+def has_noiommu() -> bool:
+    """Whether the kernel's vfio, which is loaded, can give out devices without an IOMMU."""
+    return NOIOMMU.exists()
 
 
 def noiommu_enabled() -> bool:
