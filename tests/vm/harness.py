@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from . import image
 from .machine import Machine, write_orders
 from .process import spawn
 from .qmp import Qmp
@@ -68,6 +69,7 @@ class Guest:
         pass_fds: fds that QEMU inherits under the same numbers. They stay the caller's.
         migratable: carries its files. `python` must not be given then: it is this one's.
         incoming: with this for QEMU's -incoming it waits for another guest to come; see twin().
+        boot: another kernel than Debian's.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Guest:
         pass_fds: Sequence[int] = (),
         migratable: bool = False,
         incoming: str | None = None,
+        boot: image.Image | None = None,
     ) -> None:
         if migratable and python != sys.executable:
             raise ValueError("a migratable guest has the Python that runs the tests")
@@ -95,7 +98,7 @@ class Guest:
         self.boot_seconds: float | None = None
         self._program, self._argv, self._python, self._env = program, argv, python, env or {}
         self._machine = Machine(
-            args, memory, cpus, iommu, kernel_args, modules, migratable, incoming
+            args, memory, cpus, iommu, kernel_args, modules, migratable, incoming, boot
         )
         self._pass_fds = pass_fds
         self._exit = ExitStack()
@@ -290,6 +293,11 @@ class Guest:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def crashed(self) -> int | None:
+        """The signal that has ended QEMU; None if it runs, or ended by itself."""
+        status = self._running.poll()
+        return -status if status is not None and status < 0 else None
 
     def report(self) -> str:
         """The last lines of all that the guest said, for a person to read."""

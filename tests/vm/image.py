@@ -54,10 +54,11 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Image:
-    """What QEMU's -kernel and -initrd take."""
+    """What QEMU's -kernel and -initrd take; `modules`: whether there are any to load."""
 
     kernel: Path
     initrd: Path
+    modules: bool = True
 
 
 def missing() -> str | None:
@@ -67,7 +68,7 @@ def missing() -> str | None:
         packages.append("busybox-static")
     if packages:
         return f"vm tests need: apt-get install {' '.join(packages)}"
-    if _kernel_package() is None:
+    if kernel_package() is None:
         return "vm tests need Debian's package lists (no linux-image-amd64 known): apt-get update"
     return None
 
@@ -80,7 +81,7 @@ def prepare() -> Image:
         RuntimeError: something is missing, or the package cannot be fetched. Nothing half-done
             stays in the cache.
     """
-    package, busybox = _kernel_package(), _busybox()
+    package, busybox = kernel_package(), _busybox()
     if package is None or busybox is None:
         raise RuntimeError(missing())
     kept = cache()
@@ -88,7 +89,7 @@ def prepare() -> Image:
     for source in (Path(__file__), Path(newc.__file__), INIT, busybox):
         recipe.update(source.read_bytes())
     with locked(kept / "lock"):
-        deb = _fetched(kept, package)
+        deb = fetched(kept, package)
         built = kept / f"{deb.stem}-{recipe.hexdigest()[:12]}"
         if not built.exists():
             _build(deb, busybox, built)
@@ -110,7 +111,7 @@ def _busybox() -> Path | None:
 
 
 @functools.cache
-def _kernel_package() -> str | None:
+def kernel_package() -> str | None:
     """The newest kernel's package; not the cloud variant, which lacks 9p, and not rt or dbg."""
     depends = subprocess.run(
         ["apt-cache", "depends", "linux-image-amd64"], capture_output=True, text=True, check=False
@@ -136,28 +137,38 @@ def appearing(target: Path) -> Iterator[Path]:
         (Path(work) / "new").rename(target)
 
 
-def _fetched(cache: Path, package: str) -> Path:
+def fetched(cache: Path, package: str) -> Path:
+    """The file of a Debian package, from the cache or from the archive.
+
+    Raises:
+        RuntimeError: it cannot be fetched.
+    """
     have = sorted(cache.glob(f"{package}_*.deb"))
     if have:
         return have[-1]
     with tempfile.TemporaryDirectory(dir=cache, prefix="tmp-") as work:
         # Run by root, apt would drop to a user who may not write here, and complain.
         user = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-        _run("apt-get", *user, "-q", "download", package, cwd=work)
+        run("apt-get", *user, "-q", "download", package, cwd=work)
         (deb,) = Path(work).glob("*.deb")
         return deb.rename(cache / deb.name)
 
 
 def _build(deb: Path, busybox: Path, target: Path) -> None:
     with appearing(target) as new, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
-        _run("dpkg-deb", "-x", str(deb), unpacked)
+        run("dpkg-deb", "-x", str(deb), unpacked)
         (vmlinuz,) = Path(unpacked).glob("boot/vmlinuz-*")
         new.mkdir()
         (new / "kernel").write_bytes(_uncompressed(vmlinuz.read_bytes()))
         (new / "initrd").write_bytes(_initramfs(busybox, ModuleTree(Path(unpacked))))
 
 
-def _run(*command: str, cwd: str | None = None) -> None:
+def run(*command: str, cwd: str | None = None) -> None:
+    """Run a program to its end.
+
+    Raises:
+        RuntimeError: it failed; the message has what it wrote to stderr.
+    """
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr.strip()}")
@@ -213,7 +224,15 @@ def _canonical(module: str) -> str:
     return module.replace("-", "_")
 
 
-def _initramfs(busybox: Path, modules: ModuleTree) -> bytes:
+def bare_initramfs() -> bytes:
+    """An initramfs for a kernel that has built in what a guest needs."""
+    busybox = _busybox()
+    if busybox is None:
+        raise RuntimeError(missing())
+    return _initramfs(busybox, None)
+
+
+def _initramfs(busybox: Path, modules: ModuleTree | None) -> bytes:
     archive = Newc()
     for folder in ("bin", "dev", "modules", *(f"modules/{name}" for name in MODULES)):
         archive.folder(folder)
@@ -221,7 +240,8 @@ def _initramfs(busybox: Path, modules: ModuleTree) -> bytes:
     for applet in APPLETS:
         archive.link(f"bin/{applet}", "busybox")
     for name, wanted in MODULES.items():
-        for number, module in enumerate(modules.closure(wanted)):
+        for number, module in enumerate(modules.closure(wanted) if modules is not None else ()):
+            assert modules is not None
             archive.file(f"modules/{name}/{number:02}-{module}.ko", modules.read(module))
     archive.file("init", INIT.read_bytes(), executable=True)
     return archive.finish()

@@ -49,10 +49,11 @@ class Machine:
     modules: Sequence[str]
     migratable: bool = False
     incoming: str | None = None
+    boot: image.Image | None = None
 
     def command(self, folder: Path, program: int, monitor: int) -> list[str]:
         """QEMU's command line: logs go to the folder; the two fds are connected sockets."""
-        boot = image.prepare()
+        boot = self.boot or image.prepare()
         initrd = boot.initrd
         if self.migratable:
             initrd = folder / "initrd"
@@ -88,7 +89,8 @@ class Machine:
         else:
             sets = ["files", *sets]
             orders = [f'vm_folder="{folder}"']
-        orders.append(f'vm_modules="{" ".join(["base", *sets, *self.modules])}"')
+        if self.boot is None or self.boot.modules:
+            orders.append(f'vm_modules="{" ".join(["base", *sets, *self.modules])}"')
         return " ".join([*KERNEL_ARGS, *iommu, *orders, *self.kernel_args])
 
 

@@ -1,5 +1,6 @@
 """What several programs in guests check, with nothing but the standard library."""
 
+import ctypes
 import os
 import time
 import traceback
@@ -65,3 +66,18 @@ def set_command(address: str, value: int) -> None:
     with (PCI / "devices" / address / "config").open("r+b", buffering=0) as config:
         config.seek(4)
         config.write(value.to_bytes(2, "little"))
+
+
+_FINIT_MODULE = 313  # of x86-64
+
+
+def load_module(path: str) -> None:
+    """Load a kernel module, as insmod does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if libc.syscall(_FINIT_MODULE, fd, b"", 0):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+    finally:
+        os.close(fd)
