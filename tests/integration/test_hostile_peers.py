@@ -335,6 +335,7 @@ def answers(process: subprocess.Popen[bytes]) -> bool:
     return bool(select.select([answer], [], [], 0)[0]) and b"return" in answer.readline()
 
 
+@pytest.mark.qemu
 @pytest.mark.parametrize("name", sorted({*ATTACKS} - {"clears O_NONBLOCK"}))
 def test_qemu_goes_on(scene: Scene, qemu: subprocess.Popen[bytes], name: str) -> None:
     source, _ = ATTACKS[name]
@@ -348,6 +349,7 @@ def test_qemu_goes_on(scene: Scene, qemu: subprocess.Popen[bytes], name: str) ->
     scene.all_quiet()
 
 
+@pytest.mark.qemu
 def test_a_peer_can_stop_qemu(scene: Scene, qemu: subprocess.Popen[bytes]) -> None:
     """It rings, and takes the interrupt away between QEMU's poll and its read, which then waits.
 

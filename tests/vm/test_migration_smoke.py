@@ -9,6 +9,9 @@ from ivshmem import qemu
 from .harness import Guest, MakeGuest
 from .inside import records
 
+# The machine types and the stream of a migration are QEMU's.
+pytestmark = pytest.mark.qemu
+
 SIZE = 1 << 20
 
 # Writes on and on; for each line says how much it has written; at the last, checks all of it.

@@ -20,6 +20,9 @@ import ivshmem
 
 from .harness import MakeGuest
 
+# The lines of the manual are to work with every QEMU.
+pytestmark = pytest.mark.qemu
+
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 SHOW = """
