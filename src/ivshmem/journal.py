@@ -40,7 +40,7 @@ Record = list[Any]
 
 
 class JournalError(IvshmemError):
-    """A journal that this version cannot read."""
+    """A journal that is damaged, or of another version; the message says which."""
 
 
 class Journal(Uncopied):
@@ -118,13 +118,24 @@ class Journal(Uncopied):
         return records > max(_LONG, self._rewritten)
 
     def read(self) -> tuple[Any, list[Record]]:
-        """The state last written (None: never), and the records since."""
+        """The state last written (None: never), and the records since.
+
+        Raises:
+            JournalError: they are not lines of JSON.
+        """
         end = self._end.load()
         half, size = end >> _OFFSET_BITS & 1, end & ((1 << _OFFSET_BITS) - 1)
+        if size > _HALF:
+            raise JournalError(f"the journal is damaged: it ends {size - _HALF} bytes too far")
         lines = self._memory.read(_START + half * _HALF, size).splitlines()
-        read = [json.loads(line) for line in lines]
+        try:
+            read = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            raise JournalError("the journal is damaged: it is not JSON") from None
         if end >> _OFFSET_BITS == 1:
             return None, read
+        if not read:
+            raise JournalError("the journal is damaged: it has no state")
         return read[0], read[1:]
 
     def spoil(self) -> None:

@@ -74,6 +74,11 @@ class Server(Uncopied):
     which watches `fileno()` (asyncio: `loop.add_reader(server.fileno(), server.step, 0)`).
     `close()` ends all and removes the socket; peers keep their memory and doorbells.
 
+    If the socket's file is removed or replaced while it runs, its peers stay and no newcomer finds
+    it. A Server does not watch for that: it has no timer, and a program that embeds it may have
+    moved the file itself. Pass a `sockets.Listener`, whose `astray()` tells; `relisten` with
+    `Listener.bind_again` binds the path again. `ivshmem serve` does that every two seconds.
+
     Each call may be made in any thread, in a callback (`on_join`, `on_leave`, `gate`) and in a
     signal handler, whatever that interrupts; none can deadlock. It acts at once, except:
 

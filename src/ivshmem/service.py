@@ -25,16 +25,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from . import snapshots
 from .access import Verdict
 from .changes import plan
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
 from .engine import Gate, Peer
 from .errors import NoDirectory
-from .journal import Chapter, Journal, Record, group
+from .journal import Chapter, Journal, Record
 from .loop import Loop
 from .opening import Opened, open_region
 from .region import Region, Source
 from .server import Server
+from .snapshots import OF_THE_SERVICE, Past
 from .sockets import Credentials, Listener
 from .turns import is_mine
 from .uncopied import Uncopied
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ivshmem.service")
 
 _OF_THE_FILE = frozenset({"mode", "owner", "group"})
-_SERVICE = 0  # the journal's chapter that is about regions; theirs have numbers from 1 on
 
 # What descriptor has here the number that it had there; None: it is gone.
 Find = Callable[[int], "int | None"]
@@ -145,7 +146,7 @@ class Service(Loop):
         self._listeners = dict(listeners or {})
         self._on_join, self._on_leave = on_join, on_leave
         self._journal = journal
-        self._chapter = Chapter(journal, _SERVICE)
+        self._chapter = Chapter(journal, OF_THE_SERVICE)
         self._load = load
         self._next_number = 1
         self._change = threading.RLock()  # held during a change of what is served
@@ -403,83 +404,61 @@ class Service(Loop):
         return found
 
     def resume(self, journal: Journal, find: Find = lambda fd: fd) -> None:
-        """Go on where another process was whose journal this is.
+        """Continue where another process was whose journal this is.
 
         Args:
             journal: of that process; it may be this service's own.
             find: where the descriptors are here.
 
         Raises:
-            JournalError: this version cannot read it.
+            JournalError: it is damaged, or of another version; nothing was done.
         """
-        state, records = journal.read()
-        unfinished = journal.outbox.unfinished()
-        past: dict[int, _Past] = {}
-        common: dict[str, Any] = {}
-        if state is not None:
-            self._next_number = state["next"]
-            common = state["service"]
-            past = {record[0]: _Past(record, server) for record, server in state["regions"]}
-        for number, *record in records:
-            if number != _SERVICE:
-                if number in past:
-                    past[number].records.append(record)
-            elif record[0] == "service":
-                common = record[1]
-            elif record[0] == "region":
-                past[record[1]] = _Past(record[1:], None)
-                self._next_number = record[1] + 1
-            elif record[0] == "config":
-                past[record[1]].record[2] = record[2]
-            else:
-                past.pop(record[1], None)
-        for number, each in past.items():
-            mine = unfinished is not None and unfinished[0] == number
+        history = snapshots.read(journal)
+        snapshots.rehearse(history)
+        self._next_number = history.next_number
+        for each in history.regions.values():
             try:
-                served = self._revive(each, unfinished[1:] if unfinished and mine else None, find)
+                served = self._revive(each, find)
             except ValueError as error:  # for good, unlike OSError: it was truncated, for instance
-                _log.error("region %s is lost: %s", each.record[1], error)
+                _log.error("region %s is lost: %s", each.record.name, error)
                 continue
             if served is not None:
                 self._adopt(served)
         if not self.config.regions:
-            self.config = ServiceConfig.from_json({"regions": {}, **common})
+            self.config = history.config
         self.config = dataclasses.replace(
             self.config, regions={name: served.config for name, served in self.regions.items()}
         )
         if self._journal is not None:
             self._journal.rewrite(self.snapshot())
 
-    def _revive(
-        self, past: _Past, unfinished: tuple[int, int, int, int] | None, find: Find
-    ) -> Served | None:
-        number, name, values, listening, unlinks, memory, source, source_name, created, file = (
-            past.record
-        )
-        config = from_json(values)
-        here, shared = find(listening), find(memory)
+    def _revive(self, past: Past, find: Find) -> Served | None:
+        record = past.record
+        name, config = record.name, from_json(record.config)
+        here, shared = find(record.listener), find(record.memory)
         listener = self._listeners.pop(config.socket, None)
         if listener is None and here is not None:
-            listener = Listener.adopt(here, unlink=unlinks, file=file)
+            listener = Listener.adopt(here, unlink=record.unlinks, file=record.file)
         elif listener is not None and here not in (None, listener.socket.fileno()):
             os.close(here)  # a copy of it
         if listener is None or shared is None:
             _log.error("region %s is lost: its socket or its memory was not handed over", name)
             return None
         try:
-            region = _region(shared, source, source_name)
+            region = _region(shared, record.source, record.source_name)
             directory = None
             if config.names is not None:
                 from .directory import Directory  # here: few regions have names
 
                 with contextlib.suppress(NoDirectory):
                     directory = Directory.open(region)
-            opened = Opened(listener, region, created, directory)
-            served = self._serve(name, config, number, opened, _former_gate(name, config))
+            opened = Opened(listener, region, record.created, directory)
+            gate = _former_gate(name, config)
+            served = self._serve(name, config, record.number, opened, gate)
         except ValueError:
             listener.close()
             raise
-        served.server.resume(past.state, past.records, unfinished, find)
+        served.server.resume(past.state, past.records, past.unfinished, find)
         return served
 
     def let_go(self, *, back: bool = False) -> None:
@@ -536,50 +515,6 @@ class Service(Loop):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def former(journal: Journal) -> ServiceConfig:
-    """What a journal says beside the regions."""
-    state, records = journal.read()
-    common = {} if state is None else state["service"]
-    for number, kind, *rest in records:
-        if (number, kind) == (_SERVICE, "service"):
-            common = rest[0]
-    return ServiceConfig.from_json({"regions": {}, **common})
-
-
-def mentioned(journal: Journal) -> dict[str, list[int]]:
-    """The descriptors that a journal names, by group: first the socket, then what goes with it."""
-    state, records = journal.read()
-    found: dict[str, list[int]] = {}
-    for record, server in (state or {"regions": []})["regions"]:
-        found[group(record[0])] = _of_region(record)
-        for serial, held in server["held"].items():
-            found[group(record[0], int(serial))] = [held[0], *held[1]]
-    for number, kind, *rest in records:
-        if kind == "region":
-            found[group(rest[0])] = _of_region(rest)
-        elif kind == "gone":
-            for name in [name for name in found if name.startswith(group(rest[0]))]:
-                del found[name]
-        elif kind == "join":
-            found[group(number, rest[0])] = [rest[1], *rest[2]]
-        elif kind == "leave":
-            found.pop(group(number, rest[0]), None)
-    return found
-
-
-def _of_region(record: Record) -> list[int]:
-    return [record[3], record[5]]
-
-
-class _Past:
-    """What a journal says of a region."""
-
-    def __init__(self, record: Record, state: Mapping[str, Any] | None) -> None:
-        self.record = list(record)
-        self.state = state
-        self.records: list[Record] = []
 
 
 def _region(fd: int, source: Source, name: str | None) -> Region:

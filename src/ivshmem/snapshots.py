@@ -1,13 +1,20 @@
 """What a service says of itself to a successor, checked before anything is done with it.
 
-Knows: the layout of a snapshot, what its descriptors must be. Does not know: where it comes from.
+Knows: the layout of a snapshot and of a journal's records, what their descriptors must be. Does not
+know: who wrote them.
 
 A snapshot is {"next": number, "service": {setting: value}, "regions": [[RECORD, STATE], ..]}: see
-Service.snapshot, Served.record and replay.snapshot.
+Service.snapshot, Served.record and replay.snapshot. A journal holds a snapshot and the records
+since: [0, ..] of the service itself, [NUMBER, ..] of a region's members.
+
+    [0, "service", {setting: value}]
+    [0, "region", RECORD..]
+    [0, "config", NUMBER, {setting: value}]
+    [0, "gone", NUMBER]
 
 Invariants:
-1. A snapshot that passes `check` can be resumed: its types are right, and a rehearsal of it on a
-   roster succeeded.
+1. A snapshot that passes `check`, and a history that passes `rehearse`, can be resumed: the types
+   are right, and a rehearsal on a roster succeeded.
 2. What `examine` lets through is what the snapshot says that it is: a listening socket is bound to
    the region's path, a connection is one, an eventfd is one.
 """
@@ -17,15 +24,16 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 from . import shapes, sockets
 from .config import EXISTING, LOG_FORMATS, ServiceConfig, from_json
 from .errors import IvshmemError
+from .journal import Journal, JournalError, Record, group
 from .protocol import MAX_VECTORS, Roster
 from .region import Source, posix_path
-from .replay import replay
+from .replay import Unfinished, replay
 from .shapes import Misshapen
 
 _MOST_FDS = 1 << 20
@@ -47,7 +55,7 @@ _CONFIG = shapes.record(
         "names": shapes.optional(shapes.integer(0)),
         "mode": shapes.optional(shapes.integer(0, 0o777)),
         **dict.fromkeys(("owner", "group"), _WHO),
-        **dict.fromkeys(("allow", "deny", "readonly_for"), _RULES),
+        **dict.fromkeys(("allow", "deny", "readonly_for", "accept_owner"), _RULES),
         **dict.fromkeys(("peers_per_uid", "joins_per_minute"), _LIMIT),
     },
     socket=shapes.text(),
@@ -73,18 +81,42 @@ _STATE = shapes.record(
     roster=shapes.record(),
     held=shapes.table(_MEMBER, key=shapes.digits()),
 )
+_SERVICE = shapes.record(
+    {
+        "control": _WORD,
+        "metrics": _WORD,
+        "source": _WORD,
+        "log_format": shapes.text(*LOG_FORMATS),
+    }
+)
 _SNAPSHOT = shapes.record(
     next=shapes.integer(1),
-    service=shapes.record(
-        {
-            "control": _WORD,
-            "metrics": _WORD,
-            "source": _WORD,
-            "log_format": shapes.text(*LOG_FORMATS),
-        }
-    ),
+    service=_SERVICE,
     regions=shapes.array(shapes.tuple_of(_RECORD, _STATE)),
 )
+
+OF_THE_SERVICE = 0  # the number of a journal's chapter that is about regions; theirs begin at 1
+
+# Records by what they say.
+_NUMBER = shapes.integer(1)
+_COUNT = shapes.integer(0, (1 << 31) - 1)
+_SERIAL = shapes.integer(0)
+_BEGINNING = shapes.integer(0), shapes.text()  # of each: the chapter, and what it says
+_OF_REGIONS: Mapping[str, shapes.Shape] = {
+    "service": shapes.begins_with(*_BEGINNING, _SERVICE),
+    "config": shapes.begins_with(*_BEGINNING, _NUMBER, _CONFIG),
+    "gone": shapes.begins_with(*_BEGINNING, _NUMBER),
+}
+_OF_MEMBERS: Mapping[str, shapes.Shape] = {
+    "join": shapes.begins_with(
+        *(*_BEGINNING, _SERIAL, _FD, shapes.array(_FD, MAX_VECTORS), shapes.moment(), shapes.flag())
+    ),
+    "mute": shapes.begins_with(*_BEGINNING, _SERIAL, shapes.optional(shapes.number(0, 1e6))),
+    **dict.fromkeys(("hold", "unmute", "leave"), shapes.begins_with(*_BEGINNING, _SERIAL)),
+    "sent": shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT),
+    "split": shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT, _COUNT, _COUNT),
+    "crowd": shapes.begins_with(*_BEGINNING, _COUNT, _COUNT),
+}
 
 
 class RegionRecord(NamedTuple):
@@ -102,6 +134,20 @@ class RegionRecord(NamedTuple):
     file: tuple[int, int] | None
 
 
+class Past(NamedTuple):
+    """What is said of a region.
+
+    Attributes:
+        state, records: as replay takes them.
+        unfinished: what was being sent to a member of it at the end.
+    """
+
+    record: RegionRecord
+    state: Mapping[str, Any] | None
+    records: list[Record]
+    unfinished: Unfinished | None
+
+
 def check(snapshot: Any) -> None:
     """Check a snapshot whole.
 
@@ -109,35 +155,41 @@ def check(snapshot: Any) -> None:
         Misshapen: a successor cannot resume it; the message says what is wrong.
     """
     _SNAPSHOT(snapshot, "state")
-    _check_meaning(snapshot)
+    regions = [
+        Past(RegionRecord(*record), state, [], None) for record, state in snapshot["regions"]
+    ]
+    _check_meaning("state", snapshot["service"], regions, list(descriptors(snapshot)))
 
 
-def _check_meaning(snapshot: Mapping[str, Any]) -> None:
+def _check_meaning(
+    where: str, service: Mapping[str, Any], regions: Iterable[Past], named: list[int]
+) -> None:
     """Check what types do not say; for that, do with a roster what a successor would do."""
-    ServiceConfig.from_json({"regions": {}, **snapshot["service"]})
+    ServiceConfig.from_json({"regions": {}, **service})
     names = set()
-    for number, (record, state) in enumerate(snapshot["regions"]):
-        region, where = RegionRecord(*record), f"state.regions[{number}]"
-        if region.name in names:
-            raise Misshapen(f"{where} is a second region {shapes.shown(region.name)}")
-        names.add(region.name)
-        config = from_json(region.config)
-        roster = Roster(config.vectors, (), ())
+    for place, past in enumerate(regions):
+        which, name = f"{where}.regions[{place}]", past.record.name
+        if name in names:
+            raise Misshapen(f"{which} is a second region {shapes.shown(name)}")
+        names.add(name)
         try:
-            if region.source == "posix":
-                posix_path(region.source_name or "")
-            replay(roster, state, (), None)
-            held = {int(serial) for serial in state["held"]}
-            if held != {member.serial for member in roster.members}:
-                raise Misshapen(f"{where}: its peers and their descriptors do not match")
+            _rehearse(past, which)
         except Misshapen:
             raise
         # The roster's own state has no types here, so what does not fit is one of these.
         except (IvshmemError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise Misshapen(f"{where} makes no sense ({shapes.shown(str(error))})") from None
-    named = list(descriptors(snapshot))
+            raise Misshapen(f"{which} makes no sense ({shapes.shown(str(error))})") from None
     if len(named) != len(set(named)):
-        raise Misshapen("state names one descriptor twice")
+        raise Misshapen(f"{where} names one descriptor twice")
+
+
+def _rehearse(past: Past, where: str) -> None:
+    if past.record.source == "posix":
+        posix_path(past.record.source_name or "")
+    roster = Roster(from_json(past.record.config).vectors, (), ())
+    held = replay(roster, past.state, past.records, past.unfinished)
+    if held.keys() != {member.serial for member in roster.members}:
+        raise Misshapen(f"{where}: its peers and their descriptors do not match")
 
 
 def descriptors(snapshot: Mapping[str, Any]) -> Iterator[int]:
@@ -199,3 +251,108 @@ def _examine_listener(fd: int, path: str, whose: str) -> None:
         raise Misshapen(f"{whose}: its socket cannot be examined ({error})") from None
     finally:
         sock.detach()
+
+
+# -- a journal -------------------------------------------------------------------------------------
+
+
+class History(NamedTuple):
+    """What a journal says.
+
+    Attributes:
+        next_number: of the next region.
+        service: settings beside the regions.
+        regions: those that are served, by number.
+        descriptors: the numbers that are named, by group: first the socket, then what goes with it.
+    """
+
+    next_number: int
+    service: Mapping[str, Any]
+    regions: Mapping[int, Past]
+    descriptors: Mapping[str, list[int]]
+
+    @property
+    def config(self) -> ServiceConfig:
+        """What it says beside the regions."""
+        return ServiceConfig.from_json({"regions": {}, **self.service})
+
+
+def read(journal: Journal) -> History:
+    """Put together what a journal says, and check its types.
+
+    Raises:
+        JournalError: it is damaged.
+    """
+    state, records = journal.read()
+    try:
+        return _told(state, records, journal.outbox.unfinished())
+    except Misshapen as error:
+        raise JournalError(f"the journal is damaged: {error}") from None
+
+
+def rehearse(history: History) -> None:
+    """Do with a roster what a successor would do.
+
+    Raises:
+        JournalError: a successor cannot do it: the journal is damaged.
+    """
+    named = [fd for fds in history.descriptors.values() for fd in fds]
+    try:
+        _check_meaning("journal", history.service, history.regions.values(), named)
+    except Misshapen as error:
+        raise JournalError(f"the journal is damaged: {error}") from None
+
+
+def _told(
+    state: Any, records: list[Record], unfinished: tuple[int, int, int, int, int] | None
+) -> History:
+    begun: dict[int, Past] = {}
+    named: dict[str, list[int]] = {}
+    next_number, service = 1, {}
+    if state is not None:
+        _SNAPSHOT(state, "journal")
+        next_number, service = state["next"], state["service"]
+        for record, server in state["regions"]:
+            region = RegionRecord(*record)
+            begun[region.number] = Past(region, server, [], None)
+            named[group(region.number)] = [region.listener, region.memory]
+            for serial, held in server["held"].items():
+                named[group(region.number, int(serial))] = [held[0], *held[1]]
+    for place, record in enumerate(records):
+        where = f"journal.records[{place}]"
+        shapes.begins_with(*_BEGINNING)(record, where)
+        chapter, kind, *rest = record
+        if chapter != OF_THE_SERVICE:
+            _shape_of(_OF_MEMBERS, kind, where)(record, where)
+            if chapter not in begun:
+                continue
+            begun[chapter].records.append(record[1:])
+            if kind == "join":
+                named[group(chapter, rest[0])] = [rest[1], *rest[2]]
+            elif kind == "leave":
+                named.pop(group(chapter, rest[0]), None)
+        elif kind == "region":
+            _RECORD(rest, where)
+            region = RegionRecord(*rest)
+            begun[region.number] = Past(region, None, [], None)
+            named[group(region.number)] = [region.listener, region.memory]
+            next_number = region.number + 1
+        else:
+            _shape_of(_OF_REGIONS, kind, where)(record, where)
+            if kind == "service":
+                service = rest[0]
+            elif kind == "gone":
+                begun.pop(rest[0], None)
+                named = {k: v for k, v in named.items() if not k.startswith(group(rest[0]))}
+            elif rest[0] in begun:
+                past = begun[rest[0]]
+                begun[rest[0]] = past._replace(record=past.record._replace(config=rest[1]))
+    if unfinished and unfinished[0] in begun:
+        begun[unfinished[0]] = begun[unfinished[0]]._replace(unfinished=unfinished[1:])
+    return History(next_number, service, begun, named)
+
+
+def _shape_of(known: Mapping[str, shapes.Shape], kind: str, where: str) -> shapes.Shape:
+    if kind not in known:
+        raise Misshapen(f"{where} is of an unknown kind, {shapes.shown(kind)}")
+    return known[kind]

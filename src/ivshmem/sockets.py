@@ -645,7 +645,10 @@ def is_connection(fd: int) -> bool:
     try:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             return False
-        return not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        sock.getpeername()  # also of a peer that has hung up since
+        return True
+    except OSError:
+        return False  # it listens, or was never connected
     finally:
         sock.detach()
 

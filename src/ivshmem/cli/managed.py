@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .. import _fds, notify, store
+from .. import _fds, notify, snapshots, store
 from ..config import ServiceConfig
 from ..journal import Journal, JournalError
 from ..service import Service
@@ -98,11 +98,7 @@ class Manager(Uncopied):
         """
         fd, self.journal = self.journal, None
         groups, self.groups = self.groups, {}
-        try:
-            journal = None if fd is None else Journal(fd)
-        except JournalError as error:
-            _log.error("all peers of the last process are cut off: %s", error)
-            journal = None
+        journal = None if fd is None else _readable(fd)
         if journal is not None:
             self.keeps = keeps = store.Store(self.notifier, journal)
             return journal, stored_past(journal, groups, keeps.drop, config)
@@ -186,6 +182,21 @@ def _status(service: Service) -> str:
     text = f"{counted(len(servers), 'region')}, {counted(peers, 'peer')}"
     reasons = {server.paused for server in servers} - {""}
     return f"{text}; newcomers wait: {', '.join(sorted(reasons))}" if reasons else text
+
+
+def _readable(fd: int) -> Journal | None:
+    """The journal that the manager kept, if a successor can continue by it; `fd` is owned."""
+    journal = None
+    try:
+        journal = Journal(fd)
+        snapshots.rehearse(snapshots.read(journal))
+        return journal
+    except JournalError as error:
+        # Nobody can serve these peers. To fail here would leave newcomers without a server, too.
+        _log.error("all peers of the last process are cut off: %s", error)
+    if journal is not None:
+        journal.close()
+    return None
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import _fds, control, keeper, logs
+from .. import _fds, control, keeper, logs, snapshots
 from ..config import ServiceConfig
 from ..engine import Peer
 from ..errors import IvshmemError
 from ..journal import Journal
 from ..opening import holders_of_removed
-from ..service import Service, former, mentioned
+from ..service import Service
 from ..sockets import Listener
 from . import daemon, one_line
 from .arguments import check_no_region, region_of
@@ -183,7 +183,7 @@ def serve_kept(
         return _serve_kept_first(options, kept, Journal(kept.fd), deaths, ready)
     journal = Journal(kept.fd)
     past = past_of(kept, journal)
-    config = former(journal)
+    config = snapshots.read(journal).config
     load = None if options.config is None else partial(_load, options)
     plan = Plan(config) if load is None else planned_again(load)
     plan.config = config
@@ -202,7 +202,7 @@ def _serve_kept_first(
     past = past_of(kept, journal) if deaths else None
     plan = planned_by(options)
     assert plan is not None
-    if past is not None and not mentioned(journal):
+    if past is not None and not snapshots.read(journal).descriptors:
         past = None
     if past is not None:
         past.config = plan.config  # the regions that were not open yet
@@ -271,7 +271,7 @@ def _serve(
     ):
         _tell_fd_limit(plan.config)
         if past:
-            expected = bool(mentioned(past.journal))
+            expected = bool(snapshots.read(past.journal).descriptors)
             past.go_on(service)
             if past.journal is not journal:
                 past.journal.close()

@@ -14,11 +14,11 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .. import control, handover, keeper, logs, sockets, store
+from .. import control, handover, keeper, logs, snapshots, sockets, store
 from ..answering import Caller
 from ..config import ConfigError, RegionConfig, ServiceConfig
 from ..journal import Journal
-from ..service import Find, Service, mentioned
+from ..service import Find, Service
 from .supervising import Kept
 
 _log = logging.getLogger("ivshmem.serve")
@@ -95,7 +95,7 @@ def past_of(kept: Kept, journal: Journal) -> Past:
 
     What it had for itself is closed; of the rest, somebody may be at the other end.
     """
-    named = {fd for fds in mentioned(journal).values() for fd in fds}
+    named = {fd for fds in snapshots.read(journal).descriptors.values() for fd in fds}
     found = []
     for fd in keeper.strays(kept.known):
         if fd in named or sockets.is_connection(fd):
@@ -191,7 +191,7 @@ def stored_past(
 
     Groups that the journal does not name are dropped; a connection among them is a stray.
     """
-    named = mentioned(journal)
+    named = snapshots.read(journal).descriptors
     places = store.place(named, groups)
     strays = []
     for name, fds in groups.items():
