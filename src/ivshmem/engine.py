@@ -11,7 +11,9 @@ Invariants:
    notices only that it goes.
 4. Whatever is to be done later makes `fileno()` readable when its time has come.
 5. What a successor must know is in the journal before anything rests on it: who joined before it is
-   sent anything, who left before its descriptors are closed.
+   sent anything, who left before its descriptors are closed. A newcomer joins only when whoever
+   keeps descriptors for a successor (a service manager) has its own; until then it waits, and so do
+   those behind it.
 6. `work` is held during each change, and never while code of others runs: the gate, the callbacks,
    handlers of the log. What is to be said or called waits in `_later` until the change is complete.
 """
@@ -126,6 +128,10 @@ class PeerReport:
 Gate = Callable[[sockets.Credentials, int | None], Verdict]
 
 
+# Whose connection it is, and the memory that it is given, if that is not the usual one.
+_Newcomer = tuple[socket.socket, sockets.Credentials, "_fds.FdArray | None"]
+
+
 class _Connection:
     """One peer's socket, and where it stands."""
 
@@ -219,6 +225,10 @@ class Engine(Uncopied):
         # Calls of code of others, to be made when nothing is being changed.
         self._later: deque[Callable[[], object]] = deque()
         self._spare: _fds.FdArray | None = None  # eventfds for the next newcomer
+        # The newcomer who waits until its descriptors are kept; the spare eventfds are for it.
+        self._unkept: _Newcomer | None = None
+        # Connections of a predecessor that have to wait for that one, and their addresses.
+        self._strays: deque[tuple[socket.socket, object]] = deque()
         self.paused = ""  # why newcomers wait in the queue at the moment
         self._again = False  # whether to look at that queue in any case
         self.counts: Counter[str] = Counter()
@@ -381,10 +391,23 @@ class Engine(Uncopied):
         if self._starved:
             self._pause("others are still waiting for what cannot be sent")
             return None
+        if not self._journal.settled:
+            self._pause("the service manager has not read yet which descriptors it is to keep")
+            self._timer.set(_RETRY_SECONDS)
+            return None
+        if self._unkept is not None:
+            newcomer, self._unkept = self._unkept, None
+            if _is_gone(newcomer[0]):
+                self._journal.drop(self._roster.next_serial)
+                newcomer[0].close()
+            else:
+                self._join(*newcomer)
         while True:
             try:
                 if self._spare is None:
                     self._spare = _fds.FdArray.eventfds(self._vectors)
+                if self._strays:
+                    return self._strays.popleft()
                 return self._listener.accept()
             except BlockingIOError:
                 self.paused = ""
@@ -468,7 +491,10 @@ class Engine(Uncopied):
             self._journal.drop(self._roster.next_serial)
             sock.close()
             return
-        self._join(sock, who, memory)
+        if self._journal.settled:
+            self._join(sock, who, memory)
+        else:
+            self._unkept = sock, who, memory
 
     def _tell(self, sock: socket.socket) -> None:
         """Answer somebody who does not want to be a peer."""
@@ -542,7 +568,6 @@ class Engine(Uncopied):
     def _leave(self, serial: int) -> None:
         """Somebody is gone: the others have to be told, and its descriptors are closed."""
         connection = self._connections.pop(serial)
-        _disconnect(connection)  # first: a successor would take it for a newcomer
         if serial not in self._unwatched:
             self._epoll.remove(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
@@ -554,7 +579,7 @@ class Engine(Uncopied):
         self.counts["leaves"] += 1
         # First the end that it sees, for a successor takes a connection that is not known for a
         # newcomer's, and would tell it of a second set-up.
-        _disconnect(connection)
+        _disconnect(connection.socket)
         self._journal.note("leave", serial)
         if self._roster.leave(connection.member):
             self._dirty_others()
@@ -921,21 +946,38 @@ class Engine(Uncopied):
 
     def adopt(self, sock: socket.socket) -> None:
         """Take a connection that a predecessor accepted, and did not come to serve."""
+        address = sock.getpeername()
+        if self._unkept is not None:
+            self._strays.append((sock, address))
+            return
         if self._spare is None:
             self._spare = _fds.FdArray.eventfds(self._vectors)
         sock.setblocking(False)
-        self._meet(sock, sock.getpeername())
+        self._meet(sock, address)
+        self._again = True  # also if that one has to wait
         self.wake()
 
     # -- the end ----------------------------------------------------------------------------------
 
     def close(self, *, forked: bool = False) -> None:
         """Disconnect all peers and close everything; `forked`: only this process's copies."""
-        for connection in self._connections.values():
+        for serial, connection in self._connections.items():
             if not forked:
-                _disconnect(connection)
+                _disconnect(connection.socket)
+                self._journal.drop(serial)
             _close(connection)
         self._connections.clear()
+        waiting = [sock for sock, _ in self._strays]
+        if self._unkept is not None:
+            waiting.append(self._unkept[0])
+            if not forked:
+                self._journal.drop(self._roster.next_serial)
+        for sock in waiting:
+            if not forked:
+                _disconnect(sock)
+            sock.close()
+        self._strays.clear()
+        self._unkept = None
         self._dirty.clear()
         self._starved.clear()
         self._later.clear()
@@ -954,10 +996,10 @@ def _is_gone(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _disconnect(connection: _Connection) -> None:
+def _disconnect(sock: socket.socket) -> None:
     """Hang up on a peer, also where others have copies of the socket."""
     with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
-        connection.socket.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _unread(sock: socket.socket) -> bool:

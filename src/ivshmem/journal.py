@@ -73,6 +73,8 @@ class Journal(Uncopied):
         # group is kept before a record mentions it, and dropped before its descriptors are closed.
         self.keep: Callable[[str, Sequence[int]], object] = _nothing
         self.drop: Callable[[str], object] = _nothing
+        # Whether all that was to be kept or dropped has been.
+        self.settled: Callable[[], bool] = lambda: True
         if self._end.load() == 0:
             self._memory.write(_ABOUT, _VERSION)
             self._end.store(1 << _OFFSET_BITS)
@@ -168,6 +170,11 @@ class Chapter:
         """Have the descriptors kept of the region itself, or of a member of it."""
         if self._journal is not None:
             self._journal.keep(group(self.number, member), fds)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that was to be kept has been: only then may a newcomer be told anything."""
+        return self._journal is None or self._journal.settled()
 
     def drop(self, member: int | None = None) -> None:
         """Undo `keep`."""

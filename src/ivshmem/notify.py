@@ -97,12 +97,16 @@ class Notifier(Uncopied):
         watchdog_seconds: the service is dead to the manager when `watchdog()` is not called for so
             long; to be called at least twice in that time. None: nobody waits for it.
 
+    Attributes:
+        gone: whether its socket has no owner any more; one that comes later has another.
+
     Raises:
         OSError: as of connect(2), with the address.
     """
 
     def __init__(self, address: str | None, *, watchdog_seconds: float | None = None) -> None:
         self.watchdog_seconds = watchdog_seconds
+        self.gone = False
         self._socket: socket.socket | None = None
         if address is None:
             return
@@ -243,7 +247,8 @@ class Notifier(Uncopied):
                 return True
             except OSError as error:
                 if error.errno in (errno.ECONNREFUSED, errno.ENOTCONN, errno.EPIPE):
-                    return False  # the manager is gone, and whoever comes after it has another
+                    self.gone = True
+                    return False
                 if error.errno not in _LATER:
                     raise
                 full = error.errno == errno.EAGAIN

@@ -6,9 +6,8 @@ descriptors are for, but that the first of a group is a socket, and the others a
 Invariants:
 1. Nothing here makes the loop wait longer than _MOMENT. What the manager has no room for by then is
    sent when it has, in order, and until all of that is sent nothing waits.
-2. What the journal names has been stored before, or is in the queue here. If this process is killed
-   before the manager has read that, the newcomer it belongs to is gone, and only that one: a
-   successor takes a member whose descriptors are missing for one that has left.
+2. `settled` says whether all was sent. A newcomer is sent nothing before that, so a SIGKILL cuts
+   nobody off who was sent anything.
 3. A name is never given to two groups at a time.
 """
 
@@ -33,9 +32,9 @@ _JOURNAL = "journal"
 # Seconds that the manager may be busy with something else, as systemd is with a daemon-reload on a
 # large machine. After that the journal is given up.
 _PATIENCE = 30.0
-# A queue of datagrams has room for ten, so a burst of joins fills it though the manager reads. To
-# wait for that keeps what a kill could lose at nothing.
-_MOMENT = 0.25
+# The manager's queue has room for ten datagrams, so a burst of joins fills it though the manager
+# reads. It makes room sooner than the loop would come back to a newcomer that has to wait.
+_MOMENT = 0.1
 _PAUSE = 0.02  # seconds between tries: no event tells when descriptors in flight have arrived
 _LAST = 5.0  # seconds that the end may take
 
@@ -62,7 +61,7 @@ class Store(Uncopied):
         self._queue: deque[tuple[str, int | None]] = deque()
         self._since = 0.0  # when it last took something, or the queue began
         self._timer = _fds.Timer()
-        journal.keep, journal.drop = self.keep, self.drop
+        journal.keep, journal.drop, journal.settled = self.keep, self.drop, self.settled
 
     def keep_journal(self, *, replace: bool) -> None:
         """Have the journal itself kept: once in the time of all successors."""
@@ -78,6 +77,10 @@ class Store(Uncopied):
     def drop(self, name: str) -> None:
         """Undo `keep`."""
         self._add(name, None)
+
+    def settled(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not self._queue
 
     def fileno(self) -> int:
         """Readable when `step` has something to do."""
@@ -126,11 +129,15 @@ class Store(Uncopied):
         """Whether the manager had room for it within that time."""
         try:
             if fd is None:
-                return self._notifier.drop(name, timeout=seconds)
-            return self._notifier.store(name, [fd], timeout=seconds) == 1
+                sent = self._notifier.drop(name, timeout=seconds)
+            else:
+                sent = self._notifier.store(name, [fd], timeout=seconds) == 1
         except OSError as error:
             self._give_up(error.strerror or str(error))
             return False
+        if self._notifier.gone:
+            self._give_up("its socket is gone")
+        return sent
 
     def _wind(self) -> None:
         if not self._queue:

@@ -99,6 +99,30 @@ def hold(scene: Scene) -> None:
     scene.server.hold_leaves(True)
 
 
+def mute(scene: Scene) -> None:
+    """Of one that stays: it is told the rest when this ends."""
+    scene.server.hold(2, linger=None)
+
+
+def unmute(scene: Scene) -> None:
+    """One that was held, if `mute` was called before, is told what it missed."""
+    scene.server.release(2)
+
+
+def mute_nobody(scene: Scene) -> None:
+    with pytest.raises(NoSuchPeer):
+        scene.server.hold(7)
+    with pytest.raises(NoSuchPeer):
+        scene.server.release(7)
+
+
+def forget(scene: Scene) -> None:
+    """Held and let go by the end of who asked; 60 seconds are not waited for."""
+    scene.server.hold(2, asker=scene)
+    scene.server.asker_is_gone(scene)
+    scene.server.release(2)
+
+
 def close(scene: Scene) -> None:
     scene.server.close()
 
@@ -125,9 +149,13 @@ def look(scene: Scene) -> None:
 
 
 ACTS: dict[str, Callable[[Scene], None]] = {
-    each.__name__: each for each in (report, evict, evict_nobody, hold, close, stop, gate, look)
+    each.__name__: each
+    for each in (
+        *(report, evict, evict_nobody, hold, close, stop, gate, look),
+        *(mute, unmute, mute_nobody, forget),
+    )
 }
-HARMLESS = ["report", "evict_nobody", "hold", "stop", "gate", "look"]
+HARMLESS = [each for each in ACTS if each not in ("evict", "close")]
 LASTING = ["evict", "close"]
 
 
@@ -140,6 +168,11 @@ def has_come_true(scene: Scene, act: str) -> None:
         assert 1 not in {peer.id for peer in scene.server.peers}
     if act == "hold":
         assert scene.server.holds_leaves
+    held = {each.peer.id for each in scene.server.report() if each.held}
+    assert held == ({2} if act == "mute" else set())
+    if held:
+        assert scene.server.release(2)
+        scene.catch_up()
     scene.check()
 
 
@@ -203,14 +236,27 @@ CALLS: dict[str, Callable[[Server], object]] = {
     "report": lambda server: server.report(),
     "evict": lambda server: server.evict(1),
     "hold": lambda server: server.hold_leaves(True),
+    "mute": lambda server: server.hold(2, linger=None),
+    "unmute": lambda server: server.release(2),
     "close": lambda server: server.close(),
     "stop": lambda server: server.stop(),
 }
 
 
+# All with all, except that what holds news meets only what could disturb it.
+_MUTES = {"mute", "unmute", "mute_nobody", "forget"}
+PAIRS = [
+    (call, act)
+    for call in CALLS
+    for act in ACTS
+    if not {call, act} & _MUTES
+    or (call in _MUTES and act in ("report", "close", "mute", "forget"))
+    or (call in ("report", "evict") and act in ("mute", "forget"))
+]
+
+
 @pytest.mark.parametrize("started", [True, False], ids=["started", "idle"])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(("call", "act"), PAIRS)
 def test_a_handler_at_each_line_of_a_call(
     socket_path: str, call: str, act: str, started: bool
 ) -> None:
@@ -238,9 +284,11 @@ def test_a_handler_at_each_line_of_a_call(
                 assert 1 not in {peer.id for peer in scene.server.peers}
             if "hold" in (call, act) and not scene.server.closed:
                 assert scene.server.holds_leaves
+            if "mute" in (call, act) and not {"unmute", "forget", "close"} & {call, act}:
+                assert [each.peer.id for each in scene.server.report() if each.held] == [2]
 
 
-@pytest.mark.parametrize("act", ["report", "evict", "hold", "look"])
+@pytest.mark.parametrize("act", ["report", "evict", "hold", "look", "mute", "forget"])
 def test_real_signals_all_the_time(socket_path: str, act: str) -> None:
     """A handler that calls the server while the main thread does the same, by hundreds."""
     handled = depth = 0
@@ -417,6 +465,8 @@ def test_a_callback_that_hangs_keeps_nobody_from_asking(socket_path: str) -> Non
         assert [each.peer.id for each in scene.server.report()] == [0, 1]
         scene.server.evict(0)
         scene.server.hold_leaves(True)
+        scene.server.hold(1)
+        assert scene.server.release(1)
         assert [peer.id for peer in scene.server.peers] == [1]
         release.set()
 
@@ -600,6 +650,9 @@ def test_in_a_forked_child(socket_path: str) -> None:
             server.evict(0)
         with pytest.raises(RuntimeError, match="forked child"):
             server.hold_leaves(True)
+        for ask in (server.hold, server.release, server.asker_is_gone):
+            with pytest.raises(RuntimeError, match="forked child"):
+                ask(0)
         server.stop()
         assert server.peers == []
         server.close()

@@ -1,4 +1,4 @@
-"""A service manager that does not read delays no join; what it was not told, it is told later."""
+"""A service manager that does not read delays who joins, and nobody else."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from support.peer import RawPeer
 from support.serving import running
+from support.waiting import PATIENCE, until
 
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.journal import Journal
+from ivshmem.journal import Journal, JournalError
 from ivshmem.notify import Notifier
 from ivshmem.store import Store
 
@@ -72,7 +73,7 @@ def fill(notifier: Notifier) -> None:
         pass
 
 
-def test_joins_are_answered_while_the_manager_does_not_read(
+def test_who_joins_waits_for_the_manager_and_nobody_else_does(
     directory: Path, manager: Manager
 ) -> None:
     with storing(manager) as (notifier, store, journal):
@@ -85,26 +86,100 @@ def join_and_leave(
 ) -> None:
     regions = {name: RegionConfig(str(directory / name), size=4096) for name in "ab"}
     with (
-        contextlib.ExitStack() as stack,
         running(ServiceConfig(regions), journal=journal) as runs,
+        contextlib.ExitStack() as stack,
     ):
-        runs.service.watch(store.fileno(), store.step)
-        fill(notifier)
-        for name in "abab":
-            began = time.monotonic()
-            stack.enter_context(RawPeer(str(directory / name))).set_up(1)
-            assert time.monotonic() - began < BOUND
-        with RawPeer(str(directory / "a")) as leaver:
-            leaver.set_up(1)
-        manager.read()
-        wanted = {"1/0", "1/1", "1/2", "2/0", "2/1"}
-        give_up = time.monotonic() + 30
-        while not (wanted <= set(manager.kept) and "1/2" in manager.dropped):
-            assert time.monotonic() < give_up, (manager.kept, manager.dropped)
-            select.select([manager.socket], [], [], 1)
+
+        def peer(name: str) -> RawPeer:
+            return stack.enter_context(RawPeer(str(directory / name)))
+
+        runs.call(lambda: runs.service.watch(store.fileno(), store.step))
+        stack.callback(runs.call, lambda: runs.service.unwatch(store.fileno()))
+        olds: dict[str, list[RawPeer]] = {"a": [], "b": []}
+        for name in "aabb":
+            olds[name].append(peer(name).set_up(1))
             manager.read()
-        assert all(manager.kept.count(name) == 2 for name in wanted)  # a socket and a vector
+        fill(notifier)
+        newcomers = {"1/2": peer("a"), "2/2": peer("b")}
+        servers = [served.server for served in runs.service.regions.values()]
+        until(lambda: all("service manager" in server.paused for server in servers))
+        for leaver, witness in olds.values():
+            leaver.close()
+            witness.take_until(lambda witness=witness: witness.left)  # type: ignore[misc]
+        assert [len(server.report()) for server in servers] == [1, 1]
+        assert not any(newcomer.readable(0) for newcomer in newcomers.values())
+        give_up = time.monotonic() + PATIENCE
+        while newcomers:
+            manager.read()
+            for name, newcomer in list(newcomers.items()):
+                if newcomer.readable(0.001):
+                    manager.read()
+                    assert manager.kept.count(name) == 2  # its socket and its vector
+                    newcomers.pop(name).set_up(1)
+            assert time.monotonic() < give_up, (manager.kept, manager.dropped)
+        assert {"1/0", "2/0"} <= set(manager.dropped)
+        assert [server.paused for server in servers] == ["", ""]
+
+
+def test_a_newcomer_that_gives_up_leaves_its_place(directory: Path, manager: Manager) -> None:
+    with storing(manager) as (notifier, store, journal):
+        give_up(directory, manager, notifier, store, journal)
+        gc.collect()
+
+
+def give_up(
+    directory: Path, manager: Manager, notifier: Notifier, store: Store, journal: Journal
+) -> None:
+    config = ServiceConfig({"a": RegionConfig(str(directory / "a"), size=4096)})
+    with running(config, journal=journal) as runs:
+        runs.call(lambda: runs.service.watch(store.fileno(), store.step))
+        fill(notifier)
+        (served,) = runs.service.regions.values()
+        with RawPeer(str(directory / "a")):
+            until(lambda: "service manager" in served.server.paused)
+        with RawPeer(str(directory / "a")) as peer:
+            while not peer.readable(0.01):
+                manager.read()
+            assert peer.set_up(1).id == 0
+        manager.read()
+        assert manager.dropped[:1] == ["1/0"]
         runs.call(lambda: runs.service.unwatch(store.fileno()))
+
+
+def test_a_region_that_ends_leaves_nothing_with_the_manager(
+    directory: Path, manager: Manager
+) -> None:
+    with storing(manager) as (_, store, journal):
+        end(directory, manager, journal)
+        gc.collect()
+        assert store.settled()
+
+
+def end(directory: Path, manager: Manager, journal: Journal) -> None:
+    config = ServiceConfig({"a": RegionConfig(str(directory / "a"), size=4096)})
+    with running(config, journal=journal) as runs:
+        with RawPeer(str(directory / "a")) as peer:
+            peer.set_up(1)
+            manager.read()
+            runs.call(lambda: runs.service.change(ServiceConfig({})))
+            assert peer.take() is None
+        manager.read()
+        assert sorted(manager.dropped) == ["1/", "1/0"]
+
+
+def test_a_manager_that_is_gone_is_given_up_at_once(directory: Path) -> None:
+    path = str(directory / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as gone:
+        gone.bind(path)
+        notifier = Notifier(path)
+    journal = Journal()
+    with contextlib.closing(journal), notifier:
+        store = Store(notifier, journal)
+        store.keep("1/1", [0])
+        assert store.settled()
+        store.close()
+        with pytest.raises(JournalError, match="given up"):
+            Journal(os.dup(journal.fileno()))
 
 
 def test_order_is_kept(manager: Manager) -> None:

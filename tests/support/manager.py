@@ -54,6 +54,7 @@ class Manager:
         self._here = threading.Event()
         self._reads = threading.Event()
         self._reads.set()
+        self._pauses = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -61,7 +62,10 @@ class Manager:
 
     def _run(self) -> None:
         while True:
-            self._reads.wait()
+            if not self._reads.is_set():
+                self._pauses.set()
+                self._reads.wait()
+                self._pauses.clear()
             data, fds, _, _ = socket.recv_fds(self._socket, 4096, _MOST)
             for fd in fds:
                 os.set_inheritable(fd, False)  # recv_fds hands flags on only since Python 3.12
@@ -95,6 +99,16 @@ class Manager:
             yield
         finally:
             self._reads.set()
+
+    def fill(self) -> None:
+        """Leave no room for a message; for a `busy` manager."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            sock.connect(f"{self._place}/notify")
+            for _ in range(2):  # before and after it takes its last message
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sock.send(b"FILLS=1")
+                assert self._pauses.wait(PATIENCE)
 
     def _catch_up(self) -> None:
         """Read what was said before now."""
