@@ -56,6 +56,14 @@ def user_name(uid: int) -> str:
         return f"uid {uid}"
 
 
+def user_option(uid: int) -> str:
+    """Return a user as an option takes one: its name; its uid if it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def _is_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and text.isascii()
 

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from . import safe_files
+from . import drafts, safe_files
 from .errors import ImageError
 from .pages import PAGE
 from .plain import plain
@@ -222,7 +222,7 @@ def _replacing(target: str, region: os.stat_result, accept: Users) -> Iterator[B
     """A file that takes the place of `target`, not of `region`, when the block has succeeded."""
     with (
         safe_files.find(target, accept=accept) as place,
-        safe_files.Draft(place, os.O_WRONLY) as draft,
+        drafts.Draft(place, os.O_WRONLY) as draft,
     ):
         if (there := place.status()) is not None:
             if not stat.S_ISREG(there.st_mode):

@@ -133,6 +133,13 @@ def explained(size: int, page: int, place: str | None) -> Iterator[None]:
                 f"{format_size(size)} do not fit ({error.strerror}): choose a smaller size",
                 place,
             ) from error
+        if error.filename is None and place is not None:
+            raise OSError(
+                error.errno,
+                f"no {format_size(size)} of shared memory can be made here ({error.strerror}):"
+                " choose a path on another file system",
+                place,
+            ) from error
         raise
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
 
-from . import _fds, _memory, locks, pages, safe_files
+from . import _fds, _memory, drafts, locks, pages, safe_files
 from .errors import ClosedError, RegionError
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
@@ -195,20 +195,19 @@ class Region(Uncopied, _memory.Mapping):
             found = place.status()
             if found is not None and stat.S_ISREG(found.st_mode) and not found.st_size:
                 return cls._adopt(place, parts, target, prealloc)
-            if replace:
-                if place.by_link and found is None:
-                    raise _exists(target, replace)
-                if found is not None and not stat.S_ISREG(found.st_mode):
-                    raise _exists(target, replace)
-            elif found is not None or place.by_link:
-                raise _exists(target, replace)
+            if found is not None and not stat.S_ISREG(found.st_mode):
+                raise _exists(target, place.wrong_kind(found.st_mode).strerror)
+            if found is None and place.by_link:
+                raise _exists(target, "it is a symbolic link that leads to nothing: remove it")
+            if found is not None and not replace:
+                raise _exists(target)
             return cls._publish(place, mode, parts, target, prealloc, replace)
 
     @classmethod
     def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
         """A region in a file of a directory that never has a name."""
         try:
-            with safe_files.Draft(place, mode=mode) as draft:
+            with drafts.Draft(place, mode=mode) as draft:
                 draft.keep_nameless()
         except OSError as error:
             raise OSError(error.errno, error.strerror, parts[3]) from None
@@ -221,7 +220,7 @@ class Region(Uncopied, _memory.Mapping):
         spare = _fds.FdArray.copy(file[0])  # for when the region has closed its own
         with locks.held(spare[0], _PATIENCE):
             if os.fstat(spare[0]).st_size:  # another process was quicker
-                raise _exists(target, replace=False)
+                raise _exists(target)
             try:
                 region = cls._furnish(file, *parts, target, prealloc, fresh=False)
             except BaseException:
@@ -244,7 +243,7 @@ class Region(Uncopied, _memory.Mapping):
     ) -> Region:
         """A region in a new file, which gets its name when it is whole."""
         region = None
-        draft = safe_files.Draft(place, mode=mode)
+        draft = drafts.Draft(place, mode=mode)
         try:
             with draft:
                 region = cls._furnish(draft.file, *parts, target, prealloc)
@@ -257,7 +256,7 @@ class Region(Uncopied, _memory.Mapping):
                     region.unlink()
                 region.close()
             if isinstance(error, FileExistsError):
-                raise _exists(target, replace) from None
+                raise _exists(target) from None
             raise
 
     def _reopen(self, place: safe_files.Place) -> None:
@@ -652,13 +651,12 @@ def posix_path(name: str) -> str:
     return f"{SHM}/{bare}"
 
 
-def _exists(target: str, replace: bool) -> FileExistsError:
-    what = (
-        "is no regular file"
-        if replace
-        else "exists already: attach to it, or ask for it to be replaced"
+def _exists(target: str, what: str | None = None) -> FileExistsError:
+    usual = (
+        "it exists already: attach to it or replace it (--existing attach, --existing replace;"
+        " in Python Region.attach, replace=True)"
     )
-    return FileExistsError(errno.EEXIST, what, target)
+    return FileExistsError(errno.EEXIST, what or usual, target)
 
 
 def _opened(place: safe_files.Place, readonly: bool) -> _fds.FdArray:

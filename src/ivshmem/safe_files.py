@@ -1,7 +1,7 @@
-"""Files in directories that others can write: found, opened, made, replaced and removed safely.
+"""Files in directories that others can write: found, opened and removed safely.
 
 Knows: whose links and files can be trusted, and that a path may lead elsewhere a moment later.
-Does not know: what the files are for.
+Does not know: what the files are for, or how a new one gets its name (drafts.py).
 
 Trusted are root, the user of this process, and the users that a caller accepts. Nothing here rests
 on fs.protected_symlinks and its like: some distributions switch them off.
@@ -11,22 +11,18 @@ Invariants:
 2. A symbolic link is followed only if a trusted user made it.
 3. Opening a file creates nothing, truncates nothing and waits for nobody. The caller gets the file
    only when its type, its owner and its hard links are right.
-4. A new file has no name until it is whole. Where the file system cannot do that, it has a name
-   that the next `Draft` for the same path removes if the process was killed.
-5. Each descriptor has an owner from the system call on that makes it: an `FdArray`.
+4. Each descriptor has an owner from the system call on that makes it: an `FdArray`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import pwd
 import stat
 
 from . import _fds
-from .accounts import user_id
+from .accounts import user_id, user_name, user_option
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
@@ -42,10 +38,6 @@ NOBODY = None
 
 _MOST_LINKS = 40  # on the way to one file, as in the kernel
 _OVERFLOW = 65534  # what a user namespace shows for every user that it does not map
-_DRAFTS = 3  # names that the drafts of a path try before they take one by chance
-
-# Errors that say "not on this file system", not "not here" or "not you".
-_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EISDIR})
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -55,22 +47,6 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-
-
-def user_word(uid: int) -> str:
-    """A user for a message: "alice (uid 1000)", or "uid 1000" if the system has no name for it."""
-    try:
-        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except KeyError:
-        return f"uid {uid}"
-
-
-def user_name(uid: int) -> str:
-    """A user as an option takes one: by name, or by uid if the system has no name for it."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def kind_word(mode: int) -> str:
@@ -318,10 +294,10 @@ class _Trusted:
 
     def refusal(self, path: str | None, uid: int, what: str) -> PermissionError:
         """The error for what is another user's."""
-        user = user_word(uid)
+        user = user_name(uid)
         way = (
-            f", or if you trust that user, --accept-owner {user_name(uid)} (accept_owner in Python"
-            " and TOML)"
+            ", or if you trust that user,"
+            f" --accept-owner {user_option(uid)} (accept_owner in Python and TOML)"
             if self._optional
             else ""
         )
@@ -424,203 +400,3 @@ def reading(path: str | os.PathLike[str], *, accept: Users | None = NOBODY) -> I
             yield stream
     finally:
         file.close()
-
-
-# -- making ---------------------------------------------------------------------------------------
-
-
-class Draft(Uncopied):
-    """A new, empty file that gets its name when it is whole. A context manager.
-
-    The block's end, and an exception at any moment, remove what has not been published. If the
-    process is killed, the kernel does, since the file has no name (O_TMPFILE). On a file system
-    that lacks that, the file has a name beside the target and a lock (flock), and the next draft
-    for the same target removes it.
-
-    Args:
-        where: its path, or a place, which the draft closes.
-        flags, mode: as for open(2); the mode less the umask.
-
-    Attributes:
-        place: where it is to be.
-        file: its descriptor, which the caller may keep after the block if it was published.
-    """
-
-    _name: str | None = None  # what it is called, if it must have a name
-    _claiming = False  # whether an interrupted `publish` may have given it the target's name
-
-    def __init__(
-        self,
-        where: str | os.PathLike[str] | Place,
-        flags: int = os.O_RDWR,
-        mode: int = 0o600,
-    ) -> None:
-        self.published = False
-        self.file = _fds.FdArray()
-        self.place = where if isinstance(where, Place) else find(where)
-        if self.place.inherited:
-            reason = "it is a descriptor of this process, which cannot be replaced: name a file"
-            raise FileExistsError(errno.EEXIST, reason, self.place.path)
-        if self.place.name in (".", ".."):
-            raise self.place.wrong_kind(stat.S_IFDIR)
-        try:
-            self._open(flags, mode)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.place.path) from None
-
-    def _open(self, flags: int, mode: int) -> None:
-        try:
-            self.file.open(".", flags | os.O_TMPFILE, mode, dir_fd=self.place.fd)
-            # Before the file has a name: what has one and no lock was left behind.
-            self._lock()
-            return
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-        for name in self._names():
-            self._name = name
-            self.file = _fds.FdArray()
-            try:
-                self.file.open(name, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.place.fd)
-            except FileExistsError:
-                continue
-            self._lock()
-            if self._has(name, self.file[0]):
-                return
-            # Another draft took ours for one that was left behind, in the moment before the lock.
-
-    def _lock(self) -> None:
-        with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
-            fcntl.flock(self.file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _names(self) -> Iterator[str]:
-        """Names for it, beside the target; first those that the drafts before us may have left."""
-        stem = os.fsdecode(os.fsencode(self.place.name)[:200])
-        for number in range(_DRAFTS):
-            name = f".{stem}.ivshmem-{number}"
-            self._sweep(name)
-            yield name
-        while True:
-            yield f".{stem}.ivshmem-{os.urandom(8).hex()}"
-
-    def _sweep(self, name: str) -> None:
-        """Remove a draft whose maker was killed: one of ours that nobody has locked."""
-        left = _fds.FdArray()
-        with contextlib.suppress(OSError):
-            left.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.place.fd)
-            found = os.fstat(left[0])
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-                fcntl.flock(left[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._has(name, left[0]):
-                    os.unlink(name, dir_fd=self.place.fd)
-        left.close()
-
-    def _has(self, name: str, fd: int) -> bool:
-        """Whether `name`, beside the target, is that of the open file `fd`."""
-        try:
-            found = os.stat(name, dir_fd=self.place.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return same_file(found, os.fstat(fd))
-
-    def publish(self, *, replace: bool = False, keep_lock: bool = False) -> None:
-        """Give the file its name, in one step: nobody ever finds half of it, or nothing.
-
-        Args:
-            replace: take the name from the file that has it; else that is an error.
-            keep_lock: leave the file locked by flock(2), as a draft is.
-
-        Raises:
-            FileExistsError: something has the name and `replace` is false; the draft stays.
-            OSError: as of linkat(2) or rename(2), with the path.
-        """
-        self._claiming = not replace
-        try:
-            self._publish(replace)
-        except OSError as error:
-            self._claiming = False
-            raise OSError(error.errno, error.strerror, self.place.path) from None
-        self.published = True
-        if not keep_lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self.file[0], fcntl.LOCK_UN)
-
-    def _publish(self, replace: bool) -> None:
-        place = self.place
-        if self._name is None:
-            try:
-                self._link(place.name)
-                return
-            except FileExistsError:
-                if not replace:
-                    raise
-        name = self._name or self._linked()
-        if replace:
-            os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
-        else:
-            self._rename_exclusive(name)
-        self._name = None
-
-    def _linked(self) -> str:
-        """Give a file without a name one beside the target, from which it can replace that."""
-        for name in self._names():
-            self._name = name
-            with contextlib.suppress(FileExistsError):
-                self._link(name)
-                return name
-        raise AssertionError
-
-    def _link(self, name: str) -> None:
-        # With `dst_dir_fd` Python follows the link in /proc, without it does not.
-        os.link(f"/proc/self/fd/{self.file[0]}", name, dst_dir_fd=self.place.fd)
-
-    def _rename_exclusive(self, name: str) -> None:
-        """Rename the draft unless something has the target's name; not all file systems can."""
-        place = self.place
-        try:
-            _fds.rename_exclusive(place.fd, name, place.name)
-            return
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-        try:
-            os.link(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
-            os.unlink(name, dir_fd=place.fd)
-            return
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-        # An empty file of ours first. To those who meet it, 0 bytes mean "not made yet".
-        place.create(os.O_WRONLY, 0o600).close()
-        os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
-
-    def keep_nameless(self) -> None:
-        """Let the caller keep the file, which will never have a name."""
-        if self._name is not None:
-            os.unlink(self._name, dir_fd=self.place.fd)
-            self._name = None
-        self.published = True
-
-    def close(self) -> None:
-        """Remove it, unless it was published; may be called twice."""
-        try:
-            if not self.published and len(self.file):
-                if self._name is not None and self._has(self._name, self.file[0]):
-                    os.unlink(self._name, dir_fd=self.place.fd)
-                if self._claiming:
-                    self.place.remove(self.file[0])
-            self._name = None
-        finally:
-            if not self.published:
-                self.file.close()
-            self.place.close()
-
-    def __enter__(self) -> Draft:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # __init__ did not come so far
-            self.close()

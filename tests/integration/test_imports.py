@@ -35,12 +35,12 @@ COSTLY = {
 
 START = "__init__ __main__ errors plain uncopied cli"
 OPTIONS = f"{START} limits runtime cli.arguments"
-PARENT = f"{OPTIONS} _fds keeper accounts safe_files cli.serve cli.daemon cli.supervising"
+PARENT = f"{OPTIONS} _fds keeper accounts drafts safe_files cli.serve cli.daemon cli.supervising"
 SERVES = (
-    f"{OPTIONS} _fds _memory _wire access accounts answering changes config control emulators"
-    " engine handover journal keeper locks logs loop metrics notify opening pages protocol qemu"
-    " qemu.cmdline reachable region replay safe_files server service shapes sizes snapshots"
-    " sockets stalls store turns uncopied cli.banner cli.daemon cli.managed cli.news"
+    f"{OPTIONS} _fds _memory _wire access accounts answering changes config control drafts"
+    " emulators engine handover journal keeper locks logs loop metrics notify opening pages"
+    " protocol qemu qemu.cmdline reachable region replay safe_files server service shapes sizes"
+    " snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed cli.news"
     " cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (

@@ -312,7 +312,7 @@ def test_name_exists(shm_name: str) -> None:
         view[0] = 9
         with pytest.raises(FileExistsError) as caught:
             Region.create(PAGE, name=shm_name)
-        assert "exists already: attach to it, or ask for it to be replaced" in str(caught.value)
+        assert "exists already: attach to it or replace it (--existing" in str(caught.value)
         assert caught.value.filename == f"/dev/shm/{shm_name}"
         with Region.attach(name=shm_name) as again, memoryview(again) as mirror:
             assert mirror[0] == 9

@@ -20,7 +20,7 @@ import pytest
 from support.leaks import open_fds
 
 import ivshmem
-from ivshmem import Region, _fds, safe_files
+from ivshmem import Region, _fds, drafts
 from ivshmem.cli import daemon
 from ivshmem.guest.device import GuestDevice
 from ivshmem.migration import Options, Plan, Step, Vm
@@ -30,7 +30,15 @@ from ivshmem.migration.state import State
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 # The modules that own descriptors.
-MODULES = ("cli/daemon", "guest/device", "image", "migration/state", "region", "safe_files")
+MODULES = (
+    "cli/daemon",
+    "guest/device",
+    "image",
+    "migration/state",
+    "region",
+    "safe_files",
+    "drafts",
+)
 FILES = {f"{os.path.dirname(ivshmem.__file__)}/{module}.py" for module in MODULES}
 SIZE = 1 << 16
 PLAN = Plan((Vm("a", "/a", "/a2", "unix:/u"),), Options(), (), (Step("migrate", "a"),), ())
@@ -181,7 +189,7 @@ def test_a_draft_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)
 
     def make() -> None:
-        with safe_files.Draft(tmp_path / "it") as draft:
+        with drafts.Draft(tmp_path / "it") as draft:
             os.write(draft.file[0], b"whole")
             draft.publish()
         draft.file.close()

@@ -20,6 +20,7 @@ FLOORS: list[list[str]] = [
     ["errors", "uncopied", "plain"],
     ["sizes", "limits", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns"],
+    ["drafts"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
     ["_core"],

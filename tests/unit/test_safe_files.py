@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem import _fds, safe_files
+from ivshmem import _fds, drafts, safe_files
 
 ALICE = 65534  # another user
 
@@ -217,7 +217,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_a_draft_is_published(kind: str, shared: Path) -> None:
-    with safe_files.Draft(shared / "it", mode=0o640) as draft:
+    with drafts.Draft(shared / "it", mode=0o640) as draft:
         os.write(draft.file[0], b"whole")
         assert not (shared / "it").exists()
         assert len(os.listdir(shared)) == (kind != "nameless")
@@ -232,7 +232,7 @@ def test_a_draft_is_published(kind: str, shared: Path) -> None:
 
 def test_a_draft_takes_no_name(kind: str, shared: Path) -> None:
     (shared / "it").write_bytes(b"old")
-    with safe_files.Draft(shared / "it") as draft:
+    with drafts.Draft(shared / "it") as draft:
         refused(draft.publish, code=errno.EEXIST)
     assert len(draft.file) == 0
     assert (shared / "it").read_bytes() == b"old"
@@ -241,13 +241,13 @@ def test_a_draft_takes_no_name(kind: str, shared: Path) -> None:
 
 def test_a_draft_replaces(kind: str, shared: Path) -> None:
     for number in (b"1", b"2", b"3"):
-        with safe_files.Draft(shared / "it") as draft:
+        with drafts.Draft(shared / "it") as draft:
             os.write(draft.file[0], number)
             draft.publish(replace=True)
         draft.file.close()
         assert (shared / "it").read_bytes() == number
         assert os.listdir(shared) == ["it"]
-    with contextlib.suppress(ZeroDivisionError), safe_files.Draft(shared / "it") as draft:
+    with contextlib.suppress(ZeroDivisionError), drafts.Draft(shared / "it") as draft:
         1 / 0  # noqa: B018
     assert os.listdir(shared) == ["it"]
     assert (shared / "it").read_bytes() == b"3"
@@ -256,16 +256,16 @@ def test_a_draft_replaces(kind: str, shared: Path) -> None:
 def test_replacing_follows_only_trusted_links(shared: Path, private: Path) -> None:
     (private / "target").write_bytes(b"old")
     (shared / "ours").symlink_to(private / "target")
-    with safe_files.Draft(shared / "ours") as draft:
+    with drafts.Draft(shared / "ours") as draft:
         draft.publish(replace=True)
     draft.file.close()
     assert (shared / "ours").is_symlink()
     assert (private / "target").read_bytes() == b""
     (private / "target").write_bytes(b"old")
     give(shared / "ours")
-    refused(lambda: safe_files.Draft(shared / "ours"), "symbolic link", "nobody (uid 65534)")
+    refused(lambda: drafts.Draft(shared / "ours"), "symbolic link", "nobody (uid 65534)")
     # If she puts it there later, only the link is replaced.
-    with safe_files.Draft(shared / "late") as draft:
+    with drafts.Draft(shared / "late") as draft:
         (shared / "late").symlink_to(private / "target")
         draft.publish(replace=True)
     draft.file.close()
@@ -275,8 +275,8 @@ def test_replacing_follows_only_trusted_links(shared: Path, private: Path) -> No
 
 def test_what_a_killed_process_left_is_swept(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
-        "import os, signal, sys\nfrom ivshmem import safe_files\nos.O_TMPFILE = 0x10040\n"
-        "draft = safe_files.Draft(sys.argv[1])\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom ivshmem import drafts\nos.O_TMPFILE = 0x10040\n"
+        "draft = drafts.Draft(sys.argv[1])\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for _ in range(2):
         killed = subprocess.run([sys.executable, "-c", words, str(shared / "it")], timeout=60)
@@ -286,7 +286,7 @@ def test_what_a_killed_process_left_is_swept(shared: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)
     (shared / ".it.ivshmem-1").touch()
     give(shared / ".it.ivshmem-1")
-    with safe_files.Draft(shared / "it") as one, safe_files.Draft(shared / "it") as two:
+    with drafts.Draft(shared / "it") as one, drafts.Draft(shared / "it") as two:
         assert len(os.listdir(shared)) == 3
         one.publish()
         two.publish(replace=True)

@@ -14,7 +14,7 @@ import signal
 import stat
 import time
 
-from .. import _fds, safe_files
+from .. import _fds, drafts, safe_files
 from . import one_line
 
 TYPE_CHECKING = False
@@ -52,34 +52,35 @@ def pid_file(path: str | None, patience: float = 0.0) -> Iterator[None]:
     line = f"{os.getpid()}\n".encode()
     with contextlib.ExitStack() as undo:
         place = undo.enter_context(safe_files.find(path))
-        file = _held(place, time.monotonic() + patience)
+        file = _held(place, line, time.monotonic() + patience)
         undo.callback(file.close)
         if stat.S_ISREG(os.fstat(file[0]).st_mode):
             undo.callback(_removed, place, file)
-            os.ftruncate(file[0], 0)
-            os.pwrite(file[0], line, 0)
-        else:
-            os.write(file[0], line)
         yield
 
 
-def _held(place: safe_files.Place, give_up: float) -> _fds.FdArray:
-    """The file at a place, locked; made if it is not there."""
+def _held(place: safe_files.Place, line: bytes, give_up: float) -> _fds.FdArray:
+    """The file at a place, with the line in it, and locked; made if it is not there."""
     while True:
         try:
             file = place.open(os.O_RDWR, lone=True, streams=True)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):  # another process was quicker
-                place.create(os.O_RDWR, 0o644).close()
+                return _made(place, line)
             continue
         with safe_files.closed_on_error(file):
             if not stat.S_ISREG(os.fstat(file[0]).st_mode):
+                _write(place, file, line)
                 return file
             try:
                 fcntl.flock(file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                holder = os.pread(file[0], 20, 0).decode(errors="replace").strip()
+                if _is_locked_by_reader(file[0], holder):
+                    place.remove(file[0])
+                    file.close()
+                    continue
                 if time.monotonic() >= give_up:
-                    holder = os.pread(file[0], 20, 0).decode(errors="replace").strip()
                     raise FileExistsError(
                         errno.EEXIST,
                         f"a server with this pid file runs already (pid {holder}): stop it, or"
@@ -90,8 +91,50 @@ def _held(place: safe_files.Place, give_up: float) -> _fds.FdArray:
                 time.sleep(0.01)
                 continue
             if place.leads_to(file[0]):
+                os.ftruncate(file[0], 0)
+                _write(place, file, line)
                 return file
         file.close()  # removed by its last holder between our open and our lock
+
+
+def _made(place: safe_files.Place, line: bytes) -> _fds.FdArray:
+    """A new file, which is locked before others can open it."""
+    with drafts.Draft(place, os.O_RDWR, 0o644) as draft:
+        _write(place, draft.file, line)
+        draft.publish(keep_lock=True)
+        return draft.file
+
+
+def _write(place: safe_files.Place, file: _fds.FdArray, line: bytes) -> None:
+    try:
+        os.write(file[0], line)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, place.path) from None
+
+
+def _is_locked_by_reader(fd: int, holder: str) -> bool:
+    """Whether it is locked, and not by a server.
+
+    flock(2) needs no right to write, and everybody may read a pid file. A server's lock belongs to
+    the process that the file names, which is root's or ours; proc_locks(5).
+    """
+    found = os.fstat(fd)
+    # Some file systems have other device numbers here (btrfs): then nothing is found.
+    file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks") as lines:
+        locks = [line.split() for line in lines]
+    pids = {words[4] for words in locks if words[1] == "FLOCK" and words[5] == file}
+    return bool(pids) and all(pid != holder and _is_strange(pid) for pid in pids)
+
+
+def _is_strange(pid: str) -> bool:
+    """Whether a process is of a user other than root and ours; False if it cannot be told."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            users = next(line.split()[1:] for line in status if line.startswith("Uid:"))
+    except (OSError, StopIteration):
+        return False
+    return not {0, os.geteuid()} & {int(user) for user in users}
 
 
 def _removed(place: safe_files.Place, file: _fds.FdArray) -> None:

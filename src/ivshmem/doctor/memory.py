@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import pages, qemu, safe_files
+from ..accounts import user_option
 from ..errors import RegionError
 from ..plain import quoted
 from ..region import posix_path
@@ -151,7 +152,7 @@ class MemorySteps:
         """The command that serves a file of another user; "" if that is not what is wrong."""
         if self._status is None or self._status.st_uid in (0, os.geteuid()):
             return ""
-        owner = safe_files.user_name(self._status.st_uid)
+        owner = user_option(self._status.st_uid)
         return replace(self.wishes, accept_owner=(*self.wishes.accept_owner, owner)).serve()
 
     def _permission(self) -> Finding:

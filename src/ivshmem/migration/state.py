@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from .. import _fds, safe_files
+from .. import _fds, drafts, safe_files
 from ..uncopied import Uncopied
 from .model import MigrationError, Plan, Vm
 
@@ -57,7 +57,7 @@ class State(Uncopied):
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             place = safe_files.find(path)
-        with safe_files.Draft(place, os.O_RDWR | os.O_APPEND) as draft:
+        with place, drafts.Draft(place, os.O_RDWR | os.O_APPEND) as draft:
             _append(draft.file[0], {"version": _VERSION, "plan": plan.to_json()})
             try:
                 draft.publish(keep_lock=True)
