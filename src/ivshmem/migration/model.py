@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import IvshmemError
+from ..plain import plain
 
 Kind = Literal["plain", "doorbell"]
 StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
@@ -19,7 +20,10 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class MigrationError(IvshmemError):
-    """A migration that did not come about; the message says how things stand now."""
+    """A migration that did not come about; the message says how things stand now, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))  # parts of it are QEMU's own words
 
 
 class Refused(MigrationError):
@@ -28,7 +32,7 @@ class Refused(MigrationError):
     def __init__(self, reasons: Sequence[str]) -> None:
         more = f" (and {len(reasons) - 1} more: see --dry-run)" if len(reasons) > 1 else ""
         super().__init__(f"{reasons[0]}{more}")
-        self.reasons = tuple(reasons)
+        self.reasons = tuple(map(plain, reasons))
 
 
 class StepFailed(MigrationError):

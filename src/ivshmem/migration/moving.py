@@ -28,6 +28,8 @@ from .model import MigrationError, Options, Step, StepFailed, Vm, is_under_way
 _LOOK = 0.1  # seconds between two looks at how far QEMU is
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
 
+_PATIENCE = 5  # passes after which the guest writes faster than we can send, however little remains
+
 
 class Arrived(MigrationError):
     """A migration that was to be undone has completed; or not `wholly`: the guest has gone."""
@@ -134,7 +136,16 @@ class Mover:
         settings = [{"capability": name, "state": on} for name, on in wanted.items()]
         await source.execute("migrate-set-capabilities", capabilities=settings)
         # It listens already if an interrupted run has told it.
-        if not (await _migration(destination)).parts("socket-address"):
+        there = await _migration(destination)
+        listens = bool(there.parts("socket-address"))
+        status = there.text("status", "")
+        if not listens and status not in ("", "none"):
+            # QEMU 11 stays so if postcopy fails before the guest runs there. It takes no other.
+            raise StepFailed(
+                f"{self._vm.name}: its destination is left from a migration that failed (status"
+                f" {status}): end that QEMU, and start it again with -incoming defer"
+            )
+        if not listens:
             await destination.execute("migrate-set-capabilities", capabilities=settings)
             if self._file is None:
                 await destination.execute("migrate-incoming", uri=self._vm.uri)
@@ -163,10 +174,10 @@ class Mover:
                 raise StepFailed(
                     f"{self._vm.name}: its migration {status or 'never began'}: {reason}"
                 )
-            passed = status == "active" and ram.number("dirty-sync-count", 0) > 1
-            if self._options.postcopy and passed and not postcopied:
-                await source.execute("migrate-start-postcopy")
-                postcopied = True
+            if self._options.postcopy and not postcopied and status == "active":
+                postcopied = _does_not_end(_progress(ram, self._step.size))
+                if postcopied:
+                    await source.execute("migrate-start-postcopy")
             await asyncio.sleep(_LOOK)
 
     async def _arrive(self, source: Monitor) -> None:
@@ -301,6 +312,16 @@ async def _try_to_cancel(source: Monitor) -> None:
     except QmpError as error:
         if not error.kind:
             raise
+
+
+def _does_not_end(progress: Progress) -> bool:
+    """Whether the passes over the memory do not come to an end, so that postcopy is needed.
+
+    Not if what remains takes less than a second. QEMU 11.1 may fail if it is told to begin with
+    postcopy in the moment in which it is almost done (by then the guest goes on at the source).
+    """
+    little = progress.remaining <= progress.rate or not progress.rate
+    return progress.passes > (_PATIENCE if little else 1)
 
 
 def _progress(ram: Answer, shared: int) -> Progress:

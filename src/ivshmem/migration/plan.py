@@ -140,6 +140,11 @@ class _Planner:
                 f"{vm.name}: its destination waits at {qemu.listens} already, and no capability"
                 " can be set any more: start it with -incoming defer"
             )
+        elif qemu.migration not in ("", "none"):
+            yield (
+                f"{vm.name}: its destination is left from a migration that failed (status"
+                f" {qemu.migration}): end that QEMU, and start it again with -incoming defer"
+            )
         known = {
             (each.bus, each.slot) for each in self._found.source[vm.name].devices if each.master
         }
