@@ -1,6 +1,6 @@
 """Pages and what there is of them: page sizes, huge pages, memory, space.
 
-Knows: /proc, /sys and statvfs, and how to say in numbers what is short and what mends it.
+Knows: /proc, /sys and statvfs, and how to say in numbers what is short and what fixes it.
 Does not know: regions.
 """
 
@@ -117,7 +117,7 @@ def check_memory(size: int, *, now: bool) -> None:
 
 @contextlib.contextmanager
 def explained(size: int, page: int, place: str | None) -> Iterator[None]:
-    """Turn the kernel's bare ENOSPC or ENOMEM into numbers and the command that mends it."""
+    """Turn the kernel's bare ENOSPC or ENOMEM into numbers and the command that fixes it."""
     try:
         yield
     except OSError as error:
@@ -152,10 +152,10 @@ def huge_pages_for(size: int, page: int) -> tuple[str, str]:
     )
     needed = size // page
     available = max(free - reserved, 0)
-    mend = f"echo {total + needed - available} > {knobs}/nr_hugepages" if needed > available else ""
+    fix = f"echo {total + needed - available} > {knobs}/nr_hugepages" if needed > available else ""
     return (
         f"{needed} huge pages of {format_size(page)} are needed, {available} of {total} are free",
-        mend,
+        fix,
     )
 
 
@@ -173,8 +173,8 @@ def _address_space_short(size: int) -> str:
 
 
 def _huge_pages_short(size: int, page: int) -> OSError:
-    numbers, mend = huge_pages_for(size, page)
-    return OSError(errno.ENOMEM, f"{numbers}; as root: {mend}" if mend else numbers)
+    numbers, fix = huge_pages_for(size, page)
+    return OSError(errno.ENOMEM, f"{numbers}; as root: {fix}" if fix else numbers)
 
 
 def _space_short(size: int, place: str) -> OSError:

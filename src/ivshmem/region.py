@@ -158,7 +158,7 @@ class Region(Uncopied, _memory.Mapping):
             FileExistsError: the name or path exists and `replace` is false.
             PermissionError: a link or an empty file there is of a user who is not accepted.
             OSError: the file system, the memory or the huge pages do not suffice (ENOSPC, ENOMEM,
-                with the numbers and what mends it), or as of open(2). Nothing is left behind.
+                with the numbers and what fixes it), or as of open(2). Nothing is left behind.
         """
         size = parse_size(size)
         if sum(place is not None for place in (name, path, directory)) > 1:

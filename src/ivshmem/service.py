@@ -540,15 +540,15 @@ def _former_gate(name: str, config: RegionConfig) -> Gate | None:
     except ValueError as error:
         _log.error("region %s: nobody is let in any more: %s", name, error)
 
-    mended: list[Gate] = []
+    repaired: list[Gate] = []
 
     def judge(who: Credentials, connected: int | None) -> Verdict:
-        if not mended:
+        if not repaired:
             try:
-                mended.append(config.rules().judge)
+                repaired.append(config.rules().judge)
             except ValueError as error:
                 return Verdict(False, reason=str(error))
-        return mended[0](who, connected)
+        return repaired[0](who, connected)
 
     return judge
 

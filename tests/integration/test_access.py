@@ -309,7 +309,7 @@ def test_what_another_user_can_do_with_it(kind: str, directory: Path, shm_name: 
 @needs_root
 @each_kind
 def test_what_the_same_user_can_do_with_it(kind: str, directory: Path, shm_name: str) -> None:
-    """The file is its own: it opens it again. What cannot be mended is at least known."""
+    """The file is its own: it opens it again. What cannot be fixed is at least known."""
     with make_region(kind, directory, shm_name) as region:
         os.fchown(region.fileno(), NOBODY, -1)
         fd = region.readonly_fd()

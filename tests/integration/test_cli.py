@@ -136,16 +136,16 @@ class TestServe:
     def test_the_printed_host_line_works(self, serve: Serve, path: str) -> None:
         server = serve()
         assert server.process.stdout is not None
-        lines = [server.process.stdout.readline() for _ in range(3)]
-        command = [*lines[2].split("host:")[1].split(), "-c", "peers"]
+        line = next(line for line in server.process.stdout if line.startswith("  host:"))
+        command = [*line.split("host:")[1].split(), "-c", "peers"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert result.stdout == "nobody else is here\n"
 
     def test_names(self, serve: Serve, path: str, name: str) -> None:
         server = serve("--names", "-l", "4K", "--name", name, "--quiet")
         assert server.process.stdout is not None
-        lines = [server.process.stdout.readline() for _ in range(4)]
-        assert lines[3] == "  names:   15 slots in the last 2K, from 0x800 on\n"
+        line = next(line for line in server.process.stdout if line.startswith("  names:"))
+        assert line == "  names:   15 slots in the last 2K, from 0x800 on\n"
         with ivshmem.connect(path, timeout=TIMEOUT) as client:
             assert ivshmem.Directory.open(client).entries() == []
         other = [path + "2", "--name", name, "--names", "3"]
@@ -590,7 +590,7 @@ class TestConnect:
         assert "is the server running" in one_error_line(missing)
         (tmp_path / "file").touch()
         file = run("connect", "-S", str(tmp_path / "file"), status=1)
-        assert "start the server" in one_error_line(file)
+        assert "not a socket: no server listens here, choose another" in one_error_line(file)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             other.bind(path)
             assert "no ivshmem server" in one_error_line(run("connect", "-S", path, status=1))
@@ -645,13 +645,8 @@ class TestQemu:
         """A leave that a QEMU guest is told of arms a crash of QEMU at its next device_del."""
         server = serve("--vectors", "3", "--size", "1M")
         with ivshmem.connect(path, timeout=TIMEOUT) as client:
-            assert sockets.ask(path, TIMEOUT) == {
-                "protocol": 0,
-                "vectors": 3,
-                "size": 1 << 20,
-                "page_size": 4096,
-                "peers": 1,
-            }
+            told = {"protocol": 0, "vectors": 3, "size": 1 << 20, "page_size": 4096, "peers": 1}
+            assert sockets.ask(path, TIMEOUT).items() >= told.items()
             assert "vectors=3" in run("qemu", "-S", path).stdout
             assert client.news() == []
         assert server.news().startswith("peer 0 joined")

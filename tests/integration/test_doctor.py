@@ -1,4 +1,4 @@
-"""`ivshmem doctor` on a host: each trouble is made, found, and mended by what is printed."""
+"""`ivshmem doctor` on a host: each trouble is made, found, and fixed by what is printed."""
 
 import fcntl
 import json
@@ -112,7 +112,7 @@ class Host:
         return checks[name]
 
     def run(self, command: str) -> None:
-        """Run a command that mends something; servers that it starts are ended with the test."""
+        """Run a command that fixes something; servers that it starts are ended with the test."""
         result = shell(command)
         if started := re.search(r", pid (\d+)$", result.stdout, re.MULTILINE):
             self.daemons.append(int(started[1]))
@@ -126,12 +126,12 @@ class Host:
         self.run(command)
         return True
 
-    def mend(self, name: str, **wishes: Any) -> Check:
+    def fix(self, name: str, **wishes: Any) -> Check:
         """What fails, and is gone after the printed command. Other things may fail then."""
         checks = self.examine(**wishes)
         check = checks[name]
         assert failures(checks)[0] == name, checks
-        self.run(check.mend)
+        self.run(check.fix)
         after = self.examine(**wishes)[name]
         assert after.state in ("ok", "warning"), after
         return check
@@ -201,7 +201,7 @@ class TestProgram:
         monkeypatch.setattr("platform.release", lambda: "5.4.0-12-generic")
         check = here.examine()["kernel"]
         assert check.state == "failed"
-        assert "apt-get install linux-image-" in check.mend
+        assert "apt-get install linux-image-" in check.fix
         monkeypatch.setattr("platform.release", lambda: "5.10.0")
         assert here.examine()["kernel"].state == "ok"
 
@@ -209,17 +209,17 @@ class TestProgram:
         here.qemu.unlink()
         check = here.failure()
         assert (check.name, check.found) == ("QEMU", f"no program {here.qemu}")
-        assert check.mend.endswith("apt-get install qemu-system-x86")
+        assert check.fix.endswith("apt-get install qemu-system-x86")
         assert here.examine()["QEMU's ivshmem"].found == "rests on what failed: QEMU"
 
     def test_qemu_of_another_kind(self, here: Host, served: ivshmem.Server) -> None:
         here.qemu = here.directory / "qemu-system-aarch64"
-        assert here.failure().mend.endswith("apt-get install qemu-system-arm")
+        assert here.failure().fix.endswith("apt-get install qemu-system-arm")
 
     @pytest.mark.skipif(not shutil.which("apt-get"), reason="no Debian")
     def test_the_package_exists(self, here: Host) -> None:
         here.qemu.unlink()
-        command = here.examine()["QEMU"].mend.replace("install", "install --simulate")
+        command = here.examine()["QEMU"].fix.replace("install", "install --simulate")
         if shell("apt-cache show qemu-system-x86").returncode:
             pytest.skip("no package lists: apt-get update")
         assert shell(command).returncode == 0
@@ -241,7 +241,7 @@ class TestProgram:
             check = here.failure()
             assert check.name == "QEMU's ivshmem"
             assert check.found == f"{here.qemu} is built without {missing}"
-            assert check.mend.endswith("apt-get install qemu-system-x86")
+            assert check.fix.endswith("apt-get install qemu-system-x86")
 
     def test_qemu_that_hangs(
         self, here: Host, served: ivshmem.Server, monkeypatch: pytest.MonkeyPatch
@@ -262,21 +262,21 @@ class TestProgram:
 
 class TestServer:
     def test_none(self, here: Host) -> None:
-        check = here.mend("socket", size="64K")
+        check = here.fix("socket", size="64K")
         assert check.found == f"no {here.socket}: no server listens there"
         assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 16
 
     def test_a_stale_socket(self, here: Host) -> None:
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(here.socket)
-        check = here.mend("socket")
+        check = here.fix("socket")
         assert check.found == f"{here.socket} is stale: nobody listens"
 
     def test_no_socket(self, here: Host) -> None:
         Path(here.socket).write_text("precious")
         check = here.examine()["socket"]
         assert check.found == f"{here.socket} is not a socket: nobody can listen there"
-        here.run(check.mend)
+        here.run(check.fix)
         assert Path(here.socket).read_text() == "precious"
         here.socket += ".2"
         assert failures(here.examine()) == []
@@ -285,21 +285,21 @@ class TestServer:
         here.socket = str(here.directory / "a b" / "c" / "socket")
         check = here.examine()["socket"]
         assert check.found == f"no directory {here.directory}/a b/c"
-        here.run(check.mend)
-        here.mend("socket")
+        here.run(check.fix)
+        here.fix("socket")
 
     def test_a_path_that_is_too_long(self, here: Host) -> None:
         here.socket = str(here.directory / ("x" * 108))
         check = here.examine()["socket"]
         assert check.state == "failed"
         assert "a socket path has at most 107 bytes" in check.found
-        assert check.mend == f"{' '.join(IVSHMEM)} serve --daemon"
+        assert check.fix == f"{' '.join(IVSHMEM)} serve --daemon"
 
     def test_another_size(self, here: Host) -> None:
-        here.mend("socket", size="64K")
+        here.fix("socket", size="64K")
         check = here.failure(size="128K")
         assert "64K, 1 vector, 0 peers, not the 128K asked for" in check.found
-        here.run(check.mend)
+        here.run(check.fix)
         assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 16  # others may use it
         here.socket += ".2"
         assert failures(here.examine(size="128K")) == []
@@ -319,7 +319,7 @@ class TestServer:
             check = here.examine()["server"]
             assert check.found.startswith(f"pid {stuck.pid} (")
             assert check.found.endswith("the server accepts nobody: no answer in 0.3 seconds")
-            here.run(check.mend)
+            here.run(check.fix)
             assert stuck.poll() is None
             here.socket += ".2"
             assert failures(here.examine()) == []
@@ -376,7 +376,7 @@ class TestPermission:
         check = checks["socket permission"]
         assert check.found == f"nobody may not: {here.socket} (srwx------ root:root)"
         assert checks["server"].found == "rests on what failed: socket permission"
-        if not here.grant(from_root(check.mend)):
+        if not here.grant(from_root(check.fix)):
             return
         checks = run_as_nobody(*arguments)
         assert failures(checks) == []
@@ -393,7 +393,7 @@ class TestPermission:
         arguments = ["-S", here.socket, "--qemu", "/bin/true"]
         check = run_as_nobody(*arguments)["socket permission"]
         assert check.found == f"nobody may not: {here.directory} (drwx------ root:root)"
-        if not here.grant(from_root(check.mend)):
+        if not here.grant(from_root(check.fix)):
             return
         here.run(f"chmod o+w {here.socket}")
         assert run_as_nobody(*arguments)["socket permission"].state == "ok"
@@ -402,8 +402,8 @@ class TestPermission:
         here.directory.chmod(0o700)
         os.chmod(here.socket, 0o700)
         check = here.examine(user="nobody")["socket permission"]
-        assert check.mend.count("setfacl -m u:nobody:") == 2
-        if here.grant(check.mend):
+        assert check.fix.count("setfacl -m u:nobody:") == 2
+        if here.grant(check.fix):
             assert here.examine(user="nobody")["socket permission"].state == "ok"
 
     def test_for_libvirt(
@@ -417,8 +417,8 @@ class TestPermission:
         assert check.state == "warning"
         assert check.found.startswith("root may; nobody, as whom libvirt runs QEMU, may not: ")
         assert "--group kvm --mode 0660" in check.found
-        assert "o+" not in check.mend
-        if here.grant(check.mend):
+        assert "o+" not in check.fix
+        if here.grant(check.fix):
             assert here.examine()["socket permission"].state == "ok"
 
     @pytest.mark.parametrize("who", ["u", "g", "o"])
@@ -432,7 +432,7 @@ class TestPermission:
         arguments = ["--file", str(path), "--qemu", str(here.qemu)]
         check = run_as_nobody(*arguments)["memory permission"]
         assert check.state == "failed"
-        if here.grant(check.mend if who == "u" else from_root(check.mend)):
+        if here.grant(check.fix if who == "u" else from_root(check.fix)):
             assert failures(run_as_nobody(*arguments)) == []
 
     def test_of_a_place_for_memory(self, here: Host) -> None:
@@ -440,7 +440,7 @@ class TestPermission:
         for arguments in (["--file", f"{here.directory}/new"], ["-m", str(here.directory)]):
             check = run_as_nobody(*arguments, "--qemu", str(here.qemu))["memory permission"]
             assert check.found == f"nobody may not: {here.directory} (drwxr-xr-x root:root)"
-        if here.grant(from_root(check.mend)):
+        if here.grant(from_root(check.fix)):
             assert failures(run_as_nobody(*arguments, "--qemu", str(here.qemu))) == []
 
     def test_nobody_can_look_as_another(self, here: Host) -> None:
@@ -466,7 +466,7 @@ class TestMemory:
     def test_too_short(self, here: Host, size: int, wanted: str | None, larger: str) -> None:
         path = here.directory / "me mory"
         path.write_bytes(b"x" * size)
-        check = here.mend("memory", socket=None, path=str(path), size=wanted)
+        check = here.fix("memory", socket=None, path=str(path), size=wanted)
         assert path.read_bytes()[:size] == b"x" * size
         grown = path.stat().st_size
         assert grown == ivshmem.sizes.parse_size(larger) or (size == 3000 and grown == 4096), check
@@ -479,26 +479,26 @@ class TestMemory:
         check = here.failure(socket=None, path=str(path), size="64K")
         assert check.name == "memory"
         assert check.found == f"{path} has 1M, not the 64K asked for: give QEMU its size"
-        assert shlex.split(check.mend) == ivshmem.qemu.plain(str(path), 1 << 20)
+        assert shlex.split(check.fix) == ivshmem.qemu.plain(str(path), 1 << 20)
 
     def test_no_file(self, here: Host) -> None:
         path = here.directory / "memory"
         os.mkfifo(path)
         check = here.examine(socket=None, path=str(path))["memory"]
         assert check.found == f"{path}: it is a FIFO, not a regular file: choose another path"
-        beside = shlex.split(check.mend)[-1]
+        beside = shlex.split(check.fix)[-1]
         assert here.examine(socket=None, path=beside)["memory"].state == "ok"
         assert stat.S_ISFIFO(path.stat().st_mode)
         path = here.directory / "none" / "memory"
-        here.mend("memory", socket=None, path=str(path))
+        here.fix("memory", socket=None, path=str(path))
 
     def test_no_directory_for_it(self, here: Host) -> None:
-        here.mend("memory", socket=None, directory=str(here.directory / "a b"))
+        here.fix("memory", socket=None, directory=str(here.directory / "a b"))
 
     def test_a_size_that_no_guest_could_use(self, here: Host) -> None:
         check = here.examine(size="3M")["memory"]
         assert "a region cannot have 3M: it must be a power of two" in check.found
-        here.run(check.mend)
+        here.run(check.fix)
         assert failures(here.examine()) == []
         assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 22
 
@@ -506,7 +506,7 @@ class TestMemory:
         checks = here.examine(size="1P")
         assert failures(checks) == ["socket", "space"]
         assert checks["space"].found == "1P do not fit into this machine's memory"
-        here.run(checks["space"].mend)
+        here.run(checks["space"].fix)
         assert failures(here.examine()) == []
 
     @needs_root
@@ -515,7 +515,7 @@ class TestMemory:
             (place / "folder").mkdir()
             (place / "other").write_bytes(bytes(300_000))
             wishes = {"socket": None, "path": str(place / "folder" / "memory"), "size": "1M"}
-            check = here.mend("space", **wishes)
+            check = here.fix("space", **wishes)
             assert check.found.startswith("1M needed, ")
             ivshmem.Region.create("1M", path=wishes["path"]).close()
             assert failures(here.examine(**wishes)) == []
@@ -526,7 +526,7 @@ class TestMemory:
             path = place / "memory"
             path.touch()
             os.truncate(path, 4 << 20)
-            here.mend("space", socket=None, path=str(path))
+            here.fix("space", socket=None, path=str(path))
 
     def test_no_space_on_a_disk(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "_mount", lambda _: ("/mnt", "ext4"))
@@ -534,12 +534,12 @@ class TestMemory:
         check = here.failure(**wishes)
         assert check.name == "space"
         assert check.found.endswith("free on /mnt; there may be room in /dev/shm")
-        assert "--size 1P --name memory" in check.mend
+        assert "--size 1P --name memory" in check.fix
 
 
 @needs_root
 class TestHugePages:
-    def test_short_and_mended(self, here: Host) -> None:
+    def test_short_and_fixed(self, here: Host) -> None:
         knob = HUGE / "hugepages-2048kB" / "nr_hugepages"
         if not knob.exists():
             pytest.skip("no huge pages of 2M")
@@ -555,7 +555,7 @@ class TestHugePages:
                 check = here.examine(**wishes)["huge pages"]
                 assert check.state == "failed"
                 assert check.found.startswith(f"{size >> 21} huge pages of 2M are needed, ")
-                here.run(check.mend)
+                here.run(check.fix)
                 if int(knob.read_text()) < size >> 21:
                     pytest.skip("memory is too fragmented")
                 assert here.examine(**wishes)["huge pages"].state == "ok"
@@ -572,20 +572,20 @@ class TestHugePages:
     def test_a_server_without(self, here: Host, served: ivshmem.Server) -> None:
         check = here.examine(hugepages=True)["server"]
         assert check.found.endswith(": 1M, 2 vectors, 0 peers, not in huge pages")
-        assert f" --socket {here.socket}.2 " in check.mend
-        assert check.mend.endswith(f"serve --daemon --socket {here.socket}.2 --hugepages")
+        assert f" --socket {here.socket}.2 " in check.fix
+        assert check.fix.endswith(f"serve --daemon --socket {here.socket}.2 --hugepages")
 
     def test_of_a_size_that_is_not_offered(self, here: Host) -> None:
         check = here.examine(hugepages="3M")["huge pages"]
         assert check.found.startswith("this machine has no huge pages of 3M; it offers ")
-        assert check.mend.endswith(f"serve --daemon --socket {here.socket}.2 --hugepages")
+        assert check.fix.endswith(f"serve --daemon --socket {here.socket} --hugepages")
 
     def test_where_pages_are_small(self, here: Host) -> None:
         path = str(here.directory / "memory")
         check = here.failure(socket=None, path=path, hugepages="2M")
         assert check.found.startswith(f"{path} has pages of 4K, not of 2M;")
-        assert check.mend.endswith("--hugepages 2M")
-        assert "--file" not in check.mend
+        assert check.fix.endswith("--hugepages 2M")
+        assert "--file" not in check.fix
 
     def test_of_a_mount_are_counted_without_asking(self, here: Host) -> None:
         with mounted("hugetlbfs", "pagesize=2M") as place:
@@ -610,7 +610,7 @@ class TestLimits:
             assert failures(checks) == ["open files"]
             check = checks["open files"]
             assert check.found == "QEMU opens 164 with 1 peers of 64 vectors, 150 are allowed"
-            assert failures(read(shell(f"{limit}; {check.mend}; {command}"))) == []
+            assert failures(read(shell(f"{limit}; {check.fix}; {command}"))) == []
 
     @needs_root
     def test_locked_memory(self, here: Host, served: ivshmem.Server) -> None:
@@ -624,8 +624,8 @@ class TestLimits:
         assert failures(checks) == ["locked memory"]
         check = checks["locked memory"]
         assert check.found == "64K may be locked, the shared memory has 1M"
-        mended = shell(f"{limit}; {check.mend}; {command} --lock", *powerless)
-        assert failures(read(mended)) == []
+        fixed = shell(f"{limit}; {check.fix}; {command} --lock", *powerless)
+        assert failures(read(fixed)) == []
         assert failures(read(shell(f"{limit}; {command} --lock"))) == []  # root may lock all
 
 
@@ -666,9 +666,9 @@ class TestKernelParameter:
         ran = self.program(here, "update-grub", monkeypatch)
         monkeypatch.setattr("ivshmem.doctor.check.os.geteuid", lambda: 0)
         folder = here.directory / "grub.d"
-        mend = guest._kernel_mend("intel_iommu=on")
-        assert "/etc/default/grub.d" in mend
-        here.run(mend.replace("/etc/default/grub.d", str(folder)))
+        fix = guest._kernel_fix("intel_iommu=on")
+        assert "/etc/default/grub.d" in fix
+        here.run(fix.replace("/etc/default/grub.d", str(folder)))
         assert ran.exists()
         show = f'GRUB_CMDLINE_LINUX="quiet"; . {folder}/iommu.cfg; echo "$GRUB_CMDLINE_LINUX"'
         assert shell(show).stdout == "quiet intel_iommu=on\n"
@@ -676,7 +676,7 @@ class TestKernelParameter:
     def test_grubby(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         ran = self.program(here, "grubby", monkeypatch)
         monkeypatch.setattr("ivshmem.doctor.check.os.geteuid", lambda: 0)
-        here.run(guest._kernel_mend("intremap=on"))
+        here.run(guest._kernel_fix("intremap=on"))
         assert ran.read_text() == "--update-kernel=ALL --args=intremap=on\n"
 
 
@@ -693,11 +693,11 @@ class TestCommandLine:
         assert lines[0] == "host"
         assert re.fullmatch(rf"1 failed, (1 warning, )?{left} not checked", lines[-1])
         assert f"  FAIL  socket               no {here.socket}: no server listens there" in lines
-        mends = [line for line in lines if "  mend: " in line]
-        assert len(mends) == 1
-        assert lines[lines.index(mends[0]) - 1].startswith("  FAIL  socket ")
+        fixes = [line for line in lines if "  fix: " in line]
+        assert len(fixes) == 1
+        assert lines[lines.index(fixes[0]) - 1].startswith("  FAIL  socket ")
         assert "  skip  server               rests on what failed: socket" in lines
-        here.run(mends[0].partition("mend: ")[2])
+        here.run(fixes[0].partition("fix: ")[2])
         result = self.run(here, "-S", here.socket)
         assert result.returncode == 0
         verdict = result.stdout.splitlines()[-1]

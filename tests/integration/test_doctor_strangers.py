@@ -51,8 +51,8 @@ def test_a_server_that_says(what: str, tmp_path: Path, monkeypatch: pytest.Monke
     with FakeServer(str(tmp_path / "s"), answer):
         check = looked_at(tmp_path / "s", monkeypatch)["server"]
     assert (check.state, found in check.found) == (state, True), check
-    assert check.mend  # beside it, or as a peer of it
-    assert ("--socket" in check.mend) == (state == "failed")
+    assert check.fix  # beside it, or as a peer of it
+    assert ("--socket" in check.fix) == (state == "failed")
 
 
 def test_datagrams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_what_is_no_socket(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     checks = looked_at(path, monkeypatch)
     assert checks["socket"].state == "failed"
     assert checks["server"].state == "skipped"
-    assert f"{path}.2" in checks["socket"].mend
+    assert f"{path}.2" in checks["socket"].fix
     assert stat.S_IFMT(path.lstat().st_mode) == before
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_memory(kind: str, tmp_path: Path) -> None:
     (check,) = (check for check in doctor.examine_host(wishes) if check.name == "memory")
     assert check.state == "failed"
     assert "not a regular file" in check.found
-    assert not any(word in check.mend for word in ("mv ", "rm ", "chmod"))
+    assert not any(word in check.fix for word in ("mv ", "rm ", "chmod"))
 
 
 class TestHolders:

@@ -340,7 +340,7 @@ def test_what_the_commands_say(socket_path: str) -> None:
         assert f"{socket_path} is not a socket, and pid " in check["found"]
         assert " still serves its peers there" in check["found"]
         # What it recommends, as it is printed, says why nobody can connect.
-        words = ["sh", "-c", check["mend"]]
+        words = ["sh", "-c", check["fix"]]
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
         assert told in done.stdout, (check, done)
         region = json.loads(ivshmem("status", "--json", "-S", socket_path))["regions"][0]

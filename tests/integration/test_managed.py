@@ -245,7 +245,7 @@ def test_a_journal_of_another_version(manage: Manage, region: list[str], path: s
 def test_configuration_is_broken_meanwhile(
     manage: Manage, tmp_path: Path, path: str, peers: list[RawPeer]
 ) -> None:
-    """Nobody has asked for it to be read: all stays as it was, and it can be mended."""
+    """Nobody has asked for it to be read: all stays as it was, and it can be fixed."""
     file = tmp_path / "config"
     good = f'[region.a]\nsocket = "{path}"\nsize = "64K"\nvectors = {VECTORS}\n'
     file.write_text(good)

@@ -1,4 +1,4 @@
-"""Not enough: space, memory, huge pages. Found out at creation, with the numbers and what mends it.
+"""Not enough: space, memory, huge pages. Found out at creation, with the numbers and what fixes it.
 
 And huge pages where there are enough, 2 MiB and 1 GiB, by memfd and from a hugetlbfs mount.
 """
@@ -49,7 +49,7 @@ def test_not_enough_space(tiny: Path, kind: str) -> None:
     assert not resources().beyond(before)
 
 
-def test_the_command_that_mends_it(tiny: Path) -> None:
+def test_the_command_that_fixes_it(tiny: Path) -> None:
     """Some of the space is taken already; then exactly enough is made."""
     with Region.create("512K", path=tiny / "first"):
         with pytest.raises(OSError) as caught:

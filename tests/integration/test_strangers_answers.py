@@ -72,7 +72,7 @@ REPLIES = {
 RUN = {"status": status.run, "evict": evict.run, "reload": reload.run}
 WRONG: list[Any] = [
     *(None, True, False, -1, 7, 1 << 63, 1 << 64, 0.5, -0.5, 1e18, 1e300, "", "x", "\ud800"),
-    *("\x1b[2J\nmend: rm", "\u202e", [], [[]], [None], ["x"], {}, {"a": 1}, {"": {}}),
+    *("\x1b[2J\nfix: rm", "\u202e", [], [[]], [None], ["x"], {}, {"a": 1}, {"": {}}),
 ]
 
 BYTES = {
@@ -160,7 +160,7 @@ def said(socket_path: str, capsys: pytest.CaptureFixture[str]) -> Said:
         out, err = capsys.readouterr()
         assert all(line.isprintable() for line in (out + err).splitlines())
         assert (code, err.count("\n")) in ((0, 0), (1, 1)), (code, out, err)
-        assert "mend: rm" not in [line.strip() for line in out.splitlines()]
+        assert "fix: rm" not in [line.strip() for line in out.splitlines()]
         assert len(err) < 6000
         return code, out, err
 

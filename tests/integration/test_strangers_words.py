@@ -34,9 +34,9 @@ from ivshmem.doctor.holders import Holder
 from ivshmem.qemu.processes import guest_name
 
 # A line that could be ours, colours, a line that runs backwards, a name that looks like another.
-HOSTILE = "x\nmend: rm -rf ~\r\x1b[31m\x9b2J\u202eok\u2066\u200b\u2028\udcff\ufe0f"
+HOSTILE = "x\nfix: rm -rf ~\r\x1b[31m\x9b2J\u202eok\u2066\u200b\u2028\udcff\ufe0f"
 FORGED = (
-    "\nmend:",
+    "\nfix:",
     "\r",
     "\x1b",
     "\x9b",
@@ -127,7 +127,7 @@ class Ways:
 
     def doctor_s_findings(self) -> str:
         (check,) = run("host", [Step("server", lambda: failed(HOSTILE, f"kill {HOSTILE}"))])
-        return f"{check.found}{check.mend}"
+        return f"{check.found}{check.fix}"
 
     # -- the control socket ---------------------------------------------------
 
@@ -214,7 +214,7 @@ class Ways:
         before = comm.read_bytes()
         ours, theirs = socket.socketpair()
         try:
-            comm.write_bytes(b"x\nmend:\x1b\xff\xc2\x9b")
+            comm.write_bytes(b"x\nfix:\x1b\xff\xc2\x9b")
             with ours, theirs:
                 return sockets.credentials(ours).process
         finally:

@@ -177,9 +177,9 @@ def test_doctor_on_a_terminal(
     text = capsys.readouterr().out
     assert ("\033[" in text) == colour
     lines = text.replace("\033[32m", "").replace("\033[31m", "").replace("\033[0m", "").splitlines()
-    (mend,) = (line for line in lines if "mend: " in line)
-    assert mend.endswith(CHECKS[1].mend)  # one line to paste
-    assert all(len(line) <= max(room, 53) for line in lines if line != mend)
+    (fix,) = (line for line in lines if "fix: " in line)
+    assert fix.endswith(CHECKS[1].fix)  # one line to paste
+    assert all(len(line) <= max(room, 53) for line in lines if line != fix)
     assert lines[-1] == "1 failed"
 
 

@@ -100,8 +100,8 @@ def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
         assert other.stdout is not None
         other.stdout.readline()
         kernel.busy = True
-        state, said, mend = look()["free"]
-        assert (state, mend) == ("failed", f"kill {other.pid}")
+        state, said, fix = look()["free"]
+        assert (state, fix) == ("failed", f"kill {other.pid}")
         assert said.startswith(f"pid {other.pid} (")
         assert said.endswith(" has it open")
         other.communicate()
@@ -119,8 +119,8 @@ def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
     machine.end_group(A)
     vfio.NOIOMMU.write_text("N\n")
     (step,) = [s for s in DeviceSteps(pci.look(A)).steps() if s.name == "IOMMU"]
-    state, said, mend = step.look()
-    assert (state, mend) == ("failed", vfio.ENABLE_NOIOMMU)
+    state, said, fix = step.look()
+    assert (state, fix) == ("failed", vfio.ENABLE_NOIOMMU)
     assert "vfio's no-IOMMU mode" in said
 
 

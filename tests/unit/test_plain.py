@@ -14,7 +14,7 @@ from ivshmem.plain import MARK, MOST, command, paragraph, plain, quoted
 
 WRITTEN_OUT: dict[str, tuple[str | bytes, str]] = {
     "escape sequence": ("a\x1b[31mred", r"a\x1b[31mred"),
-    "newline": ("a\nmend: rm -rf /", r"a\nmend: rm -rf /"),
+    "newline": ("a\nfix: rm -rf /", r"a\nfix: rm -rf /"),
     "carriage return": ("a\rok", r"a\rok"),
     "tab": ("a\tb", r"a\tb"),
     "bell": ("\a", r"\x07"),

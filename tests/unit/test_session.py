@@ -213,7 +213,7 @@ def test_no_vectors_at_all() -> None:
         feed(session, (4, 60))
 
 
-def test_a_guess_is_mended() -> None:
+def test_a_guess_is_fixed() -> None:
     session = greeted()
     feed(session, (3, 60))
     session.end_setup(guessed=True)
@@ -283,7 +283,7 @@ def test_end_of_setup_before_setup_means_nothing(begin: int) -> None:
     assert state_of(session) is State.SETUP
 
 
-def test_end_of_setup_does_not_mend_a_failure() -> None:
+def test_end_of_setup_does_not_fix_a_failure() -> None:
     session = greeted()
     with pytest.raises(ProtocolError):
         feed(session, -2)

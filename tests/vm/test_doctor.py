@@ -1,4 +1,4 @@
-"""`ivshmem doctor` in real guests: each trouble is made, found, and mended by what is printed."""
+"""`ivshmem doctor` in real guests: each trouble is made, found, and fixed by what is printed."""
 
 import json
 import shlex
@@ -126,11 +126,11 @@ class Patient:
             assert last.found == f"rests on what failed: {failure.name}"
         return failure
 
-    def mend(self, name: str) -> str:
+    def fix(self, name: str) -> str:
         """One thing fails; the printed command, run, makes all well. Returns what was found."""
         failure = self.failure()
         assert failure.name == name, failure
-        self.sh(failure.mend)
+        self.sh(failure.fix)
         checks = self.doctor()
         if checks["device"].found.startswith("doorbell"):
             assert checks["self-interrupt"].found == SELF
@@ -218,7 +218,7 @@ class TestWell:
         assert [check.name for check in skipped] == [*NAMES[5:10], *NAMES[11:]]
 
 
-class TestMended:
+class TestFixed:
     """By commands in the guest."""
 
     def test_decoding_and_bus_master(self, guest: MakeGuest, doorbell: list[str]) -> None:
@@ -226,16 +226,16 @@ class TestMended:
         clear = f"printf '\\001' | dd of={a.path}/config bs=1 seek=4 conv=notrunc status=none"
         a.sh(clear)
         before = a.state()
-        assert a.failure().mend == f"echo 1 > {a.path}/enable"
+        assert a.failure().fix == f"echo 1 > {a.path}/enable"
         assert a.state() == before
-        assert "not enabled yet" in a.mend("memory decoding")
+        assert "not enabled yet" in a.fix("memory decoding")
         # It is enabled now, so the kernel does nothing more when it is enabled once again.
         a.sh(clear)
         a.sh(f"echo 1 > {a.path}/enable")
-        assert "somebody has cleared the bit" in a.mend("memory decoding")
+        assert "somebody has cleared the bit" in a.fix("memory decoding")
         failure = a.failure(what="powerless")
         assert failure.name == "bus master"
-        assert failure.mend == f"setpci -s {a.address} COMMAND=4:4"
+        assert failure.fix == f"setpci -s {a.address} COMMAND=4:4"
 
     def test_driver(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
         vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, modules=["drivers"])
@@ -248,7 +248,7 @@ class TestMended:
                     failure = patient.failure()
                     assert (failure.name, failure.found) == ("driver", f"{driver} has the device")
                     assert patient.state() == before
-                    patient.mend("driver")
+                    patient.fix("driver")
                 else:  # as open() does, which takes it, and gives it back
                     check = patient.doctor()["driver"]
                     assert check.state == "warning"
@@ -280,9 +280,9 @@ class TestMended:
         pid, said = a.call("start", "-c", code)
         assert said == "0\n"
         failure = a.failure()
-        assert (failure.name, failure.mend) == ("free", f"kill {pid}")
+        assert (failure.name, failure.fix) == ("free", f"kill {pid}")
         assert failure.found.startswith(f"pid {pid} ({sys.executable} -c 'import time, ")
-        a.sh(failure.mend)
+        a.sh(failure.fix)
         a.call("stop", pid)
         assert a.doctor()["self-interrupt"].found == SELF
 
@@ -294,7 +294,7 @@ class TestMended:
         assert (status, check.state) == (1, "failed")
         assert check.found == f"user 1000 may not write {a.path}/driver_override"
         # What is to be run as root is the doctor himself.
-        *su, command = shlex.split(check.mend)
+        *su, command = shlex.split(check.fix)
         assert su == ["su", "-c"]
         assert a.sh(command).splitlines()[-1].startswith("all is well")
         # A user who was given the device.
@@ -305,7 +305,7 @@ class TestMended:
         assert "user 1000, who was given /dev/vfio/" in lines[2]
         # Not even root, for instance in a container.
         a.sh(f"echo {a.address} > {a.path}/driver/unbind; mount -o remount,ro /sys")
-        assert "root may not write" in a.mend("permission")
+        assert "root may not write" in a.fix("permission")
         self.without_modules(a)
 
     def without_modules(self, a: Patient) -> None:
@@ -317,13 +317,13 @@ class TestMended:
         for module in ("vfio_iommu_type1", "vfio_pci"):
             a.sh(f"busybox rmmod {module}")  # kmod is not among what the tests need
             failure = a.failure()
-            assert (failure.name, failure.mend) == ("vfio", install)
+            assert (failure.name, failure.fix) == ("vfio", install)
             assert failure.found.startswith("this kernel has no vfio")
             a.call("path", "/tmp/bin:/bin:/usr/bin")
             found.append(a.doctor(status=1))
             a.call("path", "/bin:/usr/bin")
         assert found[0]["vfio"].found == "vfio_iommu_type1 is not loaded"
-        assert found[0]["vfio"].mend == "modprobe vfio_iommu_type1"
+        assert found[0]["vfio"].fix == "modprobe vfio_iommu_type1"
         assert found[1]["vfio"].found == "not loaded yet: opening the device does it"
         assert found[1]["opening"].state == "failed"  # this modprobe loads nothing
 
@@ -332,7 +332,7 @@ class TestMended:
         mates = ["-device", "virtio-rng-pci,bus=bridge", "-device", "virtio-rng-pci,bus=bridge"]
         doorbell[-1] += ",bus=bridge"
         a = Patient(guest(PROGRAM, args=[*bridge, *doorbell, *mates], iommu=True))
-        found = a.mend("IOMMU group")
+        found = a.fix("IOMMU group")
         assert found.startswith("not for a program while virtio-pci has 0000:")
         assert found.count("virtio-pci has") == 2
 
@@ -349,13 +349,13 @@ class TestHost:
             _, output = a.call("sh", f"{powerless} {shlex.quote(f'{limit}; {command}')}")
             check = checks_of(json.loads(output))[name]
             assert check.state == "failed"
-            assert check.mend.startswith("prlimit --")
-            mended = shlex.quote(f"{limit}; {check.mend}; {command}")
-            _, output = a.call("sh", f"{powerless} {mended}")
+            assert check.fix.startswith("prlimit --")
+            fixed = shlex.quote(f"{limit}; {check.fix}; {command}")
+            _, output = a.call("sh", f"{powerless} {fixed}")
             assert checks_of(json.loads(output))[name].state == "ok"
 
 
-class TestMendedByQemu:
+class TestFixedByQemu:
     """By options that QEMU gets instead, or the guest's kernel."""
 
     def test_no_device(self, guest: MakeGuest, server: ivshmem.Server) -> None:
@@ -368,13 +368,13 @@ class TestMendedByQemu:
         a.call("path", "/none")
         status, answer = a.call("doctor")
         assert (status, answer["side"]) == (1, "guest")
-        args = shlex.split(check.mend.replace("/run/ivshmem.sock", server.path))
+        args = shlex.split(check.fix.replace("/run/ivshmem.sock", server.path))
         b = Patient(guest(PROGRAM, args=args, iommu=True))
         assert b.doctor()["self-interrupt"].found == "1 of 1 vectors"
         status, answer = b.call("doctor", "0000:00:1e.7")
         (check,) = checks_of(answer).values()
         assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"
-        assert b.sh(check.mend).splitlines()[-1].startswith("all is well")
+        assert b.sh(check.fix).splitlines()[-1].startswith("all is well")
 
     def test_no_iommu_and_one_too_weak(self, guest: MakeGuest, doorbell: list[str]) -> None:
         weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]
@@ -388,12 +388,12 @@ class TestMendedByQemu:
         failed = [check.name for check in checks.values() if check.state == "failed"]
         assert failed == ["IOMMU", "vfio"]  # nor did this guest load the modules
         assert checks["IOMMU group"].found == "rests on what failed: IOMMU"
-        options = shlex.split(checks["IOMMU"].mend)
+        options = shlex.split(checks["IOMMU"].fix)
 
         failure = b.failure()
         assert failure.name == "interrupt remapping"
         assert failure.found == "off, and vfio insists on it"
-        assert shlex.split(failure.mend) == options
+        assert shlex.split(failure.fix) == options
         b.sh("echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
         assert b.doctor()["self-interrupt"].found == SELF
 
@@ -411,7 +411,7 @@ class TestMendedByQemu:
         failure = a.failure()
         assert failure.name == name
         assert failure.found.startswith("the kernel does not use it")
-        option, line = shlex.split(failure.mend)
+        option, line = shlex.split(failure.fix)
         assert option == "-append"
         now = a.sh("cat /proc/cmdline").split()
         assert line.split() == [
@@ -438,7 +438,7 @@ class TestMendedByQemu:
             failed = [check for check in checks.values() if check.state == "failed"]
             assert [check.name for check in failed] == ["lockdown", "IOMMU"]
             assert failed[0].found == f"{closed}, and without an IOMMU vfio cannot"
-            assert failed[0].mend == failed[1].mend
+            assert failed[0].fix == failed[1].fix
             if mode == "unknown":
                 for patient in (a, c):
                     patient.sh("mount -t securityfs none /sys/kernel/security")
@@ -453,7 +453,7 @@ class TestMendedByQemu:
             failure = Patient(vm).failure()
             assert failure.name == "self-interrupt"
             assert failure.found == "3 of 5 vectors: nothing on 3, 4; the server has 3"
-            assert shlex.split(failure.mend) == qemu.doorbell(server.path, VECTORS)[2:]
+            assert shlex.split(failure.fix) == qemu.doorbell(server.path, VECTORS)[2:]
             failure = Patient(vm, 1).failure()
             assert failure.found.startswith("0 of 2 vectors: nothing on 0, 1; ")
-            assert failure.mend == "ivshmem serve --vectors 2"
+            assert failure.fix == "ivshmem serve --vectors 2"

@@ -1,4 +1,4 @@
-"""`ivshmem doctor`: what sharing needs, checked one by one, and what mends it."""
+"""`ivshmem doctor`: what sharing needs, checked one by one, and what fixes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = subparsers.add_parser(
         "doctor",
         description="Check one by one what sharing needs. Of each failure it prints the one command"
-        " that mends it, or the QEMU option (then beginning with a dash). In a guest that ends with"
+        " that fixes it, or the QEMU option (then beginning with a dash). In a guest that ends with"
         " interrupts that the device sends to itself; on a host, with limits. Nothing is changed."
         " Exit status 0: nothing failed. A warning is what others may need, or what could not be"
         " looked at.",
@@ -124,10 +124,10 @@ def _print(side: str, checks: Iterator[doctor.Check]) -> int:
         print(f"  {mark}  {check.name:<{_NAME_WIDTH}}  {found[0]}")
         for line in found[1:]:
             print(f"{'':<{_INDENT}}{line}")
-        if check.mend:
+        if check.fix:
             # Never wrapped: it is one line to paste. The indent goes where it would be split.
-            narrow = columns and len(check.mend) > columns - _INDENT - len("mend: ")
-            print(f"{'':<{2 if narrow else _INDENT}}mend: {check.mend}")
+            narrow = columns and len(check.fix) > columns - _INDENT - len("fix: ")
+            print(f"{'':<{2 if narrow else _INDENT}}fix: {check.fix}")
         sys.stdout.flush()
         states[check.state] += 1
     print(_verdict(states))

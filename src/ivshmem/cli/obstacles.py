@@ -64,6 +64,6 @@ def _of_huge_pages(config: ServiceConfig) -> Iterator[str]:
         size = parse_size(region.size if region.size is not None else DEFAULT_SIZE)
         wanted[page] = wanted.get(page, 0) + max(size, page)
     for page, size in wanted.items():
-        numbers, mend = pages.huge_pages_for(size, page)
-        if mend:
-            yield f"hugepages, {format_size(size)} in all: {numbers}; as root: {mend}"
+        numbers, fix = pages.huge_pages_for(size, page)
+        if fix:
+            yield f"hugepages, {format_size(size)} in all: {numbers}; as root: {fix}"

@@ -1,4 +1,4 @@
-"""What sharing needs, checked one by one, on the host or inside a guest; and what mends it.
+"""What sharing needs, checked one by one, on the host or inside a guest; and what fixes it.
 
     examine_guest()   the ivshmem devices of this virtual machine, down to an interrupt to oneself
     examine_host()    QEMU, the server's socket, the memory, limits

@@ -44,7 +44,7 @@ def permission(path: str, rights: str, user: str | None) -> Finding:
     who = user or _name(os.geteuid())
     if needs := _lacking(path, rights, user):
         start = _from_the_start(path) if user in LIBVIRT_USERS else ""
-        return failed(f"{who} may not: {_described(needs[0][0])}{start}", _mend(needs, who))
+        return failed(f"{who} may not: {_described(needs[0][0])}{start}", _fix(needs, who))
     if user is None and os.geteuid() == 0:
         for other in LIBVIRT_USERS:
             with contextlib.suppress(KeyError):  # no such user here
@@ -52,7 +52,7 @@ def permission(path: str, rights: str, user: str | None) -> Finding:
                     return warning(
                         f"{who} may; {other}, as whom libvirt runs QEMU, may not:"
                         f" {_described(needs[0][0])}{_from_the_start(path)}",
-                        _mend(needs, other),
+                        _fix(needs, other),
                     )
     return ok(f"{who} may: {_described(path)}")
 
@@ -86,7 +86,7 @@ def _may(path: str, rights: str, user: str | None) -> bool:
     )
 
 
-def _mend(needs: list[tuple[str, str]], user: str) -> str:
+def _fix(needs: list[tuple[str, str]], user: str) -> str:
     """The command that grants what is lacking: to this user alone, where that can be done."""
     command = " && ".join(_grant(place, rights, user) for place, rights in needs)
     own = all(os.stat(place).st_uid == os.geteuid() for place, _ in needs)

@@ -1,10 +1,10 @@
 """What a check finds, and how checks follow each other.
 
-Knows: results, which check rests on which, how commands are written that mend something.
+Knows: results, which check rests on which, how commands are written that fix something.
 Does not know: what is checked.
 
 Invariants:
-1. `mend` is one line that a shell runs as it stands, or, where it begins with a dash, what QEMU's
+1. `fix` is one line that a shell runs as it stands, or, where it begins with a dash, what QEMU's
    command line needs.
 2. What rests on a failed check is skipped, and says on which.
 3. No word of another process or of another user's file leaves here as it was: see plain.py.
@@ -33,7 +33,7 @@ class Check:
         name: what was checked.
         state: "failed" if sharing needs it and it is not so; "warning" if others may need it.
         found: what is there; of what was skipped, why.
-        mend: the one command, or QEMU option, that mends what failed. It may be empty of a warning,
+        fix: the one command, or QEMU option, that fixes what failed. It may be empty of a warning,
             and of a failure that nobody foresaw.
     """
 
@@ -41,7 +41,7 @@ class Check:
     name: str
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class Finding(NamedTuple):
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class Step(NamedTuple):
@@ -64,12 +64,12 @@ def ok(found: str) -> Finding:
     return Finding("ok", found)
 
 
-def warning(found: str, mend: str = "") -> Finding:
-    return Finding("warning", found, mend)
+def warning(found: str, fix: str = "") -> Finding:
+    return Finding("warning", found, fix)
 
 
-def failed(found: str, mend: str = "") -> Finding:
-    return Finding("failed", found, mend)
+def failed(found: str, fix: str = "") -> Finding:
+    return Finding("failed", found, fix)
 
 
 def skipped(why: str) -> Finding:
@@ -84,7 +84,7 @@ def run(subject: str, steps: Iterable[Step]) -> Iterator[Check]:
         finding = step.look() if cause is None else skipped(f"rests on what failed: {cause}")
         if finding.state == "failed" or cause is not None:
             causes[step.name] = cause or step.name
-        yield Check(subject, step.name, finding.state, plain(finding.found), plain(finding.mend))
+        yield Check(subject, step.name, finding.state, plain(finding.found), plain(finding.fix))
 
 
 # -- commands -------------------------------------------------------------------------------------

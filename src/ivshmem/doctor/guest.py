@@ -66,8 +66,8 @@ def examine(address: str | None = None) -> Iterator[Check]:
 def _missing(devices: list[pci.Device], address: str | None) -> Finding:
     if devices:
         there = ", ".join(device.address for device in devices)
-        mend = ours("doctor", "--guest", devices[0].address)
-        return failed(f"no ivshmem device at {address}; there is {there}", mend)
+        fix = ours("doctor", "--guest", devices[0].address)
+        return failed(f"no ivshmem device at {address}; there is {there}", fix)
     options = qemu.shell(qemu.doorbell(runtime.OF_ROOT, 1))
     return failed("no ivshmem device in this machine (on the host, `ivshmem serve` first)", options)
 
@@ -219,8 +219,8 @@ class DeviceSteps:
             )
         what = "" if self._locked else ", so no interrupts (memory and ringing work by sysfs)"
         if _DMAR.exists():
-            mend = _kernel_mend("intel_iommu=on")
-            return failed(f"the kernel does not use it{what}; boot again after", mend)
+            fix = _kernel_fix("intel_iommu=on")
+            return failed(f"the kernel does not use it{what}; boot again after", fix)
         return failed(f"none{what}", _IOMMU)
 
     def _group(self) -> Finding:
@@ -275,8 +275,8 @@ class DeviceSteps:
         if _text(_UNSAFE) in ("Y", "1"):
             return ok("off, but vfio is told not to mind (allow_unsafe_interrupts)")
         if _remaps_by_dmar():
-            mend = _kernel_mend("intremap=on")
-            return failed("the kernel does not use it, and vfio insists; boot again after", mend)
+            fix = _kernel_fix("intremap=on")
+            return failed("the kernel does not use it, and vfio insists; boot again after", fix)
         return failed("off, and vfio insists on it", _IOMMU)
 
     # -- the proof --------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def _remaps_by_dmar() -> bool:
         return False
 
 
-def _kernel_mend(parameter: str) -> str:
+def _kernel_fix(parameter: str) -> str:
     """What gives the kernel a parameter, from the next boot on, by the boot loader in use."""
     name = parameter.partition("=")[0]
     if shutil.which("grubby"):

@@ -157,12 +157,12 @@ class HostSteps:
         if soft not in range(size):
             return ok("no limit" if soft < 0 else f"{format_size(soft)} may be locked")
         what = f"{format_size(soft)} may be locked, the shared memory has {format_size(size)}"
-        mend = f"ulimit -l {-(-size // 1024)}"
+        fix = f"ulimit -l {-(-size // 1024)}"
         if hard in range(size):
-            mend = _for_this_shell("prlimit --memlock=unlimited")
+            fix = _for_this_shell("prlimit --memlock=unlimited")
         if self.wishes.lock:
-            return failed(what, mend)
-        return warning(f"{what}: matters to `-overcommit mem-lock=on` and vfio only", mend)
+            return failed(what, fix)
+        return warning(f"{what}: matters to `-overcommit mem-lock=on` and vfio only", fix)
 
     def _open_files(self) -> Finding:
         if not self.answer:

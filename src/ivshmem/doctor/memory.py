@@ -187,8 +187,8 @@ class MemorySteps:
             check_size(size, wanted)
         except RegionError as error:
             return failed(str(error), replace(wishes, size=format_size(round_up(size))).serve())
-        numbers, mend = pages.huge_pages_for(size, wanted)
-        return failed(numbers, as_root(mend)) if mend else ok(numbers)
+        numbers, fix = pages.huge_pages_for(size, wanted)
+        return failed(numbers, as_root(fix)) if fix else ok(numbers)
 
     def _space(self) -> Finding:
         if self.answer and self.target is None:

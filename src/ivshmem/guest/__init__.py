@@ -6,7 +6,7 @@
     Broker      shares the device between processes of the guest, which connect as on the host
 
 Interrupts come by vfio, which needs an IOMMU in the guest; `python -m ivshmem doctor` says what is
-missing and what mends it.
+missing and what fixes it.
 """
 
 from .broker import Broker

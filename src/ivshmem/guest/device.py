@@ -639,7 +639,7 @@ _ALIGNED = f"pci=resource_alignment=12@pci:{pci.VENDOR_ID:04x}:{pci.DEVICE_ID:04
 
 @contextlib.contextmanager
 def _explained_uio(name: str) -> Iterator[None]:
-    """Say what mends it that the UIO device cannot be opened."""
+    """Say what fixes it that the UIO device cannot be opened."""
     try:
         yield
     except PermissionError as error:
@@ -652,7 +652,7 @@ def _explained_uio(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterator[None]:
-    """Say of what sysfs refuses why, and what mends it; `mapping`: a lockdown forbids it."""
+    """Say of what sysfs refuses why, and what fixes it; `mapping`: a lockdown forbids it."""
     try:
         yield
     except PermissionError as error:
@@ -686,7 +686,7 @@ def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterat
 
 
 def _claimed(device: pci.Device) -> str:
-    """Why the kernel does not map by sysfs what a driver has claimed, and what mends it."""
+    """Why the kernel does not map by sysfs what a driver has claimed, and what fixes it."""
     now = pci.look(device.address)
     ways = ["boot the guest with iomem=relaxed"]
     if (use := _advice(now)) and not use.endswith("uio"):

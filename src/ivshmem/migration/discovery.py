@@ -99,7 +99,7 @@ async def _forgetful(monitor: Monitor) -> bool:
 
     Without KVM (TCG), before QEMU 9.0: when it has looked which pages were written, the next writes
     to them are not noticed. Measured with 7.2.22: of guests whose memory was gone over more than
-    twice, none lived on; upstream 03bfc2188f061aa8381403f9280555f4e22c35a2 mends it.
+    twice, none lived on; upstream 03bfc2188f061aa8381403f9280555f4e22c35a2 fixes it.
     """
     if (await monitor.execute("query-version")).part("qemu").number("major") >= 9:
         return False
