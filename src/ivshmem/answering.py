@@ -9,7 +9,9 @@ Invariants:
    yet and one reply; all replies that wait for their readers have UNREAD bytes at most, or are one.
 3. One request is answered in a step, in turn, so that a server that also does other things in its
    steps gets to them, however many ask, and however fast.
-4. Where descriptors are short, one that was kept for that lets one caller in, and another is lent
+4. `answer` may call `step` again, for what takes long: all other callers are answered then. One
+   that is gone before it is answered is forgotten.
+5. Where descriptors are short, one that was kept for that lets one caller in, and another is lent
    to whoever prepares the answer: what is short can be asked just then.
 """
 
@@ -45,7 +47,10 @@ class Caller:
         at_end: set it to be told when the connection has ended; it may not raise.
     """
 
-    __slots__ = ("_buffer", "_eof", "_let_go", "_reply", "_request", "at_end", "closing", "socket")
+    __slots__ = (
+        *("_answered", "_buffer", "_eof", "_let_go", "_reply", "_request"),
+        *("at_end", "closing", "socket"),
+    )
 
     def __init__(self, sock: socket.socket, let_go: Callable[[], object]) -> None:
         self.socket = sock
@@ -54,6 +59,7 @@ class Caller:
         self.at_end: Callable[[], object] | None = None
         self._buffer = bytearray()  # received, and not cut off yet
         self._request: bytes | None = None  # whole, and waiting for its turn
+        self._answered = False  # its turn has come, and has not ended yet
         self._reply = memoryview(b"")  # what is left of it
         self._eof = False
 
@@ -71,7 +77,7 @@ class Answering(Uncopied):
         cut: removes the first whole request from what was received, and returns it; None: there is
             none yet.
         answer: the reply to a request; None: nothing, now that the connection was `detach`ed. It
-            may not block, and what it raises ends the step.
+            may not block, except by steps of this; what it raises ends the step.
         too_long: the reply to a request that is longer than LONGEST; the connection is closed.
         admit: looks at who has connected. What it returns is sent, and the connection is closed;
             None: it is welcome.
@@ -189,7 +195,7 @@ class Answering(Uncopied):
                 sock.send(refusal)
             return
         if len(self._callers) >= CALLERS:
-            self._close(next(iter(self._callers)))
+            self._close(next(t for t, c in self._callers.items() if not c._answered))
         token = self._next_token
         self._next_token += 1
         try:
@@ -216,6 +222,9 @@ class Answering(Uncopied):
 
     def _serve(self, token: int) -> None:
         caller = self._callers[token]
+        if caller._answered:
+            self._close(token)  # it has hung up: nothing else is watched for
+            return
         if caller._request is not None:
             return  # its turn comes, even if it is gone: it may have asked and not waited
         if caller._reply:
@@ -256,8 +265,12 @@ class Answering(Uncopied):
         caller = self._callers[token]
         request, caller._request = caller._request, None
         assert request is not None
-        with self._hand:
-            reply = self._answer(caller, request)
+        caller._answered = True
+        try:
+            with self._hand:
+                reply = self._answer(caller, request)
+        finally:
+            caller._answered = False
         if token in self._callers:  # it was not detached
             self._give(token, reply or b"")
 

@@ -18,6 +18,9 @@ most 64 connections are kept: one more ends the one that was idle for longest.
     {"do": "release", "id": 3}          {"ok": true, "region": "db", "held": true}
     {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
 
+A reload can take minutes, if memory is to be there from the start (prealloc). Until it is done, all
+other connections are answered; another reload and a takeover are refused.
+
 evict, hold-leaves, hold, release and status may name a region; a server of one region needs no name
 for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no news until
 release, or until "linger" seconds (usually 60) after the connection has ended that asked for it.

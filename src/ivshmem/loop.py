@@ -33,6 +33,7 @@ class Loop(Uncopied):
     def __init__(self) -> None:
         self._acts: dict[int, Callable[[], object]] = {}  # by token
         self._tokens: dict[int, int] = {}  # by descriptor
+        self._nesting: set[int] = set()  # tokens of acts that can be begun while they are under way
         self._next = 0
         self._stopping = False
         self._turn = threading.RLock()  # held during a step
@@ -52,17 +53,25 @@ class Loop(Uncopied):
         """Readable when `step(0)` has something to do."""
         return self._epoll.fileno()
 
-    def watch(self, fd: int, act: Callable[[], object]) -> None:
-        """Let a step do this when `fd` is readable, or its other end is gone."""
+    def watch(self, fd: int, act: Callable[[], object], *, nests: bool = False) -> None:
+        """Let a step do this when `fd` is readable, or its other end is gone.
+
+        Args:
+            nests: it can be begun again while it is under way; see `meanwhile`.
+        """
         self._epoll.add(fd, self._next, _fds.EPOLLIN)
         self._acts[self._next] = act
         self._tokens[fd] = self._next
+        if nests:
+            self._nesting.add(self._next)
         self._next += 1
 
     def unwatch(self, fd: int) -> None:
         """Undo `watch`; nothing if it was not watched."""
         if fd in self._tokens:
-            del self._acts[self._tokens.pop(fd)]
+            token = self._tokens.pop(fd)
+            del self._acts[token]
+            self._nesting.discard(token)
             self._epoll.remove(fd)
 
     def step(self, timeout: float | None) -> None:
@@ -115,7 +124,8 @@ class Loop(Uncopied):
         """Do what takes long in a thread of its own; until it returns, the loop does all the rest.
 
         The rest is what is watched, except for acts that are under way, of which this call is a
-        part: they are not begun again before they have ended. Returns or raises what `call` does.
+        part: they are not begun again before they have ended, unless they nest. Returns or raises
+        what `call` does.
         """
         done = _fds.FdArray.eventfds(1)
         result: list[_T] = []
@@ -132,6 +142,7 @@ class Loop(Uncopied):
         paused = [
             (fd, token)
             for token in self._active
+            if token not in self._nesting
             for fd in [fd for fd, its in self._tokens.items() if its == token]
         ]
         thread = threading.Thread(target=work, name="ivshmem-work")

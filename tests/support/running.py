@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.control import Control
 from ivshmem.server import Server
 from ivshmem.service import Service
 
@@ -53,7 +54,8 @@ class Running:
     def add(self, part: P) -> P:
         """Have the loop step this, which is closed at the end."""
         self._undo.enter_context(part)
-        self.service.watch(part.fileno(), part.step)
+        nests = isinstance(part, Control)
+        self.service.watch(part.fileno(), part.step, nests=nests)
         self._undo.callback(self.service.unwatch, part.fileno())
         return part
 

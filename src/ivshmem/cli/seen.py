@@ -69,7 +69,8 @@ def seen(
                 if part is None:
                     continue
                 stack.enter_context(part)
-                service.watch(part.fileno(), part.step)
+                nests = isinstance(part, control.Control)  # a reload is a part of its step
+                service.watch(part.fileno(), part.step, nests=nests)
                 stack.callback(service.unwatch, part.fileno())
             except (OSError, ValueError, IvshmemError) as error:
                 if needed:
