@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 
-from . import pages, safe_files
+from . import openers, pages, safe_files
 from .config import DEFAULT_SIZE, RegionConfig
 from .errors import RegionError
 from .region import Region, posix_path
@@ -122,14 +122,7 @@ def holders_of_removed(path: str) -> list[int]:
 
     Of all users for root, else of our own.
     """
-    found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # not ours to see, or it has ended
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"{path} (deleted)":
-                    found.append(int(pid))
-                    break
-    return found
+    return openers.of(f"{path} (deleted)")
 
 
 def _attach(config: RegionConfig) -> Region:

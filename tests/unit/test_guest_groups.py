@@ -17,8 +17,8 @@ from support.fake_pci import FakePci
 from support.fake_vfio import FakeVfio
 from support.leaks import open_fds
 
-from ivshmem import guest
-from ivshmem.guest import users, vfio
+from ivshmem import guest, openers
+from ivshmem.guest import vfio
 from ivshmem.guest.vfio import Vfio
 
 A, B = "0000:01:01.0", "0000:01:02.0"
@@ -157,6 +157,6 @@ def test_another_process_has_the_group(machine: FakePci, kernel: FakeVfio, tmp_p
         with pytest.raises(OSError, match=text):
             guest.open(A, access="vfio")
         assert drivers(machine) == ("pci-stub", "vfio-pci")
-        assert users.of(path) == [other.pid]
+        assert openers.of(path) == [other.pid]
         other.communicate()
-    assert users.named(users.of(path)) == "a process that cannot be seen from here"
+    assert openers.named(openers.of(path)) == "a process that cannot be seen from here"

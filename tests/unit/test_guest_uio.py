@@ -20,9 +20,18 @@ from typing import NoReturn
 import pytest
 from support.fake_pci import FakePci
 from support.leaks import open_fds, shared_mappings
-from support.waiting import PATIENCE, Background, once_asleep
+from support.waiting import PATIENCE, Background, once_asleep, until
 
-from ivshmem import ClosedError, DeviceGone, Directory, IdChanged, Interrupt, NoSuchVector, guest
+from ivshmem import (
+    ClosedError,
+    DeviceGone,
+    Directory,
+    IdChanged,
+    Interrupt,
+    NoSuchVector,
+    connect,
+    guest,
+)
 from ivshmem._core import Doorbells
 from ivshmem._fds import FdArray
 from ivshmem.aio import open_async
@@ -406,6 +415,33 @@ def test_open(
     assert (open_fds(), shared_mappings()) == (before, mappings)
     assert machine.driver(A) == "uio_ivshmem"
     assert machine.writes == []
+
+
+def test_a_broker_hands_the_one_interrupt_to_every_vector(
+    machine: FakePci,
+    memory: int,
+    counter: Counter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Clients have as many vectors as the peers that they ring, though one is heard here."""
+    monkeypatch.delattr(ways.UioDevice, "_map_memory")
+    path = tmp_path / "s"
+    with (
+        guest.open(memory="resource2") as device,
+        guest.Broker(device, path, peers=[9]).start() as shared,
+        connect(path) as client,
+        connect(path) as other,
+    ):
+        assert (device.vectors, shared.vectors, client.vectors, client.peers) == (1, 4, 4, [9])
+        client.ring(9, 3)
+        rung = struct.pack("<I", 9 << 16 | 3)
+        until(lambda: os.pread(memory, 4, ways.DOORBELL) == rung)
+        counter.interrupt()
+        for one in (client, other):
+            for vector in range(4):
+                assert one.wait(vector, PATIENCE) == 1
+            assert one.wait(timeout=0) is None
 
 
 def test_memory_by_sysfs(machine: FakePci, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:

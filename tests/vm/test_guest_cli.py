@@ -38,7 +38,7 @@ PROGRAM = """
     assert "ids are 0 to 65535" in run("ring", "70000", status=1)
     assert "the device has 4 vectors" in run("ring", "0", "4", status=1)
     assert "there is " + address in run("info", "-a", "00:1f", status=1)
-    assert "is no id and no range" in run("serve", "--peers", "5-3", status=2)
+    assert "is neither an id nor a range" in run("serve", "--peers", "5-3", status=2)
     speeds = json.loads(run("measure", "--json", "--length", "4K"))
     assert all(speed["read"] > 0 and not speed["error"] for speed in speeds), speeds
 

@@ -170,7 +170,7 @@ def test_users_who_are_not_root(guest: MakeGuest, server: ivshmem.Server) -> Non
 
         def no_group():
             for access in ("vfio", None):
-                with refused(PermissionError, "Permission denied", node):
+                with refused(PermissionError, "only its owner may open it", f"`chown USER {node}`"):
                     guest.open(access=access)
 
         as_nobody(no_group)

@@ -85,7 +85,9 @@ def _add_dump(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "What other peers write meanwhile to the bytes that are measured is lost."
+    parser.epilog = (
+        "If another peer writes to the measured bytes during the measurement, that is lost."
+    )
     parser.add_argument("-a", "--address", metavar="ADDRESS", help="the device's PCI address")
     parser.add_argument("--offset", default="0", help="of the bytes to copy (default: 0)")
     parser.add_argument("--length", help="how many (default: 1M, or all there are)")
@@ -132,7 +134,7 @@ def _ids(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(f"{part!r} is no id and no range, such as 5-7")
+            raise argparse.ArgumentTypeError(f"{part!r} is neither an id nor a range, such as 5-7")
         if int(last) > MAX_ID:
             raise argparse.ArgumentTypeError(f"{last}: ids are 0 to {MAX_ID}")
         found += range(int(first), int(last) + 1)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import qemu, runtime
+from .. import openers, qemu, runtime
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
 from ..guest.device import Access, GuestDevice, best_way, open_device
@@ -302,7 +302,7 @@ class DeviceSteps:
         if group is None or not held or not (mates or device.driver == "vfio-pci"):
             return ok("nobody has it open")
         found = holders.of_file(group)
-        who = " and ".join(map(str, found)) or "a process that is not to be seen from here"
+        who = " and ".join(map(str, found)) or openers.named([])
         if any(_is_broker(holder) for holder in found) and not mates:
             self._shared = True
             return warning(f"{who} shares it: connect to its socket")

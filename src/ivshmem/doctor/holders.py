@@ -1,7 +1,7 @@
 """Which processes have something open.
 
-Knows: /proc. Does not know: what it is that they have open. Root sees all processes, others their
-own.
+Knows: command lines and sockets in /proc. Does not know: what it is that they have open. Root sees
+all processes, others their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import openers
 from ..plain import command, plain
 
 PROC = Path("/proc")
@@ -62,16 +63,11 @@ def of_socket(path: str) -> list[Holder]:
 
 def _with_link(link: str) -> list[Holder]:
     found = []
-    for place in sorted(PROC.glob("[0-9]*"), key=lambda place: int(place.name)):
-        with contextlib.suppress(OSError):  # not ours to see, or gone meanwhile
-            if any(_leads_to(fd, link) for fd in (place / "fd").iterdir()):
-                with open(place / "cmdline", "rb") as file:
-                    words = os.fsdecode(file.read(_MOST_BYTES)).removesuffix("\0").split("\0")
-                found.append(Holder(int(place.name), words))
+    for pid in openers.of(link):
+        with (
+            contextlib.suppress(OSError),  # it has ended since
+            open(PROC / str(pid) / "cmdline", "rb") as file,
+        ):
+            words = os.fsdecode(file.read(_MOST_BYTES)).removesuffix("\0").split("\0")
+            found.append(Holder(pid, words))
     return found
-
-
-def _leads_to(fd: Path, link: str) -> bool:
-    with contextlib.suppress(OSError):  # closed meanwhile
-        return os.readlink(fd) == link
-    return False

@@ -21,16 +21,15 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
-from .. import _fds, _memory, safe_files
+from .. import _fds, _memory, openers, safe_files
 from ..endpoint import Endpoint, Event, IdChanged
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
 from ..protocol import MAX_ID, MAX_VECTORS
 from ..region import Region
-from . import pci, uio, users, vfio
+from . import pci, uio, vfio
 from .vfio import Unusable, Vfio
 
 # Registers of BAR0, by offset.
@@ -343,8 +342,8 @@ class VfioDevice(GuestDevice):
                 self._vfio = loan.vfio = Vfio(self.device.address, group, iommu=self._iommu)
             except BaseException as error:
                 loan.restore()
-                if isinstance(error, OSError) and error.errno == errno.EBUSY:
-                    raise self._busy(error) from None
+                if isinstance(error, vfio.Held):
+                    raise self._held(error) from None
                 raise
         self._resources.callback(self._vfio.close)
         self._set_command(pci.COMMAND_MEMORY)
@@ -369,8 +368,8 @@ class VfioDevice(GuestDevice):
     def _bind(self, loan: _Loan) -> int:
         """Let vfio-pci have the device until the end; returns its group."""
         device = self.device
-        if users_ids := uio.users_of(device):
-            reason = f"{users.named(users_ids)} uses it through UIO: stop that, or open it by uio"
+        if users := uio.users_of(device):
+            reason = f"{openers.named(users)} uses it through UIO: stop that, or open it by uio"
             raise OSError(errno.EBUSY, reason, device.address)
         try:
             with _explained(device, str(device.path / "driver_override"), mapping=False):
@@ -386,11 +385,9 @@ class VfioDevice(GuestDevice):
             raise Unusable(errno.EINVAL, "vfio-pci has made no group for it", device.address)
         return group
 
-    def _busy(self, error: OSError) -> OSError:
+    def _held(self, error: vfio.Held) -> OSError:
         """Say which process has the group open, and what can be done."""
-        if error.filename == self.device.address:  # this process, this device
-            return error
-        who = users.named(users.of(Path(error.filename)))
+        who = openers.named(openers.of(error.filename))
         mates = [a for a, driver in pci.group_mates(self.device).items() if driver == _VFIO]
         if not mates:
             reason = (
@@ -639,7 +636,7 @@ _ALIGNED = f"pci=resource_alignment=12@pci:{pci.VENDOR_ID:04x}:{pci.DEVICE_ID:04
 
 @contextlib.contextmanager
 def _explained_uio(name: str) -> Iterator[None]:
-    """Say what fixes it that the UIO device cannot be opened."""
+    """Name the remedy if the UIO device cannot be opened."""
     try:
         yield
     except PermissionError as error:
@@ -652,7 +649,7 @@ def _explained_uio(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterator[None]:
-    """Say of what sysfs refuses why, and what fixes it; `mapping`: a lockdown forbids it."""
+    """Name the reason and the remedy if sysfs refuses; `mapping`: a lockdown forbids the action."""
     try:
         yield
     except PermissionError as error:
@@ -686,7 +683,7 @@ def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterat
 
 
 def _claimed(device: pci.Device) -> str:
-    """Why the kernel does not map by sysfs what a driver has claimed, and what fixes it."""
+    """Why the kernel does not map by sysfs what a driver has claimed, and the remedy."""
     now = pci.look(device.address)
     ways = ["boot the guest with iomem=relaxed"]
     if (use := _advice(now)) and not use.endswith("uio"):

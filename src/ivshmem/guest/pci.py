@@ -238,7 +238,7 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
         return lambda: None
     override = (device.path / "driver_override").read_text().strip()
 
-    # The override first, both ways: who may not write that has changed nothing then.
+    # The override first, both ways: a process that may not write it has changed nothing then.
     def restore() -> None:
         _write(device.path / "driver_override", "\n" if override in ("", "(null)") else override)
         _unbind(device, driver)
@@ -261,7 +261,7 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
 
 
 def _unbind(device: Device, driver: str) -> None:
-    """Take the device from this driver, and from no other that has got it meanwhile."""
+    """Take the device from this driver, and from no other that has got it since."""
     with unless_unplugged():  # ENODEV: the driver does not have it
         _write(SYSFS / "drivers" / driver / "unbind", device.address)
 
@@ -284,7 +284,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def enable(device: Device, on: bool) -> None:
-    """Count this process among (or no more among) those who use the device without a driver.
+    """Count this process among those that use the device without a driver, or end that.
 
     The first one makes the kernel switch memory decoding on.
 

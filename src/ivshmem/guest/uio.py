@@ -13,8 +13,8 @@ import os
 import select
 from pathlib import Path
 
+from .. import openers
 from ..pages import PAGE
-from . import users
 from .pci import Device
 
 DEV = Path("/dev")
@@ -33,7 +33,8 @@ def name(device: Device) -> str | None:
 
 def users_of(device: Device) -> list[int]:
     """The ids of the processes that have the device open through UIO, as far as we may see them."""
-    return [pid for path in (device.path / "uio").glob("uio*") for pid in users.of(DEV / path.name)]
+    files = [DEV / path.name for path in (device.path / "uio").glob("uio*")]
+    return [pid for file in files for pid in openers.of(file)]
 
 
 def is_gone(fd: int) -> bool:

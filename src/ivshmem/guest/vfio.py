@@ -46,13 +46,33 @@ CONFIG = 7  # the region that is the configuration space; 0 to 5 are the BARs
 
 _NOIOMMU_PREFIX = "noiommu-"
 _NO_RAWIO = (
-    "vfio without an IOMMU is for processes with CAP_SYS_RAWIO: run as root, whom nobody has taken"
-    " that right from"
+    "vfio without an IOMMU is for processes with CAP_SYS_RAWIO: run as root, and let the container"
+    " or service keep that capability (docker run --cap-add SYS_RAWIO)"
 )
+
+
+def _to_be_permitted(path: Path) -> str:
+    """What lets a user open a file of vfio's."""
+    if path.name.startswith(_NOIOMMU_PREFIX):
+        return _NO_RAWIO
+    command = f"chmod 666 {path}" if path.name == "vfio" else f"chown USER {path}"
+    return f"only its owner may open it: run as root, or let root do `{command}`"
+
+
+def _call(path: Path, fd: int, request: int, argument: int | bytearray = 0) -> int:
+    """ioctl(2), whose error says that it is vfio's, and of which group."""
+    try:
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        raise OSError(error.errno, f"vfio refuses: {error.strerror}", str(path)) from None
 
 
 class Unusable(OSError):
     """vfio cannot give this device to anybody, as this machine is set up."""
+
+
+class Held(OSError):
+    """Another process has the group open."""
 
 
 class VfioRegion(NamedTuple):
@@ -97,22 +117,26 @@ class _Group(Uncopied):
         except OSError as error:
             if error.errno == errno.EBUSY:
                 reason = "another process has the device open"
-                raise OSError(errno.EBUSY, reason, str(path)) from None
+                raise Held(errno.EBUSY, reason, str(path)) from None
             if error.errno in (errno.ENOENT, errno.ENODEV):
-                raise Unusable(
-                    errno.ENODEV, "no such vfio device in this kernel", str(path)
-                ) from None
+                reason = (
+                    "no such vfio device in this kernel: as root, `modprobe vfio-pci`; a container"
+                    f" must be given {DEV}, too"
+                )
+                raise Unusable(errno.ENODEV, reason, str(path)) from None
             if error.errno == errno.EPERM and path.name.startswith(_NOIOMMU_PREFIX):
                 raise Unusable(errno.EPERM, _NO_RAWIO, str(path)) from None
+            if error.errno == errno.EACCES:
+                raise OSError(errno.EACCES, _to_be_permitted(path), str(path)) from None
             raise
         self._fds.take(fd)
         return fd
 
     def _attach(self, container: int, iommu: bool) -> None:
-        if (version := fcntl.ioctl(container, _GET_API_VERSION)) != 0:
+        if (version := _call(self.path, container, _GET_API_VERSION)) != 0:
             raise Unusable(errno.ENOTSUP, f"vfio has API version {version}, not 0", str(self.path))
         status = bytearray(struct.pack("II", 8, 0))
-        fcntl.ioctl(self.fd, _GROUP_GET_STATUS, status)
+        _call(self.path, self.fd, _GROUP_GET_STATUS, status)
         if not struct.unpack("II", status)[1] & _GROUP_VIABLE:
             raise Unusable(
                 errno.EPERM,
@@ -121,8 +145,9 @@ class _Group(Uncopied):
                 str(self.path),
             )
         try:
-            fcntl.ioctl(self.fd, _GROUP_SET_CONTAINER, bytearray(struct.pack("i", container)))
-            fcntl.ioctl(container, _SET_IOMMU, self._kind(container, iommu))
+            number = bytearray(struct.pack("i", container))
+            _call(self.path, self.fd, _GROUP_SET_CONTAINER, number)
+            _call(self.path, container, _SET_IOMMU, self._kind(container, iommu))
         except PermissionError:
             raise Unusable(
                 errno.EPERM,
@@ -143,11 +168,10 @@ class _Group(Uncopied):
                 str(self.path),
             ) from None
 
-    @staticmethod
-    def _kind(container: int, iommu: bool) -> int:
+    def _kind(self, container: int, iommu: bool) -> int:
         if not iommu:
             return _NO_IOMMU
-        return _TYPE1V2 if fcntl.ioctl(container, _CHECK_EXTENSION, _TYPE1V2) else _TYPE1
+        return _TYPE1V2 if _call(self.path, container, _CHECK_EXTENSION, _TYPE1V2) else _TYPE1
 
 
 # The groups that this process has open. A forked child finds none of its own here, and a lock
@@ -169,8 +193,8 @@ class Vfio(Uncopied):
 
     Raises:
         Unusable: vfio cannot be used with this device here; the message says what is missing.
-        OSError: EBUSY, another process has the group open, or this one the device; EACCES. Nothing
-            is left open.
+        Held: another process has the group open (EBUSY).
+        OSError: EBUSY, this process has the device open; EACCES. Nothing is left open.
     """
 
     def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
@@ -189,7 +213,7 @@ class Vfio(Uncopied):
             try:
                 # A bytearray: of immutable bytes fcntl makes a copy, and returns that instead.
                 name = bytearray(address.encode() + b"\0")
-                self.device = fcntl.ioctl(shared.fd, _GROUP_GET_DEVICE_FD, name)
+                self.device = _call(self.path, shared.fd, _GROUP_GET_DEVICE_FD, name)
                 self._fds.take(self.device)
                 shared.devices.add(address)
             except BaseException:
@@ -213,7 +237,7 @@ class Vfio(Uncopied):
     def region(self, index: int) -> VfioRegion:
         """Where BAR `index`, or CONFIG, is in `device`."""
         info = bytearray(struct.pack("IIIIQQ", 32, 0, index, 0, 0, 0))
-        fcntl.ioctl(self.device, _GET_REGION_INFO, info)
+        _call(self.path, self.device, _GET_REGION_INFO, info)
         _, flags, _, _, size, offset = struct.unpack("IIIIQQ", info)
         return VfioRegion(offset, size, bool(flags & _REGION_MMAP))
 
@@ -229,7 +253,7 @@ class Vfio(Uncopied):
     def vectors(self) -> int:
         """How many MSI-X vectors the device has."""
         info = bytearray(struct.pack("IIII", 16, 0, _IRQ_MSIX, 0))
-        fcntl.ioctl(self.device, _GET_IRQ_INFO, info)
+        _call(self.path, self.device, _GET_IRQ_INFO, info)
         count: int = struct.unpack("IIII", info)[3]
         return count
 
@@ -248,7 +272,8 @@ class Vfio(Uncopied):
     def _set_eventfds(self, index: int, fds: Sequence[int]) -> None:
         size = 20 + 4 * len(fds)
         head = struct.pack("IIIII", size, _DATA_EVENTFD | _ACTION_TRIGGER, index, 0, len(fds))
-        fcntl.ioctl(self.device, _SET_IRQS, bytearray(head + struct.pack(f"{len(fds)}i", *fds)))
+        data = bytearray(head + struct.pack(f"{len(fds)}i", *fds))
+        _call(self.path, self.device, _SET_IRQS, data)
 
 
 def group_path(group: int, *, iommu: bool = True) -> Path:
