@@ -4,12 +4,15 @@ Knows: Debian's packages of headers and sources, the kernel's build. Does not kn
 do with them.
 """
 
+import ctypes.util
 import functools
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from . import image
@@ -21,23 +24,34 @@ CONFIG = SOURCES / "noiommu.config"
 # Of Debian, beside those of image.PACKAGES.
 FOR_MODULES = {"gcc": "gcc", "make": "make"}
 FOR_KERNELS = {**FOR_MODULES, "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"}
-LIBELF = Path("/usr/include/libelf.h")  # of libelf-dev, for the kernel's objtool
+
+# The kernel's objtool comes built with the headers, and is compiled with a kernel.
+LIBELF = "elf"
+LIBELF_HEADER = Path("/usr/include/libelf.h")
 
 
 def missing_for_modules() -> str | None:
     """One line on what must be installed to build a module, or None."""
-    return _missing(FOR_MODULES)
+    there = ctypes.util.find_library(LIBELF) is not None
+    return _missing("a UIO driver", FOR_MODULES, *([] if there else ["libelf1"]))
 
 
 def missing_for_kernels() -> str | None:
     """One line on what must be installed to build a kernel, or None."""
-    return _missing(FOR_KERNELS, *([] if LIBELF.exists() else ["libelf-dev"]))
+    there = LIBELF_HEADER.exists()
+    return _missing("a no-IOMMU kernel", FOR_KERNELS, *([] if there else ["libelf-dev"]))
 
 
-def _missing(needed: dict[str, str], *more: str) -> str | None:
+def _missing(what: str, needed: dict[str, str], *more: str) -> str | None:
     packages = [package for program, package in needed.items() if not shutil.which(program)]
     packages += more
-    return f"this needs: apt-get install {' '.join(packages)}" if packages else None
+    return f"to build {what}: apt-get install {' '.join(packages)}" if packages else None
+
+
+def _recipe(source: Path, *steps: Callable[..., object]) -> str:
+    """Changes when the result of these steps may be another one."""
+    text = "".join(inspect.getsource(step) for step in steps)
+    return hashlib.sha256(source.read_bytes() + text.encode()).hexdigest()[:12]
 
 
 @functools.cache
@@ -53,8 +67,7 @@ def uio_driver() -> Path:
     release = kernel.removeprefix("linux-image-")
     common = f"linux-headers-{release.removesuffix('-amd64')}-common"
     names = (f"linux-headers-{release}", common, _kbuild(f"linux-headers-{release}"))
-    recipe = hashlib.sha256(DRIVER.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
-    target = kept / f"uio_doorbell-{release}-{recipe}"
+    target = kept / f"uio_doorbell-{release}-{_recipe(DRIVER, _build_module)}"
     with image.locked(kept / "lock-module"):
         if not target.exists():
             debs = [image.fetched(kept, name) for name in names]
@@ -99,10 +112,9 @@ def noiommu() -> image.Image:
     if kernel is None:
         raise RuntimeError(image.missing())
     package = "linux-source-" + ".".join(kernel.split("-")[2].split(".")[:2])
-    recipe = hashlib.sha256(CONFIG.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     with image.locked(kept / "lock-noiommu"):
         deb = image.fetched(kept, package)
-        target = kept / f"{deb.stem}-noiommu-{recipe}"
+        target = kept / f"{deb.stem}-noiommu-{_recipe(CONFIG, _build_kernel)}"
         if not target.exists():
             with image.appearing(target) as new, tempfile.TemporaryDirectory(dir=kept) as work:
                 image.run("dpkg-deb", "-x", str(deb), work)

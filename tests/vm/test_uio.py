@@ -13,7 +13,7 @@ import ivshmem
 
 from . import kernels
 from .harness import MakeGuest
-from .host import TIMEOUT, doorbell, pluggable
+from .host import SLOW, TIMEOUT, doorbell, pluggable
 from .test_guest_device import plug
 
 
@@ -86,7 +86,7 @@ def test_memory_and_interrupts(
             host.ring(1, number % 4)
             assert host.wait(timeout=TIMEOUT) == (number % 4, 1), a.report()
         assert bytes(memory[-6:]) == b"guest!"
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
 
 
 def test_nobody_takes_the_driver_away(
@@ -131,9 +131,9 @@ def test_nobody_takes_the_driver_away(
         iommu=True,
         modules=["drivers"],
     )
-    a.expect("RING")
+    a.expect("RING", SLOW)
     host.ring(1, 2)
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
 
 
 def test_sharing_it(
@@ -153,7 +153,7 @@ def test_sharing_it(
         args=doorbell(server),
         modules=["drivers"],
     )
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
     b = guest(
         program("""
         with (
@@ -175,11 +175,11 @@ def test_sharing_it(
         modules=["drivers"],
         kernel_args=["iomem=relaxed"],
     )
-    b.expect("RANG")
+    b.expect("RANG", SLOW)
     assert host.wait(3, TIMEOUT), b.report()
     assert host.region.read(0, 6) == b"client"
     host.ring(host.peers[-1], 1)
-    assert b.wait() == 0
+    assert b.wait(SLOW) == 0
 
 
 def test_a_driver_that_is_unbound(
@@ -223,7 +223,7 @@ def test_a_driver_that_is_unbound(
         args=doorbell(server),
         modules=["drivers"],
     )
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
 
 
 INSIDE_A_PAGE = (
@@ -267,7 +267,7 @@ def test_registers_inside_a_page(guest: MakeGuest, server: ivshmem.Server, drive
         # Function 0 comes last: it is what makes the guest look.
         plug(a, server, 0, bus="port0", addr="0.1")
         plug(a, server, 1, bus="port0", addr="0.0", multifunction=True)
-        assert a.wait() == 0
+        assert a.wait(SLOW) == 0
 
 
 @pytest.mark.nightly
@@ -294,7 +294,7 @@ def test_unplugged(
     a.qmp("device_del", id="shm0")
     try:
         a.expect("TOLD")
-        assert a.wait() == 0
+        assert a.wait(SLOW) == 0
     except AssertionError:
         if (signal := a.crashed()) is None:
             raise
