@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -207,7 +208,7 @@ def costs(kind: Kind, floor: ctypes.CDLL, buffer: bytearray) -> Costs:
 def huge_pages() -> Iterator[None]:
     """As many as are needed, and afterwards as many as before."""
     size = pages.huge_page_size(True)
-    number = pages.HUGE_PAGES / f"hugepages-{size // 1024}kB" / "nr_hugepages"
+    number = Path(pages.HUGE_PAGES, f"hugepages-{size // 1024}kB", "nr_hugepages")
     before = number.read_text()
     try:
         number.write_text(str(int(before) + AREA // size))

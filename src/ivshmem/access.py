@@ -16,10 +16,14 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, SupportsIndex, TypeAlias
 
 from .accounts import group_id, user_id
+from .named import NamedTuple
 from .sockets import Credentials
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import SupportsIndex, TypeAlias
 
 _COMM = 15  # bytes of a process's name that the kernel keeps in /proc/PID/comm
 _DELETED = " (deleted)"  # follows the path of a program that was replaced since, as by an upgrade

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 from .access import Rules
 from .errors import IvshmemError
@@ -20,6 +19,10 @@ from .limits import SLOT_BYTES
 from .pages import huge_page_size
 from .region import posix_path
 from .sizes import check_size, format_size, parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class ConfigError(IvshmemError, ValueError):

@@ -59,14 +59,12 @@ import contextlib
 import errno
 import functools
 import json
-import logging
 import os
 import resource
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__, logs, shapes, sockets
 from .accounts import user_name
@@ -76,12 +74,15 @@ from .limits import LINGER, LONGEST_LINGER, MAX_ID, MAX_VECTORS
 from .plain import plain
 from .uncopied import Uncopied
 
-if TYPE_CHECKING:  # those who ask import none of what answers
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+    from typing import Any, Protocol, TypeAlias
+
     from .directory import Directory
     from .engine import PeerReport
     from .region import Region
 
-_log = logging.getLogger("ivshmem.control")
 
 PROTOCOL = 1
 SUFFIX = ".control"
@@ -94,61 +95,58 @@ _MOST_PID, _MOST_UID = (1 << 31) - 1, (1 << 32) - 1
 _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
 
 
-# -- what is asked: a service, which serves regions -----------------------------------------------
-
-
-class Inspectable(Protocol):
-    """What is asked of a Server."""
-
-    region: Region
-    path: str
-    vectors: int
-
-    @property
-    def paused(self) -> str: ...
-    @property
-    def counts(self) -> Mapping[str, int]: ...
-    def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
-    def evict(self, peer_id: int) -> None: ...
-    @property
-    def holds_leaves(self) -> bool: ...
-    def hold_leaves(self, holds: bool) -> None: ...
-    def hold(
-        self, peer_id: int, *, linger: float | None = ..., asker: object | None = ...
-    ) -> bool: ...
-    def release(self, peer_id: int) -> bool: ...
-    def asker_is_gone(self, asker: object) -> None: ...
-
-
-class Served(Protocol):
-    """A region that is being served."""
-
-    @property
-    def server(self) -> Inspectable: ...
-    @property
-    def listener(self) -> sockets.Listener: ...
-
-
-class Regions(Protocol):
-    """Whatever serves regions; asked in the thread that makes the steps."""
-
-    @property
-    def regions(self) -> Mapping[str, Served]: ...
-
-
-class Service(Regions, Protocol):
-    """The same, with a configuration."""
-
-    def reload(self) -> Sequence[str] | None:
-        """Read the configuration again; what has changed, a line each."""
-
-
 class ControlError(IvshmemError):
     """A control socket was asked for something that it could not do; the message says why."""
 
 
-# What does one kind of request: the reply but for "ok", or None: the connection was detached.
-Handler = Callable[[Caller, Mapping[str, Any]], "Mapping[str, Any] | None"]
+# -- what is asked: a service, which serves regions -----------------------------------------------
+
+if TYPE_CHECKING:
+
+    class Inspectable(Protocol):
+        """What is asked of a Server."""
+
+        region: Region
+        path: str
+        vectors: int
+
+        @property
+        def paused(self) -> str: ...
+        @property
+        def counts(self) -> Mapping[str, int]: ...
+        def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
+        def evict(self, peer_id: int) -> None: ...
+        @property
+        def holds_leaves(self) -> bool: ...
+        def hold_leaves(self, holds: bool) -> None: ...
+        def hold(
+            self, peer_id: int, *, linger: float | None = ..., asker: object | None = ...
+        ) -> bool: ...
+        def release(self, peer_id: int) -> bool: ...
+        def asker_is_gone(self, asker: object) -> None: ...
+
+    class Served(Protocol):
+        """A region that is being served."""
+
+        @property
+        def server(self) -> Inspectable: ...
+        @property
+        def listener(self) -> sockets.Listener: ...
+
+    class Regions(Protocol):
+        """Whatever serves regions; asked in the thread that makes the steps."""
+
+        @property
+        def regions(self) -> Mapping[str, Served]: ...
+
+    class Service(Regions, Protocol):
+        """The same, with a configuration."""
+
+        def reload(self) -> Sequence[str] | None:
+            """Read the configuration again; what has changed, a line each."""
+
+    # What does one kind of request: the reply but for "ok", or None: the connection was detached.
+    Handler: TypeAlias = Callable[[Caller, Mapping[str, Any]], Mapping[str, Any] | None]
 
 
 # -- the server's side ----------------------------------------------------------------------------
@@ -250,7 +248,7 @@ class Control(Uncopied):
         except (IvshmemError, OSError, ValueError) as error:
             return _line(_refusal(_one_line(error)))
         except Exception as error:
-            _log.exception("a request to the control socket failed")
+            _log().exception("a request to the control socket failed")
             return _line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
 
     # -- requests ---------------------------------------------------------------------------------
@@ -278,7 +276,7 @@ class Control(Uncopied):
             served.server.evict(peer)
         by = _who(caller)
         told = logs.fields("evicted", peer=peer, region=name, **by)
-        _log.info(
+        _log().info(
             "peer %d of %s was evicted, as uid %d asked", peer, name, by["by_uid"], extra=told
         )
         return {"region": name}
@@ -292,7 +290,7 @@ class Control(Uncopied):
         by = _who(caller)
         told = logs.fields("held", on=on, region=name, **by)
         what = "is told of no leaves" if on else "is told of leaves if it connects later"
-        _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
+        _log().info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
 
     def _hold(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -313,7 +311,7 @@ class Control(Uncopied):
             by = _who(caller)
             told = logs.fields("holding", peer=peer, region=name, linger=linger, **by)
             by_uid = by["by_uid"]
-            _log.info(
+            _log().info(
                 "peer %d of %s is sent no news, as uid %d asked", peer, name, by_uid, extra=told
             )
         return {"region": name, "read": read}
@@ -327,7 +325,7 @@ class Control(Uncopied):
             by = _who(caller)
             told = logs.fields("released", peer=peer, region=name, **by)
             by_uid = by["by_uid"]
-            _log.info(
+            _log().info(
                 "peer %d of %s is sent news again, as uid %d asked", peer, name, by_uid, extra=told
             )
         return {"region": name, "held": held}
@@ -345,10 +343,10 @@ class Control(Uncopied):
         except (IvshmemError, OSError, ValueError) as error:
             reason = _one_line(error)
             told = logs.fields("unreloaded", reason=reason, **by)
-            _log.warning("nothing was reloaded: %s", reason, extra=told)
+            _log().warning("nothing was reloaded: %s", reason, extra=told)
             raise
         told = logs.fields("reloaded", changes=changes, **by)
-        _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
+        _log().info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
         return {"changes": changes}
 
     def _named(self, message: Mapping[str, Any]) -> tuple[str, Served]:
@@ -476,6 +474,13 @@ def _known(name: str) -> Iterator[None]:
         yield
     except NoSuchPeer as error:
         raise ControlError(f"region {name}: {error} (`ivshmem status` lists who is)") from None
+
+
+def _log() -> logging.Logger:
+    # Imported here: the commands that only ask have nothing to log, and it would cost them 10 ms.
+    import logging
+
+    return logging.getLogger("ivshmem.control")
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

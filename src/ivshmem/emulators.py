@@ -9,12 +9,10 @@ A name is a claim, not a proof: a process that wants to be taken for a QEMU is.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 # How the names of QEMU's programs begin: qemu-system-x86_64, qemu-kvm, kvm.
 NAMES = ("qemu", "kvm")
 
-_PROC = Path("/proc")
 _MOST_BYTES = 4096  # of a command line's first word
 
 
@@ -50,21 +48,22 @@ def is_qemu_name(name: str) -> bool:
 def _program(pid: int) -> str:
     """Its file, which stays known when it was deleted (by an upgrade of the package, say)."""
     try:
-        return os.readlink(_PROC / str(pid) / "exe")
+        return os.readlink(f"/proc/{pid}/exe")
     except OSError:
         return ""
 
 
 def _name(pid: int) -> str:
     try:
-        return (_PROC / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return file.read().rstrip("\n")
     except OSError:
         return ""
 
 
 def _first_word(pid: int) -> str:
     try:
-        with open(_PROC / str(pid) / "cmdline", "rb") as file:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read(_MOST_BYTES).partition(b"\0")[0].decode(errors="replace")
     except OSError:
         return ""

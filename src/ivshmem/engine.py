@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from . import _fds, logs, sockets
 from .access import Verdict
@@ -46,6 +45,10 @@ from .limits import LINGER as LINGER
 from .protocol import Member, Roster
 from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _log = logging.getLogger("ivshmem.server")
 

@@ -25,7 +25,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from . import shapes, snapshots, sockets
 from .accounts import user_name
@@ -33,6 +32,10 @@ from .errors import IvshmemError
 from .journal import Journal
 from .plain import plain
 from .service import Service
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SECONDS = 10.0  # for the whole of it, at the taking side
 # At the giving side nobody is served meanwhile. So it waits only for a process that makes progress:

@@ -14,11 +14,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from . import _memory, _wire
 from .errors import IvshmemError
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    Record: TypeAlias = list[Any]  # whose, what, and the rest
 
 # The file: the outbox, whose first word `end` tells how far the records go; what this is, and in
 # which version; and two halves, of which one holds a state and the records since, as lines of JSON.
@@ -34,9 +39,6 @@ assert _wire.OUTBOX_BYTES <= _ABOUT
 _OFFSET_BITS = 32
 
 _LONG = 1 << 20  # bytes of records from which on a state is written anew, if they are more than it
-
-# A record: whose, what, and the rest.
-Record = list[Any]
 
 
 class JournalError(IvshmemError):

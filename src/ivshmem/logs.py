@@ -35,9 +35,12 @@ one):
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+    from typing import Any
 
 DEFAULT_EVENT = "log"
 _KEY = "ivshmem"  # the attribute of a logging.LogRecord

@@ -12,15 +12,19 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from . import _fds
 from .errors import ClosedError
 from .turns import is_mine
 from .uncopied import Uncopied
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
+
 _Watch = Callable[[int, Callable[[], object]], object]
-_T = TypeVar("_T")
 
 
 class Loop(Uncopied):

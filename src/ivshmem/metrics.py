@@ -54,27 +54,30 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from . import __version__
 from .answering import Answering, Caller
-from .control import Inspectable, Regions
 from .engine import PeerReport
 from .errors import IvshmemError
 from .plain import NAME, plain
 from .uncopied import Uncopied
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
+
+    from .control import Inspectable, Regions
+
+    _Figure: TypeAlias = Callable[[Inspectable, list[PeerReport], float], float]
 
 _log = logging.getLogger("ivshmem.metrics")
 
 DEFAULT_HOST = "127.0.0.1"
 PATH = "/metrics"
 _BACKLOG = 1024
-
-_Figure = Callable[[Inspectable, list[PeerReport], float], float]
 
 # Gauges with the label "region", in the order of the docstring.
 _GAUGES: dict[str, tuple[str, _Figure]] = {

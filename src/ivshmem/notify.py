@@ -20,10 +20,13 @@ import socket
 import time
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
 
 from .plain import plain
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _log = logging.getLogger("ivshmem.server")
 

@@ -12,15 +12,17 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
-from typing import SupportsIndex
 
 from .errors import RegionError
 from .sizes import format_size, parse_size, roughly
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import SupportsIndex
+
 PAGE = mmap.PAGESIZE
 
-HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
+HUGE_PAGES = "/sys/kernel/mm/hugepages"
 
 
 # -- page sizes -----------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def file_system(place: str | int) -> str:
     """
     status = os.fstat(place) if isinstance(place, int) else os.stat(place)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in _lines_of("/proc/self/mountinfo"):
         fields = line.split()
         if fields[2] == device:
             return fields[fields.index("-") + 1]
@@ -49,10 +51,12 @@ def file_system(place: str | int) -> str:
 
 def huge_page_sizes() -> list[int]:
     """The sizes of huge pages, in bytes, that this kernel offers."""
-    return sorted(
-        int(entry.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
-        for entry in HUGE_PAGES.glob("hugepages-*kB")
-    )
+    try:
+        names = os.listdir(HUGE_PAGES)
+    except OSError:  # this kernel has none
+        return []
+    sizes = (name.removeprefix("hugepages-").removesuffix("kB") for name in names)
+    return sorted(int(size) * 1024 for size in sizes if size.isdecimal())
 
 
 def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
@@ -86,7 +90,7 @@ def transparent_huge_bytes(start: int, size: int) -> int:
     """Bytes of a mapping that stand in transparent huge pages (proc(5), smaps)."""
     inside = False
     total = 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in _lines_of("/proc/self/smaps"):
         field, _, rest = line.partition(" ")
         if not field.endswith(":"):
             inside = start <= int(field.partition("-")[0], 16) < start + size
@@ -145,9 +149,9 @@ def explained(size: int, page: int, place: str | None) -> Iterator[None]:
 
 def huge_pages_for(size: int, page: int) -> tuple[str, str]:
     """What there is of huge pages for a region, and the command by which root gets what lacks."""
-    knobs = HUGE_PAGES / f"hugepages-{page // 1024}kB"
+    knobs = f"{HUGE_PAGES}/hugepages-{page // 1024}kB"
     total, free, reserved = (
-        int((knobs / name).read_text())
+        int(_lines_of(f"{knobs}/{name}")[0])
         for name in ("nr_hugepages", "free_hugepages", "resv_hugepages")
     )
     needed = size // page
@@ -162,7 +166,7 @@ def huge_pages_for(size: int, page: int) -> tuple[str, str]:
 def _address_space_short(size: int) -> str:
     """What to do if a limit keeps this process from mapping `size` bytes more; "" if none does."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    mapped = int(_lines_of("/proc/self/statm")[0].split()[0]) * PAGE
     if limit == resource.RLIM_INFINITY or mapped + size <= limit:
         return ""
     return (
@@ -198,7 +202,12 @@ def _room(size: int, total: int, free: int) -> int:
 
 def _meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes."""
-    lines = (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = (line.partition(":") for line in _lines_of("/proc/meminfo"))
     return {
         key: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1) for key, _, rest in lines
     }
+
+
+def _lines_of(path: str) -> list[str]:
+    with open(path, errors="surrogateescape") as file:
+        return file.read().splitlines()

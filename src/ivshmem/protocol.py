@@ -22,11 +22,15 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, NamedTuple
 
 from .errors import NoFreeId, ProtocolError
 from .limits import MAX_ID as MAX_ID
 from .limits import MAX_VECTORS as MAX_VECTORS
+from .named import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 VERSION = 0
 MEMORY = -1  # the message value that brings the region's descriptor

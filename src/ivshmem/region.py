@@ -21,13 +21,20 @@ import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex
 
 from . import _fds, _memory, drafts, locks, pages, safe_files
 from .errors import ClosedError, RegionError
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal, SupportsIndex, TypeAlias
+
+    Source: TypeAlias = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
+    LeadsTo: TypeAlias = Literal["this", "nothing", "another"]
+    _Parts: TypeAlias = tuple[int, int, Source, str]  # size, page size, source, name or path
 
 SHM = "/dev/shm"  # noqa: S108 - where glibc's shm_open(3) keeps POSIX names
 
@@ -37,13 +44,6 @@ MFD_HUGE_SHIFT = 26  # the flags from this bit on are the base-2 logarithm of th
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _PATIENCE = 2.0  # seconds that another process may take to make a region in an empty file
-
-Source = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
-
-LeadsTo = Literal["this", "nothing", "another"]
-
-# Size, page size, source, name or path.
-_Parts = tuple[int, int, Source, str]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,13 @@ The roster needs nothing but these to be what it was, since all that it decides 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
 
+from .named import NamedTuple
 from .protocol import Member, Roster
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 BATCH = 64  # messages that an outbox sends at once
 

@@ -23,7 +23,6 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, SupportsIndex, TypeVar
 
 from . import _fds, sockets
 from .engine import LINGER, Engine, Gate, Peer, PeerReport
@@ -40,12 +39,14 @@ from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, SupportsIndex, TypeVar
+
     from .directory import Directory
 
-_log = logging.getLogger("ivshmem.server")
+    _S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
+    _T = TypeVar("_T")
 
-_S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
-_T = TypeVar("_T")
+_log = logging.getLogger("ivshmem.server")
 
 
 class Server(Uncopied):

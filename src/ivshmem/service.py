@@ -23,7 +23,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 from . import snapshots
 from .access import Verdict
@@ -31,10 +30,10 @@ from .changes import plan
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
 from .engine import Gate, Peer
 from .errors import NoDirectory
-from .journal import Chapter, Journal, Record
+from .journal import Chapter, Journal
 from .loop import Loop
 from .opening import Opened, open_region
-from .region import Region, Source
+from .region import Region
 from .server import Server
 from .snapshots import OF_THE_SERVICE, Past
 from .sockets import Credentials, Listener
@@ -43,7 +42,10 @@ from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    pass
+    from typing import Any
+
+    from .journal import Record
+    from .region import Source
 
 _log = logging.getLogger("ivshmem.service")
 

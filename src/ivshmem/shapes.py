@@ -19,12 +19,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
 
 from .errors import IvshmemError
 from .plain import plain
 
-Shape = Callable[[Any, str], object]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn, TypeAlias
+
+    Shape: TypeAlias = Callable[[Any, str], object]
 
 _MOST_SHOWN = 40  # characters of a value in a message
 _MOST_DIGITS = 20  # 2**64 has so many; Python itself refuses only thousands of them

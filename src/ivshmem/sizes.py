@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import operator
 import re
-from typing import SupportsIndex
 
 from .errors import RegionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import SupportsIndex
 
 LARGEST = 1 << 62  # the largest power of two that a file can have, off_t being signed
 

@@ -25,16 +25,23 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, get_args
 
 from . import shapes, sockets
 from .config import EXISTING, LOG_FORMATS, ServiceConfig, from_json
 from .errors import IvshmemError
-from .journal import Journal, JournalError, Record, group
+from .journal import Journal, JournalError, group
+from .named import NamedTuple
 from .protocol import MAX_VECTORS, Roster
-from .region import Source, posix_path
+from .region import posix_path
 from .replay import Unfinished, replay
 from .shapes import Misshapen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .journal import Record
+    from .region import Source
 
 _MOST_FDS = 1 << 20
 
@@ -67,7 +74,7 @@ _RECORD = shapes.tuple_of(
     _FD,
     shapes.flag(),
     _FD,
-    shapes.text(*get_args(Source)),
+    shapes.text("anonymous", "posix", "file", "directory", "descriptor", "device"),
     _WORD,
     shapes.flag(),
     shapes.optional(shapes.tuple_of(shapes.integer(0), shapes.integer(0))),

@@ -20,12 +20,11 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 from . import locks, shapes
 from .accounts import group_id, user_id
 from .errors import ServerGone
+from .named import NamedTuple
 from .plain import NAME, plain
 from .uncopied import Uncopied
 
@@ -659,7 +658,8 @@ def credentials(sock: socket.socket) -> Credentials:
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     )
     try:
-        raw = Path(f"/proc/{pid}/comm").read_bytes()
+        with open(f"/proc/{pid}/comm", "rb") as comm:
+            raw = comm.read()
     except OSError:
         raw = b""
     process = plain(raw.removesuffix(b"\n"), NAME) or "?"

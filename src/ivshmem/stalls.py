@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from . import _fds, logs
-from .control import Regions
 from .engine import PeerReport
+from .named import NamedTuple
 from .uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .control import Regions
 
 _log = logging.getLogger("ivshmem.stalls")
 

@@ -25,11 +25,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    _T = TypeVar("_T")
 
 _log = logging.getLogger("ivshmem.server")
-
-_T = TypeVar("_T")
 
 _PATIENCE = 0.2  # seconds until a command is not left to a thread that is kept from it
 
@@ -52,7 +55,7 @@ class Turns:
         self.under_way = threading.Lock()
         self.work = threading.RLock()
         self.runner = 0
-        self._commands: deque[_Command[Any]] = deque()
+        self._commands: deque[_Command] = deque()
 
     @property
     def in_step(self) -> bool:
@@ -81,7 +84,8 @@ class Turns:
         except BaseException:  # a signal handler's, for instance: nobody waits for it any more
             command.act = None
             raise
-        return command.result()
+        result: _T = command.result()
+        return result
 
     def later(self, act: Callable[[], object]) -> None:
         """Do this when the change is complete that this frame interrupts; errors are logged."""
@@ -100,16 +104,16 @@ class Turns:
         return self.under_way.locked() or self.runner not in (0, threading.get_ident())
 
 
-class _Command(Generic[_T]):
+class _Command:
     """Something to do, for a frame that waits for it, or for none."""
 
-    def __init__(self, act: Callable[[], _T], *, waited: bool = True) -> None:
-        self.act: Callable[[], _T] | None = act
+    def __init__(self, act: Callable[[], object], *, waited: bool = True) -> None:
+        self.act: Callable[[], object] | None = act
         # A lock of its own for each: one frame waits for it, so none can find it half taken.
         self.done = threading.Lock()
         self.done.acquire()
         self._waited = waited
-        self._result: _T | None = None
+        self._result: Any = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -128,10 +132,10 @@ class _Command(Generic[_T]):
         finally:
             self.done.release()
 
-    def result(self) -> _T:
+    def result(self) -> Any:
         if self._error is not None:
             raise self._error
-        return self._result  # type: ignore[return-value]
+        return self._result
 
 
 def is_mine(lock: Any) -> bool:

@@ -38,19 +38,17 @@ OPTIONS = f"{START} limits runtime cli.arguments"
 PARENT = f"{OPTIONS} _fds keeper accounts drafts safe_files cli.serve cli.daemon cli.supervising"
 SERVES = (
     f"{OPTIONS} _fds _memory _wire access accounts answering changes config control drafts"
-    " emulators engine handover journal keeper locks logs loop metrics notify opening pages"
+    " emulators engine handover journal keeper locks logs loop named notify opening pages"
     " protocol qemu qemu.cmdline reachable region replay safe_files server service shapes sizes"
     " snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed cli.news"
     " cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (
-    f"{OPTIONS} _fds accounts answering control locks logs shapes sizes sockets uncopied cli.asking"
+    f"{OPTIONS} _fds accounts answering control locks logs named shapes sizes sockets uncopied"
+    " cli.asking"
 )
-COSTLY_TO_SERVE = (
-    "argparse dataclasses inspect json logging pathlib socket threading traceback typing"
-    " urllib zlib"
-)
-COSTLY_TO_ASK = "argparse json logging pathlib socket threading traceback typing urllib"
+COSTLY_TO_SERVE = "argparse dataclasses inspect json logging socket threading traceback zlib"
+COSTLY_TO_ASK = "argparse json socket"
 
 # The command, ivshmem's own modules, costly ones.
 TABLE = {
@@ -65,8 +63,9 @@ TABLE = {
     "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli.reload", COSTLY_TO_ASK),
     "qemu": (
         [*IVSHMEM, "qemu", "-S", "PATH"],
-        f"{OPTIONS} _fds accounts locks shapes sizes sockets cli.qemu qemu qemu.cmdline qemu.old",
-        "argparse json pathlib socket threading typing urllib zlib",
+        f"{OPTIONS} _fds accounts locks named shapes sizes sockets cli.qemu qemu qemu.cmdline"
+        " qemu.old",
+        "argparse json socket zlib",
     ),
     "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli.serve", COSTLY_TO_SERVE),
     "ivshmem-server": (

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from .. import control
 from ..plain import NAME, plain
 from ..qemu.processes import guest_of
 from ..sizes import format_size
 from .columns import table as columned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    Status: TypeAlias = Mapping[str, Any]
 
 HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STATE", "INTERRUPTS")
 _RIGHT = {0, 1, 2, 6}  # columns of numbers
@@ -31,8 +36,6 @@ _LOST = {
     "another": "; its name leads to another file: whoever opens that now does not share this"
     " memory, so restart the server and its guests",
 }
-
-Status = Mapping[str, Any]
 
 
 class Guests:

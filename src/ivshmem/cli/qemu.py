@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 from .. import qemu, sockets
 from ..errors import RegionError, ServerGone
@@ -269,11 +268,12 @@ def _hugetlbfs_mount(wanted: bool | str) -> str:
     from .. import pages
 
     size = pages.huge_page_size(wanted)
-    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
-        _, written, kind, *_ = line.split()
-        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), written)
-        if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
-            return place
+    with open("/proc/self/mounts", errors="surrogateescape") as mounts:
+        for line in mounts:
+            _, written, kind, *_ = line.split()
+            place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), written)
+            if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
+                return place
     raise RegionError(
         f"no hugetlbfs with pages of {format_size(size)} is mounted; as root:"
         f" mkdir -p /dev/hugepages{size >> 20}M &&"

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from .. import control
 from ..errors import IvshmemError
-from ..metrics import Metrics
 from ..reachable import Reachable
 from ..service import Service
 from ..stalls import Stalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..metrics import Metrics
 
 _log = logging.getLogger("ivshmem.serve")
 
@@ -60,9 +63,7 @@ def seen(
             lambda: Stalls(service),
             make_control,
             lambda: Reachable(service, lambda: made[0] if made else None),
-            lambda: (
-                None if metrics is None else Metrics(metrics, service, peers=peers, hosts=hosts)
-            ),
+            lambda: None if metrics is None else _metrics(metrics, service, peers, hosts),
         ):
             try:
                 part: Stalls | control.Control | Reachable | Metrics | None = make()
@@ -81,6 +82,12 @@ def seen(
                 reason = error.strerror if isinstance(error, OSError) else error
                 _log.error("the peers are served all the same: %s%s", where, reason)
         yield
+
+
+def _metrics(address: str, service: Service, peers: bool, hosts: Iterable[str]) -> Metrics:
+    from ..metrics import Metrics  # here: few servers have them
+
+    return Metrics(address, service, peers=peers, hosts=hosts)
 
 
 def _control(

@@ -7,8 +7,8 @@ Knows: its properties, which QEMU 2.6 split into ivshmem-plain and ivshmem-doorb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from ..named import NamedTuple
 from ..sizes import parse_size
 
 _DEFAULT_NAME, _DEFAULT_SIZE = "ivshmem", "4M"

@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from ..emulators import is_qemu_name
 from ..plain import NAME, plain
 
-_PROC = Path("/proc")
 _MOST_BYTES = 1 << 20  # of a command line
 _SLACK = 2.0  # seconds by which the clocks of two files in /proc may differ
 
@@ -32,7 +30,7 @@ def guest_of(pid: int, since: float) -> str:
     try:
         if _started(pid) > since + _SLACK:
             return ""
-        with open(_PROC / str(pid) / "cmdline", "rb") as file:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
             line = file.read(_MOST_BYTES)
     except (OSError, ValueError, IndexError):
         return ""
@@ -64,9 +62,10 @@ def _guest(value: str) -> str:
 
 def _started(pid: int) -> float:
     """When a process began, seconds since the epoch."""
-    stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    ticks = int(stat.rpartition(")")[2].split()[19])
-    for line in (_PROC / "stat").read_text().splitlines():
-        if line.startswith("btime "):
-            return int(line.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    with open(f"/proc/{pid}/stat", errors="replace") as stat:
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+    with open("/proc/stat") as machine:
+        for line in machine:
+            if line.startswith("btime "):
+                return int(line.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
     raise ValueError("no btime")
