@@ -25,6 +25,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -163,19 +164,41 @@ class _Connection:
 
 
 class _Hold:
-    """Why a peer is sent nothing, and for how long."""
+    """Why a peer is sent nothing, and for how long.
 
-    __slots__ = ("askers", "deadline", "linger")
+    Each of those who ask names a time, and it ends when the last of these times is over.
+    """
+
+    __slots__ = ("askers", "end", "linger")
 
     def __init__(self) -> None:
-        self.linger: float | None = None  # seconds after the last asker is gone; None: for ever
-        self.askers: set[object] = set()  # those who are there
-        self.deadline: float | None = None  # by time.monotonic(), when there are none
+        self.linger = 0.0  # the longest time that was asked for, in seconds; inf: for ever
+        self.askers: dict[object, float] = {}  # those who are there, and their times
+        self.end = 0.0  # when the times of the others are over, by time.monotonic()
 
-    def count_down(self) -> None:
-        """Begin, if nobody is there any more who asked for it."""
-        if not self.askers and self.linger is not None:
-            self.deadline = time.monotonic() + self.linger
+    @property
+    def deadline(self) -> float | None:
+        """When it ends by itself, by time.monotonic(); None: it is not known to."""
+        return None if self.askers or self.end == math.inf else self.end
+
+    def ask(self, asker: object | None, linger: float) -> None:
+        self.linger = max(self.linger, linger)
+        if asker is None:
+            self._count_down(linger)
+        else:
+            self.askers[asker] = linger
+
+    def is_gone(self, asker: object) -> None:
+        if asker in self.askers:
+            self._count_down(self.askers.pop(asker))
+
+    def _count_down(self, linger: float) -> None:
+        self.end = max(self.end, time.monotonic() + linger)
+
+
+def _or_never(linger: float) -> float | None:
+    """A time as the journal has it."""
+    return None if linger == math.inf else linger
 
 
 class Engine(Uncopied):
@@ -638,9 +661,10 @@ class Engine(Uncopied):
     def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
         """Send a peer nothing from the end of its set-up on; whether it has read all that it was.
 
-        Call it again until it has. It ends by `release`, when the peer disconnects, and `linger`
-        seconds (None: never) after the last of those who asked for it is gone: now, without an
-        `asker`; or when `asker_is_gone` says so; a successor takes all of them for gone.
+        Call it again until it has. It ends by `release`, when the peer disconnects, and when for
+        each of those who asked for it `linger` seconds (None: never) have passed since that one
+        went: now, without an `asker`; or when `asker_is_gone` says so; a successor takes all of
+        them for gone, and has the longest of their times.
 
         QEMU (10.0 and newer) uses freed memory if a message comes while the device is unplugged.
 
@@ -651,14 +675,12 @@ class Engine(Uncopied):
             return False
         member = self._connections[serial].member
         hold = self._held.get(serial) or _Hold()
-        if serial not in self._held or hold.linger != linger:
-            self._journal.note("mute", serial, linger)
+        before = hold.linger
+        hold.ask(asker, math.inf if linger is None else linger)
+        if serial not in self._held or hold.linger != before:
+            self._journal.note("mute", serial, _or_never(hold.linger))
             self._roster.mute(member)
             self._held[serial] = hold
-        hold.linger, hold.deadline = linger, None
-        if asker is not None:
-            hold.askers.add(asker)
-        hold.count_down()
         self._wind_clock()
         return self._roster.is_set_up(member) and not _unread(self._connections[serial].socket)
 
@@ -681,9 +703,7 @@ class Engine(Uncopied):
     def asker_is_gone(self, asker: object) -> None:
         """Let the time begin to run of what only this one has asked to hold."""
         for hold in self._held.values():
-            if asker in hold.askers:
-                hold.askers.remove(asker)
-                hold.count_down()
+            hold.is_gone(asker)
         self._wind_clock()
 
     def _wind_clock(self) -> None:
@@ -878,7 +898,7 @@ class Engine(Uncopied):
             fds = [vectors[i] for i in range(len(vectors))]
             since, holds = connection.peer.since, connection.member.holds
             held[serial] = Held(connection.fd, fds, since, connection.readonly, holds)
-        muted = {serial: hold.linger for serial, hold in self._held.items()}
+        muted = {serial: _or_never(hold.linger) for serial, hold in self._held.items()}
         return {**snapshot(self._roster, held), "muted_for": muted, "counts": self.counts}
 
     @property
@@ -935,8 +955,8 @@ class Engine(Uncopied):
         for member in self._roster.members:
             if member.muted and member.serial in self._connections:
                 hold = self._held[member.serial] = _Hold()
-                hold.linger = linger.get(member.serial) or LINGER
-                hold.count_down()
+                seconds = linger.get(member.serial, LINGER)
+                hold.ask(None, math.inf if seconds is None else seconds)
         self._wind_clock()
         for member in gone:
             if member.serial in self._connections:

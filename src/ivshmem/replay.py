@@ -120,8 +120,10 @@ def snapshot(roster: Roster, held: Mapping[int, Held]) -> dict[str, Any]:
     return {"roster": roster.dump(), "held": held}
 
 
-def muted_for(state: Mapping[str, Any] | None, records: Iterable[list[Any]]) -> dict[int, float]:
-    """How long each muted member stays so after the one who asked for that is gone, by serial.
+def muted_for(
+    state: Mapping[str, Any] | None, records: Iterable[list[Any]]
+) -> dict[int, float | None]:
+    """How long each muted member stays so after those who asked are gone (None: for ever).
 
     Args:
         state: with "muted_for" beside what `snapshot` made, if anybody was muted.
