@@ -408,9 +408,10 @@ class Server(Uncopied):
         it may happen a moment later, see Server.
 
         Args:
-            linger: seconds after which the hold ends by itself; None: it does not. It ends at
-                `release` in any case, and when the peer disconnects. If another process takes over
-                (see `resume`), the time begins anew there.
+            linger: seconds after which the hold ends by itself; None: it does not. If several
+                have asked, it lasts for the longest of their times. It ends at `release` in any
+                case, and when the peer disconnects. If another process takes over (see `resume`),
+                the time begins anew there.
             asker: any object; then the time runs from `asker_is_gone(asker)` on.
 
         Returns:

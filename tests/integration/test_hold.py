@@ -226,8 +226,9 @@ def test_in_a_signal_handler(tmp_path: Path, call: str) -> None:
 # -- a successor ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("linger", [LONG, None])
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool) -> None:
+def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: float | None) -> None:
     """By the journal; whoever asked for it is gone then, so the time begins to run."""
     journal = Journal()
     region = ivshmem.Region.create("4K")
@@ -240,7 +241,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool) -> None:
         former.step(0)
         peer.set_up(1).take_until(lambda: peer.counts.get(1) == 1)
         other.set_up(1)
-        assert former.hold(0, linger=LONG, asker="x")
+        assert former.hold(0, linger=linger, asker="x")
         assert former.hold(1, linger=LONG, asker="x")
         assert former.release(1)
         if rewritten:
@@ -254,7 +255,10 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool) -> None:
         server.resume(state, [record[1:] for record in records], None, copies.get)
         (one, two) = server.report()
         assert (one.held, two.held) == (True, False)
-        assert one.held_until == pytest.approx(time.time() + LONG, abs=60)
+        if linger is None:
+            assert one.held_until is None, "for ever"
+        else:
+            assert one.held_until == pytest.approx(time.time() + linger, abs=60)
         third = RawPeer(server.path)
         while len(server.peers) < 3:
             server.step(0)
