@@ -2054,7 +2054,7 @@ struct __pyx_t_7ivshmem_5_bell_Bell {
   uint32_t value;
 };
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2073,7 +2073,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2090,7 +2090,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2105,7 +2105,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2218,7 +2218,7 @@ struct __pyx_obj_7ivshmem_5_bell_Doorbell {
 
 
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2234,7 +2234,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2244,11 +2244,12 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
   int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2262,7 +2263,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3586,7 +3587,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":27
+/* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3598,7 +3599,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":29
+  /* "_fds.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3607,7 +3608,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":30
+  /* "_fds.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3620,7 +3621,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":27
+  /* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3634,7 +3635,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":33
+/* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3651,7 +3652,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":35
+  /* "_fds.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3688,7 +3689,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":33
+  /* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3701,7 +3702,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":38
+/* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3717,7 +3718,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":41
+  /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3729,7 +3730,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":42
+    /* "_fds.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -3742,7 +3743,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":41
+    /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3751,7 +3752,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":43
+  /* "_fds.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -3775,7 +3776,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":44
+  /* "_fds.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -3784,7 +3785,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":45
+  /* "_fds.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -3793,7 +3794,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "_fds.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -3806,7 +3807,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":38
+  /* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3820,7 +3821,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":49
+/* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3835,7 +3836,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":51
+  /* "_fds.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -3863,7 +3864,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":49
+  /* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3876,7 +3877,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":54
+/* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3891,7 +3892,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":60
+  /* "_fds.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -3900,7 +3901,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":63
+  /* "_fds.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -3909,7 +3910,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":64
+  /* "_fds.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -3918,7 +3919,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":65
+  /* "_fds.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -3927,7 +3928,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":66
+    /* "_fds.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -3936,7 +3937,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":67
+    /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3948,7 +3949,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":68
+      /* "_fds.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -3961,7 +3962,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":67
+      /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3970,7 +3971,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":69
+    /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -3982,7 +3983,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":70
+      /* "_fds.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -3995,7 +3996,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":69
+      /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4004,7 +4005,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":71
+    /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4016,7 +4017,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":72
+      /* "_fds.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4029,7 +4030,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":71
+      /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4038,7 +4039,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":73
+    /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4050,7 +4051,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":74
+      /* "_fds.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4063,7 +4064,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":73
+      /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4073,7 +4074,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":54
+  /* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4090,7 +4091,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":77
+/* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4104,7 +4105,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":79
+  /* "_fds.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4113,7 +4114,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":80
+  /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4139,7 +4140,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":81
+    /* "_fds.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4152,7 +4153,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":80
+    /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4161,7 +4162,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":82
+  /* "_fds.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4174,7 +4175,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":77
+  /* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4188,7 +4189,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":98
+/* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4199,7 +4200,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":100
+  /* "_fds.pxd":101
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4212,7 +4213,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":98
+  /* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4225,7 +4226,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":103
+/* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4236,7 +4237,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":105
+  /* "_fds.pxd":106
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4249,7 +4250,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":103
+  /* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5864,7 +5865,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 85, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -5874,8 +5875,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 85, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 85, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 86, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -5884,8 +5885,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 108, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 108, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 109, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 109, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -5894,8 +5895,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 119, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 119, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -5904,8 +5905,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 124, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 124, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 126, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._memory"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);

@@ -2178,6 +2178,7 @@ typedef int64_t (*__pyx_t_7ivshmem_5_spin_Probe)(void *);
 struct __pyx_t_7ivshmem_5_core_Wait;
 struct __pyx_t_7ivshmem_5_core_Watched;
 struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell;
+struct __pyx_t_7ivshmem_5_core_Gentle;
 struct __pyx_t_7ivshmem_5_core_Polled;
 
 /* "ivshmem/_core.pxd":26
@@ -2233,7 +2234,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
   Py_ssize_t vector;
 };
 
-/* "ivshmem/_core.pyx":43
+/* "ivshmem/_core.pyx":44
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2242,7 +2243,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":48
+  /* "ivshmem/_core.pyx":49
  *     TOKEN_NEWS = 1 << 29
  *     # Habits of the Spinner: a vector's, as far as there are so many; the last is any vector's.
  *     ANY = HABITS - 1             # <<<<<<<<<<<<<<
@@ -2256,7 +2257,19 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":1133
+/* "ivshmem/_core.pyx":130
+ * # -- answers -------------------------------------------------------------------------------------
+ * 
+ * cdef struct Gentle:             # <<<<<<<<<<<<<<
+ *     Bell *bell  # of an eventfd
+ *     void *signaller  # of this thread alone; or None
+*/
+struct __pyx_t_7ivshmem_5_core_Gentle {
+  struct __pyx_t_7ivshmem_5_bell_Bell *bell;
+  void *signaller;
+};
+
+/* "ivshmem/_core.pyx":1176
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -2270,7 +2283,7 @@ struct __pyx_t_7ivshmem_5_core_Polled {
   Py_ssize_t count;
 };
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2289,7 +2302,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2306,7 +2319,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2321,7 +2334,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2482,7 +2495,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 
 
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2498,7 +2511,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2508,11 +2521,12 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
   int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2526,7 +2540,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2653,7 +2667,7 @@ struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *__pyx_vtabptr_7ivshmem_5_spin_Spinner;
 
 
-/* "ivshmem/_core.pyx":129
+/* "ivshmem/_core.pyx":151
  * # -- an endpoint's --------------------------------------------------------------------------------
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -3487,6 +3501,16 @@ static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* s
     ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
     PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
 
+/* PyObjectLookupSpecial.proto */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
+#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
+#else
+#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
+#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
+#endif
+
 /* WriteUnraisableException.proto */
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
@@ -3988,6 +4012,7 @@ static int64_t (*__pyx_f_7ivshmem_4_fds_take_count)(int); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_is_eventfd)(int, int); /*proto*/
 static struct __pyx_obj_7ivshmem_4_fds_Signaller *(*__pyx_f_7ivshmem_4_fds_shared_signaller)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_add_one_nowait)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int); /*proto*/
+static int (*__pyx_f_7ivshmem_4_fds_add_one_if_room)(int); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t, struct timespec *); /*proto*/
@@ -4025,6 +4050,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t); /*proto*/
 static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe_of(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_5_spin_Probe, void *, struct __pyx_t_7ivshmem_5_spin_Turn *); /*proto*/
+static int __pyx_f_7ivshmem_5_core_ring_gently(void *, int64_t); /*proto*/
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *); /*proto*/
 static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *); /*proto*/
@@ -4119,9 +4145,9 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[4];
+    PyObject *__pyx_tuple[5];
     PyObject *__pyx_codeobj_tab[25];
-    PyObject *__pyx_string_tab[178];
+    PyObject *__pyx_string_tab[184];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4233,122 +4259,128 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[59]
 #define __pyx_n_u_annotate __pyx_string_tab[60]
 #define __pyx_n_u_doc __pyx_string_tab[61]
-#define __pyx_n_u_func __pyx_string_tab[62]
-#define __pyx_n_u_iter __pyx_string_tab[63]
-#define __pyx_n_u_main __pyx_string_tab[64]
-#define __pyx_n_u_module __pyx_string_tab[65]
-#define __pyx_n_u_name __pyx_string_tab[66]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
-#define __pyx_n_u_qualname __pyx_string_tab[68]
-#define __pyx_n_u_reduce __pyx_string_tab[69]
-#define __pyx_n_u_set_name __pyx_string_tab[70]
-#define __pyx_n_u_test __pyx_string_tab[71]
-#define __pyx_n_u_add_bell __pyx_string_tab[72]
-#define __pyx_n_u_add_vector __pyx_string_tab[73]
-#define __pyx_n_u_bells __pyx_string_tab[74]
-#define __pyx_n_u_close_bells __pyx_string_tab[75]
-#define __pyx_n_u_deaf __pyx_string_tab[76]
-#define __pyx_n_u_descriptor __pyx_string_tab[77]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[78]
-#define __pyx_n_u_drop_peer __pyx_string_tab[79]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[80]
-#define __pyx_n_u_listen_alone __pyx_string_tab[81]
-#define __pyx_n_u_listen_uio __pyx_string_tab[82]
-#define __pyx_n_u_missing __pyx_string_tab[83]
-#define __pyx_n_u_news __pyx_string_tab[84]
-#define __pyx_n_u_ring_by __pyx_string_tab[85]
-#define __pyx_n_u_ring_self __pyx_string_tab[86]
-#define __pyx_n_u_set_queued __pyx_string_tab[87]
-#define __pyx_n_u_unwatch __pyx_string_tab[88]
-#define __pyx_n_u_wait_event __pyx_string_tab[89]
-#define __pyx_n_u_watch __pyx_string_tab[90]
-#define __pyx_n_u_add __pyx_string_tab[91]
-#define __pyx_n_u_answer __pyx_string_tab[92]
-#define __pyx_n_u_any __pyx_string_tab[93]
-#define __pyx_n_u_anything __pyx_string_tab[94]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[95]
-#define __pyx_n_u_auto __pyx_string_tab[96]
-#define __pyx_n_u_bell __pyx_string_tab[97]
-#define __pyx_n_u_bells_2 __pyx_string_tab[98]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[99]
-#define __pyx_n_u_close __pyx_string_tab[100]
-#define __pyx_n_u_closed __pyx_string_tab[101]
-#define __pyx_n_u_collections __pyx_string_tab[102]
-#define __pyx_n_u_done __pyx_string_tab[103]
-#define __pyx_n_u_doorbell __pyx_string_tab[104]
-#define __pyx_n_u_echo __pyx_string_tab[105]
-#define __pyx_n_u_entered __pyx_string_tab[106]
-#define __pyx_n_u_errors __pyx_string_tab[107]
-#define __pyx_n_u_eventfd __pyx_string_tab[108]
-#define __pyx_n_u_eventfds __pyx_string_tab[109]
-#define __pyx_n_u_fd __pyx_string_tab[110]
-#define __pyx_n_u_fileno __pyx_string_tab[111]
-#define __pyx_n_u_get __pyx_string_tab[112]
-#define __pyx_n_u_items __pyx_string_tab[113]
-#define __pyx_n_u_ivshmem __pyx_string_tab[114]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[115]
-#define __pyx_n_u_limit __pyx_string_tab[116]
-#define __pyx_n_u_made __pyx_string_tab[117]
-#define __pyx_n_u_module_2 __pyx_string_tab[118]
-#define __pyx_n_u_namedtuple __pyx_string_tab[119]
-#define __pyx_n_u_nanoseconds __pyx_string_tab[120]
-#define __pyx_n_u_old __pyx_string_tab[121]
-#define __pyx_n_u_outer __pyx_string_tab[122]
-#define __pyx_n_u_peer __pyx_string_tab[123]
-#define __pyx_n_u_peers __pyx_string_tab[124]
-#define __pyx_n_u_pop __pyx_string_tab[125]
-#define __pyx_n_u_queued __pyx_string_tab[126]
-#define __pyx_n_u_registers __pyx_string_tab[127]
-#define __pyx_n_u_relay __pyx_string_tab[128]
-#define __pyx_n_u_remove __pyx_string_tab[129]
-#define __pyx_n_u_ring __pyx_string_tab[130]
-#define __pyx_n_u_ring_all __pyx_string_tab[131]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[132]
-#define __pyx_n_u_rings __pyx_string_tab[133]
-#define __pyx_n_u_rounds __pyx_string_tab[134]
-#define __pyx_n_u_self __pyx_string_tab[135]
-#define __pyx_n_u_setdefault __pyx_string_tab[136]
-#define __pyx_n_u_signal __pyx_string_tab[137]
-#define __pyx_n_u_signaller __pyx_string_tab[138]
-#define __pyx_n_u_sleeping __pyx_string_tab[139]
-#define __pyx_n_u_spin __pyx_string_tab[140]
-#define __pyx_n_u_stopped __pyx_string_tab[141]
-#define __pyx_n_u_store __pyx_string_tab[142]
-#define __pyx_n_u_take __pyx_string_tab[143]
-#define __pyx_n_u_timeout __pyx_string_tab[144]
-#define __pyx_n_u_urgent __pyx_string_tab[145]
-#define __pyx_n_u_values __pyx_string_tab[146]
-#define __pyx_n_u_vector __pyx_string_tab[147]
-#define __pyx_n_u_vectors __pyx_string_tab[148]
-#define __pyx_n_u_which __pyx_string_tab[149]
-#define __pyx_n_u_word __pyx_string_tab[150]
-#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[151]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[152]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_t_XQgQ __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[177]
+#define __pyx_n_u_enter __pyx_string_tab[62]
+#define __pyx_n_u_exit __pyx_string_tab[63]
+#define __pyx_n_u_func __pyx_string_tab[64]
+#define __pyx_n_u_iter __pyx_string_tab[65]
+#define __pyx_n_u_main __pyx_string_tab[66]
+#define __pyx_n_u_module __pyx_string_tab[67]
+#define __pyx_n_u_name __pyx_string_tab[68]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[69]
+#define __pyx_n_u_qualname __pyx_string_tab[70]
+#define __pyx_n_u_reduce __pyx_string_tab[71]
+#define __pyx_n_u_set_name __pyx_string_tab[72]
+#define __pyx_n_u_test __pyx_string_tab[73]
+#define __pyx_n_u_add_bell __pyx_string_tab[74]
+#define __pyx_n_u_add_vector __pyx_string_tab[75]
+#define __pyx_n_u_bells __pyx_string_tab[76]
+#define __pyx_n_u_close_bells __pyx_string_tab[77]
+#define __pyx_n_u_deaf __pyx_string_tab[78]
+#define __pyx_n_u_descriptor __pyx_string_tab[79]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[80]
+#define __pyx_n_u_drop_peer __pyx_string_tab[81]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[82]
+#define __pyx_n_u_listen_alone __pyx_string_tab[83]
+#define __pyx_n_u_listen_uio __pyx_string_tab[84]
+#define __pyx_n_u_missing __pyx_string_tab[85]
+#define __pyx_n_u_news __pyx_string_tab[86]
+#define __pyx_n_u_ring_by __pyx_string_tab[87]
+#define __pyx_n_u_ring_self __pyx_string_tab[88]
+#define __pyx_n_u_set_queued __pyx_string_tab[89]
+#define __pyx_n_u_unwatch __pyx_string_tab[90]
+#define __pyx_n_u_wait_event __pyx_string_tab[91]
+#define __pyx_n_u_watch __pyx_string_tab[92]
+#define __pyx_n_u_add __pyx_string_tab[93]
+#define __pyx_n_u_answer __pyx_string_tab[94]
+#define __pyx_n_u_any __pyx_string_tab[95]
+#define __pyx_n_u_anything __pyx_string_tab[96]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[97]
+#define __pyx_n_u_auto __pyx_string_tab[98]
+#define __pyx_n_u_bell __pyx_string_tab[99]
+#define __pyx_n_u_bells_2 __pyx_string_tab[100]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[101]
+#define __pyx_n_u_close __pyx_string_tab[102]
+#define __pyx_n_u_closed __pyx_string_tab[103]
+#define __pyx_n_u_collections __pyx_string_tab[104]
+#define __pyx_n_u_contextlib __pyx_string_tab[105]
+#define __pyx_n_u_done __pyx_string_tab[106]
+#define __pyx_n_u_doorbell __pyx_string_tab[107]
+#define __pyx_n_u_echo __pyx_string_tab[108]
+#define __pyx_n_u_entered __pyx_string_tab[109]
+#define __pyx_n_u_errors __pyx_string_tab[110]
+#define __pyx_n_u_eventfd __pyx_string_tab[111]
+#define __pyx_n_u_eventfds __pyx_string_tab[112]
+#define __pyx_n_u_fd __pyx_string_tab[113]
+#define __pyx_n_u_fileno __pyx_string_tab[114]
+#define __pyx_n_u_gentle __pyx_string_tab[115]
+#define __pyx_n_u_get __pyx_string_tab[116]
+#define __pyx_n_u_items __pyx_string_tab[117]
+#define __pyx_n_u_ivshmem __pyx_string_tab[118]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[119]
+#define __pyx_n_u_limit __pyx_string_tab[120]
+#define __pyx_n_u_made __pyx_string_tab[121]
+#define __pyx_n_u_module_2 __pyx_string_tab[122]
+#define __pyx_n_u_namedtuple __pyx_string_tab[123]
+#define __pyx_n_u_nanoseconds __pyx_string_tab[124]
+#define __pyx_n_u_old __pyx_string_tab[125]
+#define __pyx_n_u_outer __pyx_string_tab[126]
+#define __pyx_n_u_own __pyx_string_tab[127]
+#define __pyx_n_u_peer __pyx_string_tab[128]
+#define __pyx_n_u_peers __pyx_string_tab[129]
+#define __pyx_n_u_pop __pyx_string_tab[130]
+#define __pyx_n_u_queued __pyx_string_tab[131]
+#define __pyx_n_u_registers __pyx_string_tab[132]
+#define __pyx_n_u_relay __pyx_string_tab[133]
+#define __pyx_n_u_remove __pyx_string_tab[134]
+#define __pyx_n_u_ring __pyx_string_tab[135]
+#define __pyx_n_u_ring_all __pyx_string_tab[136]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[137]
+#define __pyx_n_u_rings __pyx_string_tab[138]
+#define __pyx_n_u_rounds __pyx_string_tab[139]
+#define __pyx_n_u_self __pyx_string_tab[140]
+#define __pyx_n_u_setdefault __pyx_string_tab[141]
+#define __pyx_n_u_signal __pyx_string_tab[142]
+#define __pyx_n_u_signaller __pyx_string_tab[143]
+#define __pyx_n_u_sleeping __pyx_string_tab[144]
+#define __pyx_n_u_spin __pyx_string_tab[145]
+#define __pyx_n_u_stopped __pyx_string_tab[146]
+#define __pyx_n_u_store __pyx_string_tab[147]
+#define __pyx_n_u_suppress __pyx_string_tab[148]
+#define __pyx_n_u_take __pyx_string_tab[149]
+#define __pyx_n_u_timeout __pyx_string_tab[150]
+#define __pyx_n_u_urgent __pyx_string_tab[151]
+#define __pyx_n_u_values __pyx_string_tab[152]
+#define __pyx_n_u_vector __pyx_string_tab[153]
+#define __pyx_n_u_vectors __pyx_string_tab[154]
+#define __pyx_n_u_which __pyx_string_tab[155]
+#define __pyx_n_u_word __pyx_string_tab[156]
+#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[157]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[158]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_t_XQgQ __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[183]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4384,9 +4416,9 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<178; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<184; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4428,9 +4460,9 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<178; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<184; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4445,7 +4477,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":27
+/* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4457,7 +4489,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":29
+  /* "_fds.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4466,7 +4498,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":30
+  /* "_fds.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4479,7 +4511,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":27
+  /* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4493,7 +4525,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":33
+/* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4510,7 +4542,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":35
+  /* "_fds.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4547,7 +4579,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":33
+  /* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4560,7 +4592,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":38
+/* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4576,7 +4608,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":41
+  /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4588,7 +4620,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":42
+    /* "_fds.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4601,7 +4633,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":41
+    /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4610,7 +4642,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":43
+  /* "_fds.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4634,7 +4666,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":44
+  /* "_fds.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4643,7 +4675,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":45
+  /* "_fds.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4652,7 +4684,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "_fds.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4665,7 +4697,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":38
+  /* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4679,7 +4711,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":49
+/* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4694,7 +4726,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":51
+  /* "_fds.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4722,7 +4754,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":49
+  /* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4735,7 +4767,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":54
+/* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4750,7 +4782,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":60
+  /* "_fds.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4759,7 +4791,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":63
+  /* "_fds.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4768,7 +4800,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":64
+  /* "_fds.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4777,7 +4809,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":65
+  /* "_fds.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4786,7 +4818,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":66
+    /* "_fds.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4795,7 +4827,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":67
+    /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4807,7 +4839,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":68
+      /* "_fds.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4820,7 +4852,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":67
+      /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4829,7 +4861,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":69
+    /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4841,7 +4873,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":70
+      /* "_fds.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4854,7 +4886,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":69
+      /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4863,7 +4895,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":71
+    /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4875,7 +4907,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":72
+      /* "_fds.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4888,7 +4920,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":71
+      /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4897,7 +4929,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":73
+    /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4909,7 +4941,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":74
+      /* "_fds.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4922,7 +4954,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":73
+      /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4932,7 +4964,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":54
+  /* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4949,7 +4981,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":77
+/* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4963,7 +4995,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":79
+  /* "_fds.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4972,7 +5004,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":80
+  /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4998,7 +5030,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":81
+    /* "_fds.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5011,7 +5043,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":80
+    /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5020,7 +5052,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":82
+  /* "_fds.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5033,7 +5065,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":77
+  /* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5047,7 +5079,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":98
+/* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5058,7 +5090,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":100
+  /* "_fds.pxd":101
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5071,7 +5103,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":98
+  /* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5084,7 +5116,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":103
+/* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5095,7 +5127,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":105
+  /* "_fds.pxd":106
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5108,7 +5140,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":103
+  /* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5178,7 +5210,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":55
+/* "ivshmem/_core.pyx":56
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5191,7 +5223,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":62
+  /* "ivshmem/_core.pyx":63
  *     other can want to end reads plainly.
  *     """
  *     return self.relay is not None or alone and not self.urgent and not self.uio             # <<<<<<<<<<<<<<
@@ -5234,7 +5266,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":55
+  /* "ivshmem/_core.pyx":56
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5247,7 +5279,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":65
+/* "ivshmem/_core.pyx":66
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5260,7 +5292,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":66
+  /* "ivshmem/_core.pyx":67
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:
  *     return self.relay is not None and self.relay.fired()             # <<<<<<<<<<<<<<
@@ -5287,7 +5319,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":65
+  /* "ivshmem/_core.pyx":66
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5300,7 +5332,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":69
+/* "ivshmem/_core.pyx":70
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5318,7 +5350,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":76
+  /* "ivshmem/_core.pyx":77
  *     counter, which nobody honest ever sees. close() and a relay end the read by adding to the count.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5327,7 +5359,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":77
+  /* "ivshmem/_core.pyx":78
  *     """
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0             # <<<<<<<<<<<<<<
@@ -5336,7 +5368,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":78
+  /* "ivshmem/_core.pyx":79
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0
  *     cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5345,7 +5377,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":79
+  /* "ivshmem/_core.pyx":80
  *     cdef ssize_t n = 0
  *     cdef int code = 0
  *     cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -5354,7 +5386,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":81
+  /* "ivshmem/_core.pyx":82
  *     cdef int fd = place_of(self.own, vector)[0]
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)             # <<<<<<<<<<<<<<
@@ -5363,7 +5395,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-  /* "ivshmem/_core.pyx":82
+  /* "ivshmem/_core.pyx":83
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5389,7 +5421,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":83
+    /* "ivshmem/_core.pyx":84
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -5398,7 +5430,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-    /* "ivshmem/_core.pyx":84
+    /* "ivshmem/_core.pyx":85
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno             # <<<<<<<<<<<<<<
@@ -5407,7 +5439,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_code = errno;
 
-    /* "ivshmem/_core.pyx":82
+    /* "ivshmem/_core.pyx":83
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5416,7 +5448,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":85
+  /* "ivshmem/_core.pyx":86
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -5425,7 +5457,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-  /* "ivshmem/_core.pyx":86
+  /* "ivshmem/_core.pyx":87
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5451,7 +5483,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":87
+    /* "ivshmem/_core.pyx":88
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5462,7 +5494,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":88
+      /* "ivshmem/_core.pyx":89
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:
  *             add_one(fd)  # others may sleep in the same read             # <<<<<<<<<<<<<<
@@ -5471,7 +5503,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
       (void)(__pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd));
 
-      /* "ivshmem/_core.pyx":87
+      /* "ivshmem/_core.pyx":88
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5480,7 +5512,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     }
 
-    /* "ivshmem/_core.pyx":89
+    /* "ivshmem/_core.pyx":90
  *         if self.relay is not None:
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS             # <<<<<<<<<<<<<<
@@ -5502,7 +5534,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":86
+    /* "ivshmem/_core.pyx":87
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5511,7 +5543,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":90
+  /* "ivshmem/_core.pyx":91
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5523,7 +5555,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":91
+    /* "ivshmem/_core.pyx":92
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -5536,7 +5568,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":90
+    /* "ivshmem/_core.pyx":91
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5545,7 +5577,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":92
+  /* "ivshmem/_core.pyx":93
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5557,7 +5589,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":93
+    /* "ivshmem/_core.pyx":94
  *         return count_of(count)
  *     if code != EAGAIN:
  *         return -code             # <<<<<<<<<<<<<<
@@ -5570,7 +5602,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":92
+    /* "ivshmem/_core.pyx":93
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5579,7 +5611,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":94
+  /* "ivshmem/_core.pyx":95
  *     if code != EAGAIN:
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)             # <<<<<<<<<<<<<<
@@ -5588,7 +5620,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(fcntl(__pyx_v_fd, F_SETFL, O_RDWR));
 
-  /* "ivshmem/_core.pyx":95
+  /* "ivshmem/_core.pyx":96
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)
  *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)             # <<<<<<<<<<<<<<
@@ -5597,7 +5629,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_and((&__pyx_v_self->nonblocking), 1, (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))), __ATOMIC_RELAXED));
 
-  /* "ivshmem/_core.pyx":96
+  /* "ivshmem/_core.pyx":97
  *     fcntl(fd, F_SETFL, O_RDWR)
  *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0             # <<<<<<<<<<<<<<
@@ -5610,7 +5642,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":69
+  /* "ivshmem/_core.pyx":70
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5627,7 +5659,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":101
+/* "ivshmem/_core.pyx":102
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5641,7 +5673,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":106
+  /* "ivshmem/_core.pyx":107
  *     It sleeps if a peer clears O_NONBLOCK, which is what the wait would come to anyway.
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64             # <<<<<<<<<<<<<<
@@ -5650,7 +5682,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
   __pyx_v_bit = (((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1));
 
-  /* "ivshmem/_core.pyx":107
+  /* "ivshmem/_core.pyx":108
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
@@ -5685,7 +5717,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":108
+    /* "ivshmem/_core.pyx":109
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd             # <<<<<<<<<<<<<<
@@ -5698,7 +5730,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":107
+    /* "ivshmem/_core.pyx":108
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
@@ -5707,7 +5739,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
   }
 
-  /* "ivshmem/_core.pyx":109
+  /* "ivshmem/_core.pyx":110
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
@@ -5719,7 +5751,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":110
+    /* "ivshmem/_core.pyx":111
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)             # <<<<<<<<<<<<<<
@@ -5728,7 +5760,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
     (void)(ivshmem_or((&__pyx_v_self->nonblocking), 1, __pyx_v_bit, __ATOMIC_RELAXED));
 
-    /* "ivshmem/_core.pyx":111
+    /* "ivshmem/_core.pyx":112
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -5737,7 +5769,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
     (void)(fcntl((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]), F_SETFL, (O_RDWR | O_NONBLOCK)));
 
-    /* "ivshmem/_core.pyx":109
+    /* "ivshmem/_core.pyx":110
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
@@ -5746,7 +5778,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
   }
 
-  /* "ivshmem/_core.pyx":112
+  /* "ivshmem/_core.pyx":113
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly             # <<<<<<<<<<<<<<
@@ -5759,7 +5791,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":101
+  /* "ivshmem/_core.pyx":102
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5773,7 +5805,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":115
+/* "ivshmem/_core.pyx":116
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5787,7 +5819,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":120
+  /* "ivshmem/_core.pyx":121
  *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5813,7 +5845,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":121
+    /* "ivshmem/_core.pyx":122
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5826,7 +5858,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":120
+    /* "ivshmem/_core.pyx":121
  *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5835,7 +5867,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":122
+  /* "ivshmem/_core.pyx":123
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5848,7 +5880,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":123
+        /* "ivshmem/_core.pyx":124
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5858,7 +5890,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_which, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, __pyx_v_turn, (&__pyx_v_self->state));
       }
 
-      /* "ivshmem/_core.pyx":122
+      /* "ivshmem/_core.pyx":123
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5875,7 +5907,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       }
   }
 
-  /* "ivshmem/_core.pyx":124
+  /* "ivshmem/_core.pyx":125
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     return n             # <<<<<<<<<<<<<<
@@ -5888,7 +5920,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":115
+  /* "ivshmem/_core.pyx":116
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5903,7 +5935,143 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":139
+/* "ivshmem/_core.pyx":135
+ * 
+ * 
+ * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What ring_bell does, and wait for nobody."""
+ *     cdef Gentle *gentle = <Gentle *>context
+*/
+
+static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNUSED int64_t __pyx_v_rings) {
+  struct __pyx_t_7ivshmem_5_core_Gentle *__pyx_v_gentle;
+  int __pyx_v_code;
+  int __pyx_r;
+  int __pyx_t_1;
+
+  /* "ivshmem/_core.pyx":137
+ * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
+ *     """What ring_bell does, and wait for nobody."""
+ *     cdef Gentle *gentle = <Gentle *>context             # <<<<<<<<<<<<<<
+ *     cdef int code
+ *     if not ivshmem_enter(gentle.bell.state):
+*/
+  __pyx_v_gentle = ((struct __pyx_t_7ivshmem_5_core_Gentle *)__pyx_v_context);
+
+  /* "ivshmem/_core.pyx":139
+ *     cdef Gentle *gentle = <Gentle *>context
+ *     cdef int code
+ *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
+ *         return ESHUTDOWN
+ *     if <Signaller>gentle.signaller is not None:
+*/
+  __pyx_t_1 = (!ivshmem_enter(__pyx_v_gentle->bell->state));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":140
+ *     cdef int code
+ *     if not ivshmem_enter(gentle.bell.state):
+ *         return ESHUTDOWN             # <<<<<<<<<<<<<<
+ *     if <Signaller>gentle.signaller is not None:
+ *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
+*/
+    {
+
+      __pyx_r = ESHUTDOWN;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":139
+ *     cdef Gentle *gentle = <Gentle *>context
+ *     cdef int code
+ *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
+ *         return ESHUTDOWN
+ *     if <Signaller>gentle.signaller is not None:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":141
+ *     if not ivshmem_enter(gentle.bell.state):
+ *         return ESHUTDOWN
+ *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
+ *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
+ *     else:
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_gentle->signaller) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":142
+ *         return ESHUTDOWN
+ *     if <Signaller>gentle.signaller is not None:
+ *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)             # <<<<<<<<<<<<<<
+ *     else:
+ *         code = add_one_if_room(gentle.bell.fd)
+*/
+    __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *)((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_gentle->signaller)->__pyx_vtab)->send(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_gentle->signaller), (&__pyx_v_gentle->bell->fd), 1);
+
+    /* "ivshmem/_core.pyx":141
+ *     if not ivshmem_enter(gentle.bell.state):
+ *         return ESHUTDOWN
+ *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
+ *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
+ *     else:
+*/
+    goto __pyx_L4;
+  }
+
+  /* "ivshmem/_core.pyx":144
+ *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
+ *     else:
+ *         code = add_one_if_room(gentle.bell.fd)             # <<<<<<<<<<<<<<
+ *     (<FdArray>gentle.bell.fds).leave()
+ *     return code
+*/
+  /*else*/ {
+    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one_if_room(__pyx_v_gentle->bell->fd);
+  }
+  __pyx_L4:;
+
+  /* "ivshmem/_core.pyx":145
+ *     else:
+ *         code = add_one_if_room(gentle.bell.fd)
+ *     (<FdArray>gentle.bell.fds).leave()             # <<<<<<<<<<<<<<
+ *     return code
+ * 
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_gentle->bell->fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_gentle->bell->fds));
+
+  /* "ivshmem/_core.pyx":146
+ *         code = add_one_if_room(gentle.bell.fd)
+ *     (<FdArray>gentle.bell.fds).leave()
+ *     return code             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_code;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":135
+ * 
+ * 
+ * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What ring_bell does, and wait for nobody."""
+ *     cdef Gentle *gentle = <Gentle *>context
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":161
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -5954,7 +6122,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":140
+  /* "ivshmem/_core.pyx":162
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close             # <<<<<<<<<<<<<<
@@ -5963,21 +6131,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":163
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":142
+  /* "ivshmem/_core.pyx":164
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -5986,7 +6154,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":143
+  /* "ivshmem/_core.pyx":165
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -5995,7 +6163,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":144
+  /* "ivshmem/_core.pyx":166
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -6008,7 +6176,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6016,7 +6184,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":145
+  /* "ivshmem/_core.pyx":167
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -6029,7 +6197,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6037,7 +6205,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->spinner, ((struct __pyx_obj_7ivshmem_5_spin_Spinner *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":146
+  /* "ivshmem/_core.pyx":168
  *         self.own = FdArray()
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6051,16 +6219,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":147
+  /* "ivshmem/_core.pyx":169
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6074,16 +6242,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":148
+  /* "ivshmem/_core.pyx":170
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -6092,7 +6260,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":161
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6114,7 +6282,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":150
+/* "ivshmem/_core.pyx":172
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6181,7 +6349,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_core.pyx":151
+  /* "ivshmem/_core.pyx":173
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6190,16 +6358,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/_core.pyx":152
+  /* "ivshmem/_core.pyx":174
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"             # <<<<<<<<<<<<<<
  *             " device again, where another is needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6214,7 +6382,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6223,14 +6391,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 151, __pyx_L1_error)
+  __PYX_ERR(0, 173, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":150
+  /* "ivshmem/_core.pyx":172
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6251,7 +6419,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":158
+/* "ivshmem/_core.pyx":180
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -6310,7 +6478,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":159
+  /* "ivshmem/_core.pyx":181
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6318,9 +6486,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 159, __pyx_L1_error)
+  __PYX_ERR(0, 181, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":158
+  /* "ivshmem/_core.pyx":180
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -6337,7 +6505,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":161
+/* "ivshmem/_core.pyx":183
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6386,39 +6554,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 161, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 161, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 161, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 183, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 161, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6447,7 +6615,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":184
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6455,9 +6623,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(CYTHON_UNUSED str
  *     def _deaf(self):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 162, __pyx_L1_error)
+  __PYX_ERR(0, 184, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":161
+  /* "ivshmem/_core.pyx":183
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6474,7 +6642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":164
+/* "ivshmem/_core.pyx":186
  *         raise NotImplementedError
  * 
  *     def _deaf(self):             # <<<<<<<<<<<<<<
@@ -6537,7 +6705,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_deaf(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":169
+/* "ivshmem/_core.pyx":191
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6586,33 +6754,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 191, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 191, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 191, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_core.pyx":170
+      /* "ivshmem/_core.pyx":192
  * 
  *     @cython.critical_section
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -6624,7 +6792,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 191, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6637,7 +6805,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd, __pyx_v_urgent);
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":191
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6677,7 +6845,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":175
+        /* "ivshmem/_core.pyx":197
  *         `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -6686,7 +6854,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
 */
         __pyx_v_self->watched = __pyx_v_fd;
 
-        /* "ivshmem/_core.pyx":176
+        /* "ivshmem/_core.pyx":198
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -6695,7 +6863,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
 */
         __pyx_v_self->urgent = __pyx_v_urgent;
 
-        /* "ivshmem/_core.pyx":177
+        /* "ivshmem/_core.pyx":199
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6706,7 +6874,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":178
+          /* "ivshmem/_core.pyx":200
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6715,11 +6883,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
 */
           __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 178, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 178, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 178, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 0;
           {
@@ -6729,12 +6897,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":177
+          /* "ivshmem/_core.pyx":199
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6744,7 +6912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":169
+      /* "ivshmem/_core.pyx":191
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6783,7 +6951,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":180
+/* "ivshmem/_core.pyx":202
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6856,7 +7024,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":184
+        /* "ivshmem/_core.pyx":206
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6881,16 +7049,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":185
+          /* "ivshmem/_core.pyx":207
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
 */
-          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 207, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 185, __pyx_L4_error)
+          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 207, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_5 = (!__pyx_t_3);
 
@@ -6912,7 +7080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_core.pyx":186
+            /* "ivshmem/_core.pyx":208
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -6921,7 +7089,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
 */
             __pyx_t_6 = ((PyObject *)__pyx_v_self->epoll);
             __Pyx_INCREF(__pyx_t_6);
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 186, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 208, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_8 = 0;
             {
@@ -6929,12 +7097,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
               __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 186, __pyx_L4_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":185
+            /* "ivshmem/_core.pyx":207
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -6943,7 +7111,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
 */
           }
 
-          /* "ivshmem/_core.pyx":184
+          /* "ivshmem/_core.pyx":206
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6952,7 +7120,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_core.pyx":187
+        /* "ivshmem/_core.pyx":209
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -6961,7 +7129,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
 */
         __pyx_v_self->watched = -1;
 
-        /* "ivshmem/_core.pyx":188
+        /* "ivshmem/_core.pyx":210
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
@@ -6971,7 +7139,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
         __pyx_v_self->urgent = 0;
       }
 
-      /* "ivshmem/_core.pyx":180
+      /* "ivshmem/_core.pyx":202
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7008,7 +7176,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":190
+/* "ivshmem/_core.pyx":212
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -7056,32 +7224,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_relay,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 212, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 212, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 212, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
     }
     __pyx_v_relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 212, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7092,7 +7260,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, 0, "relay", 0))) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, 0, "relay", 0))) __PYX_ERR(0, 212, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
 
   /* function exit code */
@@ -7117,7 +7285,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_listen_alone", 0);
 
-  /* "ivshmem/_core.pyx":196
+  /* "ivshmem/_core.pyx":218
  *         `relay` leads from what is watched to all of them.
  *         """
  *         self.relay = relay             # <<<<<<<<<<<<<<
@@ -7129,7 +7297,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->relay);
   __Pyx_DECREF_SET(__pyx_v_self->relay, __pyx_v_relay);
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":212
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -7144,7 +7312,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":198
+/* "ivshmem/_core.pyx":220
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7192,32 +7360,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 198, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 220, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 199, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7263,7 +7431,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":205
+        /* "ivshmem/_core.pyx":227
  *             ProtocolError: it is no eventfd.
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)             # <<<<<<<<<<<<<<
@@ -7275,17 +7443,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         __pyx_v_vector = __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":206
+        /* "ivshmem/_core.pyx":228
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         self.check_kind(fd, "this endpoint", vector)             # <<<<<<<<<<<<<<
  *         self.own.take(fd)
  *         if self.epoll is not None:
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":207
+        /* "ivshmem/_core.pyx":229
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         self.check_kind(fd, "this endpoint", vector)
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -7294,7 +7462,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
 */
         __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_4);
-        __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 0;
         {
@@ -7302,12 +7470,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":208
+        /* "ivshmem/_core.pyx":230
  *         self.check_kind(fd, "this endpoint", vector)
  *         self.own.take(fd)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7318,7 +7486,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_core.pyx":209
+          /* "ivshmem/_core.pyx":231
  *         self.own.take(fd)
  *         if self.epoll is not None:
  *             self.epoll.add(fd, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -7327,11 +7495,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
 */
           __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 231, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 209, __pyx_L4_error)
+          __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 231, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 209, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 231, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_6 = 0;
           {
@@ -7341,12 +7509,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":208
+          /* "ivshmem/_core.pyx":230
  *         self.check_kind(fd, "this endpoint", vector)
  *         self.own.take(fd)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7356,7 +7524,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         }
       }
 
-      /* "ivshmem/_core.pyx":198
+      /* "ivshmem/_core.pyx":220
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7396,7 +7564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":211
+/* "ivshmem/_core.pyx":233
  *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7445,39 +7613,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 233, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 233, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 211, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 233, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 233, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7522,7 +7690,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":219
+        /* "ivshmem/_core.pyx":241
  *                 eventfd is known to be short and harmless, whatever its sender intends.
  *         """
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -7531,24 +7699,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-          __PYX_ERR(0, 219, __pyx_L4_error)
+          __PYX_ERR(0, 241, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 219, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 241, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":220
+        /* "ivshmem/_core.pyx":242
  *         """
  *         cdef FdArray bells = self.bells.get(peer)
  *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))             # <<<<<<<<<<<<<<
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
 */
-        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __pyx_t_5 = (((PyObject *)__pyx_v_bells) == Py_None);
@@ -7560,12 +7728,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
           __pyx_t_4 = __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells);
         }
 
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, ((PyObject*)__pyx_t_3), __pyx_t_4); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, ((PyObject*)__pyx_t_3), __pyx_t_4); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
 
-        /* "ivshmem/_core.pyx":221
+        /* "ivshmem/_core.pyx":243
  *         cdef FdArray bells = self.bells.get(peer)
  *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7576,7 +7744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/_core.pyx":222
+          /* "ivshmem/_core.pyx":244
  *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -7589,19 +7757,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 244, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_3);
           }
           __Pyx_INCREF(__pyx_t_3);
           __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_3));
           if (unlikely(__pyx_v_self->bells == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 222, __pyx_L4_error)
+            __PYX_ERR(0, 244, __pyx_L4_error)
           }
-          if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_3) < 0))) __PYX_ERR(0, 222, __pyx_L4_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_3) < 0))) __PYX_ERR(0, 244, __pyx_L4_error)
           __Pyx_DECREF((PyObject *)__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":221
+          /* "ivshmem/_core.pyx":243
  *         cdef FdArray bells = self.bells.get(peer)
  *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7610,7 +7778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/_core.pyx":223
+        /* "ivshmem/_core.pyx":245
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -7619,7 +7787,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         __pyx_t_2 = ((PyObject *)__pyx_v_bells);
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 223, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 245, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_7 = 0;
         {
@@ -7627,13 +7795,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/_core.pyx":211
+      /* "ivshmem/_core.pyx":233
  *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7671,7 +7839,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":225
+/* "ivshmem/_core.pyx":247
  *         bells.take(fd)
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -7698,7 +7866,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_kind", 0);
 
-  /* "ivshmem/_core.pyx":226
+  /* "ivshmem/_core.pyx":248
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7710,7 +7878,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":227
+    /* "ivshmem/_core.pyx":249
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0             # <<<<<<<<<<<<<<
@@ -7723,7 +7891,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":226
+    /* "ivshmem/_core.pyx":248
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7732,7 +7900,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":228
+  /* "ivshmem/_core.pyx":250
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0
  *         c_close(fd)             # <<<<<<<<<<<<<<
@@ -7741,7 +7909,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   (void)(close(__pyx_v_fd));
 
-  /* "ivshmem/_core.pyx":229
+  /* "ivshmem/_core.pyx":251
  *             return 0
  *         c_close(fd)
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")             # <<<<<<<<<<<<<<
@@ -7749,11 +7917,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
  *     def _listen_uio(self, int fd):
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
   __pyx_t_7[1] = __pyx_t_5;
@@ -7769,7 +7937,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 229, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7791,14 +7959,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_Raise(__pyx_t_2, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __PYX_ERR(0, 229, __pyx_L1_error)
+  __PYX_ERR(0, 251, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":225
+  /* "ivshmem/_core.pyx":247
  *         bells.take(fd)
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -7822,7 +7990,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":231
+/* "ivshmem/_core.pyx":253
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -7870,32 +8038,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 231, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 231, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 231, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 253, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 231, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 253, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 231, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7929,7 +8097,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":237
+  /* "ivshmem/_core.pyx":259
  *         the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -7938,7 +8106,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -7946,12 +8114,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":238
+  /* "ivshmem/_core.pyx":260
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -7960,7 +8128,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":231
+  /* "ivshmem/_core.pyx":253
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -7983,7 +8151,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":240
+/* "ivshmem/_core.pyx":262
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8033,46 +8201,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 240, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 240, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 262, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 240, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 240, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 240, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 240, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 262, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 240, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 240, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 240, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 262, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 240, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 240, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 240, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8083,7 +8251,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 262, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -8110,7 +8278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":245
+  /* "ivshmem/_core.pyx":267
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -8122,7 +8290,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":246
+  /* "ivshmem/_core.pyx":268
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -8131,7 +8299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":247
+  /* "ivshmem/_core.pyx":269
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -8140,7 +8308,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":240
+  /* "ivshmem/_core.pyx":262
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8155,7 +8323,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":249
+/* "ivshmem/_core.pyx":271
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8203,32 +8371,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 249, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 249, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 249, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 249, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 249, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 249, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8258,7 +8426,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":251
+  /* "ivshmem/_core.pyx":273
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -8269,12 +8437,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 251, __pyx_L1_error)
+    __PYX_ERR(0, 273, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 251, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":249
+  /* "ivshmem/_core.pyx":271
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8295,7 +8463,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":253
+/* "ivshmem/_core.pyx":275
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8343,32 +8511,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 253, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 275, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8401,7 +8569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":277
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -8410,15 +8578,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 255, __pyx_L1_error)
+    __PYX_ERR(0, 277, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 277, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":278
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
@@ -8430,7 +8598,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8447,7 +8615,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":275
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8468,7 +8636,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":258
+/* "ivshmem/_core.pyx":280
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8516,32 +8684,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 280, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8582,7 +8750,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":261
+        /* "ivshmem/_core.pyx":283
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -8591,15 +8759,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 261, __pyx_L4_error)
+          __PYX_ERR(0, 283, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 261, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 283, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":262
+        /* "ivshmem/_core.pyx":284
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8610,7 +8778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":263
+          /* "ivshmem/_core.pyx":285
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8624,12 +8792,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":262
+          /* "ivshmem/_core.pyx":284
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8639,7 +8807,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":258
+      /* "ivshmem/_core.pyx":280
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8676,7 +8844,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":265
+/* "ivshmem/_core.pyx":287
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8709,7 +8877,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":268
+  /* "ivshmem/_core.pyx":290
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return length_of(self.own)             # <<<<<<<<<<<<<<
@@ -8718,7 +8886,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8732,7 +8900,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":265
+  /* "ivshmem/_core.pyx":287
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8752,7 +8920,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":270
+/* "ivshmem/_core.pyx":292
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8784,14 +8952,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":273
+  /* "ivshmem/_core.pyx":295
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8804,7 +8972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":270
+  /* "ivshmem/_core.pyx":292
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8823,7 +8991,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":275
+/* "ivshmem/_core.pyx":297
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8844,7 +9012,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":276
+  /* "ivshmem/_core.pyx":298
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8856,7 +9024,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":277
+    /* "ivshmem/_core.pyx":299
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -8864,7 +9032,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8883,14 +9051,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 277, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 277, __pyx_L1_error)
+    __PYX_ERR(0, 299, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":276
+    /* "ivshmem/_core.pyx":298
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8899,7 +9067,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":278
+  /* "ivshmem/_core.pyx":300
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -8912,7 +9080,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":297
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8933,7 +9101,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":280
+/* "ivshmem/_core.pyx":302
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -8981,32 +9149,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 280, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 302, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9050,7 +9218,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":282
+  /* "ivshmem/_core.pyx":304
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9062,7 +9230,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":283
+    /* "ivshmem/_core.pyx":305
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9079,7 +9247,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":282
+    /* "ivshmem/_core.pyx":304
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9088,7 +9256,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":306
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -9097,7 +9265,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":285
+    /* "ivshmem/_core.pyx":307
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9106,7 +9274,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":286
+      /* "ivshmem/_core.pyx":308
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -9120,12 +9288,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":285
+      /* "ivshmem/_core.pyx":307
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9135,7 +9303,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":288
+    /* "ivshmem/_core.pyx":310
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -9143,13 +9311,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 288, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 310, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":312
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9195,7 +9363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":280
+  /* "ivshmem/_core.pyx":302
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9217,7 +9385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":292
+/* "ivshmem/_core.pyx":314
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9299,17 +9467,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":301
+        /* "ivshmem/_core.pyx":323
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":302
+        /* "ivshmem/_core.pyx":324
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -9318,7 +9486,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":303
+          /* "ivshmem/_core.pyx":325
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9329,7 +9497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":304
+            /* "ivshmem/_core.pyx":326
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -9342,13 +9510,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":305
+            /* "ivshmem/_core.pyx":327
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9357,12 +9525,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 305, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 305, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 327, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 305, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -9371,12 +9539,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":306
+            /* "ivshmem/_core.pyx":328
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9385,9 +9553,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 306, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 328, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -9396,12 +9564,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":307
+            /* "ivshmem/_core.pyx":329
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -9413,7 +9581,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":303
+            /* "ivshmem/_core.pyx":325
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9422,14 +9590,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":308
+          /* "ivshmem/_core.pyx":330
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9444,7 +9612,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":310
+        /* "ivshmem/_core.pyx":332
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9496,7 +9664,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":292
+      /* "ivshmem/_core.pyx":314
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9538,7 +9706,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":312
+/* "ivshmem/_core.pyx":334
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9557,7 +9725,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":313
+  /* "ivshmem/_core.pyx":335
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9571,14 +9739,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":314
+        /* "ivshmem/_core.pyx":336
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_temp;
@@ -9593,7 +9761,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":313
+      /* "ivshmem/_core.pyx":335
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9617,7 +9785,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":334
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9637,7 +9805,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":316
+/* "ivshmem/_core.pyx":338
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9665,7 +9833,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":325
+  /* "ivshmem/_core.pyx":347
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9676,7 +9844,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":326
+    /* "ivshmem/_core.pyx":348
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -9689,13 +9857,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":327
+    /* "ivshmem/_core.pyx":349
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9704,11 +9872,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9718,12 +9886,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":328
+    /* "ivshmem/_core.pyx":350
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -9740,7 +9908,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":329
+      /* "ivshmem/_core.pyx":351
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9751,12 +9919,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -9766,14 +9934,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":330
+    /* "ivshmem/_core.pyx":352
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9785,7 +9953,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":331
+      /* "ivshmem/_core.pyx":353
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9794,11 +9962,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -9808,12 +9976,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 331, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":330
+      /* "ivshmem/_core.pyx":352
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9822,7 +9990,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     }
 
-    /* "ivshmem/_core.pyx":332
+    /* "ivshmem/_core.pyx":354
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -9834,7 +10002,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":325
+    /* "ivshmem/_core.pyx":347
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9843,7 +10011,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
   }
 
-  /* "ivshmem/_core.pyx":333
+  /* "ivshmem/_core.pyx":355
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -9861,7 +10029,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":316
+  /* "ivshmem/_core.pyx":338
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9886,7 +10054,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":337
+/* "ivshmem/_core.pyx":359
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9934,48 +10102,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 359, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 359, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 337, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 359, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 360, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 359, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10019,7 +10187,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":358
+  /* "ivshmem/_core.pyx":380
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10030,27 +10198,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":359
+    /* "ivshmem/_core.pyx":381
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":360
+    /* "ivshmem/_core.pyx":382
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":361
+    /* "ivshmem/_core.pyx":383
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -10084,7 +10252,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":362
+      /* "ivshmem/_core.pyx":384
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10093,7 +10261,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 384, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -10101,13 +10269,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 384, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":363
+    /* "ivshmem/_core.pyx":385
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -10116,9 +10284,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 385, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 385, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -10127,12 +10295,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 363, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 385, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":364
+    /* "ivshmem/_core.pyx":386
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -10149,7 +10317,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":358
+    /* "ivshmem/_core.pyx":380
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10158,7 +10326,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":365
+  /* "ivshmem/_core.pyx":387
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -10167,7 +10335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":366
+    /* "ivshmem/_core.pyx":388
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10179,7 +10347,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":367
+      /* "ivshmem/_core.pyx":389
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -10188,11 +10356,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":368
+      /* "ivshmem/_core.pyx":390
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10220,7 +10388,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":369
+        /* "ivshmem/_core.pyx":391
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
@@ -10229,7 +10397,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":368
+        /* "ivshmem/_core.pyx":390
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10239,7 +10407,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":371
+      /* "ivshmem/_core.pyx":393
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10251,7 +10419,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":366
+      /* "ivshmem/_core.pyx":388
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10261,7 +10429,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":373
+    /* "ivshmem/_core.pyx":395
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -10269,12 +10437,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 373, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 395, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":374
+      /* "ivshmem/_core.pyx":396
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10299,7 +10467,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":375
+        /* "ivshmem/_core.pyx":397
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10308,7 +10476,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":374
+        /* "ivshmem/_core.pyx":396
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10318,7 +10486,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":377
+      /* "ivshmem/_core.pyx":399
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10332,7 +10500,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":378
+              /* "ivshmem/_core.pyx":400
  *                 else:
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
@@ -10342,7 +10510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
               __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":377
+            /* "ivshmem/_core.pyx":399
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10359,7 +10527,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":379
+        /* "ivshmem/_core.pyx":401
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10372,7 +10540,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":380
+    /* "ivshmem/_core.pyx":402
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10384,7 +10552,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":381
+      /* "ivshmem/_core.pyx":403
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -10401,7 +10569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":380
+      /* "ivshmem/_core.pyx":402
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10410,7 +10578,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":382
+    /* "ivshmem/_core.pyx":404
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10422,17 +10590,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":383
+      /* "ivshmem/_core.pyx":405
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":384
+      /* "ivshmem/_core.pyx":406
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10441,7 +10609,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 384, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10449,12 +10617,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 384, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 406, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":382
+      /* "ivshmem/_core.pyx":404
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10464,7 +10632,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":385
+    /* "ivshmem/_core.pyx":407
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10476,17 +10644,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":386
+      /* "ivshmem/_core.pyx":408
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":385
+      /* "ivshmem/_core.pyx":407
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10496,7 +10664,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":388
+    /* "ivshmem/_core.pyx":410
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10504,13 +10672,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":337
+  /* "ivshmem/_core.pyx":359
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10538,7 +10706,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":390
+/* "ivshmem/_core.pyx":412
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10586,48 +10754,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 390, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 412, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 412, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 412, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 390, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 412, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 390, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 412, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 412, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 412, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 391, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 413, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 390, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 412, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10673,7 +10841,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_nowait", 0);
 
-  /* "ivshmem/_core.pyx":403
+  /* "ivshmem/_core.pyx":425
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10684,7 +10852,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":404
+    /* "ivshmem/_core.pyx":426
  *         cdef FdArray bells
  *         if self.registers is not None:
  *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
@@ -10693,7 +10861,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -10701,7 +10869,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -10715,7 +10883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":403
+    /* "ivshmem/_core.pyx":425
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10724,7 +10892,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":405
+  /* "ivshmem/_core.pyx":427
  *         if self.registers is not None:
  *             return self.ring(peer, vector)
  *         while True:             # <<<<<<<<<<<<<<
@@ -10733,19 +10901,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":406
+    /* "ivshmem/_core.pyx":428
  *             return self.ring(peer, vector)
  *         while True:
  *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
  *             if bells is not None and bells.enter():
  *                 try:
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":407
+    /* "ivshmem/_core.pyx":429
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10770,7 +10938,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":408
+      /* "ivshmem/_core.pyx":430
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():
  *                 try:             # <<<<<<<<<<<<<<
@@ -10779,21 +10947,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":409
+        /* "ivshmem/_core.pyx":431
  *             if bells is not None and bells.enter():
  *                 try:
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                 finally:
  *                     bells.leave()
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 409, __pyx_L12_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L12_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L12_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L12_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
       }
 
-      /* "ivshmem/_core.pyx":411
+      /* "ivshmem/_core.pyx":433
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
  *                 finally:
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10840,7 +11008,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
         __pyx_L13:;
       }
 
-      /* "ivshmem/_core.pyx":412
+      /* "ivshmem/_core.pyx":434
  *                 finally:
  *                     bells.leave()
  *                 return None             # <<<<<<<<<<<<<<
@@ -10857,7 +11025,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":429
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10866,17 +11034,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     }
 
-    /* "ivshmem/_core.pyx":413
+    /* "ivshmem/_core.pyx":435
  *                     bells.leave()
  *                 return None
  *             self.check()             # <<<<<<<<<<<<<<
  *             self._missing(peer, vector)
  * 
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":414
+    /* "ivshmem/_core.pyx":436
  *                 return None
  *             self.check()
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10885,7 +11053,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 414, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 436, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 0;
     {
@@ -10893,13 +11061,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 414, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":390
+  /* "ivshmem/_core.pyx":412
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10923,7 +11091,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":416
+/* "ivshmem/_core.pyx":438
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -10943,7 +11111,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("quiet", 0);
 
-  /* "ivshmem/_core.pyx":419
+  /* "ivshmem/_core.pyx":441
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10957,7 +11125,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":420
+        /* "ivshmem/_core.pyx":442
  *         cdef Signaller signaller
  *         with cython.critical_section(self):
  *             signaller = self.signaller             # <<<<<<<<<<<<<<
@@ -10969,7 +11137,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":421
+        /* "ivshmem/_core.pyx":443
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -10980,19 +11148,19 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":422
+          /* "ivshmem/_core.pyx":444
  *             signaller = self.signaller
  *             if signaller is None:
  *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
 */
-          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 422, __pyx_L4_error)
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":423
+          /* "ivshmem/_core.pyx":445
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11004,7 +11172,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":424
+            /* "ivshmem/_core.pyx":446
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller             # <<<<<<<<<<<<<<
@@ -11016,7 +11184,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
             __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
             __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
 
-            /* "ivshmem/_core.pyx":423
+            /* "ivshmem/_core.pyx":445
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11025,7 +11193,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
 */
           }
 
-          /* "ivshmem/_core.pyx":421
+          /* "ivshmem/_core.pyx":443
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11035,7 +11203,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         }
       }
 
-      /* "ivshmem/_core.pyx":419
+      /* "ivshmem/_core.pyx":441
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11056,7 +11224,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":425
+  /* "ivshmem/_core.pyx":447
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
  *         return signaller             # <<<<<<<<<<<<<<
@@ -11074,7 +11242,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":416
+  /* "ivshmem/_core.pyx":438
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11095,7 +11263,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":427
+/* "ivshmem/_core.pyx":449
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11115,7 +11283,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":429
+  /* "ivshmem/_core.pyx":451
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -11124,15 +11292,15 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 429, __pyx_L1_error)
+    __PYX_ERR(0, 451, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 429, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 451, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":430
+  /* "ivshmem/_core.pyx":452
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
@@ -11164,7 +11332,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 430, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 452, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_temp;
     {
@@ -11176,7 +11344,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":427
+  /* "ivshmem/_core.pyx":449
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11196,7 +11364,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":432
+/* "ivshmem/_core.pyx":454
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11253,13 +11421,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 432, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 454, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11279,10 +11447,10 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 432, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 454, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_temp;
           {
@@ -11308,20 +11476,20 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     #endif
   }
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":460
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 460, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":441
+  /* "ivshmem/_core.pyx":463
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -11333,7 +11501,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":464
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -11345,7 +11513,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":443
+  /* "ivshmem/_core.pyx":465
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -11354,7 +11522,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":444
+  /* "ivshmem/_core.pyx":466
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11365,27 +11533,27 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":445
+    /* "ivshmem/_core.pyx":467
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":446
+    /* "ivshmem/_core.pyx":468
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":447
+    /* "ivshmem/_core.pyx":469
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -11419,7 +11587,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":448
+      /* "ivshmem/_core.pyx":470
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11428,7 +11596,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 470, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -11436,13 +11604,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 448, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 470, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":449
+    /* "ivshmem/_core.pyx":471
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -11456,7 +11624,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":450
+    /* "ivshmem/_core.pyx":472
  *                 self._missing(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -11465,7 +11633,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":451
+    /* "ivshmem/_core.pyx":473
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -11474,7 +11642,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":452
+    /* "ivshmem/_core.pyx":474
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -11485,7 +11653,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":453
+    /* "ivshmem/_core.pyx":475
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -11494,7 +11662,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":444
+    /* "ivshmem/_core.pyx":466
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11504,7 +11672,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":455
+  /* "ivshmem/_core.pyx":477
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -11513,7 +11681,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 477, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
@@ -11522,17 +11690,17 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":456
+      /* "ivshmem/_core.pyx":478
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 478, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":457
+      /* "ivshmem/_core.pyx":479
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11541,7 +11709,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 479, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -11549,13 +11717,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 457, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 479, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":458
+    /* "ivshmem/_core.pyx":480
  *                 self.check()
  *                 self._missing(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -11567,7 +11735,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":459
+    /* "ivshmem/_core.pyx":481
  *                 self._missing(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
@@ -11576,7 +11744,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":460
+    /* "ivshmem/_core.pyx":482
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
@@ -11585,7 +11753,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":461
+    /* "ivshmem/_core.pyx":483
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
@@ -11596,7 +11764,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":462
+  /* "ivshmem/_core.pyx":484
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
@@ -11614,7 +11782,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":432
+  /* "ivshmem/_core.pyx":454
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11681,48 +11849,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 432, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 432, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 454, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 432, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 454, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 432, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11755,7 +11923,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11779,7 +11947,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":464
+/* "ivshmem/_core.pyx":486
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11828,48 +11996,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 464, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 486, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 464, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 486, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 464, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 486, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 486, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 464, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 486, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11904,7 +12072,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
 
-  /* "ivshmem/_core.pyx":466
+  /* "ivshmem/_core.pyx":488
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
@@ -11913,12 +12081,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
 */
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":467
+  /* "ivshmem/_core.pyx":489
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
@@ -11928,7 +12096,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
   __pyx_v_made->nowait = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":490
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
@@ -11936,7 +12104,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
  * 
 */
   if (__pyx_v_made->nowait) {
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -11944,13 +12112,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
   __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":491
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
  *         return made             # <<<<<<<<<<<<<<
@@ -11968,7 +12136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":486
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11989,7 +12157,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":471
+/* "ivshmem/_core.pyx":493
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12038,33 +12206,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 471, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 493, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 471, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 493, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 493, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 471, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 493, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 471, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 493, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 493, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12077,7 +12245,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 471, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 493, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12108,18 +12276,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all", 0);
 
-  /* "ivshmem/_core.pyx":487
+  /* "ivshmem/_core.pyx":509
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
  *         """
  *         return self.ring_several(self.several(peers, vector))             # <<<<<<<<<<<<<<
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12133,7 +12301,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":471
+  /* "ivshmem/_core.pyx":493
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12152,7 +12320,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":489
+/* "ivshmem/_core.pyx":511
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12201,33 +12369,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 489, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 489, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12240,7 +12408,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 489, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12292,31 +12460,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all_nowait", 0);
 
-  /* "ivshmem/_core.pyx":491
+  /* "ivshmem/_core.pyx":513
  *     def ring_all_nowait(self, peers=None, vector=0):
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":492
+  /* "ivshmem/_core.pyx":514
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
  *         if self.registers is not None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_entered = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":494
+  /* "ivshmem/_core.pyx":516
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12327,15 +12495,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":495
+    /* "ivshmem/_core.pyx":517
  *         cdef Signaller signaller
  *         if self.registers is not None:
  *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
  *         signaller = self.quiet()
  *         try:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 495, __pyx_L1_error)
-    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 517, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     {
@@ -12349,7 +12517,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":494
+    /* "ivshmem/_core.pyx":516
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12358,19 +12526,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   }
 
-  /* "ivshmem/_core.pyx":496
+  /* "ivshmem/_core.pyx":518
  *         if self.registers is not None:
  *             return self.ring_several(bells)
  *         signaller = self.quiet()             # <<<<<<<<<<<<<<
  *         try:
  *             for bell in bells:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 496, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":497
+  /* "ivshmem/_core.pyx":519
  *             return self.ring_several(bells)
  *         signaller = self.quiet()
  *         try:             # <<<<<<<<<<<<<<
@@ -12379,7 +12547,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":498
+    /* "ivshmem/_core.pyx":520
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12388,7 +12556,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
     if (unlikely(__pyx_v_bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 498, __pyx_L5_error)
+      __PYX_ERR(0, 520, __pyx_L5_error)
     }
     __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_3 = 0;
@@ -12396,18 +12564,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 498, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 520, __pyx_L5_error)
         #endif
         if (__pyx_t_3 >= __pyx_temp) break;
       }
       __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_3;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 520, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_core.pyx":499
+      /* "ivshmem/_core.pyx":521
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12419,17 +12587,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":500
+        /* "ivshmem/_core.pyx":522
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)             # <<<<<<<<<<<<<<
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
 */
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 500, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":499
+        /* "ivshmem/_core.pyx":521
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12438,7 +12606,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
       }
 
-      /* "ivshmem/_core.pyx":498
+      /* "ivshmem/_core.pyx":520
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12448,7 +12616,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":501
+    /* "ivshmem/_core.pyx":523
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12459,7 +12627,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":502
+      /* "ivshmem/_core.pyx":524
  *                     entered.append(bell)
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
@@ -12469,7 +12637,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
       __Pyx_INCREF(__pyx_t_4);
       { /* enter inner scope */
-        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 502, __pyx_L14_error)
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 524, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
         __pyx_t_3 = 0;
@@ -12477,20 +12645,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 502, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L14_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 524, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L14_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 524, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 502, __pyx_L14_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 524, __pyx_L14_error)
           __pyx_t_8 = 0;
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12507,12 +12675,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 524, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":501
+      /* "ivshmem/_core.pyx":523
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12522,7 +12690,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       goto __pyx_L11;
     }
 
-    /* "ivshmem/_core.pyx":504
+    /* "ivshmem/_core.pyx":526
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12536,28 +12704,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 504, __pyx_L5_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 526, __pyx_L5_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 504, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 526, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":505
+        /* "ivshmem/_core.pyx":527
  *             else:
  *                 for bell in entered:
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             for bell in entered:
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L5_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 527, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":504
+        /* "ivshmem/_core.pyx":526
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12570,7 +12738,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":507
+  /* "ivshmem/_core.pyx":529
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12585,18 +12753,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 529, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 529, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":508
+        /* "ivshmem/_core.pyx":530
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12605,7 +12773,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
         ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-        /* "ivshmem/_core.pyx":507
+        /* "ivshmem/_core.pyx":529
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12642,18 +12810,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 507, __pyx_L26_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 529, __pyx_L26_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L26_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 529, __pyx_L26_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":508
+          /* "ivshmem/_core.pyx":530
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12662,7 +12830,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-          /* "ivshmem/_core.pyx":507
+          /* "ivshmem/_core.pyx":529
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12697,15 +12865,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":509
+  /* "ivshmem/_core.pyx":531
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
  *         return len(entered)             # <<<<<<<<<<<<<<
  * 
  *     cdef list several(self, object peers, object vector):
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 509, __pyx_L1_error)
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 531, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12719,7 +12887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":489
+  /* "ivshmem/_core.pyx":511
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12747,7 +12915,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":511
+/* "ivshmem/_core.pyx":533
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -12786,29 +12954,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":513
+  /* "ivshmem/_core.pyx":535
  *     cdef list several(self, object peers, object vector):
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
  *         self.check()
  *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":514
+  /* "ivshmem/_core.pyx":536
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 514, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":515
+  /* "ivshmem/_core.pyx":537
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -12819,7 +12987,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":516
+    /* "ivshmem/_core.pyx":538
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12830,7 +12998,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":517
+      /* "ivshmem/_core.pyx":539
  *         if peers is None:
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")             # <<<<<<<<<<<<<<
@@ -12843,14 +13011,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_who_is_th};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 539, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 517, __pyx_L1_error)
+      __PYX_ERR(0, 539, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":516
+      /* "ivshmem/_core.pyx":538
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12859,7 +13027,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":518
+    /* "ivshmem/_core.pyx":540
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -12885,7 +13053,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":519
+      /* "ivshmem/_core.pyx":541
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()             # <<<<<<<<<<<<<<
@@ -12899,12 +13067,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 519, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":518
+      /* "ivshmem/_core.pyx":540
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -12913,7 +13081,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":520
+    /* "ivshmem/_core.pyx":542
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -12927,7 +13095,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":521
+          /* "ivshmem/_core.pyx":543
  *                 self._news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -12935,14 +13103,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 543, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 521, __pyx_L13_error)
+              __PYX_ERR(0, 543, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 521, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 543, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -12950,7 +13118,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 521, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 543, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
               __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
@@ -12960,7 +13128,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
               __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 521, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 543, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12977,7 +13145,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":520
+        /* "ivshmem/_core.pyx":542
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -12998,7 +13166,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":515
+    /* "ivshmem/_core.pyx":537
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -13007,25 +13175,25 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":522
+  /* "ivshmem/_core.pyx":544
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in vectors:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 544, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 544, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vector);
     __Pyx_GIVEREF(__pyx_v_vector);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 522, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 544, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -13033,7 +13201,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __pyx_v_vectors = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":523
+  /* "ivshmem/_core.pyx":545
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13045,9 +13213,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 523, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 523, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 545, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -13055,7 +13223,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13065,7 +13233,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13076,13 +13244,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 523, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 523, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 545, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13092,7 +13260,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":524
+    /* "ivshmem/_core.pyx":546
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13101,7 +13269,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     if (unlikely(__pyx_v_vectors == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 524, __pyx_L1_error)
+      __PYX_ERR(0, 546, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_vectors; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -13109,7 +13277,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 546, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -13119,29 +13287,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 524, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 546, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":525
+      /* "ivshmem/_core.pyx":547
  *         for peer in peers:
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
  *         self.check()  # what was iterated over may have closed it
  *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 525, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 525, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 547, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":546
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13151,7 +13319,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":523
+    /* "ivshmem/_core.pyx":545
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13161,17 +13329,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":526
+  /* "ivshmem/_core.pyx":548
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it             # <<<<<<<<<<<<<<
  *         return bells
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":527
+  /* "ivshmem/_core.pyx":549
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it
  *         return bells             # <<<<<<<<<<<<<<
@@ -13189,7 +13357,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":511
+  /* "ivshmem/_core.pyx":533
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -13219,7 +13387,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":529
+/* "ivshmem/_core.pyx":551
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13255,7 +13423,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_several", 0);
 
-  /* "ivshmem/_core.pyx":532
+  /* "ivshmem/_core.pyx":554
  *         cdef Bell **targets
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
@@ -13264,7 +13432,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":533
+  /* "ivshmem/_core.pyx":555
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
@@ -13273,12 +13441,12 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   if (unlikely(__pyx_v_bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 533, __pyx_L1_error)
+    __PYX_ERR(0, 555, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 555, __pyx_L1_error)
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":534
+  /* "ivshmem/_core.pyx":556
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13287,7 +13455,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":535
+  /* "ivshmem/_core.pyx":557
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
@@ -13311,7 +13479,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   __pyx_v_targets = ((struct __pyx_t_7ivshmem_5_bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_5_bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":536
+  /* "ivshmem/_core.pyx":558
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13323,16 +13491,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":537
+    /* "ivshmem/_core.pyx":559
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 537, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 559, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":536
+    /* "ivshmem/_core.pyx":558
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13341,7 +13509,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   }
 
-  /* "ivshmem/_core.pyx":538
+  /* "ivshmem/_core.pyx":560
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13350,7 +13518,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":539
+    /* "ivshmem/_core.pyx":561
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -13364,7 +13532,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":540
+      /* "ivshmem/_core.pyx":562
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
@@ -13373,16 +13541,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
       if (unlikely(__pyx_v_bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 540, __pyx_L5_error)
+        __PYX_ERR(0, 562, __pyx_L5_error)
       }
-      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 540, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 562, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6)->bell);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":541
+    /* "ivshmem/_core.pyx":563
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13391,7 +13559,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":542
+    /* "ivshmem/_core.pyx":564
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13404,7 +13572,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":543
+      /* "ivshmem/_core.pyx":565
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13417,7 +13585,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":544
+            /* "ivshmem/_core.pyx":566
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -13430,7 +13598,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
               if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":545
+              /* "ivshmem/_core.pyx":567
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -13439,7 +13607,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
               __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":546
+              /* "ivshmem/_core.pyx":568
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13451,7 +13619,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":547
+                /* "ivshmem/_core.pyx":569
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -13460,7 +13628,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":546
+                /* "ivshmem/_core.pyx":568
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13470,7 +13638,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
                 goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":548
+              /* "ivshmem/_core.pyx":570
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13482,7 +13650,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":549
+                /* "ivshmem/_core.pyx":571
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
@@ -13491,7 +13659,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":548
+                /* "ivshmem/_core.pyx":570
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13501,7 +13669,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               }
               __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":550
+              /* "ivshmem/_core.pyx":572
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -13513,7 +13681,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
             __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":543
+          /* "ivshmem/_core.pyx":565
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13530,7 +13698,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           }
       }
 
-      /* "ivshmem/_core.pyx":551
+      /* "ivshmem/_core.pyx":573
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13542,7 +13710,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":552
+        /* "ivshmem/_core.pyx":574
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13554,17 +13722,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":553
+          /* "ivshmem/_core.pyx":575
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 575, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":552
+          /* "ivshmem/_core.pyx":574
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13573,17 +13741,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
         }
 
-        /* "ivshmem/_core.pyx":554
+        /* "ivshmem/_core.pyx":576
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 554, __pyx_L5_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 576, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":551
+        /* "ivshmem/_core.pyx":573
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13594,7 +13762,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     }
   }
 
-  /* "ivshmem/_core.pyx":556
+  /* "ivshmem/_core.pyx":578
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -13639,7 +13807,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":557
+  /* "ivshmem/_core.pyx":579
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
@@ -13652,7 +13820,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":529
+  /* "ivshmem/_core.pyx":551
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13676,7 +13844,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":561
+/* "ivshmem/_core.pyx":583
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13725,24 +13893,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 561, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 583, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 583, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 583, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 561, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 583, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":562
+      /* "ivshmem/_core.pyx":584
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -13756,11 +13924,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 583, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 583, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13775,7 +13943,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 561, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 583, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13788,7 +13956,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":561
+  /* "ivshmem/_core.pyx":583
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13829,7 +13997,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":582
+  /* "ivshmem/_core.pyx":604
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -13841,23 +14009,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 604, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":605
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vector is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 605, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":584
+  /* "ivshmem/_core.pyx":606
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -13866,7 +14034,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":585
+    /* "ivshmem/_core.pyx":607
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -13877,14 +14045,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":586
+      /* "ivshmem/_core.pyx":608
  *         try:
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 586, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 608, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -13897,7 +14065,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":585
+      /* "ivshmem/_core.pyx":607
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -13906,7 +14074,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":587
+    /* "ivshmem/_core.pyx":609
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -13923,7 +14091,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -13934,15 +14102,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":588
+      /* "ivshmem/_core.pyx":610
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 588, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 588, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 610, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 610, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -13956,7 +14124,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":587
+      /* "ivshmem/_core.pyx":609
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -13965,14 +14133,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":589
+    /* "ivshmem/_core.pyx":611
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
  *             return self.wait_some(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 589, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 611, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -13986,7 +14154,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":591
+  /* "ivshmem/_core.pyx":613
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -14034,7 +14202,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":561
+  /* "ivshmem/_core.pyx":583
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14054,7 +14222,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":593
+/* "ivshmem/_core.pyx":615
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14080,7 +14248,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":594
+  /* "ivshmem/_core.pyx":616
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14092,13 +14260,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 594, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 616, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":595
+  /* "ivshmem/_core.pyx":617
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -14107,7 +14275,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":598
+  /* "ivshmem/_core.pyx":620
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14127,17 +14295,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":599
+    /* "ivshmem/_core.pyx":621
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 621, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":598
+    /* "ivshmem/_core.pyx":620
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14146,7 +14314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":600
+  /* "ivshmem/_core.pyx":622
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
@@ -14163,7 +14331,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":601
+  /* "ivshmem/_core.pyx":623
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14188,7 +14356,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_L4_bool_binop_done:;
   __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":602
+  /* "ivshmem/_core.pyx":624
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14214,7 +14382,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":603
+    /* "ivshmem/_core.pyx":625
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -14223,7 +14391,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":604
+    /* "ivshmem/_core.pyx":626
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14259,7 +14427,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":605
+      /* "ivshmem/_core.pyx":627
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -14277,7 +14445,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":604
+      /* "ivshmem/_core.pyx":626
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14286,7 +14454,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":602
+    /* "ivshmem/_core.pyx":624
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14295,7 +14463,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":628
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0
  *         while True:             # <<<<<<<<<<<<<<
@@ -14304,7 +14472,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":607
+    /* "ivshmem/_core.pyx":629
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14330,7 +14498,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":613
+      /* "ivshmem/_core.pyx":635
  *                     deadline,
  *                     probe_of(self, vector, plainly),
  *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
@@ -14340,18 +14508,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
 
-      /* "ivshmem/_core.pyx":608
+      /* "ivshmem/_core.pyx":630
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 608, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 630, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":607
+      /* "ivshmem/_core.pyx":629
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14360,7 +14528,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":616
+    /* "ivshmem/_core.pyx":638
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14372,7 +14540,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":617
+      /* "ivshmem/_core.pyx":639
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14385,7 +14553,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":619
+            /* "ivshmem/_core.pyx":641
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -14408,7 +14576,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
           }
 
-          /* "ivshmem/_core.pyx":617
+          /* "ivshmem/_core.pyx":639
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14425,7 +14593,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":620
+      /* "ivshmem/_core.pyx":642
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14437,7 +14605,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":621
+        /* "ivshmem/_core.pyx":643
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -14455,7 +14623,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":620
+        /* "ivshmem/_core.pyx":642
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14464,7 +14632,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":616
+      /* "ivshmem/_core.pyx":638
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14473,7 +14641,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":622
+    /* "ivshmem/_core.pyx":644
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14499,14 +14667,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":623
+      /* "ivshmem/_core.pyx":645
  *                     return 0
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 623, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 645, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -14519,7 +14687,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":622
+      /* "ivshmem/_core.pyx":644
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14528,7 +14696,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":624
+    /* "ivshmem/_core.pyx":646
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -14545,11 +14713,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 624, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 646, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":625
+    /* "ivshmem/_core.pyx":647
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
@@ -14558,7 +14726,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":627
+    /* "ivshmem/_core.pyx":649
  *             n = 0
  *             # What a signal handler did may have been to start a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14584,7 +14752,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":593
+  /* "ivshmem/_core.pyx":615
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14609,7 +14777,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":629
+/* "ivshmem/_core.pyx":651
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14634,7 +14802,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":631
+  /* "ivshmem/_core.pyx":653
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14646,17 +14814,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":632
+    /* "ivshmem/_core.pyx":654
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 632, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 654, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":631
+    /* "ivshmem/_core.pyx":653
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14665,7 +14833,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":633
+  /* "ivshmem/_core.pyx":655
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14680,7 +14848,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":634
+    /* "ivshmem/_core.pyx":656
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14696,7 +14864,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":635
+        /* "ivshmem/_core.pyx":657
  *         if length_of(self.own) == 0:
  *             try:
  *                 self._deaf()             # <<<<<<<<<<<<<<
@@ -14710,12 +14878,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 635, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":634
+        /* "ivshmem/_core.pyx":656
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14731,7 +14899,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":636
+      /* "ivshmem/_core.pyx":658
  *             try:
  *                 self._deaf()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -14741,12 +14909,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 636, __pyx_L7_except_error)
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 658, __pyx_L7_except_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":637
+        /* "ivshmem/_core.pyx":659
  *                 self._deaf()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -14755,7 +14923,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":638
+        /* "ivshmem/_core.pyx":660
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
@@ -14767,11 +14935,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
         __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 638, __pyx_L7_except_error)
+        __PYX_ERR(0, 660, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":634
+      /* "ivshmem/_core.pyx":656
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14787,7 +14955,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":633
+    /* "ivshmem/_core.pyx":655
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14796,7 +14964,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":661
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -14809,7 +14977,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":629
+  /* "ivshmem/_core.pyx":651
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14830,7 +14998,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":641
+/* "ivshmem/_core.pyx":663
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -14858,7 +15026,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":642
+  /* "ivshmem/_core.pyx":664
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14878,7 +15046,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":643
+    /* "ivshmem/_core.pyx":665
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")             # <<<<<<<<<<<<<<
@@ -14886,13 +15054,13 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 643, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 665, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 643, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 665, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = ((PyObject *)__pyx_v_self->own);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 643, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 665, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
@@ -14906,7 +15074,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     #endif
     __pyx_t_11 = 0;
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 643, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 665, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -14928,14 +15096,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 643, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 643, __pyx_L1_error)
+    __PYX_ERR(0, 665, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":642
+    /* "ivshmem/_core.pyx":664
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14944,7 +15112,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":644
+  /* "ivshmem/_core.pyx":666
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14957,7 +15125,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":641
+  /* "ivshmem/_core.pyx":663
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -14981,7 +15149,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":646
+/* "ivshmem/_core.pyx":668
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15007,7 +15175,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":647
+  /* "ivshmem/_core.pyx":669
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15019,7 +15187,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":648
+    /* "ivshmem/_core.pyx":670
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15027,7 +15195,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             code == NEWS
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 670, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15046,14 +15214,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 648, __pyx_L1_error)
+    __PYX_ERR(0, 670, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":647
+    /* "ivshmem/_core.pyx":669
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15062,7 +15230,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":672
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (
  *             code == NEWS             # <<<<<<<<<<<<<<
@@ -15080,7 +15248,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/_core.pyx":651
+  /* "ivshmem/_core.pyx":673
  *         if (
  *             code == NEWS
  *             or code == -EIO and self.uio             # <<<<<<<<<<<<<<
@@ -15103,7 +15271,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L7_next_or:;
 
-  /* "ivshmem/_core.pyx":652
+  /* "ivshmem/_core.pyx":674
  *             code == NEWS
  *             or code == -EIO and self.uio
  *             or code == -EINTR and self.urgent and is_readable(self.watched)             # <<<<<<<<<<<<<<
@@ -15133,7 +15301,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/_core.pyx":649
+  /* "ivshmem/_core.pyx":671
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15143,7 +15311,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":654
+    /* "ivshmem/_core.pyx":676
  *             or code == -EINTR and self.urgent and is_readable(self.watched)
  *         ):
  *             self._news()             # <<<<<<<<<<<<<<
@@ -15157,12 +15325,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 676, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":649
+    /* "ivshmem/_core.pyx":671
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15172,7 +15340,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":655
+  /* "ivshmem/_core.pyx":677
  *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15184,7 +15352,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":656
+    /* "ivshmem/_core.pyx":678
  *             self._news()
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
@@ -15201,7 +15369,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":657
+    /* "ivshmem/_core.pyx":679
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
@@ -15209,11 +15377,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15223,14 +15391,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 657, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 657, __pyx_L1_error)
+    __PYX_ERR(0, 679, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":655
+    /* "ivshmem/_core.pyx":677
  *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15239,7 +15407,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":680
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15265,17 +15433,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":659
+    /* "ivshmem/_core.pyx":681
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":658
+    /* "ivshmem/_core.pyx":680
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15285,17 +15453,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":682
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 682, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":661
+  /* "ivshmem/_core.pyx":683
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15308,7 +15476,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":646
+  /* "ivshmem/_core.pyx":668
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15332,7 +15500,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":663
+/* "ivshmem/_core.pyx":685
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15351,7 +15519,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":692
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15360,7 +15528,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":671
+    /* "ivshmem/_core.pyx":693
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -15369,7 +15537,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":672
+    /* "ivshmem/_core.pyx":694
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15381,7 +15549,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":673
+      /* "ivshmem/_core.pyx":695
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
@@ -15394,7 +15562,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":672
+      /* "ivshmem/_core.pyx":694
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15403,7 +15571,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":670
+    /* "ivshmem/_core.pyx":692
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15412,7 +15580,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":674
+  /* "ivshmem/_core.pyx":696
  *             if n:
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -15421,7 +15589,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":675
+  /* "ivshmem/_core.pyx":697
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -15430,7 +15598,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":676
+  /* "ivshmem/_core.pyx":698
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -15441,7 +15609,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":677
+  /* "ivshmem/_core.pyx":699
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -15452,7 +15620,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":700
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -15469,7 +15637,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":679
+  /* "ivshmem/_core.pyx":701
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15481,7 +15649,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":680
+    /* "ivshmem/_core.pyx":702
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -15494,7 +15662,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":679
+    /* "ivshmem/_core.pyx":701
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15503,7 +15671,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":703
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15515,7 +15683,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":682
+    /* "ivshmem/_core.pyx":704
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -15528,7 +15696,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":681
+    /* "ivshmem/_core.pyx":703
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15537,7 +15705,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":683
+  /* "ivshmem/_core.pyx":705
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15549,7 +15717,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":684
+    /* "ivshmem/_core.pyx":706
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15562,7 +15730,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":683
+    /* "ivshmem/_core.pyx":705
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15571,7 +15739,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":685
+  /* "ivshmem/_core.pyx":707
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -15580,7 +15748,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":708
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15592,7 +15760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":687
+    /* "ivshmem/_core.pyx":709
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -15605,7 +15773,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":686
+    /* "ivshmem/_core.pyx":708
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15614,7 +15782,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":688
+  /* "ivshmem/_core.pyx":710
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15636,7 +15804,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":689
+    /* "ivshmem/_core.pyx":711
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
@@ -15649,7 +15817,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":688
+    /* "ivshmem/_core.pyx":710
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15658,7 +15826,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":713
  *             return NEWS
  *         # Another thread, or a hostile peer, took it, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
@@ -15694,7 +15862,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":663
+  /* "ivshmem/_core.pyx":685
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15710,7 +15878,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":693
+/* "ivshmem/_core.pyx":715
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -15759,17 +15927,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":695
+  /* "ivshmem/_core.pyx":717
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 695, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 717, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":696
+  /* "ivshmem/_core.pyx":718
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -15778,19 +15946,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":698
+  /* "ivshmem/_core.pyx":720
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 698, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 720, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":725
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -15802,9 +15970,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 703, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 703, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 725, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -15812,7 +15980,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 725, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -15822,7 +15990,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 725, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -15833,13 +16001,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 703, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 725, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 703, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 725, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -15849,54 +16017,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":704
+    /* "ivshmem/_core.pyx":726
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 704, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 726, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":705
+    /* "ivshmem/_core.pyx":727
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 727, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":706
+    /* "ivshmem/_core.pyx":728
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 706, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 706, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 728, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":707
+      /* "ivshmem/_core.pyx":729
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 707, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 729, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 707, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 729, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":706
+      /* "ivshmem/_core.pyx":728
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -15905,7 +16073,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":703
+    /* "ivshmem/_core.pyx":725
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -15915,7 +16083,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":730
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -15924,7 +16092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 708, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -15934,7 +16102,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":709
+    /* "ivshmem/_core.pyx":731
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -15947,14 +16115,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 709, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 731, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 709, __pyx_L1_error)
+    __PYX_ERR(0, 731, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":730
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -15963,18 +16131,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":710
+  /* "ivshmem/_core.pyx":732
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 732, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":711
+  /* "ivshmem/_core.pyx":733
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -15983,7 +16151,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":734
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -15995,16 +16163,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":713
+    /* "ivshmem/_core.pyx":735
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 713, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 735, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":712
+    /* "ivshmem/_core.pyx":734
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16013,7 +16181,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":714
+  /* "ivshmem/_core.pyx":736
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -16022,20 +16190,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":715
+    /* "ivshmem/_core.pyx":737
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 715, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 737, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":716
+      /* "ivshmem/_core.pyx":738
  *         try:
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
@@ -16044,9 +16212,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 716, __pyx_L10_error)
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 738, __pyx_L10_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 716, __pyx_L10_error)
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 738, __pyx_L10_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16055,7 +16223,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":739
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16064,7 +16232,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":718
+    /* "ivshmem/_core.pyx":740
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -16080,7 +16248,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":719
+    /* "ivshmem/_core.pyx":741
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -16094,7 +16262,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":720
+      /* "ivshmem/_core.pyx":742
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16105,7 +16273,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":721
+    /* "ivshmem/_core.pyx":743
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16114,7 +16282,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":722
+    /* "ivshmem/_core.pyx":744
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -16123,7 +16291,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":723
+    /* "ivshmem/_core.pyx":745
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -16132,7 +16300,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":724
+      /* "ivshmem/_core.pyx":746
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16158,17 +16326,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":725
+        /* "ivshmem/_core.pyx":747
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 725, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 747, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":724
+        /* "ivshmem/_core.pyx":746
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16177,7 +16345,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":726
+      /* "ivshmem/_core.pyx":748
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16189,7 +16357,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":727
+        /* "ivshmem/_core.pyx":749
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16202,7 +16370,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":728
+              /* "ivshmem/_core.pyx":750
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -16211,7 +16379,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":729
+              /* "ivshmem/_core.pyx":751
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -16231,7 +16399,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":727
+            /* "ivshmem/_core.pyx":749
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16248,7 +16416,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":730
+        /* "ivshmem/_core.pyx":752
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16260,17 +16428,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":731
+          /* "ivshmem/_core.pyx":753
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 731, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 753, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":732
+          /* "ivshmem/_core.pyx":754
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -16287,7 +16455,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":730
+          /* "ivshmem/_core.pyx":752
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16296,7 +16464,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":726
+        /* "ivshmem/_core.pyx":748
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16305,7 +16473,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":733
+      /* "ivshmem/_core.pyx":755
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16317,20 +16485,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":734
+        /* "ivshmem/_core.pyx":756
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 734, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 756, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":735
+          /* "ivshmem/_core.pyx":757
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16342,21 +16510,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":736
+            /* "ivshmem/_core.pyx":758
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 736, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 758, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 736, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 758, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":737
+            /* "ivshmem/_core.pyx":759
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16382,7 +16550,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":738
+              /* "ivshmem/_core.pyx":760
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -16390,11 +16558,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 738, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 760, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 738, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 760, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 738, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 760, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -16415,7 +16583,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 738, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 760, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -16429,7 +16597,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":737
+              /* "ivshmem/_core.pyx":759
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16438,7 +16606,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":739
+            /* "ivshmem/_core.pyx":761
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16450,7 +16618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":740
+              /* "ivshmem/_core.pyx":762
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -16459,7 +16627,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":739
+              /* "ivshmem/_core.pyx":761
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16468,7 +16636,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":735
+            /* "ivshmem/_core.pyx":757
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16479,7 +16647,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":742
+          /* "ivshmem/_core.pyx":764
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -16502,7 +16670,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":733
+        /* "ivshmem/_core.pyx":755
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16511,7 +16679,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":743
+      /* "ivshmem/_core.pyx":765
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16528,11 +16696,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 743, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":744
+      /* "ivshmem/_core.pyx":766
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16558,7 +16726,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":745
+        /* "ivshmem/_core.pyx":767
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16575,7 +16743,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":744
+        /* "ivshmem/_core.pyx":766
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16584,7 +16752,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":746
+      /* "ivshmem/_core.pyx":768
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -16595,7 +16763,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":748
+  /* "ivshmem/_core.pyx":770
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -16652,7 +16820,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":693
+  /* "ivshmem/_core.pyx":715
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -16686,7 +16854,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":750
+/* "ivshmem/_core.pyx":772
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16738,33 +16906,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 750, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 772, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 750, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 772, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":756
+      /* "ivshmem/_core.pyx":778
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16774,7 +16942,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":759
+      /* "ivshmem/_core.pyx":781
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16783,29 +16951,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_7_memory_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 750, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 772, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 772, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 772, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 750, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":756
+      /* "ivshmem/_core.pyx":778
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16815,7 +16983,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":759
+      /* "ivshmem/_core.pyx":781
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16833,7 +17001,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 750, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 772, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16844,11 +17012,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 753, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 759, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 775, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 781, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":750
+  /* "ivshmem/_core.pyx":772
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16906,7 +17074,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":784
+  /* "ivshmem/_core.pyx":806
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -16918,43 +17086,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 784, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 806, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":785
+  /* "ivshmem/_core.pyx":807
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 785, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 807, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":786
+  /* "ivshmem/_core.pyx":808
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 786, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 808, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":788
+  /* "ivshmem/_core.pyx":810
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 810, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":789
+  /* "ivshmem/_core.pyx":811
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -16963,27 +17131,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":790
+    /* "ivshmem/_core.pyx":812
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 790, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 812, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":791
+    /* "ivshmem/_core.pyx":813
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 791, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 813, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":792
+    /* "ivshmem/_core.pyx":814
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17009,7 +17177,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":793
+      /* "ivshmem/_core.pyx":815
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -17017,9 +17185,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 793, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 815, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 793, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 815, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -17028,14 +17196,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 793, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 815, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 793, __pyx_L4_error)
+      __PYX_ERR(0, 815, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":792
+      /* "ivshmem/_core.pyx":814
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17044,7 +17212,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":794
+    /* "ivshmem/_core.pyx":816
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -17055,7 +17223,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":795
+    /* "ivshmem/_core.pyx":817
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -17064,17 +17232,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":796
+    /* "ivshmem/_core.pyx":818
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 796, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 818, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":797
+    /* "ivshmem/_core.pyx":819
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -17083,7 +17251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":798
+      /* "ivshmem/_core.pyx":820
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17094,14 +17262,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":799
+        /* "ivshmem/_core.pyx":821
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 799, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 821, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17114,7 +17282,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":798
+        /* "ivshmem/_core.pyx":820
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17123,7 +17291,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":800
+      /* "ivshmem/_core.pyx":822
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -17134,17 +17302,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":801
+      /* "ivshmem/_core.pyx":823
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 801, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 823, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":802
+      /* "ivshmem/_core.pyx":824
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -17153,14 +17321,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":803
+        /* "ivshmem/_core.pyx":825
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 803, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 825, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17174,7 +17342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":805
+      /* "ivshmem/_core.pyx":827
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -17226,7 +17394,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":807
+    /* "ivshmem/_core.pyx":829
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -17278,7 +17446,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":809
+  /* "ivshmem/_core.pyx":831
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17329,7 +17497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":750
+  /* "ivshmem/_core.pyx":772
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17355,7 +17523,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":811
+/* "ivshmem/_core.pyx":833
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17380,7 +17548,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":817
+  /* "ivshmem/_core.pyx":839
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -17389,7 +17557,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":818
+  /* "ivshmem/_core.pyx":840
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -17398,7 +17566,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":819
+    /* "ivshmem/_core.pyx":841
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -17407,7 +17575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":820
+    /* "ivshmem/_core.pyx":842
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17433,17 +17601,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":821
+      /* "ivshmem/_core.pyx":843
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 821, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 843, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":820
+      /* "ivshmem/_core.pyx":842
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17452,7 +17620,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":822
+    /* "ivshmem/_core.pyx":844
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17464,7 +17632,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":823
+      /* "ivshmem/_core.pyx":845
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -17473,7 +17641,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":824
+      /* "ivshmem/_core.pyx":846
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -17494,7 +17662,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":825
+      /* "ivshmem/_core.pyx":847
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17507,7 +17675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":826
+            /* "ivshmem/_core.pyx":848
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17517,7 +17685,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":825
+          /* "ivshmem/_core.pyx":847
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17534,7 +17702,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":827
+      /* "ivshmem/_core.pyx":849
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17546,7 +17714,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":828
+        /* "ivshmem/_core.pyx":850
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17563,7 +17731,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":827
+        /* "ivshmem/_core.pyx":849
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17572,7 +17740,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":822
+      /* "ivshmem/_core.pyx":844
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17582,7 +17750,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":829
+    /* "ivshmem/_core.pyx":851
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17594,14 +17762,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":830
+      /* "ivshmem/_core.pyx":852
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 830, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 852, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -17614,7 +17782,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":829
+      /* "ivshmem/_core.pyx":851
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17624,7 +17792,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":831
+    /* "ivshmem/_core.pyx":853
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
@@ -17650,11 +17818,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 831, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 853, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":833
+    /* "ivshmem/_core.pyx":855
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17690,7 +17858,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":834
+      /* "ivshmem/_core.pyx":856
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
@@ -17707,7 +17875,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":833
+      /* "ivshmem/_core.pyx":855
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17717,7 +17885,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":833
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17741,7 +17909,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":836
+/* "ivshmem/_core.pyx":858
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17755,7 +17923,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":862
  *     ) noexcept nogil:
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
@@ -17764,7 +17932,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":841
+  /* "ivshmem/_core.pyx":863
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17776,7 +17944,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":842
+    /* "ivshmem/_core.pyx":864
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17785,7 +17953,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":841
+    /* "ivshmem/_core.pyx":863
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17794,7 +17962,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":843
+  /* "ivshmem/_core.pyx":865
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17806,7 +17974,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":844
+    /* "ivshmem/_core.pyx":866
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17815,7 +17983,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":845
+    /* "ivshmem/_core.pyx":867
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17841,7 +18009,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":846
+      /* "ivshmem/_core.pyx":868
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
@@ -17850,7 +18018,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":845
+      /* "ivshmem/_core.pyx":867
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17859,7 +18027,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":843
+    /* "ivshmem/_core.pyx":865
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17868,7 +18036,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":847
+  /* "ivshmem/_core.pyx":869
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17880,7 +18048,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":848
+    /* "ivshmem/_core.pyx":870
  *                 n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17889,7 +18057,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":847
+    /* "ivshmem/_core.pyx":869
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17898,7 +18066,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":849
+  /* "ivshmem/_core.pyx":871
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
@@ -17911,7 +18079,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":836
+  /* "ivshmem/_core.pyx":858
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17925,7 +18093,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":851
+/* "ivshmem/_core.pyx":873
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17973,24 +18141,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 851, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 873, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 851, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 851, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 873, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 851, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -18001,7 +18169,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 851, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 873, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18040,17 +18208,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":853
+  /* "ivshmem/_core.pyx":875
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 853, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 875, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":854
+  /* "ivshmem/_core.pyx":876
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -18059,14 +18227,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":855
+    /* "ivshmem/_core.pyx":877
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 877, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -18080,7 +18248,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":857
+  /* "ivshmem/_core.pyx":879
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -18128,7 +18296,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":851
+  /* "ivshmem/_core.pyx":873
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18147,7 +18315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":859
+/* "ivshmem/_core.pyx":881
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18180,17 +18348,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":860
+  /* "ivshmem/_core.pyx":882
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 860, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 882, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":863
+  /* "ivshmem/_core.pyx":885
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -18199,21 +18367,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":866
+  /* "ivshmem/_core.pyx":888
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 866, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 888, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":867
+  /* "ivshmem/_core.pyx":889
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -18222,7 +18390,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":868
+  /* "ivshmem/_core.pyx":890
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18231,7 +18399,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":869
+    /* "ivshmem/_core.pyx":891
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -18240,7 +18408,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":870
+    /* "ivshmem/_core.pyx":892
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18252,17 +18420,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":871
+      /* "ivshmem/_core.pyx":893
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 871, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 893, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":870
+      /* "ivshmem/_core.pyx":892
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18271,7 +18439,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":872
+    /* "ivshmem/_core.pyx":894
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18283,17 +18451,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":873
+      /* "ivshmem/_core.pyx":895
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 873, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 895, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":872
+      /* "ivshmem/_core.pyx":894
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18302,7 +18470,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":874
+    /* "ivshmem/_core.pyx":896
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18314,7 +18482,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":875
+      /* "ivshmem/_core.pyx":897
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -18322,7 +18490,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 875, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 897, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -18341,14 +18509,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 875, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 897, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 875, __pyx_L1_error)
+      __PYX_ERR(0, 897, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":874
+      /* "ivshmem/_core.pyx":896
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18357,7 +18525,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":876
+    /* "ivshmem/_core.pyx":898
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18369,7 +18537,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":877
+      /* "ivshmem/_core.pyx":899
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -18386,7 +18554,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":876
+      /* "ivshmem/_core.pyx":898
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18395,7 +18563,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":878
+    /* "ivshmem/_core.pyx":900
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18407,7 +18575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":879
+      /* "ivshmem/_core.pyx":901
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -18418,7 +18586,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":880
+      /* "ivshmem/_core.pyx":902
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18430,7 +18598,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":881
+        /* "ivshmem/_core.pyx":903
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -18444,12 +18612,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 881, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 903, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":882
+        /* "ivshmem/_core.pyx":904
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18458,7 +18626,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":883
+          /* "ivshmem/_core.pyx":905
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -18476,7 +18644,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":882
+          /* "ivshmem/_core.pyx":904
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18485,7 +18653,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":880
+        /* "ivshmem/_core.pyx":902
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18495,7 +18663,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":884
+      /* "ivshmem/_core.pyx":906
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18507,7 +18675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":885
+        /* "ivshmem/_core.pyx":907
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -18516,7 +18684,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":886
+        /* "ivshmem/_core.pyx":908
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18542,7 +18710,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":887
+          /* "ivshmem/_core.pyx":909
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -18550,11 +18718,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 887, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 909, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 887, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 909, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 887, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 909, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -18575,7 +18743,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 887, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 909, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -18589,7 +18757,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":886
+          /* "ivshmem/_core.pyx":908
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18598,7 +18766,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":888
+        /* "ivshmem/_core.pyx":910
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18610,7 +18778,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":889
+          /* "ivshmem/_core.pyx":911
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -18627,11 +18795,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 889, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 911, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":888
+          /* "ivshmem/_core.pyx":910
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18640,7 +18808,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":884
+        /* "ivshmem/_core.pyx":906
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18650,7 +18818,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":878
+      /* "ivshmem/_core.pyx":900
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18660,7 +18828,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":890
+    /* "ivshmem/_core.pyx":912
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18672,17 +18840,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":891
+      /* "ivshmem/_core.pyx":913
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 891, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 913, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":890
+      /* "ivshmem/_core.pyx":912
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18692,17 +18860,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":893
+    /* "ivshmem/_core.pyx":915
  *                 self.attend(n)
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 915, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":894
+    /* "ivshmem/_core.pyx":916
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18738,7 +18906,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":895
+      /* "ivshmem/_core.pyx":917
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -18747,7 +18915,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":894
+      /* "ivshmem/_core.pyx":916
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18757,7 +18925,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":896
+    /* "ivshmem/_core.pyx":918
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18769,7 +18937,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":897
+      /* "ivshmem/_core.pyx":919
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -18778,7 +18946,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":898
+      /* "ivshmem/_core.pyx":920
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18790,7 +18958,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":899
+        /* "ivshmem/_core.pyx":921
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -18807,7 +18975,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":898
+        /* "ivshmem/_core.pyx":920
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18816,7 +18984,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":896
+      /* "ivshmem/_core.pyx":918
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18827,7 +18995,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":859
+  /* "ivshmem/_core.pyx":881
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18858,7 +19026,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":901
+/* "ivshmem/_core.pyx":923
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18871,7 +19039,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":903
+  /* "ivshmem/_core.pyx":925
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -18880,7 +19048,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":904
+  /* "ivshmem/_core.pyx":926
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
  *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
@@ -18899,7 +19067,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":901
+  /* "ivshmem/_core.pyx":923
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18913,7 +19081,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":906
+/* "ivshmem/_core.pyx":928
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18930,7 +19098,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":908
+  /* "ivshmem/_core.pyx":930
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -18939,7 +19107,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":909
+  /* "ivshmem/_core.pyx":931
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18951,7 +19119,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":910
+    /* "ivshmem/_core.pyx":932
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -18972,7 +19140,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":909
+    /* "ivshmem/_core.pyx":931
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18981,7 +19149,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":933
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -18993,7 +19161,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":912
+    /* "ivshmem/_core.pyx":934
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -19006,7 +19174,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":911
+    /* "ivshmem/_core.pyx":933
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19015,7 +19183,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":914
+  /* "ivshmem/_core.pyx":936
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -19031,7 +19199,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":915
+  /* "ivshmem/_core.pyx":937
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -19040,7 +19208,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":938
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -19049,7 +19217,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":917
+  /* "ivshmem/_core.pyx":939
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19062,7 +19230,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":906
+  /* "ivshmem/_core.pyx":928
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19078,7 +19246,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":921
+/* "ivshmem/_core.pyx":943
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19094,7 +19262,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":923
+  /* "ivshmem/_core.pyx":945
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """What wait_one does, as far as that goes without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -19103,7 +19271,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":925
+  /* "ivshmem/_core.pyx":947
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19115,7 +19283,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":926
+    /* "ivshmem/_core.pyx":948
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19128,7 +19296,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":947
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19137,7 +19305,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":927
+  /* "ivshmem/_core.pyx":949
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19151,7 +19319,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":928
+    /* "ivshmem/_core.pyx":950
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19163,7 +19331,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":929
+      /* "ivshmem/_core.pyx":951
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19180,7 +19348,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":928
+      /* "ivshmem/_core.pyx":950
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19189,7 +19357,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":930
+    /* "ivshmem/_core.pyx":952
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19214,7 +19382,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":931
+    /* "ivshmem/_core.pyx":953
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19240,7 +19408,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":932
+      /* "ivshmem/_core.pyx":954
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19249,7 +19417,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":931
+      /* "ivshmem/_core.pyx":953
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19258,7 +19426,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":933
+    /* "ivshmem/_core.pyx":955
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19284,7 +19452,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":934
+      /* "ivshmem/_core.pyx":956
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19293,7 +19461,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":935
+      /* "ivshmem/_core.pyx":957
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19302,7 +19470,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":943
+      /* "ivshmem/_core.pyx":965
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19311,7 +19479,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":933
+      /* "ivshmem/_core.pyx":955
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19320,7 +19488,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":944
+    /* "ivshmem/_core.pyx":966
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19332,7 +19500,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":945
+      /* "ivshmem/_core.pyx":967
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19354,7 +19522,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":944
+      /* "ivshmem/_core.pyx":966
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19363,7 +19531,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":946
+    /* "ivshmem/_core.pyx":968
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19389,7 +19557,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":947
+      /* "ivshmem/_core.pyx":969
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19398,7 +19566,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":946
+      /* "ivshmem/_core.pyx":968
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19407,7 +19575,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":927
+    /* "ivshmem/_core.pyx":949
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19417,7 +19585,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":949
+  /* "ivshmem/_core.pyx":971
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19429,7 +19597,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":950
+  /* "ivshmem/_core.pyx":972
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19438,7 +19606,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":951
+  /* "ivshmem/_core.pyx":973
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19451,7 +19619,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":921
+  /* "ivshmem/_core.pyx":943
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19466,7 +19634,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":953
+/* "ivshmem/_core.pyx":975
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19491,7 +19659,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":963
+  /* "ivshmem/_core.pyx":985
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19500,7 +19668,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":966
+  /* "ivshmem/_core.pyx":988
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19509,17 +19677,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":967
+  /* "ivshmem/_core.pyx":989
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 967, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 989, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":968
+  /* "ivshmem/_core.pyx":990
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19534,7 +19702,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":969
+    /* "ivshmem/_core.pyx":991
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -19548,12 +19716,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 969, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 991, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":968
+    /* "ivshmem/_core.pyx":990
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19562,17 +19730,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":970
+  /* "ivshmem/_core.pyx":992
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 970, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 992, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":971
+  /* "ivshmem/_core.pyx":993
  *             self._deaf()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19581,7 +19749,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":972
+  /* "ivshmem/_core.pyx":994
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19608,7 +19776,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":973
+    /* "ivshmem/_core.pyx":995
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19617,7 +19785,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":974
+    /* "ivshmem/_core.pyx":996
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19630,7 +19798,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":975
+          /* "ivshmem/_core.pyx":997
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19643,7 +19811,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":976
+            /* "ivshmem/_core.pyx":998
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19652,7 +19820,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":977
+            /* "ivshmem/_core.pyx":999
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19664,7 +19832,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":978
+              /* "ivshmem/_core.pyx":1000
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19673,7 +19841,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":977
+              /* "ivshmem/_core.pyx":999
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19682,7 +19850,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":979
+            /* "ivshmem/_core.pyx":1001
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19691,7 +19859,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":980
+            /* "ivshmem/_core.pyx":1002
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19700,7 +19868,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":981
+            /* "ivshmem/_core.pyx":1003
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19712,7 +19880,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":982
+              /* "ivshmem/_core.pyx":1004
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19721,7 +19889,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_4_fds_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":981
+              /* "ivshmem/_core.pyx":1003
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19730,7 +19898,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":983
+            /* "ivshmem/_core.pyx":1005
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19739,7 +19907,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":984
+            /* "ivshmem/_core.pyx":1006
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19751,7 +19919,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":985
+              /* "ivshmem/_core.pyx":1007
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19760,7 +19928,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":984
+              /* "ivshmem/_core.pyx":1006
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19772,7 +19940,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":974
+        /* "ivshmem/_core.pyx":996
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19789,7 +19957,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":986
+    /* "ivshmem/_core.pyx":1008
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19801,7 +19969,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":987
+      /* "ivshmem/_core.pyx":1009
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -19810,7 +19978,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":986
+      /* "ivshmem/_core.pyx":1008
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19819,7 +19987,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":988
+    /* "ivshmem/_core.pyx":1010
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19831,17 +19999,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":989
+      /* "ivshmem/_core.pyx":1011
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 989, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1011, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":988
+      /* "ivshmem/_core.pyx":1010
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19852,7 +20020,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":990
+  /* "ivshmem/_core.pyx":1012
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -19865,7 +20033,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":953
+  /* "ivshmem/_core.pyx":975
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19888,7 +20056,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":992
+/* "ivshmem/_core.pyx":1014
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -19904,7 +20072,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile\n        peer did to its eventfd. Each answer then costs about half a microsecond more.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_53echo = {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52echo};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53echo(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -19941,38 +20109,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 992, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1014, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 992, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1014, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 992, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1014, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 992, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1014, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 992, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1014, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 992, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1014, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 992, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1014, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -19983,7 +20151,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 992, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1014, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -19994,7 +20162,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 992, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1014, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20021,26 +20189,38 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   int64_t __pyx_v_limit;
   int __pyx_v_stopped;
   int64_t __pyx_v_done;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_own = 0;
+  struct __pyx_t_7ivshmem_5_core_Gentle __pyx_v_gentle;
   struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_bell = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int64_t __pyx_t_1;
   int __pyx_t_2;
   int64_t __pyx_t_3;
-  Py_ssize_t __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   Py_ssize_t __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell __pyx_t_7;
-  int64_t __pyx_t_8;
-  int __pyx_t_9;
+  struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  int64_t __pyx_t_9;
   PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  int __pyx_t_17;
+  int (*__pyx_t_18)(void *, int64_t);
+  void *__pyx_t_19;
+  int __pyx_t_20;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("echo", 0);
+  __Pyx_INCREF(__pyx_v_answer);
 
-  /* "ivshmem/_core.pyx":1011
+  /* "ivshmem/_core.pyx":1036
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -20049,7 +20229,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1012
+  /* "ivshmem/_core.pyx":1037
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20061,164 +20241,468 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1012, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1037, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1013
+  /* "ivshmem/_core.pyx":1038
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
  *         cdef int64_t done = 0
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
+ *         cdef Signaller own = None
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1014
+  /* "ivshmem/_core.pyx":1039
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
- *         if timeout is not None:
+ *         cdef Signaller own = None
+ *         cdef Gentle gentle
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1015
+  /* "ivshmem/_core.pyx":1040
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)             # <<<<<<<<<<<<<<
- *         if timeout is not None:
- *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *         cdef Signaller own = None             # <<<<<<<<<<<<<<
+ *         cdef Gentle gentle
+ *         cdef Doorbell bell
+*/
+  __Pyx_INCREF(Py_None);
+  __pyx_v_own = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None);
+
+  /* "ivshmem/_core.pyx":1043
+ *         cdef Gentle gentle
+ *         cdef Doorbell bell
+ *         if answer is None:             # <<<<<<<<<<<<<<
+ *             answer = vector
+ *         if timeout is None:
 */
   __pyx_t_2 = (__pyx_v_answer == Py_None);
   if (__pyx_t_2) {
 
-    __pyx_t_4 = __pyx_v_vector;
-  } else {
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1015, __pyx_L1_error)
-    __pyx_t_4 = __pyx_t_5;
+
+    /* "ivshmem/_core.pyx":1044
+ *         cdef Doorbell bell
+ *         if answer is None:
+ *             answer = vector             # <<<<<<<<<<<<<<
+ *         if timeout is None:
+ *             bell = self.doorbell(peer, answer)
+*/
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1044, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_DECREF_SET(__pyx_v_answer, __pyx_t_4);
+    __pyx_t_4 = 0;
+
+    /* "ivshmem/_core.pyx":1043
+ *         cdef Gentle gentle
+ *         cdef Doorbell bell
+ *         if answer is None:             # <<<<<<<<<<<<<<
+ *             answer = vector
+ *         if timeout is None:
+*/
   }
 
-  __pyx_t_7.__pyx_n = 1;
-  __pyx_t_7.vector = __pyx_t_4;
-  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1015, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-
-  __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6);
-  __pyx_t_6 = 0;
-
-  /* "ivshmem/_core.pyx":1016
- *         cdef int64_t done = 0
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
- *         if timeout is not None:             # <<<<<<<<<<<<<<
- *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
- *         while True:
+  /* "ivshmem/_core.pyx":1045
+ *         if answer is None:
+ *             answer = vector
+ *         if timeout is None:             # <<<<<<<<<<<<<<
+ *             bell = self.doorbell(peer, answer)
+ *         else:
 */
-  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  __pyx_t_2 = (__pyx_v_timeout == Py_None);
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1017
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
- *         if timeout is not None:
+    /* "ivshmem/_core.pyx":1046
+ *             answer = vector
+ *         if timeout is None:
+ *             bell = self.doorbell(peer, answer)             # <<<<<<<<<<<<<<
+ *         else:
+ *             bell = self._doorbell_nowait(peer, answer)
+*/
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1046, __pyx_L1_error)
+    __pyx_t_6.__pyx_n = 1;
+    __pyx_t_6.vector = __pyx_t_5;
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1046, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+
+    __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_4);
+    __pyx_t_4 = 0;
+
+    /* "ivshmem/_core.pyx":1045
+ *         if answer is None:
+ *             answer = vector
+ *         if timeout is None:             # <<<<<<<<<<<<<<
+ *             bell = self.doorbell(peer, answer)
+ *         else:
+*/
+    goto __pyx_L4;
+  }
+
+  /* "ivshmem/_core.pyx":1048
+ *             bell = self.doorbell(peer, answer)
+ *         else:
+ *             bell = self._doorbell_nowait(peer, answer)             # <<<<<<<<<<<<<<
+ *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:
+*/
+  /*else*/ {
+    __pyx_t_7 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_7);
+    __pyx_t_8 = 0;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_v_peer, __pyx_v_answer};
+      __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1048, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 1048, __pyx_L1_error)
+    __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_4);
+    __pyx_t_4 = 0;
+
+    /* "ivshmem/_core.pyx":1049
+ *         else:
+ *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
- *         while True:
- *             done += self.serve(
+ *             if bell.nowait:
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1017, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1049, __pyx_L1_error)
 
-    __pyx_t_8 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
+    __pyx_t_9 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
 
-    __pyx_t_2 = (__pyx_t_1 > __pyx_t_8);
+    __pyx_t_2 = (__pyx_t_1 > __pyx_t_9);
 
     if (__pyx_t_2) {
 
       __pyx_t_3 = __pyx_t_1;
     } else {
 
-      __pyx_t_3 = __pyx_t_8;
+      __pyx_t_3 = __pyx_t_9;
     }
 
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1016
- *         cdef int64_t done = 0
- *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
- *         if timeout is not None:             # <<<<<<<<<<<<<<
+    /* "ivshmem/_core.pyx":1050
+ *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:             # <<<<<<<<<<<<<<
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                     own = Signaller()
+*/
+    if (__pyx_v_bell->nowait) {
+
+      /* "ivshmem/_core.pyx":1051
+ *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                     own = Signaller()
+ *         gentle.bell = &bell.bell
+*/
+      /*with:*/ {
+        __pyx_t_7 = NULL;
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_11);
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        __pyx_t_8 = 1;
+        #if CYTHON_UNPACK_METHODS
+        if (unlikely(PyMethod_Check(__pyx_t_11))) {
+          __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_11);
+          assert(__pyx_t_7);
+          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+          __Pyx_INCREF(__pyx_t_7);
+          __Pyx_INCREF(__pyx__function);
+          __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
+          __pyx_t_8 = 0;
+        }
+        #endif
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_7, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
+          __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1051, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_4);
+        }
+        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_12);
+        __pyx_t_7 = NULL;
+        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1051, __pyx_L6_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __pyx_t_8 = 1;
+        #if CYTHON_UNPACK_METHODS
+        if (likely(PyMethod_Check(__pyx_t_10))) {
+          __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_10);
+          assert(__pyx_t_7);
+          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
+          __Pyx_INCREF(__pyx_t_7);
+          __Pyx_INCREF(__pyx__function);
+          __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
+          __pyx_t_8 = 0;
+        }
+        #endif
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
+          __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1051, __pyx_L6_error)
+          __Pyx_GOTREF(__pyx_t_11);
+        }
+        __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        /*try:*/ {
+          {
+            __Pyx_PyThreadState_declare
+            __Pyx_PyThreadState_assign
+            __Pyx_ExceptionSave(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+            __Pyx_XGOTREF(__pyx_t_13);
+            __Pyx_XGOTREF(__pyx_t_14);
+            __Pyx_XGOTREF(__pyx_t_15);
+            /*try:*/ {
+
+              /* "ivshmem/_core.pyx":1052
+ *             if bell.nowait:
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                     own = Signaller()             # <<<<<<<<<<<<<<
+ *         gentle.bell = &bell.bell
+ *         gentle.signaller = <void *>own
+*/
+              __pyx_t_11 = NULL;
+              __pyx_t_8 = 1;
+              {
+                PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
+                __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1052, __pyx_L10_error)
+                __Pyx_GOTREF((PyObject *)__pyx_t_4);
+              }
+              __Pyx_DECREF_SET(__pyx_v_own, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_4));
+              __pyx_t_4 = 0;
+
+              /* "ivshmem/_core.pyx":1051
+ *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                     own = Signaller()
+ *         gentle.bell = &bell.bell
+*/
+            }
+            __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+            __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
+            __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
+            goto __pyx_L15_try_end;
+            __pyx_L10_error:;
+            __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+            __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+            /*except:*/ {
+              __Pyx_AddTraceback("ivshmem._core.Doorbells.echo", __pyx_clineno, __pyx_lineno, __pyx_filename);
+              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              __Pyx_XGOTREF(__pyx_t_4);
+              __Pyx_XGOTREF(__pyx_t_11);
+              __Pyx_XGOTREF(__pyx_t_10);
+              {
+                PyObject* __pyx_temp[3] = {__pyx_t_4, __pyx_t_11, __pyx_t_10};
+                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+                __Pyx_GOTREF(__pyx_t_7);
+              }
+              __pyx_t_16 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_t_7, NULL);
+              __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              __Pyx_GOTREF(__pyx_t_16);
+              __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_16);
+              __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              __pyx_t_17 = (!__pyx_t_2);
+
+
+              if (unlikely(__pyx_t_17)) {
+
+                __Pyx_GIVEREF(__pyx_t_4);
+                __Pyx_GIVEREF(__pyx_t_11);
+                __Pyx_XGIVEREF(__pyx_t_10);
+                __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_11, __pyx_t_10);
+                __pyx_t_4 = 0;  __pyx_t_11 = 0;  __pyx_t_10 = 0; 
+                __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              }
+              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+              __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+              __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+              goto __pyx_L11_exception_handled;
+            }
+            __pyx_L12_except_error:;
+            __Pyx_XGIVEREF(__pyx_t_13);
+            __Pyx_XGIVEREF(__pyx_t_14);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+            goto __pyx_L1_error;
+            __pyx_L11_exception_handled:;
+            __Pyx_XGIVEREF(__pyx_t_13);
+            __Pyx_XGIVEREF(__pyx_t_14);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+            __pyx_L15_try_end:;
+          }
+        }
+        /*finally:*/ {
+          /*normal exit:*/{
+            if (__pyx_t_12) {
+              __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_mstate_global->__pyx_tuple[0], NULL);
+              __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1051, __pyx_L1_error)
+              __Pyx_GOTREF(__pyx_t_15);
+              __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+            }
+            goto __pyx_L9;
+          }
+          __pyx_L9:;
+        }
+        goto __pyx_L19;
+        __pyx_L6_error:;
+        __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+        goto __pyx_L1_error;
+        __pyx_L19:;
+      }
+
+      /* "ivshmem/_core.pyx":1050
+ *             bell = self._doorbell_nowait(peer, answer)
+ *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:             # <<<<<<<<<<<<<<
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                     own = Signaller()
+*/
+    }
+  }
+  __pyx_L4:;
+
+  /* "ivshmem/_core.pyx":1053
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                     own = Signaller()
+ *         gentle.bell = &bell.bell             # <<<<<<<<<<<<<<
+ *         gentle.signaller = <void *>own
  *         while True:
 */
-  }
+  __pyx_v_gentle.bell = (&__pyx_v_bell->bell);
 
-  /* "ivshmem/_core.pyx":1018
- *         if timeout is not None:
- *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+  /* "ivshmem/_core.pyx":1054
+ *                     own = Signaller()
+ *         gentle.bell = &bell.bell
+ *         gentle.signaller = <void *>own             # <<<<<<<<<<<<<<
+ *         while True:
+ *             done += self.serve(
+*/
+  __pyx_v_gentle.signaller = ((void *)__pyx_v_own);
+
+  /* "ivshmem/_core.pyx":1055
+ *         gentle.bell = &bell.bell
+ *         gentle.signaller = <void *>own
  *         while True:             # <<<<<<<<<<<<<<
  *             done += self.serve(
- *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
+ *                 vector,
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1020
- *         while True:
+    /* "ivshmem/_core.pyx":1058
  *             done += self.serve(
- *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped             # <<<<<<<<<<<<<<
- *             )
- *             if stopped == 0:
+ *                 vector,
+ *                 ring_gently if bell.nowait else ring_bell,             # <<<<<<<<<<<<<<
+ *                 <void *>&gentle if bell.nowait else <void *>&bell.bell,
+ *                 limit - done,
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1020, __pyx_L1_error)
+    if (__pyx_v_bell->nowait) {
 
-    /* "ivshmem/_core.pyx":1019
- *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+      __pyx_t_18 = __pyx_f_7ivshmem_5_core_ring_gently;
+    } else {
+
+      __pyx_t_18 = __pyx_f_7ivshmem_5_bell_ring_bell;
+    }
+
+    /* "ivshmem/_core.pyx":1059
+ *                 vector,
+ *                 ring_gently if bell.nowait else ring_bell,
+ *                 <void *>&gentle if bell.nowait else <void *>&bell.bell,             # <<<<<<<<<<<<<<
+ *                 limit - done,
+ *                 nanoseconds,
+*/
+    if (__pyx_v_bell->nowait) {
+
+      __pyx_t_19 = ((void *)(&__pyx_v_gentle));
+    } else {
+
+      __pyx_t_19 = ((void *)(&__pyx_v_bell->bell));
+    }
+
+    /* "ivshmem/_core.pyx":1062
+ *                 limit - done,
+ *                 nanoseconds,
+ *                 spin_of(spin),             # <<<<<<<<<<<<<<
+ *                 &stopped,
+ *             )
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1062, __pyx_L1_error)
+
+    /* "ivshmem/_core.pyx":1056
+ *         gentle.signaller = <void *>own
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
- *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
- *             )
+ *                 vector,
+ *                 ring_gently if bell.nowait else ring_bell,
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1019, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1056, __pyx_L1_error)
+
+
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1022
- *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
+    /* "ivshmem/_core.pyx":1065
+ *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
  *                 return done
  *             self.attend(-EINTR)
 */
-    __pyx_t_2 = (__pyx_v_stopped == 0);
+    __pyx_t_17 = (__pyx_v_stopped == 0);
 
-    if (__pyx_t_2) {
+    if (__pyx_t_17) {
 
 
-      /* "ivshmem/_core.pyx":1023
+      /* "ivshmem/_core.pyx":1066
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal
 */
-      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1023, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1066, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
       {
         PyObject *__pyx_temp;
         {
           __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_6;
+          __pyx_r = __pyx_t_10;
         }
         __Pyx_XDECREF(__pyx_temp);
       }
-      __pyx_t_6 = 0;
+      __pyx_t_10 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1022
- *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
+      /* "ivshmem/_core.pyx":1065
+ *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
  *                 return done
@@ -20226,37 +20710,37 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1024
+    /* "ivshmem/_core.pyx":1067
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped it, unless that was a signal
  * 
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1024, __pyx_L1_error)
+    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1067, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1025
+    /* "ivshmem/_core.pyx":1068
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
  * 
  *     # -- the end ----------------------------------------------------------------------------------
 */
-    __pyx_t_10 = ((PyObject *)__pyx_v_bell);
-    __Pyx_INCREF(__pyx_t_10);
-    __pyx_t_11 = 0;
+    __pyx_t_11 = ((PyObject *)__pyx_v_bell);
+    __Pyx_INCREF(__pyx_t_11);
+    __pyx_t_8 = 0;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
-      __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1025, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
+      PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
+      __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1068, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
     }
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   }
 
-  /* "ivshmem/_core.pyx":992
+  /* "ivshmem/_core.pyx":1014
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20268,8 +20752,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.echo", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -20277,13 +20763,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
 
 
+  __Pyx_XDECREF((PyObject *)__pyx_v_own);
+
   __Pyx_XDECREF((PyObject *)__pyx_v_bell);
+  __Pyx_XDECREF(__pyx_v_answer);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1029
+/* "ivshmem/_core.pyx":1072
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20294,7 +20783,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1031
+  /* "ivshmem/_core.pyx":1074
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20306,7 +20795,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1032
+    /* "ivshmem/_core.pyx":1075
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20317,7 +20806,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1033
+          /* "ivshmem/_core.pyx":1076
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20327,7 +20816,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1032
+        /* "ivshmem/_core.pyx":1075
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20343,7 +20832,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":1031
+    /* "ivshmem/_core.pyx":1074
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20352,7 +20841,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":1029
+  /* "ivshmem/_core.pyx":1072
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20363,7 +20852,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":1035
+/* "ivshmem/_core.pyx":1078
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20382,7 +20871,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1036
+  /* "ivshmem/_core.pyx":1079
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20393,7 +20882,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1037
+    /* "ivshmem/_core.pyx":1080
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20407,12 +20896,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1037, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1080, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1036
+    /* "ivshmem/_core.pyx":1079
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20421,7 +20910,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1038
+  /* "ivshmem/_core.pyx":1081
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20435,12 +20924,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1038, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1081, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1039
+  /* "ivshmem/_core.pyx":1082
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -20454,12 +20943,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1039, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1040
+  /* "ivshmem/_core.pyx":1083
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -20473,12 +20962,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1040, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1083, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1041
+  /* "ivshmem/_core.pyx":1084
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20489,7 +20978,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1042
+    /* "ivshmem/_core.pyx":1085
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -20503,12 +20992,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1042, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1085, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1041
+    /* "ivshmem/_core.pyx":1084
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20517,7 +21006,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1043
+  /* "ivshmem/_core.pyx":1086
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20528,7 +21017,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1044
+    /* "ivshmem/_core.pyx":1087
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -20542,12 +21031,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1044, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1043
+    /* "ivshmem/_core.pyx":1086
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20556,7 +21045,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1045
+  /* "ivshmem/_core.pyx":1088
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20570,7 +21059,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1046
+        /* "ivshmem/_core.pyx":1089
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -20583,7 +21072,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1045
+      /* "ivshmem/_core.pyx":1088
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20600,7 +21089,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1035
+  /* "ivshmem/_core.pyx":1078
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20619,7 +21108,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1048
+/* "ivshmem/_core.pyx":1091
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20696,7 +21185,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1051
+        /* "ivshmem/_core.pyx":1094
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -20706,9 +21195,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1051, __pyx_L4_error)
+          __PYX_ERR(0, 1094, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1051, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1094, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -20716,12 +21205,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1051, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1094, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1052
+          /* "ivshmem/_core.pyx":1095
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20732,7 +21221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1053
+            /* "ivshmem/_core.pyx":1096
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -20746,12 +21235,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1053, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1096, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1052
+            /* "ivshmem/_core.pyx":1095
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20762,7 +21251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1054
+        /* "ivshmem/_core.pyx":1097
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -20771,13 +21260,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1054, __pyx_L4_error)
+          __PYX_ERR(0, 1097, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1054, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1097, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1048
+      /* "ivshmem/_core.pyx":1091
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20815,7 +21304,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1056
+/* "ivshmem/_core.pyx":1099
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -20887,7 +21376,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1059
+  /* "ivshmem/_core.pyx":1102
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20899,7 +21388,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1060
+    /* "ivshmem/_core.pyx":1103
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -20916,7 +21405,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1059
+    /* "ivshmem/_core.pyx":1102
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20925,7 +21414,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1061
+  /* "ivshmem/_core.pyx":1104
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -20934,7 +21423,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1062
+    /* "ivshmem/_core.pyx":1105
  *             return
  *         try:
  *             self._unwatch()             # <<<<<<<<<<<<<<
@@ -20948,12 +21437,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1062, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1105, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1063
+    /* "ivshmem/_core.pyx":1106
  *         try:
  *             self._unwatch()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -20962,7 +21451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1064
+    /* "ivshmem/_core.pyx":1107
  *             self._unwatch()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -20976,12 +21465,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1064, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1107, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1066
+    /* "ivshmem/_core.pyx":1109
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -20993,7 +21482,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1067
+      /* "ivshmem/_core.pyx":1110
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -21007,22 +21496,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1067, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1110, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1068
+      /* "ivshmem/_core.pyx":1111
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1068, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1111, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1066
+      /* "ivshmem/_core.pyx":1109
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21032,7 +21521,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1070
+    /* "ivshmem/_core.pyx":1113
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -21045,7 +21534,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1072
+  /* "ivshmem/_core.pyx":1115
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21091,7 +21580,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1056
+  /* "ivshmem/_core.pyx":1099
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21113,7 +21602,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1074
+/* "ivshmem/_core.pyx":1117
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21142,7 +21631,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1080
+  /* "ivshmem/_core.pyx":1123
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21153,7 +21642,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1081
+    /* "ivshmem/_core.pyx":1124
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21170,7 +21659,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1082
+      /* "ivshmem/_core.pyx":1125
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21179,7 +21668,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1082, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1125, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21187,14 +21676,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1125, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1080
+    /* "ivshmem/_core.pyx":1123
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21204,7 +21693,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1083
+  /* "ivshmem/_core.pyx":1126
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21216,19 +21705,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1084
+    /* "ivshmem/_core.pyx":1127
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1084, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1085
+    /* "ivshmem/_core.pyx":1128
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21239,7 +21728,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1086
+      /* "ivshmem/_core.pyx":1129
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21252,7 +21741,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1085
+      /* "ivshmem/_core.pyx":1128
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21261,7 +21750,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1087
+    /* "ivshmem/_core.pyx":1130
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21272,14 +21761,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1088
+      /* "ivshmem/_core.pyx":1131
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1088, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1131, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21292,11 +21781,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1088, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1131, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1088, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1131, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21307,12 +21796,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1130, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1083
+    /* "ivshmem/_core.pyx":1126
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21322,7 +21811,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1090
+  /* "ivshmem/_core.pyx":1133
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21335,7 +21824,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1074
+  /* "ivshmem/_core.pyx":1117
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21361,7 +21850,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1094
+/* "ivshmem/_core.pyx":1137
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21408,32 +21897,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1094, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1137, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1094, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1137, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1094, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1137, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1094, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1137, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1094, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1137, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1095, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1138, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1094, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1137, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21477,7 +21966,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1098
+  /* "ivshmem/_core.pyx":1141
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21489,17 +21978,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1099
+    /* "ivshmem/_core.pyx":1142
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1099, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1142, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1098
+    /* "ivshmem/_core.pyx":1141
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21508,7 +21997,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1100
+  /* "ivshmem/_core.pyx":1143
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -21517,17 +22006,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1101
+    /* "ivshmem/_core.pyx":1144
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1101, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1144, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1102
+    /* "ivshmem/_core.pyx":1145
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -21536,7 +22025,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1103
+    /* "ivshmem/_core.pyx":1146
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21562,14 +22051,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1104
+      /* "ivshmem/_core.pyx":1147
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1104, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1147, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -21582,7 +22071,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1103
+      /* "ivshmem/_core.pyx":1146
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21591,7 +22080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1105
+    /* "ivshmem/_core.pyx":1148
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21603,7 +22092,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1106
+      /* "ivshmem/_core.pyx":1149
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -21620,11 +22109,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1106, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1149, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1105
+      /* "ivshmem/_core.pyx":1148
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21633,7 +22122,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1107
+    /* "ivshmem/_core.pyx":1150
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -21652,7 +22141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1109
+  /* "ivshmem/_core.pyx":1152
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21700,7 +22189,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1094
+  /* "ivshmem/_core.pyx":1137
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21720,7 +22209,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1111
+/* "ivshmem/_core.pyx":1154
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -21768,32 +22257,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1111, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1154, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1111, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1154, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1111, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1154, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1111, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1154, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1111, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1154, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1111, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1154, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21828,17 +22317,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1118
+  /* "ivshmem/_core.pyx":1161
  *                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1118, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1161, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1119
+  /* "ivshmem/_core.pyx":1162
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21853,7 +22342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1120
+    /* "ivshmem/_core.pyx":1163
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -21867,12 +22356,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1120, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1119
+    /* "ivshmem/_core.pyx":1162
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21881,27 +22370,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1121
+  /* "ivshmem/_core.pyx":1164
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1121, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1164, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1122
+    /* "ivshmem/_core.pyx":1165
  *             self._deaf()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1122, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1165, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1122, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1165, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -21915,7 +22404,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1121
+    /* "ivshmem/_core.pyx":1164
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -21924,25 +22413,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1123
+  /* "ivshmem/_core.pyx":1166
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1123, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1166, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1124
+    /* "ivshmem/_core.pyx":1167
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1124, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -21955,7 +22444,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1123
+    /* "ivshmem/_core.pyx":1166
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -21964,18 +22453,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1125
+  /* "ivshmem/_core.pyx":1168
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1125, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1168, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1126
+    /* "ivshmem/_core.pyx":1169
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -21983,7 +22472,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1126, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1169, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -22002,7 +22491,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1125
+    /* "ivshmem/_core.pyx":1168
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -22011,19 +22500,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1127
+  /* "ivshmem/_core.pyx":1170
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1127, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1127, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1170, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1170, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1128
+  /* "ivshmem/_core.pyx":1171
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -22032,8 +22521,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1128, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1128, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1171, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1171, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -22048,7 +22537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1111
+  /* "ivshmem/_core.pyx":1154
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22068,7 +22557,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1140
+/* "ivshmem/_core.pyx":1183
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22079,7 +22568,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1141
+  /* "ivshmem/_core.pyx":1184
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22092,7 +22581,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1183
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22105,7 +22594,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1144
+/* "ivshmem/_core.pyx":1187
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22116,7 +22605,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1145
+  /* "ivshmem/_core.pyx":1188
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -22125,7 +22614,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1146
+  /* "ivshmem/_core.pyx":1189
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -22138,7 +22627,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1144
+  /* "ivshmem/_core.pyx":1187
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22151,7 +22640,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1149
+/* "ivshmem/_core.pyx":1192
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22167,7 +22656,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1150
+  /* "ivshmem/_core.pyx":1193
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22181,7 +22670,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1151
+    /* "ivshmem/_core.pyx":1194
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22193,7 +22682,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1152
+      /* "ivshmem/_core.pyx":1195
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22206,7 +22695,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1151
+      /* "ivshmem/_core.pyx":1194
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22215,7 +22704,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1153
+    /* "ivshmem/_core.pyx":1196
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22226,7 +22715,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1154
+  /* "ivshmem/_core.pyx":1197
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22239,7 +22728,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1149
+  /* "ivshmem/_core.pyx":1192
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22253,7 +22742,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1157
+/* "ivshmem/_core.pyx":1200
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22267,7 +22756,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1159
+  /* "ivshmem/_core.pyx":1202
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22279,7 +22768,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1160
+    /* "ivshmem/_core.pyx":1203
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22292,7 +22781,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1159
+    /* "ivshmem/_core.pyx":1202
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22301,7 +22790,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1204
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22323,7 +22812,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1157
+  /* "ivshmem/_core.pyx":1200
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22337,7 +22826,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1164
+/* "ivshmem/_core.pyx":1207
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22350,7 +22839,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1167
+  /* "ivshmem/_core.pyx":1210
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22360,7 +22849,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1168
+  /* "ivshmem/_core.pyx":1211
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22369,7 +22858,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1169
+  /* "ivshmem/_core.pyx":1212
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22378,7 +22867,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1170
+  /* "ivshmem/_core.pyx":1213
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22391,7 +22880,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1164
+  /* "ivshmem/_core.pyx":1207
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22406,7 +22895,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1173
+/* "ivshmem/_core.pyx":1216
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22423,7 +22912,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1174
+  /* "ivshmem/_core.pyx":1217
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22432,7 +22921,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1175
+  /* "ivshmem/_core.pyx":1218
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22441,7 +22930,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1176
+  /* "ivshmem/_core.pyx":1219
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22472,7 +22961,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1173
+  /* "ivshmem/_core.pyx":1216
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22487,7 +22976,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1179
+/* "ivshmem/_core.pyx":1222
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22505,7 +22994,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1180
+  /* "ivshmem/_core.pyx":1223
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22514,7 +23003,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1183
+  /* "ivshmem/_core.pyx":1226
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22524,7 +23013,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1184
+  /* "ivshmem/_core.pyx":1227
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -22532,7 +23021,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1185
+  /* "ivshmem/_core.pyx":1228
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22561,7 +23050,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1179
+  /* "ivshmem/_core.pyx":1222
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22944,14 +23433,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.wake_sleepers = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 151, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -22961,8 +23450,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -22991,7 +23480,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 85, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -23001,8 +23490,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 85, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 85, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 86, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -23011,8 +23500,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 108, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 108, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 109, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 109, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -23021,8 +23510,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 119, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 119, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -23031,8 +23520,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 124, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 124, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 126, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -23146,8 +23635,8 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 211;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 212;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -23497,28 +23986,41 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   /* "ivshmem/_core.pyx":34
  * from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
  * 
+ * import contextlib             # <<<<<<<<<<<<<<
+ * from collections import namedtuple
+ * 
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":35
+ * 
+ * import contextlib
  * from collections import namedtuple             # <<<<<<<<<<<<<<
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 34, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 35, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":36
+  /* "ivshmem/_core.pyx":37
  * from collections import namedtuple
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
@@ -23527,22 +24029,22 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 36, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 37, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":38
+  /* "ivshmem/_core.pyx":39
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -23550,11 +24052,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 38, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 39, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -23563,14 +24065,14 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   {
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
-    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 38, __pyx_L1_error)
+    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[1];
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 39, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 38, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 39, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -23581,25 +24083,25 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 38, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 39, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":39
+  /* "ivshmem/_core.pyx":40
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 39, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":41
+  /* "ivshmem/_core.pyx":42
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
  * 
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number             # <<<<<<<<<<<<<<
@@ -23611,414 +24113,414 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_5_core_OFF, __pyx_mstate_global->__pyx_int_0);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
 
-  /* "ivshmem/_core.pyx":150
+  /* "ivshmem/_core.pyx":172
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":158
+  /* "ivshmem/_core.pyx":180
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":161
+  /* "ivshmem/_core.pyx":183
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":164
+  /* "ivshmem/_core.pyx":186
  *         raise NotImplementedError
  * 
  *     def _deaf(self):             # <<<<<<<<<<<<<<
  *         """Called before a wait when there is no vector; raises where none can ever come."""
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_deaf, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__deaf, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_deaf, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__deaf, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_deaf, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_deaf, __pyx_t_2) < (0)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":191
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch(self, int fd, *, bint urgent=False):
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/_core.pyx":170
+  /* "ivshmem/_core.pyx":192
  * 
  *     @cython.critical_section
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":191
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch(self, int fd, *, bint urgent=False):
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":180
+  /* "ivshmem/_core.pyx":202
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _unwatch(self):
  *         """Forget the descriptor of `_watch`, before it is closed."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":212
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
  *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":198
+  /* "ivshmem/_core.pyx":220
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, int fd):
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":233
  *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 233, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 233, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":231
+  /* "ivshmem/_core.pyx":253
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 253, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":240
+  /* "ivshmem/_core.pyx":262
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":249
+  /* "ivshmem/_core.pyx":271
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":275
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":258
+  /* "ivshmem/_core.pyx":280
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":280
+  /* "ivshmem/_core.pyx":302
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":292
+  /* "ivshmem/_core.pyx":314
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":432
+  /* "ivshmem/_core.pyx":454
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":486
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":471
+  /* "ivshmem/_core.pyx":493
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each vector named of each peer named.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 493, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":489
+  /* "ivshmem/_core.pyx":511
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":851
+  /* "ivshmem/_core.pyx":873
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 851, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 851, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":992
+  /* "ivshmem/_core.pyx":1014
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 992, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1014, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 992, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1014, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 992, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1048
+  /* "ivshmem/_core.pyx":1091
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1048, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1091, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1048, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1091, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1056
+  /* "ivshmem/_core.pyx":1099
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1056, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1099, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1056, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1099, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1111
+  /* "ivshmem/_core.pyx":1154
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """What is readable while there is something to take; borrowed until close().
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1111, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1111, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1154, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -24093,7 +24595,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":38
+  /* "ivshmem/_core.pyx":1051
+ *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+ *             if bell.nowait:
+ *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                     own = Signaller()
+ *         gentle.bell = &bell.bell
+*/
+  {
+    PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1051, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+
+  /* "ivshmem/_core.pyx":39
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -24102,12 +24618,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 38, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 39, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":432
+  /* "ivshmem/_core.pyx":454
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -24116,12 +24632,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 432, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 454, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":471
+  /* "ivshmem/_core.pyx":493
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -24130,12 +24646,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 471, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 493, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/_core.pyx":851
+  /* "ivshmem/_core.pyx":873
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -24144,14 +24660,14 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 851, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 873, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<4; ++i) {
+    for (Py_ssize_t i=0; i<5; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -24185,38 +24701,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{4},{8},{4},{7},{6},{7},{8},{2},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{3},{5},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{4},{7},{6},{6},{6},{7},{5},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{298},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{22},{11},{123},{66},{79},{95},{28},{37},{175},{173},{53},{268}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{315},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{22},{11},{123},{66},{79},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2085 bytes) */
-static const char cstring[] = "x\332\225U\317s\023G\026\226\210!v\"\047\0226\220@H\215\302\017\003\001o)qa\326U\251-\025\306`\2621\010\003\tl\301d4\323\222\006\217\247\245\351\036\311\332M\266r\364q\216}\354\343\034\347\250\243\217\034u\324\321\177\202\377\204}\257{\306\036\033.[e\253\273_w\277~\357\373\276\367\306\260-\337\247\334h\022\303\246]\2278\006\r\214\256koy\304Y\001\223\357\023\233\033V\333r\375\333\270E\273\3047x\207\030\016\351\2736\311v\006\035\022\300\002<\301\304p\231\341\023\342\200\263\216\305\214m\n[\274c\351{?\376`4]\316\014\332R\313\001\r\034u\036b\200\023\244O|\336rp\327\350\303\3134`\213+p\020N\020\337\351R\327\347\312\347?\352\351\266\366\223\337\036\300v\020\372m\343\367\300\365\333\354w\203\273\333\204\031\314\365!\\W\357{\026\303\211\313!\304\026\r\0267\250O6(War\343\376\220w\250\217Q9\304s\233$\2608\361\206\006\343\201ksHO\345\362\364\301\323;K\367\226 h\307\010\310;\010\006\336\010\2336\270fD\245\327\014]\217\273\220\365\260K\330\242\261\3362\2064T\300\030\234\032]8\227\277\000`\370\006#\\\241\262\240H\261\270K}\023\256C\036\013\206\343\006\360\210\333\047x{\315\362\030Y|\261\376$\345\3012\254\214\021\207\022\r\347\226O\007@\014\305D\220\026\262b\370\3266Q\017t\t\t\030:B\214,\3071\341\002q\\f5=B|\374m\333.\3233\307\355\263\3166\331^$A\000|\244\253\277\2316\360\272\330\035\356\3704\343\002\374!\250\010)>\240^:\344\005\242\260=\312\210s\314\212lh3\204\352zD9\200\230\216q\232\272\037 96\246\000\017\030y#zAe\202\027\230Y\331\236\322\225q_\271\177\200\301\257R\0324\211\347\261\303\311\242i\006\304\tmb\2329\033\"\202\323\023&\3556g<\351Ke\362\201\325!V\353\330\222\331\201\333=\356\311I\247@\004\"\220\337\th\327D8s6\317e\234\370\246\345\201n?4\207.\315\031\267]\006\332o\347,>\031\344\303C\t\230\315\341I\013#^>j\220\246\331\013IH\234\2341\364\007\026\267;9\013\006o\252*>f<vH\241t\264\314R?\262\020\273\223\313\240\005\262\360sk\025\235\225?\237YR\360\326}\250\322 \354\362\r\272\031\332\235\227\212\265\247\001\345\324\246\236\322\201i>\035\356\300\377*\024\264\271Av\3703\3222""\315\264\350@\n&\360a\343\320\n}5B\247\010p\334\206n\247F\352\204\236:\210%\205#\024\202\331\347X/\270\352\205\226\227\355d\3722\025\206\231\225\023\306a\310\224\226\323\227\326O^KJA9\335\234T\313\221FL\227a]\322\020j\210\034\223IN\034\231$\224\0202\372\217H\317Q\235\021\234\243U\223\t\321Z>\033@k\364\207\360\007\325\nm\204\r}\333\245\213\207\3573+\344\024\303TI\330\036\206\004\360\361\300\262I\323\262\267T\206\272\370\201\030\017\273\033\365\231\003\301f\371\241\020\010\262\t\037\023\325|\322\357C:\260\226\243\305\321&\034\030\332\316zS\326\260T\213\362\334m\227o[\016\321\234!\376\016\017\2738\363\361}\352;\214z\016\204LT\327R\255\261K\273\032\201\200\264\021\267\200\201#k\030\200\223>A\2442\311\235\220\236\372\344@\372\340\023\241\004$\035\322\262B\2173\267\355C\317V\277\036\270\2036\213m\235\301\017\343\264\333%\016\014\001\341\326\026\301\357\025D\023\006mH\262oy!aZ\030\351\007\021\372\244\335\301\357&\366\317\033\360s\263\220\315n\033\047\226\360\315\n\341\373M\272\200\257\346\317\270\245\016\251\237\273Kfv:=\250uL\233\357\314\345\024Ds\311\004\240\315\315,\362\364\276\272\206\367\215\033O\207O\232\370\3753n\345\214\352\310\377\341\364F\237\272\316\315B\313r=s\340\362N\001\204\234\262\\\320\321+\310\nX&\250f\rw\001\n\303Q\272\242\255\002b\007\214\207>/\260\216\005\2221\017\341V)\342\013i\364:q\255|\220\331GSAj\300\355_\365\277\352\223\351/v-=\270QoR*G\305h>jDD\324\300z\373\316\301g\205\231\331\335\237ak\272\264\3738\262&\323\237\357.\355\016\242\266h\340\3413\221#\252bI\374\021\303\361}\265\367\247\250\213\206pduR\232\235L\317LJ_\356\366&\345\371\350\241X\226UY\333/_T7\006\322\211\253qm_9\261\360riw-\252F\367`\257\207\313\313\342\271</y\\\213!\272/ww\242\276\330\224\237\3057\223Z\002q\037\234)\314\224>\366Z9\232\021\225I\351+Q\024\025qUXh\231\025\215}\010\243\037m\212O\320=\206\363@\\\220EY\301\351\206\254\356\303\360H\324\017\243A\367\263\273\353\321sq\036\"\265&\352\366\257bU\026\047\225\213\342\272<\0036\025\360uQ\324\247\277=\014w-\251\"Jw\243\013\2428)U""\242\363\021\344s0\255\343E\344^\310\253\220\374\315\344\307D9\346\321R\264#\270\274\033\317\305\367c\236\3240\2465\261 +pN=\363Op\244\341\007G\212\220_ G\260<\0215\0346D\0256J\270\261\032\235\006\366\324\255\207Q-\263\256G\r\230~\201S\300\030\243\373{TW\3111DN%\255c\236\213\352\223\322\034D4\224\247d\365\204m\200@\313\332\t\353\037rI\3767i\340\223\020\226\250j\266zbJ\254\311\353q1\256\350\247\277\223_\003\341K\261R\322\317\270?\376\346N\254\256\035\006\375Qm\355H\304\257\234\207\270~\350C<\2245\371(~\220\234O\330\350\326\336\372\373\306\373|&\363\321\2528#,\3601\210\301>\273\373\002$\206\260\234=\304bFs\260,\256\300\263\345\257\304i\034\316\0018(\237w\361\251x!\231K\352G\246\266|\036W\342\253\261\235(\361\254c\260\010C\037E\246\220\034O]\026o\342\352\201Q\230)\203\347\237@g\363\362\267\270\021\267\223\306x\352;P\233\326\272z[c]\004p\256\304G\016\256\312_\222\312\376\364Ex\257#-\035\3747\"\255\260\377\2406\364\315?e]\002\204i\232i\001L\203\\\312s\360\356)y\013\2209\0072\233\277\244\253\017s\3757*\177R\376Z\025\300Y\271\022\277H\256%|\2644\332\331\353\245u0\231\207(\345r|+y0:7\262\366S\247\225KbE\276\210\257\305a\2626R<3\204s<\365}\374\323hv\357\355x\363\355\370\255yp\2750sM\002E\210\002\202\367x\004\221]B\251B\n\023U\330(\205\273\311\305\321\362\336\225\275\327\357{\310\330=\240\000\264x\031\312y\013\000\276\231\374\220l\216\246F\353{\r\225V\226\"0\3649P\276\032\177\032\367\223gI\177\364\346\375\302\270\361l\374\354\325\370\325\353\361\353\177a\241\357D\014\\\225/\350\206\366)\350\244\210=\241\2142\033O-\047\275\375\\\020\025]Z\216\370^n\306E\255\342y\361\022\312q>~\243\263\354\215\247VFU,\245o\305o\212IK7\210\2640\037E\365c\3551%H\227U\351\334\370\334\202\354\305g\200\303\322\331\350Z\024\2109\361X\266\343\347\311Yh\001\356\210\357\325R!\211\026\300\246:\330\274.\201\323\321\033y\003\264f\351\305+P2\007\302\322\275\227\252\227\245;[\361\205\344\023\360\327\034\025\367A\032w\341\221U9\003@^OfFs\243\272n*\325\017^Jq\371U<\322\026\375J\230-^\212{\200\366\303x9\251BcB,""\376\007\203\332\353\022";
-    PyObject *data = __Pyx_DecompressString(cstring, 2085, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2162 bytes) */
+static const char cstring[] = "x\332\225UKs\333F\022&\035\331+e)\207\264\036N\354<\300\370)\307V\212\261\312\362\252\312\265\305\262,[\316F6W\266\223\034l\004\004\206$,\020Cb\006\244\270\033o\345\310#\216s\234#\2168\362\250c\216:\362\250\237\340\237\220\356\031\220\202d_VE\0013=3=\335\337\367u\303\260-\337\247\334\250\023\303\246\035\2278\006\r\214\216k\357y\304\331\000\223\357\023\233\033V\323r\375\333\270D;\3047x\213\030\016\351\2716\231\254\364[$\200\tx\202\201\3412\303\047\304\001g-\213\031m\nK\274e\351sw\1770\352.g\006m\250i\237\006\216\332\0171\300\016\322#>o8\270j\364\340f\032\260\325\r\330\010;\210\357t\250\353s\345\363\237\325tY\373\311.\367a9\010\375\246\361[\340\372M\366\233\301\3356a\006s}\010\327\325\353\236\305p\340r\010\261A\203\325\035\352\223\035\312U\230\334x8\340-\352cT\016\361\334:\t,N\274\201\301x\340\332\034\322S\271<\177\364\374\316\332\3755\010\3321\002\362\026\202\201;\302\272\r\256\031Q\351\325C\327\343.d=\350\020\266jl7\214\001\r\0250\006\247F\007\366e\017\000\030\276\301\010W\250\334P\244X\334\245\276\t\307!\217\033\206\343\006p\211\333#xz\313\362\030Y}\271\375,\345\3012\254\t#\016%\032\316=\237\366\201\030\212\211 -d\303\360\2556Q\027t\010\t\030:B\214,\3071\341\000q\\f\325=B||6m\227\351\221\343\366X\253M\332\253$\010\200\217t\366\275i\003\257\253\235\301\276O\047\\\200?\004\025!\305\013\324MS^ \n\333\243\2148\047\254\310\2066C\250\256G\224\003\210\351\004\247\251\373>\222cc\np\201\2215\242\027T&x\201\2215YS\2722\036*\367\2170\370MJ\203:\361<6\035\254\232f@\234\320&\246\231\261!\"8<e\322n3\306\323\276T&\037X\035b5NL\231\035\270\235\223\236\234t\010D \002\331\225\200vL\2043c\363\\\306\211oZ\036\350\366Cs\350\322\214\261\3552\320~3c\361I?\033\036J\300\254\017N[\030\361\262Q\2034\315nHB\342d\214\241\337\267\270\335\312X0xSU\361\t\343\211M\n\245\343\351$\365c\013\261[\231\014\032 \013?3W\321Y\331\375\023K\n\336\266\017U\032\204\035\276CwC\273\365J\261\366<\240\234\332\324S:0\315\347\203}\370\337\204\2026w\310>\3777i\230fZt \005\023\370\260\361E\320\225\032\354C^\360\327""\010}\265\340\246\3666\264?\365\246N\350\251\223Xc\370\206\3120{\034\013\010g\335\320\362&+\023\301\231\n\324\211\225\023\2067L\244\227\021\234\026TV\\JR\031!\235\226\317\261hL\227a\241\322\020\212\212\234\320MF-\023\215(eL\364p\254\202\014\367\023\3063<kv!Z\313g}\350\225\376\000~P\276\320W\330\300\267]\272:\275\237Y!\247\030\246J\302\3660$\200\217\007\226M\352\226\275\2472\324\335\000\230\362\260\335Q\237\301G\210\003E\320\211\035\010{\222)jD\261\003\337\031\325\227\322OG\372b\rG\353\246\tS\350f\204\003c\355I\363\232t4\325\303<\267\355\362\266\345\020\315!\362\341\360\260\203#\037\343\241\276\303\250\347@\n$\240}\037QU\355\263C;\032\224\2004\021\312\200\201/k\020\200\237\036A\360&\262<%O\365Y\002D\300-\242\013\340:\244a\205\036gn\323\207\276\256\236\036\270\203V\214\255\237\301\203q\332\351\020\007^\001aa\247\003O\306\255=\202\3376\010,\0140\315\236\345\205\204i\315\244\037O\350\251v\013\277\261\330ko\302c%\227\233\014o\033j~<\205\017\\\010\037{\322\001\3545\267\306-\265I=\356\255\231\223\335\351F\255qZ\177k\256\247\200\232k&@o\356NRH\317\253cx\336\270\371|\360\254\216\037K\343V\306\250\266\374\037No\366\250\353\254\344\260BP\310n\303\014(m\347\032\226\353\231}\227\267r \372T\0079\235\215\302rz@\363\220\203\"r\224\006i#\207`\202\032B\237\347X\313\002Q\231S\036T\312xc\232\215\006BW\t\010\361\243\251!g\340\366\217\352\037\325\361\354\371\241\245_n\324\035\027\212Q>Z\214j\021\021\025\260\336\276\363\376\323\334\334\374\360GX\232-\014\237F\326x\366\357\303\265a?j\212\032n>\0279\242,\326\304\3571l?Rk\357DU\324\204#\313\343\302\374xvn\\\370l\330\035\027\027\243\307b]\226e\345\250xI\235\350K\047.\307\225#\345\304\302\303\205\341VT\216\356\303Z\027\247_\211\027rY\362\270\022Ct\237\r\367\243\236\330\225\237\306+I%\201\270\337\237\313\315\025>v[1\232\023\245q\341s\221\027%qUXh\231\027\265#\010\243\027\355\212O\320=\206\363H\\\224yY\302\341\216,\037\301\353\211\250N\243A\367\363\303\355\350\205X\206H\255\261:\375\263\330\224\371q\351\222\270.\317\201M\005|]\344\365\356\257""\247\341n%eD\351^tQ\344\307\205R\264\034A>\357gu\274\210\334Ky\025\222_I\356&\3121\217\326\242}\301\345\275x!~\030\363\244\2021m\211\033\262\004\373\3245\377\002G\032~p\244\010\371\tr\004\3133Q\301\327\216(\303B\001\0276\243\263\300\236:\3658\252L\254\333Q\r\206\347q\010\030ct\377\210\252*9\206\310\251\244u\314\013Qu\\X\200\210\006\362\214,\237\262\365\021hY9e\375]\256\311\377%5\274\022\302\022e\315VW\314\210-y=\316\307%}\365\267\362\013 |-VJ\372\021\327\017\277\274\023\253c\323\240?\252\255}\211\370\025\263\020W\247>\304cY\221O\342G\311r\302F\267\016\266\377\254\375\231\315d1\332\024\347\204\005>\3721\330\347\207/Ab\010\313\205)\026s\232\203uq\005\256-~.\316\342k\t\300A\371\274\215\317\3047\222\205\244zlj\312\027q)\276\032\333\211\022\3176\006\2130\364Pd\n\311\303\231\257\304\353\270\374\336\310\315\025\301\363\003\320\331\242\374%\256\305\315\244v8\363-\250Mk]\335\255\261\316\0038W\342c\007W\345OI\351h\366\022\334\327\222\226\016\376K\221V\330\177Q\033\372\344;Y\225\000a\232fZ\000\263 \227\342\002\334{F\336\002d\226@f\213\227u\365a\256\377A\345\217\213_\250\002\270 7\342\227\311\265\204\217\326F\373\007\335\264\016\306\213\020\245\\\217o%\217FK#\353(uZ\272,6\344\313\370Z\034&[#\3053C8\017g\276\213\037\214\346\017\336\034\356\2769|c\276\277\235\233\273&\201\"D\001\301{:\202\310.\243T!\0054\327t\365\256GW\"\000o\t\036\220\327\375\350.H`\212\307\262\354\036\341\344\360\342M\320\3202\310\246\000\007\305\036`\277\222\374\220\354\216fF\333\0075\315]e\274\364\215\030\240\324\306\213\227\304\n*\364\374\260\025Y\021\027j\330\026\367\32167\325\303\270\010\334}\0035\367 \311#\347yq\tD\374.y2\252\216^\034\300\332rTG\020at\021T\206\243\250\204-d?b p4\"\320\177\3035\3546E\024\360\341\314z\322\325}\013\225~/)\351\242u\304wr7\316\353\372X\024\257\240\320\027\343\327\032\277\356\341\314\306\250\214E\372\265\370Ei\304\322\255\047-\371\047Q\365D\343M\251\327\005[X:\\\272!\273\3619PG\341Bt-\n\304\202x*\233\361\213\344\0024\027w\304\017*\251DE\003\010Q\275qQ\027\327\331\350\265\274""\t*\266\364\344W\250\021\016RH\327^\251.\231\256\354\305\027\223O\300_}\224GF\356\301%\233r\016x\270\236\314\215\026FU\335\256\312\037\334\224\342\362\263x\242-\372\226p2y\205\244\310\307\361zR\206\226\207X\374\005W\325\"0";
+    PyObject *data = __Pyx_DecompressString(cstring, 2162, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2780 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\177____fun\003\002\357iter\014\001mai=n\003\002odul$\002\317\205\001\232&\001pN\000vt\274\205\0014\001qgual\022\005\330e__\300!\236(\005test_\000\342e_\250\201\206\001\354\210\003\272c_\301h_\276a_\266\256g_d\240k_d\234e_\373is\224\206\001outin\243e_\233i\005\005\232`_\214d_\252\205a_\370D_\354F_\341G_\352\332D_\315G_\355Badd\377answeran\375y""\000\000thinga\377syncio.c\373orz\003sauto\314\353\205\001\356\205\002cl\217\001\274 tr\177aceback\212\207\002\364\216\207\003\226@l\332\210\001onsd\247one\213e\205ae\312Aeqd\367\207\003\231\213\004\240\213\004sfd\227c\377getitems\370\243\210\004\251\210\005\236\210\002limit\237madem\257B\377\210\001d\377tuplenan\377oseconds7old\260 er\223\211\001\226\211\002wpop\347\204\003reg\350\205\001\377rsrelayr\006B\000ve\324\213\001\375e\354l\356\213\002\374\000\374Q\000\274\205\001setdef\377aultsign\373al\000\003lersl\373ee\323\212\001spins\277topped\004\000roetak\310\000me\276@\377urgentva\317lues\205\215\003\212\215\004wh\347ich\264\215\001\211\215\001(in\267t)\000\002\005, \000\014s\377truct ep7oll\221\206\003 * \002%\002g64_5\005\"\004__\304\204\001\337obj_7\357\212\004_4?_fds_S\273\002\267\000\3709\004o\002<\001 (PyO\215b\374\214\001 *\n\010\222\002*((\377void)\000fa\377il_with\000;is\301\207\003fd\000\270\003\256\"\335\000\250\214\001one\240\211\004\000dwead\323bof\000\270!\377_count\000s?hared_\346&\245\"\360^\001\367\004\363\003\363\210\003elli\363nt\271\017\227A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000""\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\362\214BM\341\000\216@O\2301\330\256\225@N\230!\202\000\014\246ADs\220\005\273@1\002G\2201\016\005\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Q\205\001\224\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\256\001\316`?\230\004\320\034-\2502\002\254\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\223!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377&\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\247\204\001\300\000\023\001T\206b6\260\032\177\2707\300#\300Z\310\220`\367\013\2108\200@!\330\014\035\357\230Q\230k\336 )\2602\377\260S\270\004\270I""\300Q\350\301\207\002\333\005\237@\013\360@D\250\007\377\250v\260R\260v\270]\377\310\047\320QR\320RY\277\320YZ\320Z[\345\206\001x\177\220s\230!\330\020\027\313\210\003g\007\220q\211\207\001\330\210\001\005\220\376 \0477\260q\330\207\003\214\204\0016\303@\325\210\002\177d\230+\240S\250\001\300\204\003\377\024\230V\2406\250\024\250\375]\340\003q\320\004:\270!+\360\014\377aX\305Ba\233\207\003\222\206\004\217H\220A\330\223\211\t\232D\321\205\003\014\377\025\320\025\047\240q\250\006\376\376`\014\022\220%\220r\230\377\023\230J\240g\250T\260\377\022\2603\260i\270t\300\254\355\206\002\306`\230f\264 \014\276\210\001\024>\331\211\003\005\220]\240(\351`\301\210\002\177\005\220Y\230a\230t\256@\356\366\211\002\005\220V\307\210\002\014\020\220\376\026\001k\250\027\260\003\2603\377\260b\270\001\340\014\023\220\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\317\207\003\326\223 \024\220]\n\021\222#W\230\351Hv\003`\003u\005\005V\2308\377\2401\240G\2507\260!\177\2601\330\010\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2780, 3927);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2915 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\237____eG\001\004\002x\273it\r\001fun\024\002i\367ter\035\001main\036\003\002odul5\002\340\205\0017\001\315p_\000vt\315\205\001E\001qu3al\022\005\351e__\321!(\005\047tes^\001\363e_\222\206\001\375\210\003\252\313c_\322h_\317a_\277g_\355d\261k_d\255e_is\376\245\206\001outine_\250\254i\005\005\253`_\235d_\226a_\252\211d_\375F_\362G_\353D_\372""\336G_\376Baddan\177swerany\000\000\377thingasy\377ncio.cor>z\003sauto\374\205\001\377\205\002\363cl\217\001\274 trac\037eback\233\207\002\237\207\003\247@}l\353\210\001onsco\315@\377xtlibdon1e\246e\240a\231Bed\222\210\003\264\213\004\356\273\213\004sfd\262cgen\377tlegetit\307ems\304\210\004\312\210\005\277\210\002li\377mitmadem\374\277B\240\211\001dtuple\277nanose|\000d\357sold\300 eroswn\267\211\001\272\211\002pop\213\205\003\367reg\214\206\001rsreolayrE\000ve\370\213\001p\241\204\005\220\204\014\222\214\002\217 nds\340\205\001\377setdefau\377ltsignal\376\000\003lerslee\376\367\212\001spinsto\357pped\004\000res\367upp\003\000stak\266\323\000me\331@ur\343\001v\237alues\261\215\003\266\215\004w\317hich\340\215\001\265\215\001(i\337nt)\000\000\003\005, \374\013\002\005\007struct\277 epoll\276\206\003 9* \002%\00264_;\000C\002\366\"\004__\340\204\001obj_\3757\234\213\004_4_fds#_S\304\002\300\0009\004)p\001<\001\277 (PyOb\251\215\001 \361*\n\010\223\002*((voi\367d)\000\264\214\001one_\377if_room\000\377fail_wit\357h\000is\376\207\003fd\000\330\310\003\307\"(\006no\243\214\001\000dwead\377bof\000\311!\377_count\000s?hared_\377&\266\"\360n\001\207$\203#\260\211\003elli\363nt\311\017\260A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A""\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\362\214BM\341\000\216@O\2301\330\256\225@N\230!\202\000\014\246ADs\220\005\273@1\002G\2201\016\005\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Q\205\001\224\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\256\001\316`?\230\004\320\034-\2502\002\254\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\223!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377,\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\247\204\001\300\000\023""\001Q\270\206\0037\220#\337\220Q\330\014\025\002\000\010\013\277\2108\2203\220a\364e\001\337\240\026\240q\340\205\204\001\320\027\365(\301`\026\264`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\332\207\001t\177\2201\330\025\037\230y\347a\337\330\024\032\230)\236\204\001\016\210\337h\220a\220t\234\205\001\016\210wm\2308\262\204\001\t\330\014\241%\377\020\021\330\020\037\230t\240\367=\260\001\360A\001\230\032\240\3774\240}\260H\270A\270\377T\300\021\330\020\026\220b~\301!\021\330\020\027\220q\005\002\373\220\021\277\207\001x\220s\230!\244\020\002\247\211\001\007\030\001\352\207\001\020\362\205\001\320O\0047\260q\262\210\003\346\204\0016\235`\376\257\211\002d\230+\240S\250\001\376\232\205\003\024\230V\2406\250\024\373\250]\272#q\320\004:\270W!\360\014\331\204\001X\237ba\365\207\003\036\354\206\004H\220A\330\355\211\t\364D\253\206\003\377\014\025\320\025\047\240q\250\377\006\250a\330\014\022\220%\377\220r\230\023\230J\240g\377\250T\260\022\2603\260i\367\270t\300\307\207\002I\230Q\230\325f\216@\014\230\211\001\024\263\212\003\005\220\237]\240(\250$6\001\271\001Y\317\230a\230t\210`\320\212\002\005\220\365V\241\211\002\014\024\003k\250\027\260\177\003\2603\260b\270\001\216A\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\251\210\003\326\223 \024\220]\n\021\312\213\001\005\220\267W\230Hv\003\005\220b\001u\372\005\005V\221A\240G\2507\260\377!\2601\330\010\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2915, 4078);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3927 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionsdonedoorbellechoenterederrorseventfdeventfdsfdfilenogetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoretaketimeouturgentvaluesvectorvectorswhichwordint (int)\000i""nt (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a""\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360&\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230T\240\031\250!\2506\260\032\2707\300#\300Z\310q\330\010\013\2108\2207\230!""\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\010\t\330\014\024\220D\230\006\230a\330\020\030\230\013\2401\240D\250\007\250v\260R\260v\270]\310\047\320QR\320RY\320YZ\320Z[\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4078 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturge""ntvaluesvectorvectorswhichwordint (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330""\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360""\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 151; i++) {
+    for (int i = 0; i < 157; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
@@ -24227,8 +24743,8 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 151; i < 178; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-151].length;
+    for (int i = 157; i < 184; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-157].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -24238,14 +24754,14 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 178; i++) {
+    for (Py_ssize_t i = 0; i < 184; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 151;
+      PyObject **table = stringtab + 157;
       for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -24332,127 +24848,127 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 150};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 172};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 158};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 161};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 186};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_deaf, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 191};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 212};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_relay};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 233};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 253};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 240};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 249};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 253};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 302};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 464};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 486};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 471};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 493};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 851};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 873};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 992};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_bell};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1014};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_own, __pyx_mstate->__pyx_n_u_gentle, __pyx_mstate->__pyx_n_u_bell};
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1048};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1091};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1056};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1099};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1111};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1154};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
@@ -27464,6 +27980,26 @@ static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_le
         return __Pyx_PyUnicode_Concat(left, right);
     }
   }
+#endif
+
+/* PyObjectLookupSpecial */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
+    PyObject *res;
+    PyTypeObject *tp = Py_TYPE(obj);
+    res = _PyType_Lookup(tp, attr_name);
+    if (likely(res)) {
+        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
+        if (!f) {
+            Py_INCREF(res);
+        } else {
+            res = f(res, obj, (PyObject *)tp);
+        }
+    } else if (with_error) {
+        PyErr_SetObject(PyExc_AttributeError, attr_name);
+    }
+    return res;
+}
 #endif
 
 /* WriteUnraisableException */

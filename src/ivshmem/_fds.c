@@ -2039,7 +2039,7 @@ enum  {
   __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
-/* "ivshmem/_fds.pxd":85
+/* "ivshmem/_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2058,7 +2058,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "ivshmem/_fds.pxd":108
+/* "ivshmem/_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2075,7 +2075,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "ivshmem/_fds.pxd":117
+/* "ivshmem/_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2090,7 +2090,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "ivshmem/_fds.pxd":124
+/* "ivshmem/_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2104,7 +2104,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
-/* "ivshmem/_fds.pyx":525
+/* "ivshmem/_fds.pyx":537
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2147,12 +2147,14 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
   int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 
 
-/* "ivshmem/_fds.pyx":388
+/* "ivshmem/_fds.pyx":400
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2167,7 +2169,7 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
 
 
-/* "ivshmem/_fds.pyx":440
+/* "ivshmem/_fds.pyx":452
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3367,6 +3369,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
+static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
 
@@ -3401,6 +3404,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_fail_with(int); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
 static int64_t __pyx_f_7ivshmem_4_fds_take_count(int); /*proto*/
+static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
@@ -3944,7 +3948,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_fds.pxd":27
+/* "ivshmem/_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3956,7 +3960,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":29
+  /* "ivshmem/_fds.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3965,7 +3969,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/_fds.pxd":30
+  /* "ivshmem/_fds.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3978,7 +3982,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":27
+  /* "ivshmem/_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3992,7 +3996,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":33
+/* "ivshmem/_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4009,7 +4013,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "ivshmem/_fds.pxd":35
+  /* "ivshmem/_fds.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4046,7 +4050,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":33
+  /* "ivshmem/_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4059,7 +4063,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":38
+/* "ivshmem/_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4075,7 +4079,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":41
+  /* "ivshmem/_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4087,7 +4091,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":42
+    /* "ivshmem/_fds.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4100,7 +4104,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":41
+    /* "ivshmem/_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4109,7 +4113,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "ivshmem/_fds.pxd":43
+  /* "ivshmem/_fds.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4133,7 +4137,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "ivshmem/_fds.pxd":44
+  /* "ivshmem/_fds.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4142,7 +4146,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":45
+  /* "ivshmem/_fds.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4151,7 +4155,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":46
+  /* "ivshmem/_fds.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4164,7 +4168,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":38
+  /* "ivshmem/_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4178,7 +4182,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":49
+/* "ivshmem/_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4193,7 +4197,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":51
+  /* "ivshmem/_fds.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4221,7 +4225,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":49
+  /* "ivshmem/_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4234,7 +4238,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":54
+/* "ivshmem/_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4249,7 +4253,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pxd":60
+  /* "ivshmem/_fds.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4258,7 +4262,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_fds.pxd":63
+  /* "ivshmem/_fds.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4267,7 +4271,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_fds.pxd":64
+  /* "ivshmem/_fds.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4276,7 +4280,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_fds.pxd":65
+  /* "ivshmem/_fds.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4285,7 +4289,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_fds.pxd":66
+    /* "ivshmem/_fds.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4294,7 +4298,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_fds.pxd":67
+    /* "ivshmem/_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4306,7 +4310,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":68
+      /* "ivshmem/_fds.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4319,7 +4323,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":67
+      /* "ivshmem/_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4328,7 +4332,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":69
+    /* "ivshmem/_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4340,7 +4344,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":70
+      /* "ivshmem/_fds.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4353,7 +4357,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":69
+      /* "ivshmem/_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4362,7 +4366,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":71
+    /* "ivshmem/_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4374,7 +4378,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":72
+      /* "ivshmem/_fds.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4387,7 +4391,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":71
+      /* "ivshmem/_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4396,7 +4400,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":73
+    /* "ivshmem/_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4408,7 +4412,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":74
+      /* "ivshmem/_fds.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4421,7 +4425,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":73
+      /* "ivshmem/_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4431,7 +4435,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_fds.pxd":54
+  /* "ivshmem/_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4448,7 +4452,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":77
+/* "ivshmem/_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4462,7 +4466,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pxd":79
+  /* "ivshmem/_fds.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4471,7 +4475,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_fds.pxd":80
+  /* "ivshmem/_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4497,7 +4501,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":81
+    /* "ivshmem/_fds.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4510,7 +4514,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":80
+    /* "ivshmem/_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4519,7 +4523,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pxd":82
+  /* "ivshmem/_fds.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4532,7 +4536,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":77
+  /* "ivshmem/_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4546,7 +4550,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":98
+/* "ivshmem/_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4557,7 +4561,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":100
+  /* "ivshmem/_fds.pxd":101
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4570,7 +4574,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":98
+  /* "ivshmem/_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4583,7 +4587,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":103
+/* "ivshmem/_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4594,7 +4598,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "ivshmem/_fds.pxd":105
+  /* "ivshmem/_fds.pxd":106
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4607,7 +4611,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":103
+  /* "ivshmem/_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8588,10 +8592,201 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
  *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
- *         cdef iocb requests[BATCH]
+ *         cdef int code
 */
 
 static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
+  int __pyx_v_code;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("submit", 0);
+
+  /* "ivshmem/_fds.pyx":305
+ *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *         cdef int code
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":306
+ *         cdef int code
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError("the signaller is closed")
+ *             code = self.send(fds, count)
+*/
+        __pyx_t_2 = (__pyx_v_self->zero < 0);
+
+        if (unlikely(__pyx_t_2)) {
+
+
+          /* "ivshmem/_fds.pyx":307
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
+ *             code = self.send(fds, count)
+ *         if code:
+*/
+          __pyx_t_4 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_6 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_5))) {
+            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+            assert(__pyx_t_4);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+            __Pyx_INCREF(__pyx_t_4);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __pyx_t_6 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
+          }
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 307, __pyx_L4_error)
+
+          /* "ivshmem/_fds.pyx":306
+ *         cdef int code
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError("the signaller is closed")
+ *             code = self.send(fds, count)
+*/
+        }
+
+        /* "ivshmem/_fds.pyx":308
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+ *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
+ *         if code:
+ *             fail_with(code)
+*/
+        __pyx_v_code = __pyx_f_7ivshmem_4_fds_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
+      }
+
+      /* "ivshmem/_fds.pyx":305
+ *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *         cdef int code
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/_fds.pyx":309
+ *                 raise ClosedError("the signaller is closed")
+ *             code = self.send(fds, count)
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ *         return 0
+*/
+  __pyx_t_2 = (__pyx_v_code != 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_fds.pyx":310
+ *             code = self.send(fds, count)
+ *         if code:
+ *             fail_with(code)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":309
+ *                 raise ClosedError("the signaller is closed")
+ *             code = self.send(fds, count)
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":311
+ *         if code:
+ *             fail_with(code)
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int send(self, int *fds, long count) noexcept nogil:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":302
+ *             self.submit(batch, count)
+ * 
+ *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
+ *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *         cdef int code
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem._fds.Signaller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":313
+ *         return 0
+ * 
+ *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """What submit does, for a caller that has this for itself; 0 or errno."""
+ *         cdef iocb requests[BATCH]
+*/
+
+static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
   struct iocb __pyx_v_requests[__pyx_e_7ivshmem_4_fds_BATCH];
   struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_4_fds_BATCH];
   char __pyx_v_nothing[1];
@@ -8599,23 +8794,13 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   long __pyx_v_n;
   long __pyx_v_done;
   int __pyx_r;
-  __Pyx_RefNannyDeclarations
   long __pyx_t_1;
   long __pyx_t_2;
   long __pyx_t_3;
   int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("submit", 0);
+  int __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":308
+  /* "ivshmem/_fds.pyx":319
  *         cdef char nothing[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -8624,7 +8809,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_fds.pyx":309
+  /* "ivshmem/_fds.pyx":320
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -8633,7 +8818,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/_fds.pyx":310
+  /* "ivshmem/_fds.pyx":321
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8647,7 +8832,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":311
+    /* "ivshmem/_fds.pyx":322
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -8656,7 +8841,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/_fds.pyx":312
+    /* "ivshmem/_fds.pyx":323
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -8667,7 +8852,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/_fds.pyx":313
+    /* "ivshmem/_fds.pyx":324
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
@@ -8676,7 +8861,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-    /* "ivshmem/_fds.pyx":314
+    /* "ivshmem/_fds.pyx":325
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -8685,7 +8870,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/_fds.pyx":315
+    /* "ivshmem/_fds.pyx":326
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -8694,222 +8879,134 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/_fds.pyx":316
+    /* "ivshmem/_fds.pyx":327
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
  *             pointers[i] = &requests[i]
- *         with cython.critical_section(self):
+ *         while done < count:
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/_fds.pyx":317
+    /* "ivshmem/_fds.pyx":328
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self):
- *             if self.zero < 0:
+ *         while done < count:
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
 */
     (__pyx_v_pointers[__pyx_v_i]) = (&(__pyx_v_requests[__pyx_v_i]));
   }
 
 
-  /* "ivshmem/_fds.pyx":318
+  /* "ivshmem/_fds.pyx":329
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
- *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
- *             if self.zero < 0:
- *                 raise ClosedError("the signaller is closed")
+ *         while done < count:             # <<<<<<<<<<<<<<
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *             if n >= 0:
 */
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_5 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_5);
-      /*try:*/ {
+  while (1) {
+    __pyx_t_5 = (__pyx_v_done < __pyx_v_count);
 
-        /* "ivshmem/_fds.pyx":319
+
+    if (!__pyx_t_5) break;
+
+    /* "ivshmem/_fds.pyx":330
  *             pointers[i] = &requests[i]
- *         with cython.critical_section(self):
- *             if self.zero < 0:             # <<<<<<<<<<<<<<
- *                 raise ClosedError("the signaller is closed")
- *             while done < count:
+ *         while done < count:
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
+ *             if n >= 0:
+ *                 done += n
 */
-        __pyx_t_6 = (__pyx_v_self->zero < 0);
+    __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-        if (unlikely(__pyx_t_6)) {
-
-
-          /* "ivshmem/_fds.pyx":320
- *         with cython.critical_section(self):
- *             if self.zero < 0:
- *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+    /* "ivshmem/_fds.pyx":331
+ *         while done < count:
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 done += n
+ *                 ivshmem_io_forget(self.context, n)
 */
-          __pyx_t_8 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 320, __pyx_L6_error)
-          __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = 1;
-          #if CYTHON_UNPACK_METHODS
-          if (unlikely(PyMethod_Check(__pyx_t_9))) {
-            __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_9);
-            assert(__pyx_t_8);
-            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-            __Pyx_INCREF(__pyx_t_8);
-            __Pyx_INCREF(__pyx__function);
-            __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-            __pyx_t_10 = 0;
-          }
-          #endif
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
-            __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 320, __pyx_L6_error)
-            __Pyx_GOTREF(__pyx_t_7);
-          }
-          __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          __PYX_ERR(0, 320, __pyx_L6_error)
+    __pyx_t_5 = (__pyx_v_n >= 0);
 
-          /* "ivshmem/_fds.pyx":319
- *             pointers[i] = &requests[i]
- *         with cython.critical_section(self):
- *             if self.zero < 0:             # <<<<<<<<<<<<<<
- *                 raise ClosedError("the signaller is closed")
- *             while done < count:
+    if (__pyx_t_5) {
+
+
+      /* "ivshmem/_fds.pyx":332
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *             if n >= 0:
+ *                 done += n             # <<<<<<<<<<<<<<
+ *                 ivshmem_io_forget(self.context, n)
+ *             elif errno != EINTR and errno != EAGAIN:
 */
-        }
+      __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-        /* "ivshmem/_fds.pyx":321
- *             if self.zero < 0:
- *                 raise ClosedError("the signaller is closed")
- *             while done < count:             # <<<<<<<<<<<<<<
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n >= 0:
+      /* "ivshmem/_fds.pyx":333
+ *             if n >= 0:
+ *                 done += n
+ *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
+ *             elif errno != EINTR and errno != EAGAIN:
+ *                 return errno
 */
-        while (1) {
-          __pyx_t_6 = (__pyx_v_done < __pyx_v_count);
+      ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-
-          if (!__pyx_t_6) break;
-
-          /* "ivshmem/_fds.pyx":322
- *                 raise ClosedError("the signaller is closed")
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
- *                 if n >= 0:
- *                     done += n
+      /* "ivshmem/_fds.pyx":331
+ *         while done < count:
+ *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 done += n
+ *                 ivshmem_io_forget(self.context, n)
 */
-          __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
+      goto __pyx_L7;
+    }
 
-          /* "ivshmem/_fds.pyx":323
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n >= 0:             # <<<<<<<<<<<<<<
- *                     done += n
- *                     ivshmem_io_forget(self.context, n)
-*/
-          __pyx_t_6 = (__pyx_v_n >= 0);
-
-          if (__pyx_t_6) {
-
-
-            /* "ivshmem/_fds.pyx":324
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n >= 0:
- *                     done += n             # <<<<<<<<<<<<<<
- *                     ivshmem_io_forget(self.context, n)
- *                 elif errno != EINTR and errno != EAGAIN:
-*/
-            __pyx_v_done = (__pyx_v_done + __pyx_v_n);
-
-            /* "ivshmem/_fds.pyx":325
- *                 if n >= 0:
- *                     done += n
- *                     ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
- *                 elif errno != EINTR and errno != EAGAIN:
- *                     fail()
-*/
-            ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
-
-            /* "ivshmem/_fds.pyx":323
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n >= 0:             # <<<<<<<<<<<<<<
- *                     done += n
- *                     ivshmem_io_forget(self.context, n)
-*/
-            goto __pyx_L11;
-          }
-
-          /* "ivshmem/_fds.pyx":326
- *                     done += n
- *                     ivshmem_io_forget(self.context, n)
- *                 elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
- *                     fail()
+    /* "ivshmem/_fds.pyx":334
+ *                 done += n
+ *                 ivshmem_io_forget(self.context, n)
+ *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return errno
  *         return 0
 */
-          switch (errno) {
-            case EINTR:
-            case EAGAIN:
-            __pyx_t_6 = 0;
-            break;
-            default:
-            __pyx_t_6 = 1;
-            break;
-          }
-          if (__pyx_t_6) {
+    switch (errno) {
+      case EINTR:
+      case EAGAIN:
+      __pyx_t_5 = 0;
+      break;
+      default:
+      __pyx_t_5 = 1;
+      break;
+    }
+    if (__pyx_t_5) {
 
 
-            /* "ivshmem/_fds.pyx":327
- *                     ivshmem_io_forget(self.context, n)
- *                 elif errno != EINTR and errno != EAGAIN:
- *                     fail()             # <<<<<<<<<<<<<<
+      /* "ivshmem/_fds.pyx":335
+ *                 ivshmem_io_forget(self.context, n)
+ *             elif errno != EINTR and errno != EAGAIN:
+ *                 return errno             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-            __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L6_error)
+      {
 
+        __pyx_r = errno;
+      }
+      goto __pyx_L0;
 
-            /* "ivshmem/_fds.pyx":326
- *                     done += n
- *                     ivshmem_io_forget(self.context, n)
- *                 elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
- *                     fail()
+      /* "ivshmem/_fds.pyx":334
+ *                 done += n
+ *                 ivshmem_io_forget(self.context, n)
+ *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return errno
  *         return 0
 */
-          }
-          __pyx_L11:;
-        }
-      }
-
-      /* "ivshmem/_fds.pyx":318
- *             requests[i].aio_resfd = fds[i]
- *             pointers[i] = &requests[i]
- *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
- *             if self.zero < 0:
- *                 raise ClosedError("the signaller is closed")
-*/
-      /*finally:*/ {
-        /*normal exit:*/{
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L7;
-        }
-        __pyx_L6_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-        __pyx_L7:;
-      }
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    }
+    __pyx_L7:;
   }
 
-  /* "ivshmem/_fds.pyx":328
- *                 elif errno != EINTR and errno != EAGAIN:
- *                     fail()
+  /* "ivshmem/_fds.pyx":336
+ *             elif errno != EINTR and errno != EAGAIN:
+ *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
@@ -8920,22 +9017,15 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":302
- *             self.submit(batch, count)
+  /* "ivshmem/_fds.pyx":313
+ *         return 0
  * 
- *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
- *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """What submit does, for a caller that has this for itself; 0 or errno."""
  *         cdef iocb requests[BATCH]
 */
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
   __pyx_L0:;
 
 
@@ -8943,12 +9033,10 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 
 
 
-
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":330
+/* "ivshmem/_fds.pyx":338
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9013,7 +9101,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":332
+        /* "ivshmem/_fds.pyx":340
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9039,7 +9127,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":333
+          /* "ivshmem/_fds.pyx":341
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -9048,7 +9136,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/_fds.pyx":332
+          /* "ivshmem/_fds.pyx":340
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9057,7 +9145,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":334
+        /* "ivshmem/_fds.pyx":342
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9066,7 +9154,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/_fds.pyx":335
+        /* "ivshmem/_fds.pyx":343
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -9078,7 +9166,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":336
+          /* "ivshmem/_fds.pyx":344
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -9087,7 +9175,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/_fds.pyx":335
+          /* "ivshmem/_fds.pyx":343
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -9096,7 +9184,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":337
+        /* "ivshmem/_fds.pyx":345
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9106,7 +9194,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/_fds.pyx":330
+      /* "ivshmem/_fds.pyx":338
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9130,7 +9218,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":339
+/* "ivshmem/_fds.pyx":347
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9161,7 +9249,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":340
+  /* "ivshmem/_fds.pyx":348
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9175,12 +9263,12 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":339
+  /* "ivshmem/_fds.pyx":347
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9405,7 +9493,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":347
+/* "ivshmem/_fds.pyx":355
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -9433,7 +9521,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/_fds.pyx":354
+  /* "ivshmem/_fds.pyx":362
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -9465,19 +9553,19 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 354, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 362, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 354, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 362, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":355
+  /* "ivshmem/_fds.pyx":363
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -9502,7 +9590,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":356
+    /* "ivshmem/_fds.pyx":364
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9518,7 +9606,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":357
+        /* "ivshmem/_fds.pyx":365
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -9531,13 +9619,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_fds.pyx":356
+        /* "ivshmem/_fds.pyx":364
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9555,7 +9643,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_fds.pyx":358
+      /* "ivshmem/_fds.pyx":366
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -9566,7 +9654,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/_fds.pyx":359
+        /* "ivshmem/_fds.pyx":367
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -9585,7 +9673,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/_fds.pyx":356
+      /* "ivshmem/_fds.pyx":364
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9607,7 +9695,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/_fds.pyx":360
+    /* "ivshmem/_fds.pyx":368
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -9615,9 +9703,9 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -9637,7 +9725,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
@@ -9645,7 +9733,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_fds.pyx":355
+    /* "ivshmem/_fds.pyx":363
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -9654,7 +9742,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
 */
   }
 
-  /* "ivshmem/_fds.pyx":361
+  /* "ivshmem/_fds.pyx":369
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -9672,7 +9760,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":355
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -9695,62 +9783,178 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":364
+/* "ivshmem/_fds.pyx":372
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that others share, and wait for nobody.
- * 
+ *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     cdef int code = EINTR
 */
 
 static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller, int __pyx_v_fd) {
-  struct pollfd __pyx_v_one;
-  struct timespec __pyx_v_none;
   int __pyx_v_code;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
-  int __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":373
- *     cdef timespec none
- *     cdef int code
+  /* "ivshmem/_fds.pyx":374
+ * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
+ *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     cdef int code = EINTR             # <<<<<<<<<<<<<<
+ *     if signaller is not None:
+ *         return signaller.submit(&fd, 1)
+*/
+  __pyx_v_code = EINTR;
+
+  /* "ivshmem/_fds.pyx":375
+ *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
- *     none.tv_sec = none.tv_nsec = 0
+ *     while code == EINTR:
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_signaller) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":374
- *     cdef int code
+    /* "ivshmem/_fds.pyx":376
+ *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
- *     none.tv_sec = none.tv_nsec = 0
- *     one.fd = fd
+ *     while code == EINTR:
+ *         PyErr_CheckSignals()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":373
- *     cdef timespec none
- *     cdef int code
+    /* "ivshmem/_fds.pyx":375
+ *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
- *     none.tv_sec = none.tv_nsec = 0
+ *     while code == EINTR:
 */
   }
 
-  /* "ivshmem/_fds.pyx":375
+  /* "ivshmem/_fds.pyx":377
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
+ *     while code == EINTR:             # <<<<<<<<<<<<<<
+ *         PyErr_CheckSignals()
+ *         code = add_one_if_room(fd)
+*/
+  while (1) {
+    __pyx_t_1 = (__pyx_v_code == EINTR);
+
+
+    if (!__pyx_t_1) break;
+
+    /* "ivshmem/_fds.pyx":378
+ *         return signaller.submit(&fd, 1)
+ *     while code == EINTR:
+ *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *         code = add_one_if_room(fd)
+ *     if code:
+*/
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":379
+ *     while code == EINTR:
+ *         PyErr_CheckSignals()
+ *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
+ *     if code:
+ *         fail_with(code)
+*/
+    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one_if_room(__pyx_v_fd);
+  }
+
+  /* "ivshmem/_fds.pyx":380
+ *         PyErr_CheckSignals()
+ *         code = add_one_if_room(fd)
+ *     if code:             # <<<<<<<<<<<<<<
+ *         fail_with(code)
+ *     return 0
+*/
+  __pyx_t_1 = (__pyx_v_code != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":381
+ *         code = add_one_if_room(fd)
+ *     if code:
+ *         fail_with(code)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":380
+ *         PyErr_CheckSignals()
+ *         code = add_one_if_room(fd)
+ *     if code:             # <<<<<<<<<<<<<<
+ *         fail_with(code)
+ *     return 0
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":382
+ *     if code:
+ *         fail_with(code)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":372
+ * 
+ * 
+ * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     cdef int code = EINTR
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._fds.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":385
+ * 
+ * 
+ * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Look for room in the counter, and add 1 if there is any; 0 or errno.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
+  struct pollfd __pyx_v_one;
+  struct timespec __pyx_v_none;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/_fds.pyx":392
+ *     cdef pollfd one
+ *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
  *     one.fd = fd
  *     one.events = POLLOUT
@@ -9758,136 +9962,75 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_fds.pyx":376
- *         return signaller.submit(&fd, 1)
+  /* "ivshmem/_fds.pyx":393
+ *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
  *     one.events = POLLOUT
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_fds.pyx":377
+  /* "ivshmem/_fds.pyx":394
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         code = add_one(fd)
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         return add_one(fd)
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/_fds.pyx":378
+  /* "ivshmem/_fds.pyx":395
  *     one.fd = fd
  *     one.events = POLLOUT
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
- *         code = add_one(fd)
- *         if code == 0:
-*/
-  while (1) {
-    __pyx_t_3 = (ppoll((&__pyx_v_one), 1, (&__pyx_v_none), NULL) == 1);
-
-    if (__pyx_t_3) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_3;
-
-      goto __pyx_L6_bool_binop_done;
-    }
-    __pyx_t_3 = ((__pyx_v_one.revents & POLLOUT) != 0);
-
-
-    __pyx_t_1 = __pyx_t_3;
-
-    __pyx_L6_bool_binop_done:;
-
-    if (!__pyx_t_1) break;
-
-    /* "ivshmem/_fds.pyx":379
- *     one.events = POLLOUT
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         code = add_one(fd)             # <<<<<<<<<<<<<<
- *         if code == 0:
- *             break
-*/
-    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd);
-
-    /* "ivshmem/_fds.pyx":380
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         code = add_one(fd)
- *         if code == 0:             # <<<<<<<<<<<<<<
- *             break
- *         if code != EINTR:
-*/
-    __pyx_t_1 = (__pyx_v_code == 0);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":381
- *         code = add_one(fd)
- *         if code == 0:
- *             break             # <<<<<<<<<<<<<<
- *         if code != EINTR:
- *             fail_with(code)
-*/
-      goto __pyx_L5_break;
-
-      /* "ivshmem/_fds.pyx":380
- *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         code = add_one(fd)
- *         if code == 0:             # <<<<<<<<<<<<<<
- *             break
- *         if code != EINTR:
-*/
-    }
-
-    /* "ivshmem/_fds.pyx":382
- *         if code == 0:
- *             break
- *         if code != EINTR:             # <<<<<<<<<<<<<<
- *             fail_with(code)
- *         PyErr_CheckSignals()
-*/
-    __pyx_t_1 = (__pyx_v_code != EINTR);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":383
- *             break
- *         if code != EINTR:
- *             fail_with(code)             # <<<<<<<<<<<<<<
- *         PyErr_CheckSignals()
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
+ *         return add_one(fd)
  *     return 0  # a full counter is an interrupt that is pending already
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_2 = (ppoll((&__pyx_v_one), 1, (&__pyx_v_none), NULL) == 1);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = ((__pyx_v_one.revents & POLLOUT) != 0);
 
 
-      /* "ivshmem/_fds.pyx":382
- *         if code == 0:
- *             break
- *         if code != EINTR:             # <<<<<<<<<<<<<<
- *             fail_with(code)
- *         PyErr_CheckSignals()
-*/
-    }
+  __pyx_t_1 = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":384
- *         if code != EINTR:
- *             fail_with(code)
- *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":396
+ *     one.events = POLLOUT
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         return add_one(fd)             # <<<<<<<<<<<<<<
  *     return 0  # a full counter is an interrupt that is pending already
  * 
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
+    {
 
+      __pyx_r = __pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":395
+ *     one.fd = fd
+ *     one.events = POLLOUT
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
+ *         return add_one(fd)
+ *     return 0  # a full counter is an interrupt that is pending already
+*/
   }
-  __pyx_L5_break:;
 
-  /* "ivshmem/_fds.pyx":385
- *             fail_with(code)
- *         PyErr_CheckSignals()
+  /* "ivshmem/_fds.pyx":397
+ *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         return add_one(fd)
  *     return 0  # a full counter is an interrupt that is pending already             # <<<<<<<<<<<<<<
  * 
  * 
@@ -9898,27 +10041,22 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":364
+  /* "ivshmem/_fds.pyx":385
  * 
  * 
- * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that others share, and wait for nobody.
+ * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Look for room in the counter, and add 1 if there is any; 0 or errno.
  * 
 */
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
   __pyx_L0:;
-
-
 
 
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":402
+/* "ivshmem/_fds.pyx":414
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -9965,39 +10103,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 402, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 414, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 402, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 414, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 402, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 414, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 402, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 414, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 402, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 414, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 402, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 414, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 402, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 414, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10046,7 +10184,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":404
+  /* "ivshmem/_fds.pyx":416
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -10055,7 +10193,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":405
+  /* "ivshmem/_fds.pyx":417
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10064,7 +10202,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":418
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -10073,7 +10211,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":407
+  /* "ivshmem/_fds.pyx":419
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10089,7 +10227,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":408
+      /* "ivshmem/_fds.pyx":420
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -10098,7 +10236,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 408, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 420, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -10116,17 +10254,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":409
+        /* "ivshmem/_fds.pyx":421
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":408
+        /* "ivshmem/_fds.pyx":420
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -10135,7 +10273,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":410
+      /* "ivshmem/_fds.pyx":422
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -10147,17 +10285,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":411
+        /* "ivshmem/_fds.pyx":423
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":410
+        /* "ivshmem/_fds.pyx":422
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -10166,7 +10304,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":412
+      /* "ivshmem/_fds.pyx":424
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -10178,9 +10316,9 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 424, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 412, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 424, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -10188,7 +10326,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -10198,7 +10336,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -10209,13 +10347,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 412, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 424, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 412, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 424, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -10225,7 +10363,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":413
+        /* "ivshmem/_fds.pyx":425
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -10234,7 +10372,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":414
+        /* "ivshmem/_fds.pyx":426
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -10243,7 +10381,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":415
+        /* "ivshmem/_fds.pyx":427
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -10252,7 +10390,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":416
+        /* "ivshmem/_fds.pyx":428
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -10261,7 +10399,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":417
+        /* "ivshmem/_fds.pyx":429
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -10270,17 +10408,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":418
+        /* "ivshmem/_fds.pyx":430
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":419
+        /* "ivshmem/_fds.pyx":431
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -10292,17 +10430,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":420
+          /* "ivshmem/_fds.pyx":432
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":419
+          /* "ivshmem/_fds.pyx":431
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -10311,7 +10449,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":412
+        /* "ivshmem/_fds.pyx":424
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -10321,7 +10459,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":407
+      /* "ivshmem/_fds.pyx":419
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10337,7 +10475,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":421
+    /* "ivshmem/_fds.pyx":433
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10347,12 +10485,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 421, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 433, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":422
+      /* "ivshmem/_fds.pyx":434
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10366,12 +10504,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 422, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 434, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":423
+      /* "ivshmem/_fds.pyx":435
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10383,11 +10521,11 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 423, __pyx_L5_except_error)
+      __PYX_ERR(0, 435, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":407
+    /* "ivshmem/_fds.pyx":419
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10403,7 +10541,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":402
+  /* "ivshmem/_fds.pyx":414
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -10431,7 +10569,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":425
+/* "ivshmem/_fds.pyx":437
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10444,7 +10582,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":427
+  /* "ivshmem/_fds.pyx":439
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -10472,7 +10610,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":425
+  /* "ivshmem/_fds.pyx":437
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10485,7 +10623,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":429
+/* "ivshmem/_fds.pyx":441
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10545,7 +10683,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":431
+  /* "ivshmem/_fds.pyx":443
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -10556,7 +10694,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":432
+  /* "ivshmem/_fds.pyx":444
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10565,7 +10703,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":433
+  /* "ivshmem/_fds.pyx":445
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10591,7 +10729,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":434
+    /* "ivshmem/_fds.pyx":446
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -10600,7 +10738,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":433
+    /* "ivshmem/_fds.pyx":445
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10609,7 +10747,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":429
+  /* "ivshmem/_fds.pyx":441
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10625,7 +10763,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":436
+/* "ivshmem/_fds.pyx":448
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10656,7 +10794,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":437
+  /* "ivshmem/_fds.pyx":449
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10670,12 +10808,12 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":436
+  /* "ivshmem/_fds.pyx":448
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10900,7 +11038,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":448
+/* "ivshmem/_fds.pyx":460
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -10957,7 +11095,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":449
+  /* "ivshmem/_fds.pyx":461
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -10966,7 +11104,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":450
+  /* "ivshmem/_fds.pyx":462
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -10975,7 +11113,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":451
+  /* "ivshmem/_fds.pyx":463
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -10987,17 +11125,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":452
+    /* "ivshmem/_fds.pyx":464
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":451
+    /* "ivshmem/_fds.pyx":463
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11006,7 +11144,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":448
+  /* "ivshmem/_fds.pyx":460
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -11025,7 +11163,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":454
+/* "ivshmem/_fds.pyx":466
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11089,7 +11227,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":455
+  /* "ivshmem/_fds.pyx":467
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11101,7 +11239,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":456
+    /* "ivshmem/_fds.pyx":468
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -11109,7 +11247,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11128,14 +11266,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 456, __pyx_L1_error)
+    __PYX_ERR(0, 468, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":455
+    /* "ivshmem/_fds.pyx":467
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11144,14 +11282,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":457
+  /* "ivshmem/_fds.pyx":469
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 469, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -11164,7 +11302,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":454
+  /* "ivshmem/_fds.pyx":466
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11185,7 +11323,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":459
+/* "ivshmem/_fds.pyx":471
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -11207,7 +11345,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":461
+  /* "ivshmem/_fds.pyx":473
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -11216,7 +11354,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":462
+  /* "ivshmem/_fds.pyx":474
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -11225,7 +11363,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":463
+  /* "ivshmem/_fds.pyx":475
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -11234,7 +11372,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":464
+  /* "ivshmem/_fds.pyx":476
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -11248,10 +11386,10 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -11259,17 +11397,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":465
+    /* "ivshmem/_fds.pyx":477
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 477, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":464
+    /* "ivshmem/_fds.pyx":476
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -11278,7 +11416,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":466
+  /* "ivshmem/_fds.pyx":478
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11291,7 +11429,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":459
+  /* "ivshmem/_fds.pyx":471
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -11312,7 +11450,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":468
+/* "ivshmem/_fds.pyx":480
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11362,46 +11500,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 468, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 468, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 468, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 480, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 480, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 468, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11434,17 +11572,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":470
+  /* "ivshmem/_fds.pyx":482
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":468
+  /* "ivshmem/_fds.pyx":480
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11464,7 +11602,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":472
+/* "ivshmem/_fds.pyx":484
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11514,46 +11652,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 472, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 484, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 472, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 484, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 484, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 472, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 484, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 484, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 472, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 484, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11586,17 +11724,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":473
+  /* "ivshmem/_fds.pyx":485
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":472
+  /* "ivshmem/_fds.pyx":484
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11616,7 +11754,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":475
+/* "ivshmem/_fds.pyx":487
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -11664,32 +11802,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 475, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 487, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 475, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 487, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 475, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 487, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 475, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 487, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 475, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 487, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11720,17 +11858,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":476
+  /* "ivshmem/_fds.pyx":488
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":475
+  /* "ivshmem/_fds.pyx":487
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -11750,7 +11888,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":478
+/* "ivshmem/_fds.pyx":490
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11798,24 +11936,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 490, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 490, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11826,7 +11964,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 490, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11870,17 +12008,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":481
+  /* "ivshmem/_fds.pyx":493
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 481, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 493, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":483
+  /* "ivshmem/_fds.pyx":495
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -11894,14 +12032,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":484
+  /* "ivshmem/_fds.pyx":496
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -11910,17 +12048,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":485
+    /* "ivshmem/_fds.pyx":497
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 485, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 497, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":486
+    /* "ivshmem/_fds.pyx":498
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11932,7 +12070,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":487
+      /* "ivshmem/_fds.pyx":499
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -11940,7 +12078,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 487, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 499, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -11948,20 +12086,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 487, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 487, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 499, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 487, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 499, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 487, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 499, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 487, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 499, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 487, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 499, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -11977,7 +12115,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":486
+      /* "ivshmem/_fds.pyx":498
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11987,7 +12125,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":490
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -12016,7 +12154,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":489
+/* "ivshmem/_fds.pyx":501
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12075,7 +12213,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":490
+  /* "ivshmem/_fds.pyx":502
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -12086,7 +12224,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":491
+  /* "ivshmem/_fds.pyx":503
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12095,7 +12233,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":492
+  /* "ivshmem/_fds.pyx":504
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12107,7 +12245,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":493
+    /* "ivshmem/_fds.pyx":505
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -12116,7 +12254,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":492
+    /* "ivshmem/_fds.pyx":504
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12125,7 +12263,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":489
+  /* "ivshmem/_fds.pyx":501
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12141,7 +12279,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":495
+/* "ivshmem/_fds.pyx":507
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12165,7 +12303,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":496
+  /* "ivshmem/_fds.pyx":508
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12177,7 +12315,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":497
+    /* "ivshmem/_fds.pyx":509
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -12186,7 +12324,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":496
+    /* "ivshmem/_fds.pyx":508
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12195,7 +12333,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":495
+  /* "ivshmem/_fds.pyx":507
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12413,7 +12551,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":500
+/* "ivshmem/_fds.pyx":512
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -12437,7 +12575,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":504
+  /* "ivshmem/_fds.pyx":516
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -12449,7 +12587,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":505
+    /* "ivshmem/_fds.pyx":517
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -12458,7 +12596,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":504
+    /* "ivshmem/_fds.pyx":516
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -12468,7 +12606,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":507
+  /* "ivshmem/_fds.pyx":519
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -12488,7 +12626,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":509
+    /* "ivshmem/_fds.pyx":521
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -12524,7 +12662,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":510
+  /* "ivshmem/_fds.pyx":522
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -12537,7 +12675,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":511
+        /* "ivshmem/_fds.pyx":523
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -12546,7 +12684,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":512
+        /* "ivshmem/_fds.pyx":524
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -12556,7 +12694,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":510
+      /* "ivshmem/_fds.pyx":522
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -12573,7 +12711,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":513
+  /* "ivshmem/_fds.pyx":525
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -12585,7 +12723,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":514
+    /* "ivshmem/_fds.pyx":526
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -12598,7 +12736,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":513
+    /* "ivshmem/_fds.pyx":525
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -12607,7 +12745,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":515
+  /* "ivshmem/_fds.pyx":527
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -12619,17 +12757,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":516
+    /* "ivshmem/_fds.pyx":528
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 528, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":515
+    /* "ivshmem/_fds.pyx":527
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -12638,17 +12776,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":517
+  /* "ivshmem/_fds.pyx":529
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":518
+  /* "ivshmem/_fds.pyx":530
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -12661,7 +12799,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":500
+  /* "ivshmem/_fds.pyx":512
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -12682,7 +12820,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":521
+/* "ivshmem/_fds.pyx":533
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -12705,7 +12843,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":522
+  /* "ivshmem/_fds.pyx":534
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -12713,15 +12851,15 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 522, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 534, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -12729,14 +12867,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 534, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 522, __pyx_L1_error)
+  __PYX_ERR(0, 534, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":521
+  /* "ivshmem/_fds.pyx":533
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -12757,7 +12895,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":531
+/* "ivshmem/_fds.pyx":543
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12814,7 +12952,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":532
+  /* "ivshmem/_fds.pyx":544
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -12823,7 +12961,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":533
+  /* "ivshmem/_fds.pyx":545
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -12832,7 +12970,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":534
+  /* "ivshmem/_fds.pyx":546
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12844,17 +12982,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":535
+    /* "ivshmem/_fds.pyx":547
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":534
+    /* "ivshmem/_fds.pyx":546
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12863,7 +13001,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":531
+  /* "ivshmem/_fds.pyx":543
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12882,7 +13020,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":537
+/* "ivshmem/_fds.pyx":549
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12946,7 +13084,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":538
+  /* "ivshmem/_fds.pyx":550
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12958,7 +13096,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":539
+    /* "ivshmem/_fds.pyx":551
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -12966,7 +13104,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12985,14 +13123,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 551, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 539, __pyx_L1_error)
+    __PYX_ERR(0, 551, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":538
+    /* "ivshmem/_fds.pyx":550
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13001,14 +13139,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":540
+  /* "ivshmem/_fds.pyx":552
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 552, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13021,7 +13159,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":537
+  /* "ivshmem/_fds.pyx":549
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13042,7 +13180,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":542
+/* "ivshmem/_fds.pyx":554
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -13090,32 +13228,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 542, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 542, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 554, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 554, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 542, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13151,7 +13289,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":545
+  /* "ivshmem/_fds.pyx":557
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -13160,7 +13298,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":546
+  /* "ivshmem/_fds.pyx":558
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -13169,7 +13307,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":547
+  /* "ivshmem/_fds.pyx":559
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -13178,7 +13316,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":548
+  /* "ivshmem/_fds.pyx":560
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -13192,10 +13330,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -13203,17 +13341,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":549
+    /* "ivshmem/_fds.pyx":561
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":548
+    /* "ivshmem/_fds.pyx":560
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -13222,7 +13360,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":542
+  /* "ivshmem/_fds.pyx":554
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -13245,7 +13383,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":551
+/* "ivshmem/_fds.pyx":563
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13304,7 +13442,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":552
+  /* "ivshmem/_fds.pyx":564
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -13315,7 +13453,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":553
+  /* "ivshmem/_fds.pyx":565
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -13324,7 +13462,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":554
+  /* "ivshmem/_fds.pyx":566
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -13336,7 +13474,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":555
+    /* "ivshmem/_fds.pyx":567
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -13345,7 +13483,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":554
+    /* "ivshmem/_fds.pyx":566
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -13354,7 +13492,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":551
+  /* "ivshmem/_fds.pyx":563
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13370,7 +13508,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":557
+/* "ivshmem/_fds.pyx":569
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13394,7 +13532,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) 
 static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":558
+  /* "ivshmem/_fds.pyx":570
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -13406,7 +13544,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":559
+    /* "ivshmem/_fds.pyx":571
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -13415,7 +13553,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":558
+    /* "ivshmem/_fds.pyx":570
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -13424,7 +13562,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":557
+  /* "ivshmem/_fds.pyx":569
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13642,7 +13780,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":562
+/* "ivshmem/_fds.pyx":574
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -13680,7 +13818,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/_fds.pyx":572
+  /* "ivshmem/_fds.pyx":584
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -13689,7 +13827,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/_fds.pyx":573
+  /* "ivshmem/_fds.pyx":585
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -13698,7 +13836,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/_fds.pyx":574
+  /* "ivshmem/_fds.pyx":586
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -13707,7 +13845,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/_fds.pyx":575
+  /* "ivshmem/_fds.pyx":587
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -13719,7 +13857,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":576
+    /* "ivshmem/_fds.pyx":588
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -13728,7 +13866,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/_fds.pyx":577
+    /* "ivshmem/_fds.pyx":589
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13746,7 +13884,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":575
+    /* "ivshmem/_fds.pyx":587
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -13755,7 +13893,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":578
+  /* "ivshmem/_fds.pyx":590
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -13764,7 +13902,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/_fds.pyx":579
+  /* "ivshmem/_fds.pyx":591
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -13776,17 +13914,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":580
+    /* "ivshmem/_fds.pyx":592
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 592, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":579
+    /* "ivshmem/_fds.pyx":591
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -13795,14 +13933,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":581
+  /* "ivshmem/_fds.pyx":593
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13815,7 +13953,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":562
+  /* "ivshmem/_fds.pyx":574
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -13836,7 +13974,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":584
+/* "ivshmem/_fds.pyx":596
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -13886,46 +14024,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 596, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 596, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 596, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 596, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 584, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 596, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 596, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 596, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 596, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13969,7 +14107,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/_fds.pyx":590
+  /* "ivshmem/_fds.pyx":602
  *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -13977,9 +14115,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13999,14 +14137,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 602, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":591
+  /* "ivshmem/_fds.pyx":603
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -14014,9 +14152,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 591, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 591, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -14036,14 +14174,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 591, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 591, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 603, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":592
+  /* "ivshmem/_fds.pyx":604
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -14052,12 +14190,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 592, __pyx_L1_error)
+    __PYX_ERR(0, 604, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 604, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":593
+  /* "ivshmem/_fds.pyx":605
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -14066,12 +14204,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 593, __pyx_L1_error)
+    __PYX_ERR(0, 605, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 593, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 605, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/_fds.pyx":595
+  /* "ivshmem/_fds.pyx":607
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14084,7 +14222,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":596
+        /* "ivshmem/_fds.pyx":608
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -14094,7 +14232,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/_fds.pyx":595
+      /* "ivshmem/_fds.pyx":607
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14111,7 +14249,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       }
   }
 
-  /* "ivshmem/_fds.pyx":597
+  /* "ivshmem/_fds.pyx":609
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -14123,17 +14261,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_fds.pyx":598
+    /* "ivshmem/_fds.pyx":610
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 610, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":597
+    /* "ivshmem/_fds.pyx":609
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -14142,7 +14280,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/_fds.pyx":584
+  /* "ivshmem/_fds.pyx":596
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -14171,7 +14309,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":601
+/* "ivshmem/_fds.pyx":613
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -14194,7 +14332,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":603
+  /* "ivshmem/_fds.pyx":615
  * cdef int64_t take_count(int fd) except -1:
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -14203,7 +14341,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":604
+  /* "ivshmem/_fds.pyx":616
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -14215,7 +14353,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":605
+    /* "ivshmem/_fds.pyx":617
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -14223,7 +14361,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -14231,14 +14369,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 617, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 605, __pyx_L1_error)
+    __PYX_ERR(0, 617, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":604
+    /* "ivshmem/_fds.pyx":616
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -14247,7 +14385,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":606
+  /* "ivshmem/_fds.pyx":618
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -14259,17 +14397,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":607
+    /* "ivshmem/_fds.pyx":619
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 607, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 619, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":606
+    /* "ivshmem/_fds.pyx":618
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -14278,7 +14416,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":608
+  /* "ivshmem/_fds.pyx":620
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -14291,7 +14429,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":601
+  /* "ivshmem/_fds.pyx":613
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -14313,7 +14451,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":611
+/* "ivshmem/_fds.pyx":623
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -14361,32 +14499,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 623, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 623, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 611, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 623, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 611, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 623, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 623, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14433,7 +14571,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/_fds.pyx":613
+  /* "ivshmem/_fds.pyx":625
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -14442,9 +14580,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -14453,13 +14591,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 613, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 613, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 625, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14478,7 +14616,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -14496,7 +14634,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":614
+          /* "ivshmem/_fds.pyx":626
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -14508,9 +14646,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 614, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 626, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 614, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 626, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -14518,7 +14656,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 614, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 626, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -14528,7 +14666,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 614, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 626, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -14539,13 +14677,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 614, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 614, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 626, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -14555,7 +14693,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/_fds.pyx":615
+            /* "ivshmem/_fds.pyx":627
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -14569,15 +14707,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 615, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 615, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 627, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/_fds.pyx":616
+              /* "ivshmem/_fds.pyx":628
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -14592,10 +14730,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 616, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 628, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 616, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 628, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -14604,7 +14742,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 616, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -14619,7 +14757,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/_fds.pyx":615
+              /* "ivshmem/_fds.pyx":627
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -14628,7 +14766,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
             }
 
-            /* "ivshmem/_fds.pyx":614
+            /* "ivshmem/_fds.pyx":626
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -14638,7 +14776,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":613
+          /* "ivshmem/_fds.pyx":625
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -14658,23 +14796,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 613, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 625, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 613, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 625, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 613, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 625, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -14685,7 +14823,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 613, __pyx_L9_except_error)
+            __PYX_ERR(0, 625, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -14717,7 +14855,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 613, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 625, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -14729,7 +14867,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 613, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 625, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -14746,7 +14884,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_L20:;
   }
 
-  /* "ivshmem/_fds.pyx":617
+  /* "ivshmem/_fds.pyx":629
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -14754,7 +14892,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 617, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 629, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -14762,14 +14900,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 617, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 629, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 617, __pyx_L1_error)
+  __PYX_ERR(0, 629, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":611
+  /* "ivshmem/_fds.pyx":623
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -14794,7 +14932,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":620
+/* "ivshmem/_fds.pyx":632
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14811,7 +14949,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":630
+  /* "ivshmem/_fds.pyx":643
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -14837,7 +14975,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":631
+    /* "ivshmem/_fds.pyx":644
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -14850,7 +14988,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":630
+    /* "ivshmem/_fds.pyx":643
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -14859,7 +14997,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":632
+  /* "ivshmem/_fds.pyx":645
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -14885,7 +15023,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":633
+    /* "ivshmem/_fds.pyx":646
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -14898,7 +15036,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":632
+    /* "ivshmem/_fds.pyx":645
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -14907,50 +15045,92 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":634
+  /* "ivshmem/_fds.pyx":647
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
  *     iov.iov_len = sizeof(data)
- *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_fds.pyx":635
+  /* "ivshmem/_fds.pyx":648
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
- *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
+ *         return False
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_fds.pyx":636
+  /* "ivshmem/_fds.pyx":649
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
- *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
+ *         return False
+ *     iov.iov_len = 0
 */
-  __pyx_t_2 = (preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT) < 0);
+  __pyx_t_2 = (preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT) >= 0);
 
-  if (__pyx_t_2) {
+  if (!__pyx_t_2) {
 
   } else {
 
     __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L9_bool_binop_done;
+    goto __pyx_L10_bool_binop_done;
   }
-  __pyx_t_2 = (errno == EINVAL);
+  __pyx_t_2 = (errno != EINVAL);
 
 
   __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L9_bool_binop_done:;
+  __pyx_L10_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":650
+ *     iov.iov_len = sizeof(data)
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
+ *         return False             # <<<<<<<<<<<<<<
+ *     iov.iov_len = 0
+ *     return writev(fd, &iov, 1) == 0
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":649
+ *     iov.iov_base = data
+ *     iov.iov_len = sizeof(data)
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
+ *         return False
+ *     iov.iov_len = 0
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":651
+ *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
+ *         return False
+ *     iov.iov_len = 0             # <<<<<<<<<<<<<<
+ *     return writev(fd, &iov, 1) == 0
+*/
+  __pyx_v_iov.iov_len = 0;
+
+  /* "ivshmem/_fds.pyx":652
+ *         return False
+ *     iov.iov_len = 0
+ *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
+*/
   {
-    __pyx_r = __pyx_t_1;
+
+    __pyx_r = (writev(__pyx_v_fd, (&__pyx_v_iov), 1) == 0);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":620
+  /* "ivshmem/_fds.pyx":632
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16025,8 +16205,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 222;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 223;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -16106,6 +16286,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
   __pyx_vtabptr_7ivshmem_4_fds_Signaller = &__pyx_vtable_7ivshmem_4_fds_Signaller;
   __pyx_vtable_7ivshmem_4_fds_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_submit;
+  __pyx_vtable_7ivshmem_4_fds_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 261, __pyx_L1_error)
   #else
@@ -16148,14 +16329,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
   __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 400, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -16165,9 +16346,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16186,14 +16367,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
   __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 452, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
@@ -16203,9 +16384,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16222,14 +16403,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 537, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
@@ -16239,8 +16420,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16884,19 +17065,19 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":330
+  /* "ivshmem/_fds.pyx":338
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16926,7 +17107,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":344
+  /* "ivshmem/_fds.pyx":352
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -16938,19 +17119,19 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/_fds.pyx":429
+  /* "ivshmem/_fds.pyx":441
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 429, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16980,95 +17161,95 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":454
+  /* "ivshmem/_fds.pyx":466
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":468
+  /* "ivshmem/_fds.pyx":480
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":472
+  /* "ivshmem/_fds.pyx":484
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":475
+  /* "ivshmem/_fds.pyx":487
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 475, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":490
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":489
+  /* "ivshmem/_fds.pyx":501
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17098,49 +17279,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":537
+  /* "ivshmem/_fds.pyx":549
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":542
+  /* "ivshmem/_fds.pyx":554
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 542, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 542, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":551
+  /* "ivshmem/_fds.pyx":563
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 563, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 551, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 563, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17170,49 +17351,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":562
+  /* "ivshmem/_fds.pyx":574
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 562, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 562, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":584
+  /* "ivshmem/_fds.pyx":596
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 596, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":611
+  /* "ivshmem/_fds.pyx":623
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 623, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/_fds.pyx":1
@@ -17267,7 +17448,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 113, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 613, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 625, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -17290,7 +17471,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":613
+  /* "ivshmem/_fds.pyx":625
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -17299,7 +17480,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 613, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -17318,7 +17499,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":490
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17327,7 +17508,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 478, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -17369,30 +17550,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{5},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{314},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{64},{22},{17},{15},{40},{68},{81},{219},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{331},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{64},{22},{17},{15},{40},{68},{81},{219},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1822 bytes) */
-static const char cstring[] = "x\332\225U\315S\033G\026\227l9\010#\307\022\306\037\354&\256\02181\266\023(a\302\246\222\255J\311\006\234\224)c\300\336\315\307a\2525\323\003\275\214f\244\351\226\204R\265U\034u\354c\037\3478\3079r\364\221\243\216:\362\047\370O\310{=3\002\243\275\254J\352\217\367^\277\217\337\373\220\341;\306\222\010(5\234\200\0344\251\047\236,\257\330\264\273\362\047\r\374\225V\340[+\234\272\316\212c3\317\361W~\"F\227Z\302\017\036s\303\246\334\nX\013.\006\343\206\347\033\264\013\317\035\373\022\335f\2344\\J\233\r\nd\333\360:\256k4\372\202R\017\351\007\026\343\311\311f]~\330\244\315e\032\004~\300\323\333\212\351\330|\271\325?\006\3456uH\307\025\206i\006\324\356X\3244\r\273C\r\341\203e\357[\021\260.#.p-\3461a\232\342\220^r\220\033$\240\206\345\372\234\332\310\241-\037\034\361\033\377\201X\320\371\013\016g\007\036q]\032|J\026\254\371\t\t\256~G$q\013\203@`\020b\360R371\204\315\267;\333\333\233{{z\377\371\375[\275\377\362Fo;\357\337m\242\003zY\036\007d\365\305\241\357\231fF\346TpA\304U\006\261\355\344\240]I\216\016s\251\347\047\347\246o3\247\237\234\003\332\364\273\251L\2170\261e\327\203\200\364\323m\322\364\005c\302x\306\322V\307\027\2775Vf\007\204y\331%-\005\236\335!\231\216\235]\374\026\035\013&xg7A\216\350\216\371r{g\363\327\315\227;\346\336\306\316\233\355\337\366\250K\372z\231t8#O\270\2330\264\263\373YJ\307\207I=\227Y\023\272.\230\237\352K\235\177\207\265\241\227I\275\031yBg\302\320\372\222c\222\302\344\014\322\246i\276\355\037\303o\203Y\302|C\217\305\036uL\223xPo\250\007>6r\340\003H\323@\037\216\231&8\035\317\302\375 3\n\237&$G\357\276\335q5\305#M\275C{\231\026i\261\354\234>\301cW`o\"\243\335!n\366 \353\277\211`\307\004z\214\027\214\"{\303/\2712\201\005t+\345\3509\343\246\345\007\320X\314\243P\346\004k\202\360\276g1\177y\314\340\r\"\254C\0133`[.\020L\210L\004\304\242\rb\035iD-\337\206\037\300r,\260B-\277\343\t\275\230\276c\216\247\024\261\361\265\315\002\2302\260\352\261\326\327UL[\216\235\014\242\254\216\365\316\035\033\216I\242\034\026p\341\270\344\200;~pd\362C\0220\357\300D&w`""\250\241\013\007\201\337\363\030\363lH\014\014O&h3\233l\3138\331\320\274n\014H\nM\332\326C\300<\332\203\257\211\356\047s\305wm\370j\002\366\216\317}\230IA\213\210\303\026\263[~+h\004\324Iz=\240\032rzl\271\0350\006w\016S\023!\361l\216\223\034\321\247\"\235\246I\001s\277\023X\224\267\250\305[.\303\344\004\202\367\2308\30441\253I!M6\207?\t\204\004[\024\004\240\266\222\225\243W\351<\024\376\021\365\272\304\355P\216\323\246G\311\0218\326\003_i\n\344\267:\r?0O\030K\260<\311e\247o\214+W\260\327\201\341\254\047u\2223\343\251\026\322\313\372\232\231I\247\202I\305\302H7\377\221bl\256!\310\027\335\233\276O\237u}f\353#\2522\226\336\366w\222\177\203\247\227\210Z\372\377\320\237*u\010sM\304/\007\005\235\006\236K\002\341\360g\330\312Am\233>\024\256\347#LZ>\227\325#\224h\016165R9,,j\233\343\277\245\223\374\250ps\360L\356\236\344\317\247o\rv\207\237/\204\325p=\232\217\253\243bi\360\263\254\217J\267\007B\376\250\210j\217\312\367%WU\265\246\272\341^\330\216\nQ\035_?\226\025\271\244\252\047\371\217\245\334\215{rO\366\303|X\031\025\356^\034\2150\257\227\363\351\233\243beXy\022U\242g\361\357\247\355Qa\352\2447h\310<Z\253\203\212\271\334\2159Y\003\265\303\233\217BP?3\250\241\214\030<\037\220Q\361\013U\037\025o\017\340\331\274\252$\364\325\301.\250\004\027\252Z\370\004\004f\006k\340\362\252\334\035\225f\3453\265\253\010>\022r\314\354\202g\355\377\305\324\021K3\334\210\256GW\010\3058\217\204{\322V\032\232W\340%({>\260deT\272#k\262\216\374\007\252\240\364\273_\300<\360\277\223\327A0\343\237k\363}\220\331\n\027\303}\215`\351!`+\302\032>z\rn\245\036\356\253|\362lC\345S}\311\373\177\312\266\312\2539\005\321\225eQ\345\221z\305\315s\210\350OUQ\2170kx\375*|\027U.\031\370^\256\311\256\332\017\257\207ka;\361\000\344>~\226\233.\201\361\377\252:\340b\207\325Q\351\026\202\323\223D\n\310z;\234\211V\243\375\270xZ8\335>\323^m\001\354E\314Q\351\256\334\225$\321q{@\006m\371\231\264\324\3750\365\375w(\231\335\344\370GX\004/\257\305_\237N\177\230\375\240A\374I\027U/\264\243\305h7r\342\255\323\205\323:\206""\007\261|\274\2318\325\223\215\014\221\372\245\324\315h\226\205x\234\227\346\322r\035\336Y\014W\301^\371\201\232\322\265*\242\365x6^\215\367b\236\250\276\235\"\014\025\335\306\255\202\326n\310\367\332\021(t\214\206\302\021\362\022jO\246\021\316\341\303Z<\027#\360\303\362\"d\254d`y\207\217B\047\252\047\331\300\304.\204/\302F\244\003\337\220y9\007\301\003\350\177\003\3255\265\001\301\027\242W\340\nd\023\372E\207v\265\034\021%\364\344\271\262@\373\327\240*\211\254\2541\255\250%\240]\213\252\24326\201v\225\251\016\270\251\357 5\0051M\351\204\202\201/\325\013\305\240Y\363X\273.4\367\367\032\213\264x\261\363\020g4\272\251\233\010\333\013^~\236\233~\250\376\rJ\213\363\352.\026\350pq-\326\355\263.g\261\242\365\243[\203\367\262\212\215\360\351\243s\255\355.\224\r\204U\221\363:\0267Z\2104\362\\.@4\000\371\334\003\225?\237\233W\367\224\026K\344Q\325\260\360wU\303J\252B\305\325\"\320\207m\365\n{d\032-\317\000\222[\341R\3648\256\240\302@\336A\205\367e\200\252\302k\341Wa7\372W\\\213_\304\354T|\370\356\354\306\331\356\031\031\026\326\207\353\257\317j\037\313\271\351/\324\252\372-$P\373E\234J:\252;I]=\305\342G;\225Y\304\366WH\311!\344w+^\210_\237\352\021\330N\202X\204\006/\317\311MHHuL\356\310\227p(\337\223\007\360\316\201B`Q;\236\212\223\036\373\013\330\236\016+";
-    PyObject *data = __Pyx_DecompressString(cstring, 1822, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1831 bytes) */
+static const char cstring[] = "x\332\225U\315S\333H\026\267\023g0\301\231`\342|\260;\233\222!3!\311\014\224\t\303N\355n\325\224\023 3\025*\304\220\354\316\307A\325\226Z\320\213,\331\352\266\215\247j\2538\372\330\307>\352\250\243\216\034s\344\350\243\217\374\t\371\023\366\275\226dH\274\227u\331\375\361^\277\257\337\373\260\341;\306\212\010(5\234\200\034\266\250\047\236\254\256\331\264\267\366\007\r\374\265v\340[k\234\272\316\232c3\317\361\327~$F\217Z\302\017\036s\303\246\334\nX\033.\006\343\206\347\033\264\007\342\216}\205n3N\232.\245\255&\005\262mx]\3275\232\003A\251\207\364C\213\361\344d\263\036?j\321\326*\r\002?\340\351m\315tl\276\332\036\234\200r\233:\244\353\n\3034\003jw-j\232\206\335\245\206\360\301\262\367\235\010X\217\021\027\270\026\363\2300MqD\2578\310\r\022P\303r}Nm\344\320\266\017\216\370\315\177C,\350\374%\207\263C\217\270.\r>%\013\326\372\204\004W\277+\222\270\205A 0\0101x\251\231\333\030\302\366\333\275\335\335\355\375}\275\377\364\376\255\336\177~\243\267\275\367\357\266\321\001\275\254N\002\262\006\342\310\367L3#s*\270 \342s\006\261\355\344\240]I\216\016s\251\347\047\347\226o3g\220\234\003\332\362{\351\233>ab\307\256\007\001\031\244\333\264\351K\306\224\361\214\245\255N.~{\242\314\016\010\363\262KZ\n<\273C2\035;\273\370m:y\230\340\235\335\0049\246{\346\313\335\275\355_\266_\356\231\373[{ov\177\335\247.\031\350e\332\341\214<\345n\302\320\316\036d)\235\034\246\365\\eM\351\272d~\252/u\376\035\326\206^\246\365f\344)\235\tC\353K\216I\n\2233\2746M\363\355\340\004~[\314\022\346\033z\"\366\251c\232\304\203zC=\360\261\221\003\037@\232\006\372p\3024\301\351z\026\356\207\231Q\370\264 9z\367\355\256\253)\036i\351\035\332\313\264H\233e\347T\004\217=\201\275\211\214N\227\270\231@\326\177S\301N\010\364\004/\030E&\303\257\2702\205\005t+\345\3509\343\246\345\007\320X\314\243P\346\004k\202\360\201g1\177u\302\340M\"\254#\0133`[.\020L\210L\004\304\242Mb\035kD-\337\206\037\300r\"\260B-\277\353\t\275\230\276cN\246\024\261Q\332f\001L\031X\365X\033\350*\246m\307N\006QV\307z\347\216\r\307$Q\016\013\270p""\\r\310\035?86\371\021\t\230wh\"\223;0\324\320\205\303\300\357{\214y6$\006\206\047\023\264\225M\266U\234lh^7\006$\205&m\353!`\036\355\303\327D\367\223\271\342\2736|5\001{\307\347>\314\244\240M\304Q\233\331m\277\0354\003\352$\275\036P\r9=\261\334.\030\203;\207\251\211\220x6\307I\216\350S\221N\323\244\200\271\337\r,\312\333\324\342m\227ar\002\301\373L\034a\232\230\325\242\220&\233\303\237\004B\202-\n\017\240\266\222\225\243W\351<\024\3761\365z\304\355R\216\323\246O\31118\326\007_i\n\344w:\r\177c\2360V`y\222\313e\307o\r}\277\274\202\301.Lg=\252\223\244\031O\365#\275ln\230\331\353\364aR\2620\323\315\277\246 \233\033\210\362e\373\246\362\251X\317g\266>\242*c\345\355`/\371;xz\205\250_\377\037\372S\245P\273\246\217\205\351\230\201\357\267r\016a\256\211\200\346\240\302S$rI`\034\376\035\333\023\001\317G\334\364\373\\V\240P\2639\004\335\324\320\345\260\322\250mN\376\247N\363\343\302\315\3413\3318\315_\314\336\0326F_.\205\325p3Z\214\253\343bi\370\223\254\217K\267\207B\376]\021\325\031\317\337\227\\U\325\206\352\205\373a\047*Du\224~,\313rEUO\363\037K\271\033\367\344\276\034\204\371\260<.\334\275<\032a^/\027\2637\307\305\362\250\374$*G\317\342\337\316:\343\302\314i\177\330\224y\264V\007\025\225\334\215\212\254\201\332\321\315G!\250\237\033\326\360\215\030>\037\222q\361+U\037\027o\017AlQ\225\023\372\372\260\001*\301\205\252~|\n\017\346\206\033\340\362\272l\214K\013\362\231j(\202BBN\230=\360\254\363\277\230:bi\206[\321\365\3503B1\316#\341\236\264\225\206\346\025x\t\312\236\017-Y\036\227\356\310\232\254#\377\201*(-\3673\230\007\376\367\362:<\314\370\027\332\374\000\336\354\204\313\341\201F\260\364\020\260\025a\r\205^\203[\251\207\007*\237\210m\251|\252/\221\377\207\354\250\274\252(\210n^\026U\036\251\237\271y\001\021\375\241\312\352\021f\r\257_\207\357\242\362\025\003?\310\r\331S\007\341\365p#\354$\036\300\273\217_\344fK`\374?\252\016\270\330au\\\272\205\340\364%\221\002\262\336\t\347\242\365\350 .\236\025\316v\317\265W;\000{\021sT\272+\033\222$:n\017\311\260#\277\220\226\272\037""\246\276\377\006%\323H\216\277\207E\360\362Z\374\315\331\354\207\205\017\032\304\037uQ\365C;Z\216\032\221\023\357\234-\235\3251<\210\345\343\315\304\251\276lf\210\324\257\244nN\263,\304\343\242TI\313utg9\\\007{\363\017\324\214\256U\021m\306\013\361z\274\037\363D\365\355\024a\250\350\016ne\264vC\276\327\216@\241c4\024\216\220\227P{2\213p\216\036\326\342J\214\300\217\346\227!c%\003\313;|\024:Q=\311\006&v)|\0216#\035\370\226\314\313\n\004\017\240\377\tT\327\324\026\004_\210^\201+\220M\350\027\035\332\347\345\210(\241\047\317\225\005\332\277\001UId\363\032\323\262Z\001\332\265\250:\236\307&\320\2562\325\0057\365\035^\315@L3:\241`\340/\352\205b\320\254y\254]\027\232\373\007\215EZ\274\330y\2103\032\335\326M\204\355\005\222_\346f\037\252\177\201\322\342\242\272\213\005:Z\336\210u\373l\312\005\254h-tk\370^V\261\021>\025\272\320\332\356B\331@Xe\271\250cq\243\245H#\317\345\022D\003\220W\036\250\374EeQ\335S\372Y\362\036U\215\n\177V5\254\244*T\\-\002}\330V\257\260Gf\321\362\034 \271\023\256D\217\3432*\014\344\035Tx_\006\250*\274\026~\035\366\242\177\306\265\370E\314\316\304\207\357\317o\2347\316\311\250\2609\332|}^\3738\237\233\375J\255\253_C\002\265_\304\251\244\243\272\223\324\325S,~\264S^@l\177\201\224\034A~w\342\245\370\365\231\036\201\235$\210eh\360\371\212\334\206\204T\047\344\256|\t\207\371{\362\020\344\034(\004\026u\342\2318\351\261\377\002h\255\024?";
+    PyObject *data = __Pyx_DecompressString(cstring, 1831, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2405 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\260l\016,\005\300\"\004\006opD\006dOrainR\005\204dsb\005v\330@fdo\005ope \006\374\352#\211\005takeO_\377CLOEXECO\377_RDONLYR\017elay\000\002\232/\017\005\233.\004*\003\355BS\313E\000\006\342/\017\t\347.\024.\007B\013.\247cT\230a\000\002\272O\000\017\005\273N*\003\215\204\0025\003\275CA\003\367@\277___Pyx\001\000D\377ict_Next\377Ref__ann\311o\217b\035\000d\026\001%\000enwter-\000_ex\366\204\001\277__func\014\001g\304\271eJ\000m\232@ \001\233`ul]e*\001nam\003\002pd\000\217capi>\001\010\001\356c_\346\023\001vt\272\206\001W\001quaal)\005\370\205\005\250\204\016\222\206\006ex\213\001\344\302\001]\005s\200\010\307\204\016__t\367est\357\000is_c\377oroutine\357adda\250\204\001asy\337ncio.\020\006sb\337atchc\241\206\001dc\375l\047\000_in_tr\177aceback\337\206\002\277codeco\224 x\377tcopycouyn\006\000\002\000_of_\235\210\006\373ad:\001dir_f\351d\003\000\322\210\002y\301\204\002epf\361d\203\210\003\300\204\005\326\210\002sfdf\373ds\346\205\003first\377flagsfor\377k_sharin\373g_\205\206\001sfsen\376\177\001grownii\373nd\226@nfoit\213em\322\210\005.\326\210\001\271\001\224\205\002mt\255\000\261\206\003n\222Anew\000\000\336\222 xtnu\324\207\001ol\361d\000\000\014\002\270\205\001osot\377herpathp\377idpoprbr\333ef\346\206\003re\323Bex\377clusiver\277esults\213!d\231s""\306\212\001\322\207\001et\307\211\004\350\210\003s\377ourcespe\337cspli\361\207\001rt\337swith\373\207\001ic\377methodst9r\227\212\002\237\206\001tar\331`\000\003\277stextt\212\211\003t\377okenvalu{es\352\207\001weak\226\000\325w\251\000e\225\213\004-\207B:iont (\002\000)\000\002\005\363, \000\014m\000uct \314\245\212\002\256C * \002%\00264\323_t6\004\"\004_\255\204\002ob\267j_7\305\213\004_4\273\213\001_x\366\206\0069\004m\004voidz\002\276G\001 (PyO\210\213\003*\350\n\010\235\0025((O\003fai\273l_\274!\000is\347e\000\376\303\003sleep\000a\377dd_one_nuo\221\212\001\000,\001\000de\212\204\003\257_of\000\203\211\001_\261\204\002\000\356\325aed_\216\214\006\200\001\330\377\004\n\210+\220Q\200\001\377\340\t\r\210Q\320\016\"\377\240!\2406\250\031\260!\377\330\010\014\210H\220A\330\377\014\017\210t\220;\230a\377\230q\330\020\027\220s\230\377!\2304\230v\240R\240\337q\250\004\250A:\001\047\220\377\021\220(\230!\200\001\360\377\014\000\005\026\220R\220y\177\240\001\240\021\330\004\025\001\007\363 \240e\000\002\000\340\t\n\330\377\010\021\320\021)\250\021\250\377+\260Z\270q\330\004\007\277\200w\210b\220\001j\001A~@\000\024\000\005\024\2201\222\000o\320\n$\240\\\000\013\210\n\000\377\007\200t\2103\210a\330\377\010\034\230A\330\010\017\210\3464\000\031\230_\000\024\0012\210Q\\P\000\200\000!\330\004*\000\200\036\000\367\013\2104\260\0002\220Q\330\177\014\022\220+\230Q\2307\000*\301\0011\025\005v\242\000q\t\021\355\002\177\220_\240D\250\003\250)\002\356\007\007\010\260\001X\001\026\220d\265\230\226\"G\243\000\010\013\224\000c\377\220\021\330\014\023\2201\220\335Ax\001\030\230\004\240\001\014\2109I|\000\035\0005\220\003\314\000\030\005\335\340/\0004\210y!\000F\240\267#\240S\275\"\014\036\331 t{\2401\354!K\220q\330\036\002\337v\220S\230\001Q\003D\230\354\230\"M\000\200A<\001<\220q\337\230\001\230\024\230\333\000\020\220[\010\230\223\000\340\010\230\014\340\241 \237z\230\021\230$\262A2\001%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\365\240\206 \036\"\003\360\006\000""\t\335\014\271 }\230A\262 d\240\357!\330\014\r\353!w\220a\373\220t\363@q\240\013\2502\377\250S\260\010\270\004\270L\315\310\256BF\220\245`\240A\014\025\277\220Q\220a\200A@\001\017\377\210a\210q\220\006\220c\027\230\027\240\265\004Z\260`\245@\223!\377[\240\010\250\010\260\002\260\277&\270\t\300\022\300\364\000\013\373\210?\320bw\240d\250#\377\250Q\250f\260F\270\"m\270\366`\020\220\360 \360\n\217\003\227w\220b\212%A\315H\350Aw\334g\000\215 \340\014\024\250\204\004\320\023\377#\2402\240Q\330\020\030\373\230\007\247\204\002t\2506\260\022\277\2602\260R\260sU\003\017m\210\334#\020\027\312!\330\020\300@\337\020\220\005\220U\331\204\002q\330\275\020\312\001e\2304\230\225@\240\372\205\002\t\313!\320\0361\260\024\335\260\365!\320\020#\257@\014 \276\346\204\001\240$\240f\250\252\002\010~\324B\"\240B\240b\250\315\204\002\377D\220\001\220\024\220Z\230\376\323@\032\230!\2301\230D\256\372\000\004\250G\210\000Q\251 \014\360\352#\377m\271a\206\0013\230c\240\247\021\240&H\000\324\003\020\317\"\021\373\230(\021\000\002\250!\330\020|\201\205\001\246\002i\230u\240A\n\003\357\014\020\220\007\237`\007\230q\376[\003\035\230B\230i\240q\376\214\001\026\220l\240!\2408D\207\"\363\"3\365\205\002/\000\372\205\002E\300\205\002\374\333\205\001\304@\016\000\t\036\230W\177\240A\330\010\031\230\025\235\204\001\357\320#4\260\327\205\0026\220\022\374\316\204\001\232@\330\010\r\210U\220\235!\205\205\001\017\210q*\010\215\204\001E\373\220\025\264`q\330\014\021\220\377\031\230!\2303\230l\250\375\"\242!\017\210s\220\"\220\376\252\000\021\330\024\030\230\001\340\037\024\031\230\026\230\"\002*\003\333\206\001_\320\004\033\2301\212\204\001!\357`_1\250A\340\010\323\205\001G\240\205\001\353\t\330\336\000\013\307 F\240(\357\250\047\260\021\233\210\001r\220\023\356M\001\027\220rG\001\240\002\240\377%\240v\250V\2601\260\377B\260i\270t\3005\310\377\005\310Q\310a\320\0046\377\3206K\3101\360\020\000\377\t\034\2302\230Y\240a\357\240q\330\010\222\210\001\010\013\210\2756?\002\014\022\220*\371\204\001\330\337\010\t\330""\021\022\203aX\230\367Q\230h\335@F\260\"\260\353K\270\376\210\002q\217\211\001s\220#\375\220\336`\024\220E\230\021\230\370\210@\305`\246\211\001u\220C\220q\377\330\020\026\220g\230Q\230\375f\206`i\250q\260\007\260\000\336\205\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2405, 3357);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2419 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\260l\016,\005\300\"\004\006opD\006dOrainR\005\204dsb\005v\330@fdo\005ope \006\374\352#\211\005takeO_\377CLOEXECO\377_RDONLYR\017elay\000\002\232/\017\005\233.\004*\003\355BS\313E\000\006\342/\017\t\347.\024.\007B\013.\247cT\230a\000\002\272O\000\017\005\273N*\003\215\204\0025\003\275CA\003\367@\277___Pyx\001\000D\377ict_Next\377Ref__ann\311o\217b\035\000d\026\001%\000enwter-\000_ex\366\204\001\277__func\014\001g\304\271eJ\000m\232@ \001\233`ul]e*\001nam\003\002pd\000\217capi>\001\010\001\356c_\346\023\001vt\272\206\001W\001quaal)\005\370\205\005\250\204\016\222\206\006ex\213\001\344\302\001]\005s\200\010\307\204\016__t\367est\357\000is_c\377oroutine\357adda\250\204\001asy\337ncio.\020\006sb\337atchc\241\206\001dc\375l\047\000_in_tr\177aceback\337\206\002\277codeco\224 x\377tcopycouyn\006\000\002\000_of_\235\210\006\373ad:\001dir_f\351d\003\000\322\210\002y\301\204\002epf\361d\203\210\003\300\204\005\326\210\002sfdf\373ds\346\205\003first\377flagsfor\377k_sharin\373g_\205\206\001sfsen\376\177\001grownii\373nd\226@nfoit\213em\322\210\005.\326\210\001\271\001\224\205\002mt\255\000\261\206\003n\222Anew\000\000\336\222 xtnu\324\207\001ol\361d\000\000\014\002\270\205\001osot\377herpathp\377idpoprbr\333ef\346\206\003re\323Bex\377clusiver\277esults\213!d\231s""\306\212\001\322\207\001et\307\211\004\350\210\003s\377ourcespe\337cspli\361\207\001rt\337swith\373\207\001ic\377methodst9r\227\212\002\237\206\001tar\331`\000\003\277stextt\212\211\003t\377okenvalu{es\352\207\001weak\226\000\325w\251\000e\225\213\004-\207B:i\357nt (\002\000)\000\000\306\003\005, \013\002\005\007n\000uc3t \246\212\002\257C * \002%\002\23764_t)7\003\"\004_\276\256\204\002obj_7\306\213\004_\3054\274\213\001_\367\206\0069\0040\004vo\363id=\002G\001 (PyEO\211\213\003*\n\010\236\0025((O\003\377add_one_\377if_room\000\337fail_\315!\000i\365s\370e\000\323\003slee\233p\000)\005no\242\212\001+\002\000{de\233\204\003_of\000\224\211\001u_\302\204\002\000\346aed_\237\214\006\377\200\001\330\004\n\210+\220\377Q\200\001\340\t\r\210Q\377\320\016\"\240!\2406\250\377\031\260!\330\010\014\210H\377\220A\330\014\017\210t\220\377;\230a\230q\330\020\027\377\220s\230!\2304\230v\377\240R\240q\250\004\250A\376:\001\047\220\021\220(\230!\377\200\001\360\014\000\005\026\220\377R\220y\240\001\240\021\330\233\004\025\001\007 \240e\000\002\000\340\377\t\n\330\010\021\320\021)\377\250\021\250+\260Z\270q\377\330\004\007\200w\210b\220\365\001j\001A@\000\024\000\005\024{\2201\222\000\320\n$\240\\\000\373\013\210\n\000\007\200t\2103\377\210a\330\010\034\230A\3307\010\017\2104\000\031\230_\000\024\001\3472\210QP\000\200\000!\330\004\272*\000\200\036\000\013\2104\260\0002\377\220Q\330\014\022\220+\230SQ\2307\000\301\0011\025\005v\242\000\371q\t\021\355\002\220_\240D\250s\003\250)\002\007\007\010\260\001X\001\257\026\220d\230\226\"G\243\000\010\375\013\224\000c\220\021\330\014\023\357\2201\220Ax\001\030\230\004\316\240\001\014\210I|\000\035\0005\220\351\003\314\000\030\005\340/\0004\210y\276!\000F\240#\240S\275\"\014\335\036\331 t\2401\354!K\220\373q\330\036\002v\220S\230\001fQ\003D\230\230\"M\000\200A<\001\377<\220q\230\001\230\024\230\336\333\000\020\220\010\230\223\000\340\010\372\230\014\340\241 z\230\021\230$|\262A2\001%\240T\250\021V\010\3778\2204\220v\230S\240\257\003\2404\240""\206 \036\"\003\360\357\006\000\t\014\271 }\230A~\262 d\240!\330\014\r\353!\337w\220a\220t\363@q\240\377\013\2502\250S\260\010\270o\004\270L\310\256BF\220\245`\376\240A\014\025\220Q\220a\200\375A@\001\017\210a\210q\220\277\006\220c\230\027\240\265\004Z\370\260`\245@\223![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\364\000\013\210?\320bw\240\377d\250#\250Q\250f\260oF\270\"\270\366`\020\220\360 \273\360\n\217\003w\220b\212%A\344\315H\350Awg\000\215 \340\014\024\376\250\204\004\320\023#\2402\240Q\337\330\020\030\230\007\247\204\002t\250\3776\260\022\2602\260R\260msU\003\017\210\334#\020\027\312!\373\330\020\300@\020\220\005\220U\356\331\204\002q\330\020\312\001e\2304\325\230\225@\240\205\002\t\313!\320\036\3571\260\024\260\365!\320\020#\366\257@\014 \346\204\001\240$\240f\365\250\252\002\010\324B\"\240B\240\373b\250\315\204\002D\220\001\220\024\367\220Z\230\323@\032\230!\230w1\230D\372\000\004\250G\210\000\205Q\251 \014\352#\377m\271a\206\0013?\230c\240\021\240&H\000\324\003\335\020\317\"\021\230(\021\000\002\250\347!\330\020\201\205\001\246\002i\230u{\240A\n\003\014\020\220\007\237`\367\007\230q[\003\035\230B\230\367i\240q\214\001\026\220l\240\047!\2408\207\"\363\"3\365\205\002/\000\342\372\205\002E\300\205\002\333\205\001\304@\016\000\t\377\036\230W\240A\330\010\031{\230\025\235\204\001\320#4\260\327\205\002\3476\220\022\316\204\001\232@\330\010\r\357\210U\220!\205\205\001\017\210q\334*\010\215\204\001E\220\025\264`q\330\377\014\021\220\031\230!\2303\357\230l\250\"\242!\017\210s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\370\"\002*\003\333\206\001\320\004\033\2301\372\212\204\001!\357`1\250A\340\010Z\323\205\001G\240\205\001\t\330\336\000\013\307 \177F\240(\250\047\260\021\233\210\001wr\220\023M\001\027\220rG\001\377\240\002\240%\240v\250V\377\2601\260B\260i\270t\377\3005\310\005\310Q\310a\377\320\0046\3206K\3101\377\360\020\000\t\034\2302\230\177Y\240a\240q\330\010\222\210\001\357\010\013\2106?\002\014\022\220\375*\371\204""\001\330\010\t\330\021\022\276\203aX\230Q\230h\335@F_\260\"\260K\270\376\210\002q\217\211\001\357s\220#\220\336`\024\220E\307\230\021\230\210@\305`\246\211\001u\220\377C\220q\330\020\026\220g\357\230Q\230f\206`i\250q\007\260\007\260\336\205\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2419, 3374);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3357 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count""\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240""\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014 \240\001\240\021\240$\240f\250A\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\032\230!\2301\230D\240\010\250\004\250G\2602\260Q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210U\220!\2201\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a""\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3374 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadli""ne_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010""\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014 \240\001\240\021\240$\240f\250A\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\032\230!\2301\230D\240\010\250\004\250G\2602\260Q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210U\220!\2201\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005""\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -17571,7 +17752,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 338};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -17586,7 +17767,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 429};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 441};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
@@ -17601,32 +17782,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 466};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 468};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 472};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 484};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 475};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 487};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 490};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 501};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
@@ -17641,17 +17822,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 537};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 549};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 542};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 551};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 563};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
@@ -17666,17 +17847,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 562};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 574};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 596};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 623};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }

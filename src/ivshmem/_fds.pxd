@@ -22,6 +22,7 @@ cdef int64_t take_count(int fd) except -1
 cdef bint is_eventfd(int fd, int known) noexcept nogil
 cdef Signaller shared_signaller()
 cdef int add_one_nowait(Signaller signaller, int fd) except -1
+cdef int add_one_if_room(int fd) noexcept nogil
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -112,6 +113,7 @@ cdef class Signaller:
     cdef object __weakref__
 
     cdef int submit(self, int *fds, long count) except -1
+    cdef int send(self, int *fds, long count) noexcept nogil
 
 
 cdef class Relay:

@@ -31,7 +31,7 @@ from ._libc cimport (
     ivshmem_io_forget, ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave,
     ivshmem_set_elements, ivshmem_set_length, ivshmem_shut, pollfd, POLLOUT, ppoll, preadv2,
     PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork, RWF_NOWAIT, TFD_CLOEXEC,
-    TFD_NONBLOCK, timerfd_create, timerfd_settime, timespec,
+    TFD_NONBLOCK, timerfd_create, timerfd_settime, timespec, writev,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
 from ._libc cimport EPOLLHUP as _EPOLLHUP
@@ -301,6 +301,17 @@ cdef class Signaller:
 
     cdef int submit(self, int *fds, long count) except -1:
         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+        cdef int code
+        with cython.critical_section(self):
+            if self.zero < 0:
+                raise ClosedError("the signaller is closed")
+            code = self.send(fds, count)
+        if code:
+            fail_with(code)
+        return 0
+
+    cdef int send(self, int *fds, long count) noexcept nogil:
+        """What submit does, for a caller that has this for itself; 0 or errno."""
         cdef iocb requests[BATCH]
         cdef iocb *pointers[BATCH]
         cdef char nothing[1]
@@ -315,16 +326,13 @@ cdef class Signaller:
             requests[i].aio_flags = IOCB_FLAG_RESFD
             requests[i].aio_resfd = fds[i]
             pointers[i] = &requests[i]
-        with cython.critical_section(self):
-            if self.zero < 0:
-                raise ClosedError("the signaller is closed")
-            while done < count:
-                n = ivshmem_io_submit(self.context, count - done, &pointers[done])
-                if n >= 0:
-                    done += n
-                    ivshmem_io_forget(self.context, n)
-                elif errno != EINTR and errno != EAGAIN:
-                    fail()
+        while done < count:
+            n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+            if n >= 0:
+                done += n
+                ivshmem_io_forget(self.context, n)
+            elif errno != EINTR and errno != EAGAIN:
+                return errno
         return 0
 
     @cython.critical_section
@@ -362,26 +370,30 @@ cdef Signaller shared_signaller():
 
 
 cdef int add_one_nowait(Signaller signaller, int fd) except -1:
-    """Add 1 to an eventfd that others share, and wait for nobody.
+    """Add 1 to an eventfd that others share, and wait for nobody."""
+    cdef int code = EINTR
+    if signaller is not None:
+        return signaller.submit(&fd, 1)
+    while code == EINTR:
+        PyErr_CheckSignals()
+        code = add_one_if_room(fd)
+    if code:
+        fail_with(code)
+    return 0
 
-    Without a signaller it looks for room before it writes. A hostile peer can fill the counter in
-    the microsecond between, so that is the second best.
+
+cdef int add_one_if_room(int fd) noexcept nogil:
+    """Look for room in the counter, and add 1 if there is any; 0 or errno.
+
+    A hostile peer can fill the counter in the microsecond between, so this is the second best.
     """
     cdef pollfd one
     cdef timespec none
-    cdef int code
-    if signaller is not None:
-        return signaller.submit(&fd, 1)
     none.tv_sec = none.tv_nsec = 0
     one.fd = fd
     one.events = POLLOUT
-    while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
-        code = add_one(fd)
-        if code == 0:
-            break
-        if code != EINTR:
-            fail_with(code)
-        PyErr_CheckSignals()
+    if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+        return add_one(fd)
     return 0  # a full counter is an interrupt that is pending already
 
 
@@ -621,8 +633,9 @@ cdef bint is_eventfd(int fd, int known) noexcept nogil:
     """Whether `fd` is an eventfd, as `known` is one.
 
     Both have the one inode of all files without a name. (So it is not a pipe, a socket or a file of
-    somebody's own file system, where a write could wait as long as that somebody likes.) And it
-    reads like one: less than 8 bytes are EINVAL, and the count stays.
+    somebody's own file system, where a write could wait as long as that somebody likes.) It reads
+    like one: less than 8 bytes are EINVAL, and the count stays. Timers, signalfds and epoll objects
+    have all that, too, but nobody can write to them: writev(2) of no bytes tells, and writes none.
     """
     cdef char data[7]
     cdef iovec iov
@@ -633,4 +646,7 @@ cdef bint is_eventfd(int fd, int known) noexcept nogil:
         return False
     iov.iov_base = data
     iov.iov_len = sizeof(data)
-    return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
+    if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
+        return False
+    iov.iov_len = 0
+    return writev(fd, &iov, 1) == 0

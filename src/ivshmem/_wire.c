@@ -2057,7 +2057,7 @@ struct __pyx_t_7ivshmem_5_wire_Box {
   struct mmsghdr messages[2][__pyx_e_7ivshmem_4_fds_BATCH];
 };
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2076,7 +2076,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2093,7 +2093,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2108,7 +2108,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2142,7 +2142,7 @@ struct __pyx_obj_7ivshmem_5_wire_Outbox {
 
 
 
-/* "_fds.pxd":85
+/* "_fds.pxd":86
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2158,7 +2158,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":108
+/* "_fds.pxd":109
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2168,11 +2168,12 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
   int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":117
+/* "_fds.pxd":119
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2186,7 +2187,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":124
+/* "_fds.pxd":126
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3667,7 +3668,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":27
+/* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3679,7 +3680,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":29
+  /* "_fds.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3688,7 +3689,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":30
+  /* "_fds.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3701,7 +3702,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":27
+  /* "_fds.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3715,7 +3716,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":33
+/* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3732,7 +3733,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":35
+  /* "_fds.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3769,7 +3770,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":33
+  /* "_fds.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3782,7 +3783,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":38
+/* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3798,7 +3799,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":41
+  /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3810,7 +3811,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":42
+    /* "_fds.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -3823,7 +3824,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":41
+    /* "_fds.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3832,7 +3833,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":43
+  /* "_fds.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -3856,7 +3857,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":44
+  /* "_fds.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -3865,7 +3866,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":45
+  /* "_fds.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -3874,7 +3875,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "_fds.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -3887,7 +3888,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":38
+  /* "_fds.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3901,7 +3902,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":49
+/* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3916,7 +3917,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":51
+  /* "_fds.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -3944,7 +3945,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":49
+  /* "_fds.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3957,7 +3958,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":54
+/* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3972,7 +3973,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":60
+  /* "_fds.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -3981,7 +3982,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":63
+  /* "_fds.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -3990,7 +3991,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":64
+  /* "_fds.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -3999,7 +4000,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":65
+  /* "_fds.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4008,7 +4009,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":66
+    /* "_fds.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4017,7 +4018,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":67
+    /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4029,7 +4030,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":68
+      /* "_fds.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4042,7 +4043,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":67
+      /* "_fds.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4051,7 +4052,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":69
+    /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4063,7 +4064,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":70
+      /* "_fds.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4076,7 +4077,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":69
+      /* "_fds.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4085,7 +4086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":71
+    /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4097,7 +4098,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":72
+      /* "_fds.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4110,7 +4111,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":71
+      /* "_fds.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4119,7 +4120,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":73
+    /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4131,7 +4132,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":74
+      /* "_fds.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4144,7 +4145,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":73
+      /* "_fds.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4154,7 +4155,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":54
+  /* "_fds.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4171,7 +4172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":77
+/* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4185,7 +4186,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":79
+  /* "_fds.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4194,7 +4195,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":80
+  /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4220,7 +4221,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":81
+    /* "_fds.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4233,7 +4234,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":80
+    /* "_fds.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4242,7 +4243,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":82
+  /* "_fds.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4255,7 +4256,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":77
+  /* "_fds.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4269,7 +4270,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":98
+/* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4280,7 +4281,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":100
+  /* "_fds.pxd":101
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4293,7 +4294,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":98
+  /* "_fds.pxd":99
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4306,7 +4307,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":103
+/* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4317,7 +4318,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":105
+  /* "_fds.pxd":106
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4330,7 +4331,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":103
+  /* "_fds.pxd":104
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8601,7 +8602,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 85, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8611,8 +8612,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 85, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 85, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 86, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -8621,8 +8622,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 108, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 108, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 109, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 109, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -8631,8 +8632,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 119, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 119, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -8641,8 +8642,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 124, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 124, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 126, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

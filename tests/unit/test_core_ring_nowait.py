@@ -6,9 +6,12 @@ hands out any descriptor that it likes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import os
 import pickle
+import select
 import socket
 import tempfile
 import threading
@@ -123,6 +126,55 @@ def test_without_a_descriptor_for_the_kernels_own_signal(bells: Bells, ring: Rin
     in_child(starve)
 
 
+# -- answers that have a time limit ---------------------------------------------------------------
+
+
+def answer(bells: Bells, timeout: float | None) -> int:
+    """Answer the one interrupt that is there."""
+    bells.ring(0, 0)
+    return bells.echo(OTHER, 0, rounds=1, timeout=timeout)
+
+
+def test_echo_without_a_limit_is_held(bells: Bells) -> None:
+    """What the others are compared with: it rings by a plain write, as it need not end."""
+    assert held(bells, lambda bells: answer(bells, None))
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01, PATIENCE])
+@pytest.mark.parametrize("starved", [False, True], ids=["", "without a descriptor"])
+def test_echo_keeps_to_its_limit(bells: Bells, timeout: float, starved: bool) -> None:
+    """Whatever the peer did to its eventfd, each answer is given and none waits."""
+
+    def check() -> None:
+        with free_fds(0) if starved else contextlib.nullcontext():
+            assert not held(bells, lambda bells: answer(bells, timeout))
+            bells.rung()
+            for number in (1, 2):
+                assert answer(bells, timeout) == 1
+                assert bells.rung() == [1, 0, 0], number
+
+    in_child(check)
+
+
+def test_echo_with_a_limit_to_one_who_leaves(bells: Bells) -> None:
+    """The answer that finds nobody is an error, as it is without a limit; nothing stays open."""
+    bells.ring_nowait(OTHER, 1)  # what the process has for such rings is there from now on
+    before = open_fds()
+    bells.ring(0, 0)
+
+    def leave() -> None:
+        bells._drop_peer(OTHER)
+        bells.ring(0, 0)
+
+    leaver = threading.Timer(0.05, leave)
+    leaver.start()
+    with pytest.raises(NoSuchPeer, match="peer 9 is gone"):
+        bells.echo(OTHER, 0, timeout=PATIENCE)
+    leaver.join(PATIENCE)
+    assert bells.theirs.drain(0) == 1
+    assert len(open_fds()) < len(before), "the peer's doorbells"
+
+
 def test_all_of_several(bells: Bells) -> None:
     assert bells.ring_all_nowait() == 1
     assert bells.ring_all_nowait([OTHER], range(3)) == 3
@@ -210,6 +262,20 @@ def memory() -> int:
     return fd
 
 
+def nameless(call: str, *args: object) -> int:
+    """A descriptor of a system call that Python 3.10 has no function for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(getattr(libc, call)(*args))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def epoll() -> int:
+    with select.epoll() as made:
+        return os.dup(made.fileno())
+
+
 _later: list[int] = []
 WRONG: dict[str, Callable[[], int]] = {
     "full pipe": full_pipe,
@@ -222,6 +288,12 @@ WRONG: dict[str, Callable[[], int]] = {
     "terminal": lambda: os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY),
     "directory": lambda: os.open("/", os.O_RDONLY),
     "path": lambda: os.open("/", os.O_PATH),
+    # These have the inode that eventfds have.
+    "timer": lambda: nameless("timerfd_create", 1, 0),
+    "signals": lambda: nameless("signalfd", -1, ctypes.create_string_buffer(128), 0),
+    "inotify": lambda: nameless("inotify_init1", 0),
+    "epoll": epoll,
+    "process": lambda: os.pidfd_open(os.getpid()),
 }
 
 
