@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from support.isolated import NOBODY, OTHER, environment, isolated, needs_root, run, squatting, start
 from support.waiting import until
 
@@ -56,6 +57,11 @@ def directory(path: Path, user: int, mode: int = 0o700) -> Path:
 def link(target: Path, path: str) -> str:
     Path(path).symlink_to(target)
     return path
+
+
+def nightly(*values: object) -> ParameterSet:
+    """A variation that the night is enough for: each starts processes of its own."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 def all_commands_find_it() -> None:
@@ -102,7 +108,7 @@ class TestWhereAServerListens:
 
         isolated(body)
 
-    @pytest.mark.parametrize("mask", [0o022, 0, 0o777])
+    @pytest.mark.parametrize("mask", [nightly(0o022), 0, nightly(0o777)])
     def test_a_user_without(self, mask: int) -> None:
         def body() -> None:
             os.umask(mask)
@@ -116,14 +122,14 @@ class TestWhereAServerListens:
     @pytest.mark.parametrize(
         "make",
         [
-            lambda: "relative",
-            lambda: "/run/missing",
-            lambda: "/run/" + "x" * 90,
+            nightly(lambda: "relative"),
+            nightly(lambda: "/run/missing"),
+            nightly(lambda: "/run/" + "x" * 90),
             lambda: str(directory(Path("/run/other"), OTHER, 0o755)),
-            lambda: str(directory(Path("/run/open"), NOBODY, 0o777)),
-            lambda: str(directory(Path("/run/group"), NOBODY, 0o770)),
+            nightly(lambda: str(directory(Path("/run/open"), NOBODY, 0o777))),
+            nightly(lambda: str(directory(Path("/run/group"), NOBODY, 0o770))),
             lambda: link(directory(Path("/run/mine"), NOBODY), "/run/link"),
-            lambda: f"{__file__}",
+            nightly(lambda: f"{__file__}"),
             lambda: str(directory(Path("/run/ours"), 0, 0o755)),  # safe, but not writable
         ],
     )
@@ -140,8 +146,8 @@ class TestWhereAServerListens:
         ("make", "told"),
         [
             (lambda: directory(OWN, OTHER, 0o777), f"belongs to uid {OTHER}"),
-            (lambda: directory(OWN, 0, 0o777), "belongs to root (uid 0)"),
-            (lambda: OWN.write_text(""), "is not a directory"),
+            nightly(lambda: directory(OWN, 0, 0o777), "belongs to root (uid 0)"),
+            nightly(lambda: OWN.write_text(""), "is not a directory"),
             (
                 lambda: OWN.symlink_to(directory(Path("/tmp/mine"), NOBODY)),
                 "is a symbolic link",

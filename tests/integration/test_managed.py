@@ -206,6 +206,7 @@ def test_something_is_lost(
     manager = manage(*region, "--fd-store")
     peers += [RawPeer(path).set_up(VECTORS) for _ in range(3)]
     settle(peers)
+    until(lambda: {f"1/{peer.id}" for peer in peers} <= {*manager.names()}, "the store has all")
     manager.kill()
     lost = peers.pop(1)
     manager.lose(f"1/{lost.id}")
