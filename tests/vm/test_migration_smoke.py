@@ -43,7 +43,7 @@ def region(path: Path) -> list[str]:
     """QEMU's arguments for a master on a file of its own."""
     with path.open("wb") as file:
         file.truncate(SIZE)
-    return qemu.plain(str(path), SIZE, master=True)
+    return qemu.plain(str(path), SIZE, ident="db", master=True)
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
