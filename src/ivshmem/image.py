@@ -374,7 +374,9 @@ class _Reader(Uncopied):
     def _read_header(self) -> tuple[ImageInfo, int]:
         head = self._file.read(len(_MAGIC) + _LENGTH.size)
         if not head.startswith(_MAGIC):
-            raise ImageError(f"{self.path} is no saved region")
+            raise ImageError(
+                f"{self.path} is not a saved region: give a file that `ivshmem save FILE` wrote"
+            )
         if len(head) < len(_MAGIC) + _LENGTH.size:
             raise self._damaged(0, "it ends in the header")
         (length,) = _LENGTH.unpack_from(head, len(_MAGIC))

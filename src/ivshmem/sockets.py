@@ -356,7 +356,7 @@ def _permit_hint(error: OSError, uid: int, gid: int) -> str:
         return (
             f"the socket cannot be given to uid {uid}: only root can do that"
             if uid not in (-1, os.geteuid())
-            else f"the socket cannot be given to gid {gid}: it is no group of this process"
+            else f"the socket cannot be given to gid {gid}: this process is not in that group"
         )
     if error.errno == errno.ENOENT:
         return "permissions are set by way of /proc, which is not mounted"
@@ -374,7 +374,7 @@ def _adopted(fd: int) -> socket.socket:
     except OSError as error:
         with contextlib.suppress(OSError):  # EBADF
             os.close(fd)
-        what = "is no socket" if error.errno == errno.ENOTSOCK else "is not open"
+        what = "is not a socket" if error.errno == errno.ENOTSOCK else "is not open"
         raise refuse(error.errno or 0, what) from None
     try:
         if sock.family != socket.AF_UNIX:
@@ -418,9 +418,7 @@ def _clear_stale(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise FileExistsError(
-            errno.EEXIST, "exists and is no socket: remove it, or choose another path", path
-        )
+        raise FileExistsError(errno.EEXIST, "exists and is not a socket: choose another path", path)
     if is_live(path):
         raise OSError(
             errno.EADDRINUSE,

@@ -179,7 +179,7 @@ def test_regular_file_is_kept(directory: Path) -> None:
     file.write_text("precious")
     error = refused(str(file))
     assert isinstance(error, FileExistsError)
-    assert "exists and is no socket: remove it, or choose another path" in str(error)
+    assert "exists and is not a socket: choose another path" in str(error)
     assert file.read_text() == "precious"
 
 
@@ -422,7 +422,7 @@ def test_who_may_write_may_connect(
     ("arguments", "reason"),
     [
         ("owner=0", "the socket cannot be given to uid 0: only root can do that"),
-        ("group=0", "the socket cannot be given to gid 0: it is no group of this process"),
+        ("group=0", "the socket cannot be given to gid 0: this process is not in that group"),
         ("owner=65534, group=0", "the socket cannot be given to gid 0"),
     ],
 )
@@ -602,7 +602,7 @@ def test_unlinks_can_be_changed(socket_path: str) -> None:
 @pytest.mark.parametrize(
     ("make", "number", "reason"),
     [
-        (memory_fd, errno.ENOTSOCK, "is no socket"),
+        (memory_fd, errno.ENOTSOCK, "is not a socket"),
         (lambda: socket.socket(socket.AF_INET).detach(), errno.EAFNOSUPPORT, "another family"),
         (
             lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(),

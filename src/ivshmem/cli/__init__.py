@@ -220,7 +220,7 @@ _HINTS = {
     1: ": run as a user who may, or choose another path",  # EPERM
     2: ": create it first, or choose another path",  # ENOENT
     13: ": run as a user who may, or choose another path",  # EACCES
-    20: ": a part of the path is no directory",  # ENOTDIR
+    20: ": a part of the path is a file: choose another path",  # ENOTDIR
     21: ": name a file in it, or use --directory",  # EISDIR
     24: ": raise the limit with `ulimit -n`",  # EMFILE
     30: ": choose a path on a file system that can be written",  # EROFS

@@ -29,7 +29,7 @@ def peer_id(text: str) -> int:
     except ValueError:
         number = -1
     if not 0 <= number <= MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text} is no peer: allowed are 0 to {MAX_ID}")
+        raise argparse.ArgumentTypeError(f"{text} is not a peer's id: allowed are 0 to {MAX_ID}")
     return number
 
 

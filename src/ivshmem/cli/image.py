@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +121,7 @@ def run_save(options: argparse.Namespace) -> int:
 def run_load(options: argparse.Namespace) -> int:
     """Load a region, or only check what would be loaded."""
     accept = options.accept_owner or ()
+    _find(options.path)
     if options.check:
         with _shown(options, "checking") as show:
             info = image.check(options.path, progress=show, accept_owner=accept)
@@ -128,6 +131,16 @@ def run_load(options: argparse.Namespace) -> int:
             info = image.load(options.path, region, progress=show, accept_owner=accept)
         _print(options.path, info)
     return 0
+
+
+def _find(path: str) -> None:
+    """Refuse a file that is not there, and say what makes one."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no such file: `ivshmem save FILE` writes one, or choose another path",
+            path,
+        )
 
 
 def _print(path: str, info: ImageInfo, more: str = "") -> None:

@@ -57,6 +57,22 @@ def permission(path: str, rights: str, user: str | None) -> Finding:
     return ok(f"{who} may: {_described(path)}")
 
 
+def obstacle(folder: str) -> str:
+    """What stands in the way of making a directory: a file where one is needed; "" if nothing."""
+    for place in (folder, *map(str, Path(folder).parents)):
+        if os.path.lexists(place):
+            return "" if os.path.isdir(place) else place
+    return ""
+
+
+def free_beside(path: str) -> str:
+    """A path beside this one where nothing is."""
+    number = 2
+    while os.path.lexists(f"{path}.{number}"):
+        number += 1
+    return f"{path}.{number}"
+
+
 def _lacking(path: str, rights: str, user: str | None) -> list[tuple[str, str]]:
     """Places on the way to `path`, and itself, with the rights that are lacking there."""
     ways = [(str(parent), "x") for parent in reversed(Path(path).parents)]

@@ -90,13 +90,23 @@ class MemorySteps:
         if self.target is None:
             return ok(_SERVED if self.answer else f"anonymous, {format_size(self._size)}")
         if not os.path.isdir(self._folder) and _is_visible(self._folder):
-            return failed(f"no directory {self._folder}", f"mkdir -p {quoted(self._folder)}")
+            return self._no_directory()
         if self.wishes.directory:
             return ok(f"a file without a name in {self.target}, {format_size(self._size)}")
         return self._file(self.target)
 
+    def _no_directory(self) -> Finding:
+        if not (place := access.obstacle(self._folder)):
+            return failed(f"no directory {self._folder}", f"mkdir -p {quoted(self._folder)}")
+        free = access.free_beside(place)
+        if self.wishes.directory:
+            fix = f"mkdir -p {quoted(free)} && {replace(self.wishes, directory=free).serve()}"
+        else:
+            fix = replace(self.wishes, name=None, path=free).serve()
+        return failed(f"{place} is not a directory", fix)
+
     def _file(self, path: str) -> Finding:
-        beside = replace(self.wishes, name=None, path=_free_beside(path)).serve()
+        beside = replace(self.wishes, name=None, path=access.free_beside(path)).serve()
         accept, links = self.wishes.accept_owner, self.wishes.name is None
         try:
             with safe_files.find(path, accept=accept, links=links) as place:
@@ -235,13 +245,6 @@ def _fits(size: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _free_beside(path: str) -> str:
-    number = 2
-    while os.path.lexists(f"{path}.{number}"):
-        number += 1
-    return f"{path}.{number}"
 
 
 def _grow(path: str, size: int) -> str:

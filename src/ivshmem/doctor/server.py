@@ -73,6 +73,9 @@ class ServerSteps:
             return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         except FileNotFoundError:
             folder = os.path.dirname(path)
+            if place := access.obstacle(folder):
+                beside = replace(self.wishes, socket=access.free_beside(place))
+                return failed(f"{place} is not a directory", beside.serve())
             if not os.path.isdir(folder):
                 return failed(f"no directory {folder}", f"mkdir -p {quoted(folder)}")
             return self._lost("is gone") or failed(
@@ -150,10 +153,7 @@ class ServerSteps:
 
     def _beside(self) -> str:
         """The command that serves what is wished for at a path that is free."""
-        number = 2
-        while os.path.lexists(f"{self.socket}.{number}"):
-            number += 1
-        return replace(self.wishes, socket=f"{self.socket}.{number}").serve()
+        return replace(self.wishes, socket=access.free_beside(self.socket)).serve()
 
 
 def _counted(number: int, what: str) -> str:
