@@ -370,6 +370,7 @@ class Region(Uncopied, _memory.Mapping):
         readonly: bool = False,
         source: Source = "descriptor",
         name: str | None = None,
+        keep_on_error: bool = False,
     ) -> Region:
         """Map the file behind `fd`, as a server passes it, and own `fd`, also when this fails.
 
@@ -377,13 +378,15 @@ class Region(Uncopied, _memory.Mapping):
 
         Args:
             source, name: what the region had where the descriptor comes from, as in RegionInfo.
+            keep_on_error: `fd` stays open, and the caller's, when this fails.
 
         Raises:
             RegionError: the file is empty or no memory.
             OSError: as of mmap(2).
         """
         file = _fds.FdArray()
-        file.take(fd)
+        if not keep_on_error:
+            file.take(fd)
         with safe_files.closed_on_error(file):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
@@ -395,7 +398,12 @@ class Region(Uncopied, _memory.Mapping):
             path = posix_path(name) if source == "posix" and name else name
             path = path if source in ("posix", "file") else None
             with pages.explained(status.st_size, page, path):
-                return cls._map(file, status.st_size, page, source, name, path, readonly=readonly)
+                region = cls._map(
+                    file, status.st_size, page, source, name, path, readonly=readonly, fd=fd
+                )
+        if keep_on_error:
+            file.take(fd)
+        return region
 
     @classmethod
     def _anonymous(cls, size: int, huge: int, prealloc: bool) -> Region:
@@ -463,10 +471,15 @@ class Region(Uncopied, _memory.Mapping):
         path: str | None,
         *,
         readonly: bool = False,
+        fd: int | None = None,
     ) -> Region:
-        """The region over an open file, whose descriptor it has from now on."""
+        """The region over an open file, whose descriptor it has from now on.
+
+        Args:
+            fd: the descriptor, if `file` is to own it only when this has succeeded.
+        """
         return cls(
-            file[0],
+            file[0] if fd is None else fd,
             size,
             owner=file,
             readonly=readonly,

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .journal import Record
-    from .region import Source
 
 _log = logging.getLogger("ivshmem.service")
 
@@ -405,12 +404,16 @@ class Service(Loop):
             found += served.server.descriptors
         return found
 
-    def resume(self, journal: Journal, find: Find = lambda fd: fd) -> None:
+    def resume(self, journal: Journal, find: Find = lambda fd: fd) -> set[int]:
         """Continue where another process was whose journal this is.
 
         Args:
             journal: of that process; it may be this service's own.
             find: where the descriptors are here.
+
+        Returns:
+            The descriptors that were closed, of regions that are lost for instance. Their numbers
+            may be other files' already.
 
         Raises:
             JournalError: it is damaged, or of another version; nothing was done.
@@ -418,9 +421,10 @@ class Service(Loop):
         history = snapshots.read(journal)
         snapshots.rehearse(history)
         self._next_number = history.next_number
+        closed: set[int] = set()
         for each in history.regions.values():
             try:
-                served = self._revive(each, find)
+                served = self._revive(each, find, closed)
             except ValueError as error:  # for good, unlike OSError: it was truncated, for instance
                 _log.error("region %s is lost: %s", each.record.name, error)
                 continue
@@ -433,8 +437,15 @@ class Service(Loop):
         )
         if self._journal is not None:
             self._journal.rewrite(self.snapshot())
+        return closed
 
-    def _revive(self, past: Past, find: Find) -> Served | None:
+    def _revive(self, past: Past, find: Find, closed: set[int]) -> Served | None:
+        """Serve a region again, or log why not; what is closed is added to `closed`.
+
+        Raises:
+            ValueError: the region is lost, and closed.
+            OSError: it is not lost; the descriptor of its memory stays open for a next process.
+        """
         record = past.record
         name, config = record.name, from_json(record.config)
         here, shared = find(record.listener), find(record.memory)
@@ -443,11 +454,18 @@ class Service(Loop):
             listener = Listener.adopt(here, unlink=record.unlinks, file=record.file)
         elif listener is not None and here not in (None, listener.socket.fileno()):
             os.close(here)  # a copy of it
+            closed.add(here)
         if listener is None or shared is None:
             _log.error("region %s is lost: its socket or its memory was not handed over", name)
+            if listener is not None:
+                listener.close()
+                closed.update(fd for fd in (here,) if fd is not None)
             return None
+        region = None
         try:
-            region = _region(shared, record.source, record.source_name)
+            region = Region.from_fd(
+                shared, source=record.source, name=record.source_name, keep_on_error=True
+            )
             directory = None
             if config.names is not None:
                 from .directory import Directory  # here: few regions have names
@@ -459,6 +477,11 @@ class Service(Loop):
             served = self._serve(name, config, record.number, opened, gate)
         except ValueError:
             listener.close()
+            if region is None:
+                os.close(shared)
+            else:
+                region.close()
+            closed.update(fd for fd in (here, shared) if fd is not None)
             raise
         served.server.resume(past.state, past.records, past.unfinished, find)
         return served
@@ -517,18 +540,6 @@ class Service(Loop):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _region(fd: int, source: Source, name: str | None) -> Region:
-    """The region of a descriptor, which stays open for want of memory: the next may do better."""
-    spare = os.dup(fd)
-    try:
-        return Region.from_fd(fd, source=source, name=name)
-    except OSError:
-        os.dup2(spare, fd, inheritable=False)
-        raise
-    finally:
-        os.close(spare)
 
 
 def _gate(config: RegionConfig) -> Gate | None:

@@ -109,7 +109,11 @@ def _write(place: safe_files.Place, file: _fds.FdArray, line: bytes) -> None:
     try:
         os.write(file[0], line)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, place.path) from None
+        raise OSError(
+            error.errno,
+            f"the pid cannot be written here ({error.strerror}): choose another path",
+            place.path,
+        ) from None
 
 
 def _is_locked_by_reader(fd: int, holder: str) -> bool:

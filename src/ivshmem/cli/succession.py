@@ -51,8 +51,8 @@ class Past:
             JournalError: nobody can.
             OSError, ValueError: nobody was served, and what is to be cannot be.
         """
-        service.resume(self.journal, self.find)
-        for fd in set(self.strays).difference(service.descriptors):
+        closed = service.resume(self.journal, self.find)
+        for fd in set(self.strays).difference(service.descriptors, closed):
             service.take_stray(fd)
         peers = sum(len(served.server.peers) for served in service.regions.values())
         told = logs.fields("takeover", pid=os.getpid(), reason=self.end)
