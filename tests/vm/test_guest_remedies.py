@@ -1,9 +1,13 @@
 """What a guest's messages advise, typed: what was refused then works."""
 
+import pytest
+
 import ivshmem
 
 from .harness import MakeGuest
 from .host import SLOW, doorbell
+
+pytestmark = pytest.mark.timeout(2 * SLOW)
 
 
 def test_each_is_typed(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client) -> None:

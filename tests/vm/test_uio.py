@@ -16,6 +16,8 @@ from .harness import MakeGuest
 from .host import SLOW, TIMEOUT, doorbell, pluggable
 from .test_guest_device import plug
 
+pytestmark = pytest.mark.timeout(3 * SLOW)
+
 
 @pytest.fixture(scope="session")
 def driver() -> Path:
