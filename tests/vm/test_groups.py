@@ -4,6 +4,7 @@ import ivshmem
 from ivshmem import qemu
 
 from .harness import MakeGuest
+from .host import SLOW
 
 
 def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
@@ -78,7 +79,7 @@ def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
         args=["-device", "pcie-pci-bridge,id=bridge", *doorbells],
         iommu=True,
     )
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
 
 
 def test_what_is_printed_keeps_them_apart(guest: MakeGuest, server: ivshmem.Server) -> None:
@@ -93,4 +94,4 @@ def test_what_is_printed_keeps_them_apart(guest: MakeGuest, server: ivshmem.Serv
         args=arguments,
         iommu=True,
     )
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0

@@ -11,7 +11,7 @@ import ivshmem
 from ivshmem import qemu
 
 from .harness import MakeGuest
-from .host import doorbell
+from .host import SLOW, doorbell
 
 
 def test_other_processes_and_live_views(guest: MakeGuest, server: ivshmem.Server) -> None:
@@ -312,7 +312,7 @@ def test_a_bare_guest(guest: MakeGuest, server: ivshmem.Server, tmp_path: Path) 
         args=doorbell(server),
         iommu=True,
     )
-    assert a.wait() == 0
+    assert a.wait(SLOW) == 0
     version = importlib.metadata.version("ivshmem")
     assert a.lines[0] == f"ivshmem {version}"
     assert "doorbell" in a.lines[-1]
