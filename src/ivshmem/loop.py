@@ -7,6 +7,7 @@ what is watched.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -35,6 +36,7 @@ class Loop(Uncopied):
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._acts: dict[int, Callable[[], object]] = {}  # by token
         self._tokens: dict[int, int] = {}  # by descriptor
         self._nesting: set[int] = set()  # tokens of acts that can be begun while they are under way
@@ -76,7 +78,8 @@ class Loop(Uncopied):
             token = self._tokens.pop(fd)
             del self._acts[token]
             self._nesting.discard(token)
-            self._epoll.remove(fd)
+            if os.getpid() == self._pid:  # a forked child shares the epoll object
+                self._epoll.remove(fd)
 
     def step(self, timeout: float | None) -> None:
         """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
@@ -86,8 +89,9 @@ class Loop(Uncopied):
 
         Raises:
             RuntimeError: called by what is done in a step, or by a signal handler that interrupts
-                one.
+                one; or in a forked child.
         """
+        self._check_process()
         if self.in_step:
             raise RuntimeError("what a step does cannot begin another step")
         try:
@@ -98,6 +102,10 @@ class Loop(Uncopied):
         finally:
             if self._closing and not self.in_step:
                 self._undo.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a forked child shares this loop's epoll object: it may only close")
 
     def _dispatch(self, timeout: float | None) -> None:
         for token, _ in self._epoll.wait(timeout):

@@ -127,8 +127,8 @@ class Service(Loop):
     other threads, signal handlers and callbacks. Callbacks, and what else a step does, may call
     everything but `step` and `run`: a region that is removed by a callback of its own is closed
     when its step ends, and `close` takes effect when the loop's step ends. A signal handler asks by
-    `soon` for anything else, for it can interrupt a change. A forked child calls nothing but
-    `abandon`.
+    `soon` for anything else, for it can interrupt a change. In a forked child `close` and
+    `abandon` close the child's copies, and what changes something raises RuntimeError.
     """
 
     def __init__(
@@ -318,6 +318,7 @@ class Service(Loop):
         return is_mine(self._change)
 
     def _check_thread(self) -> None:
+        self._check_process()
         if self._runner not in (0, threading.get_ident()):
             raise RuntimeError("another thread runs this service: have it do this, by soon()")
 
@@ -519,6 +520,9 @@ class Service(Loop):
         Raises:
             RuntimeError: another thread runs the service: let it `stop` first.
         """
+        if os.getpid() != self._pid:
+            self.abandon()
+            return
         self._check_thread()
         if self.changing:
             self.soon(self.close)
