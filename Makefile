@@ -71,7 +71,8 @@ lint: $(VENV)/tested
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(CYTHON:%=ivshmem.%) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 	@for name in $(CYTHON); do \
-	    (cd src && ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ../build/fresh.c) && \
+	    (cd src && ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ../build/fresh.c 2>../build/said || \
+	        { cat ../build/said; false; }) && \
 	    cmp build/fresh.c src/ivshmem/$$name.c || { echo "$$name.c is stale: make cython"; exit 1; }; \
 	done
 

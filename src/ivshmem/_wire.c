@@ -2780,6 +2780,24 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_int64_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_int64_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_int64_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_int64_t(int64_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_int64_t(int64_t value, Py_ssize_t width, char padding_char, char format_char);
+
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char);
+
 /* PyIndexError_Check.proto */
 #define __Pyx_PyExc_IndexError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_IndexError)
 
@@ -3445,7 +3463,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
     PyObject *__pyx_codeobj_tab[6];
-    PyObject *__pyx_string_tab[95];
+    PyObject *__pyx_string_tab[98];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3495,101 +3513,104 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_bytes_aligned __pyx_string_tab[0]
-#define __pyx_kp_u_of __pyx_string_tab[1]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[2]
-#define __pyx_kp_u__3 __pyx_string_tab[3]
-#define __pyx_kp_u__2 __pyx_string_tab[4]
-#define __pyx_kp_u_ __pyx_string_tab[5]
-#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[6]
-#define __pyx_kp_u_an_outbox_needs __pyx_string_tab[7]
-#define __pyx_kp_u_descriptors __pyx_string_tab[8]
-#define __pyx_kp_u_disable __pyx_string_tab[9]
-#define __pyx_kp_u_enable __pyx_string_tab[10]
-#define __pyx_kp_u_gc __pyx_string_tab[11]
-#define __pyx_kp_u_isenabled __pyx_string_tab[12]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
-#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[14]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
-#define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[16]
-#define __pyx_n_u_Outbox __pyx_string_tab[17]
-#define __pyx_n_u_Outbox___reduce_cython __pyx_string_tab[18]
-#define __pyx_n_u_Outbox___setstate_cython __pyx_string_tab[19]
-#define __pyx_n_u_Outbox_send __pyx_string_tab[20]
-#define __pyx_n_u_Outbox_send_to_all __pyx_string_tab[21]
-#define __pyx_n_u_Outbox_unfinished __pyx_string_tab[22]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[23]
-#define __pyx_n_u__4 __pyx_string_tab[24]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[25]
-#define __pyx_n_u_annotate __pyx_string_tab[26]
-#define __pyx_n_u_func __pyx_string_tab[27]
-#define __pyx_n_u_getstate __pyx_string_tab[28]
-#define __pyx_n_u_main __pyx_string_tab[29]
-#define __pyx_n_u_module __pyx_string_tab[30]
-#define __pyx_n_u_name __pyx_string_tab[31]
-#define __pyx_n_u_pyx_state __pyx_string_tab[32]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[33]
-#define __pyx_n_u_qualname __pyx_string_tab[34]
-#define __pyx_n_u_reduce __pyx_string_tab[35]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[36]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[37]
-#define __pyx_n_u_set_name __pyx_string_tab[38]
-#define __pyx_n_u_setstate __pyx_string_tab[39]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[40]
-#define __pyx_n_u_test __pyx_string_tab[41]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[42]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[43]
-#define __pyx_n_u_buffer __pyx_string_tab[44]
-#define __pyx_n_u_chunks __pyx_string_tab[45]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[46]
-#define __pyx_n_u_code __pyx_string_tab[47]
-#define __pyx_n_u_controls __pyx_string_tab[48]
-#define __pyx_n_u_count __pyx_string_tab[49]
-#define __pyx_n_u_data __pyx_string_tab[50]
-#define __pyx_n_u_done __pyx_string_tab[51]
-#define __pyx_n_u_eof __pyx_string_tab[52]
-#define __pyx_n_u_errors __pyx_string_tab[53]
-#define __pyx_n_u_fd __pyx_string_tab[54]
-#define __pyx_n_u_fds __pyx_string_tab[55]
-#define __pyx_n_u_fds_of __pyx_string_tab[56]
-#define __pyx_n_u_filled __pyx_string_tab[57]
-#define __pyx_n_u_first __pyx_string_tab[58]
-#define __pyx_n_u_i __pyx_string_tab[59]
-#define __pyx_n_u_iov __pyx_string_tab[60]
-#define __pyx_n_u_items __pyx_string_tab[61]
-#define __pyx_n_u_ivshmem__wire __pyx_string_tab[62]
-#define __pyx_n_u_length __pyx_string_tab[63]
-#define __pyx_n_u_limit __pyx_string_tab[64]
-#define __pyx_n_u_lost __pyx_string_tab[65]
-#define __pyx_n_u_messages __pyx_string_tab[66]
-#define __pyx_n_u_n __pyx_string_tab[67]
-#define __pyx_n_u_pop __pyx_string_tab[68]
-#define __pyx_n_u_receive __pyx_string_tab[69]
-#define __pyx_n_u_region __pyx_string_tab[70]
-#define __pyx_n_u_run __pyx_string_tab[71]
-#define __pyx_n_u_runs __pyx_string_tab[72]
-#define __pyx_n_u_self __pyx_string_tab[73]
-#define __pyx_n_u_send __pyx_string_tab[74]
-#define __pyx_n_u_send_to_all __pyx_string_tab[75]
-#define __pyx_n_u_sent __pyx_string_tab[76]
-#define __pyx_n_u_serial __pyx_string_tab[77]
-#define __pyx_n_u_setdefault __pyx_string_tab[78]
-#define __pyx_n_u_sock __pyx_string_tab[79]
-#define __pyx_n_u_socks __pyx_string_tab[80]
-#define __pyx_n_u_start __pyx_string_tab[81]
-#define __pyx_n_u_step __pyx_string_tab[82]
-#define __pyx_n_u_total __pyx_string_tab[83]
-#define __pyx_n_u_unfinished __pyx_string_tab[84]
-#define __pyx_n_u_value __pyx_string_tab[85]
-#define __pyx_n_u_values __pyx_string_tab[86]
-#define __pyx_n_u_want __pyx_string_tab[87]
-#define __pyx_n_u_which __pyx_string_tab[88]
-#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_T_r_4t6_Bc_T_s_d_1_e2T_WAWD_D __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1 __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A __pyx_string_tab[94]
+#define __pyx_kp_u_are_possible __pyx_string_tab[0]
+#define __pyx_kp_u_bytes_aligned __pyx_string_tab[1]
+#define __pyx_kp_u_messages_at_most __pyx_string_tab[2]
+#define __pyx_kp_u_of __pyx_string_tab[3]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[4]
+#define __pyx_kp_u__3 __pyx_string_tab[5]
+#define __pyx_kp_u__2 __pyx_string_tab[6]
+#define __pyx_kp_u_ __pyx_string_tab[7]
+#define __pyx_kp_u_a_batch_of __pyx_string_tab[8]
+#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[9]
+#define __pyx_kp_u_an_outbox_needs __pyx_string_tab[10]
+#define __pyx_kp_u_descriptors __pyx_string_tab[11]
+#define __pyx_kp_u_disable __pyx_string_tab[12]
+#define __pyx_kp_u_enable __pyx_string_tab[13]
+#define __pyx_kp_u_gc __pyx_string_tab[14]
+#define __pyx_kp_u_isenabled __pyx_string_tab[15]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[16]
+#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[17]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[18]
+#define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[19]
+#define __pyx_n_u_Outbox __pyx_string_tab[20]
+#define __pyx_n_u_Outbox___reduce_cython __pyx_string_tab[21]
+#define __pyx_n_u_Outbox___setstate_cython __pyx_string_tab[22]
+#define __pyx_n_u_Outbox_send __pyx_string_tab[23]
+#define __pyx_n_u_Outbox_send_to_all __pyx_string_tab[24]
+#define __pyx_n_u_Outbox_unfinished __pyx_string_tab[25]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[26]
+#define __pyx_n_u__4 __pyx_string_tab[27]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
+#define __pyx_n_u_annotate __pyx_string_tab[29]
+#define __pyx_n_u_func __pyx_string_tab[30]
+#define __pyx_n_u_getstate __pyx_string_tab[31]
+#define __pyx_n_u_main __pyx_string_tab[32]
+#define __pyx_n_u_module __pyx_string_tab[33]
+#define __pyx_n_u_name __pyx_string_tab[34]
+#define __pyx_n_u_pyx_state __pyx_string_tab[35]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[36]
+#define __pyx_n_u_qualname __pyx_string_tab[37]
+#define __pyx_n_u_reduce __pyx_string_tab[38]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[39]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[40]
+#define __pyx_n_u_set_name __pyx_string_tab[41]
+#define __pyx_n_u_setstate __pyx_string_tab[42]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[43]
+#define __pyx_n_u_test __pyx_string_tab[44]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[45]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[46]
+#define __pyx_n_u_buffer __pyx_string_tab[47]
+#define __pyx_n_u_chunks __pyx_string_tab[48]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[49]
+#define __pyx_n_u_code __pyx_string_tab[50]
+#define __pyx_n_u_controls __pyx_string_tab[51]
+#define __pyx_n_u_count __pyx_string_tab[52]
+#define __pyx_n_u_data __pyx_string_tab[53]
+#define __pyx_n_u_done __pyx_string_tab[54]
+#define __pyx_n_u_eof __pyx_string_tab[55]
+#define __pyx_n_u_errors __pyx_string_tab[56]
+#define __pyx_n_u_fd __pyx_string_tab[57]
+#define __pyx_n_u_fds __pyx_string_tab[58]
+#define __pyx_n_u_fds_of __pyx_string_tab[59]
+#define __pyx_n_u_filled __pyx_string_tab[60]
+#define __pyx_n_u_first __pyx_string_tab[61]
+#define __pyx_n_u_i __pyx_string_tab[62]
+#define __pyx_n_u_iov __pyx_string_tab[63]
+#define __pyx_n_u_items __pyx_string_tab[64]
+#define __pyx_n_u_ivshmem__wire __pyx_string_tab[65]
+#define __pyx_n_u_length __pyx_string_tab[66]
+#define __pyx_n_u_limit __pyx_string_tab[67]
+#define __pyx_n_u_lost __pyx_string_tab[68]
+#define __pyx_n_u_messages __pyx_string_tab[69]
+#define __pyx_n_u_n __pyx_string_tab[70]
+#define __pyx_n_u_pop __pyx_string_tab[71]
+#define __pyx_n_u_receive __pyx_string_tab[72]
+#define __pyx_n_u_region __pyx_string_tab[73]
+#define __pyx_n_u_run __pyx_string_tab[74]
+#define __pyx_n_u_runs __pyx_string_tab[75]
+#define __pyx_n_u_self __pyx_string_tab[76]
+#define __pyx_n_u_send __pyx_string_tab[77]
+#define __pyx_n_u_send_to_all __pyx_string_tab[78]
+#define __pyx_n_u_sent __pyx_string_tab[79]
+#define __pyx_n_u_serial __pyx_string_tab[80]
+#define __pyx_n_u_setdefault __pyx_string_tab[81]
+#define __pyx_n_u_sock __pyx_string_tab[82]
+#define __pyx_n_u_socks __pyx_string_tab[83]
+#define __pyx_n_u_start __pyx_string_tab[84]
+#define __pyx_n_u_step __pyx_string_tab[85]
+#define __pyx_n_u_total __pyx_string_tab[86]
+#define __pyx_n_u_unfinished __pyx_string_tab[87]
+#define __pyx_n_u_value __pyx_string_tab[88]
+#define __pyx_n_u_values __pyx_string_tab[89]
+#define __pyx_n_u_want __pyx_string_tab[90]
+#define __pyx_n_u_which __pyx_string_tab[91]
+#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[94]
+#define __pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja __pyx_string_tab[95]
+#define __pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1 __pyx_string_tab[96]
+#define __pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A __pyx_string_tab[97]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -3617,7 +3638,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<95; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<98; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3653,7 +3674,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<95; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<98; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6060,6 +6081,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
   int __pyx_v_which;
   int __pyx_v_sent;
+  int64_t __pyx_v_filled;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -6068,8 +6090,12 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_7[5];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6080,7 +6106,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
  *         """
  *         cdef int which = self.box.step & 1             # <<<<<<<<<<<<<<
  *         cdef int sent = 0
- *         if self.box.open == 0 or self.box.open != self.box.end:
+ *         # One copy: the memory is a journal's, which another process can have damaged.
 */
   __pyx_v_which = (__pyx_v_self->box->step & 1);
 
@@ -6088,17 +6114,26 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
  *         """
  *         cdef int which = self.box.step & 1
  *         cdef int sent = 0             # <<<<<<<<<<<<<<
- *         if self.box.open == 0 or self.box.open != self.box.end:
- *             return None
+ *         # One copy: the memory is a journal's, which another process can have damaged.
+ *         cdef int64_t filled = self.box.filled[which]
 */
   __pyx_v_sent = 0;
 
-  /* "ivshmem/_wire.pyx":195
- *         cdef int which = self.box.step & 1
+  /* "ivshmem/_wire.pyx":196
  *         cdef int sent = 0
+ *         # One copy: the memory is a journal's, which another process can have damaged.
+ *         cdef int64_t filled = self.box.filled[which]             # <<<<<<<<<<<<<<
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+ *             return None
+*/
+  __pyx_v_filled = (__pyx_v_self->box->filled[__pyx_v_which]);
+
+  /* "ivshmem/_wire.pyx":197
+ *         # One copy: the memory is a journal's, which another process can have damaged.
+ *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
  *             return None
- *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+ *         if not 0 <= filled <= BATCH:
 */
   __pyx_t_2 = (__pyx_v_self->box->open == 0);
 
@@ -6119,12 +6154,12 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":196
- *         cdef int sent = 0
+    /* "ivshmem/_wire.pyx":198
+ *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:
  *             return None             # <<<<<<<<<<<<<<
- *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
- *             sent += 1
+ *         if not 0 <= filled <= BATCH:
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
 */
     {
       PyObject *__pyx_temp;
@@ -6136,95 +6171,161 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_wire.pyx":195
- *         cdef int which = self.box.step & 1
- *         cdef int sent = 0
+    /* "ivshmem/_wire.pyx":197
+ *         # One copy: the memory is a journal's, which another process can have damaged.
+ *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
  *             return None
- *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+ *         if not 0 <= filled <= BATCH:
 */
   }
 
-  /* "ivshmem/_wire.pyx":197
+  /* "ivshmem/_wire.pyx":199
  *         if self.box.open == 0 or self.box.open != self.box.end:
  *             return None
- *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:             # <<<<<<<<<<<<<<
+ *         if not 0 <= filled <= BATCH:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
+*/
+  __pyx_t_1 = (0 <= __pyx_v_filled);
+  if (__pyx_t_1) {
+    __pyx_t_1 = (__pyx_v_filled <= __pyx_e_7ivshmem_4_fds_BATCH);
+  }
+  __pyx_t_2 = (!__pyx_t_1);
+
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_wire.pyx":200
+ *             return None
+ *         if not 0 <= filled <= BATCH:
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")             # <<<<<<<<<<<<<<
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
  *             sent += 1
- *         return (
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = __Pyx_PyUnicode_From_int64_t(__pyx_v_filled, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_a_batch_of;
+    __pyx_t_7[1] = __pyx_t_5;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_messages_at_most;
+    __pyx_t_7[3] = __pyx_t_6;
+    __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_are_possible;
+    __pyx_t_8 = 43;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
+    #endif
+    __pyx_t_9 = 0;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_11 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 200, __pyx_L1_error)
+
+    /* "ivshmem/_wire.pyx":199
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+ *             return None
+ *         if not 0 <= filled <= BATCH:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":201
+ *         if not 0 <= filled <= BATCH:
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:             # <<<<<<<<<<<<<<
+ *             sent += 1
+ *         return self.box.region, self.box.serial, self.box.step, sent, filled
 */
   while (1) {
-    __pyx_t_2 = (__pyx_v_sent < (__pyx_v_self->box->filled[__pyx_v_which]));
+    __pyx_t_1 = (__pyx_v_sent < __pyx_v_filled);
 
-    if (__pyx_t_2) {
+    if (__pyx_t_1) {
 
     } else {
 
-      __pyx_t_1 = __pyx_t_2;
+      __pyx_t_2 = __pyx_t_1;
 
-      goto __pyx_L8_bool_binop_done;
+      goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = (((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_sent]).msg_len == __pyx_e_7ivshmem_5_wire_MESSAGE);
+    __pyx_t_1 = (((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_sent]).msg_len == __pyx_e_7ivshmem_5_wire_MESSAGE);
 
 
-    __pyx_t_1 = __pyx_t_2;
+    __pyx_t_2 = __pyx_t_1;
 
-    __pyx_L8_bool_binop_done:;
+    __pyx_L9_bool_binop_done:;
 
-    if (!__pyx_t_1) break;
+    if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":198
- *             return None
- *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+    /* "ivshmem/_wire.pyx":202
+ *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
  *             sent += 1             # <<<<<<<<<<<<<<
- *         return (
- *             self.box.region, self.box.serial, self.box.step, sent, self.box.filled[which],
+ *         return self.box.region, self.box.serial, self.box.step, sent, filled
+ * 
 */
     __pyx_v_sent = (__pyx_v_sent + 1);
   }
 
-  /* "ivshmem/_wire.pyx":200
+  /* "ivshmem/_wire.pyx":203
+ *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
  *             sent += 1
- *         return (
- *             self.box.region, self.box.serial, self.box.step, sent, self.box.filled[which],             # <<<<<<<<<<<<<<
- *         )
+ *         return self.box.region, self.box.serial, self.box.step, sent, filled             # <<<<<<<<<<<<<<
  * 
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->region); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->region); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->serial); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->serial); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->step); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->step); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_sent); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_sent); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_int64_t((__pyx_v_self->box->filled[__pyx_v_which])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = PyTuple_New(5); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_5 = __Pyx_PyLong_From_int64_t(__pyx_v_filled); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_12 = PyTuple_New(5); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 203, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_10);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 203, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_4);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
-  __Pyx_GIVEREF(__pyx_t_5);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 2, __pyx_t_5) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_4) != (0)) __PYX_ERR(0, 203, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_6);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 3, __pyx_t_6) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
-  __Pyx_GIVEREF(__pyx_t_7);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 4, __pyx_t_7) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 3, __pyx_t_6) != (0)) __PYX_ERR(0, 203, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_5);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 4, __pyx_t_5) != (0)) __PYX_ERR(0, 203, __pyx_L1_error);
   __pyx_t_3 = 0;
+  __pyx_t_10 = 0;
   __pyx_t_4 = 0;
-  __pyx_t_5 = 0;
   __pyx_t_6 = 0;
-  __pyx_t_7 = 0;
+  __pyx_t_5 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_8;
+      __pyx_r = __pyx_t_12;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_8 = 0;
+  __pyx_t_12 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/_wire.pyx":187
@@ -6241,11 +6342,12 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem._wire.Outbox.unfinished", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
 
 
   __Pyx_XGIVEREF(__pyx_r);
@@ -6253,8 +6355,8 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":203
- *         )
+/* "ivshmem/_wire.pyx":205
+ *         return self.box.region, self.box.serial, self.box.step, sent, filled
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
@@ -6281,7 +6383,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_wire.pyx":204
+  /* "ivshmem/_wire.pyx":206
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):             # <<<<<<<<<<<<<<
@@ -6316,7 +6418,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_wire.pyx":205
+    /* "ivshmem/_wire.pyx":207
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")             # <<<<<<<<<<<<<<
@@ -6324,11 +6426,11 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_fds), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_fds), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
     __pyx_t_8[1] = __pyx_t_5;
@@ -6342,7 +6444,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
     #endif
     __pyx_t_10 = 0;
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 6, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 205, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6353,14 +6455,14 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 205, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":204
+    /* "ivshmem/_wire.pyx":206
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):             # <<<<<<<<<<<<<<
@@ -6369,7 +6471,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_wire.pyx":206
+  /* "ivshmem/_wire.pyx":208
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")
  *         return 0             # <<<<<<<<<<<<<<
@@ -6382,8 +6484,8 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":203
- *         )
+  /* "ivshmem/_wire.pyx":205
+ *         return self.box.region, self.box.serial, self.box.step, sent, filled
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
@@ -6406,7 +6508,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":208
+/* "ivshmem/_wire.pyx":210
  *         return 0
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
@@ -6416,7 +6518,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
 
 static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
 
-  /* "ivshmem/_wire.pyx":209
+  /* "ivshmem/_wire.pyx":211
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
  *         self.box.open = 0             # <<<<<<<<<<<<<<
@@ -6425,7 +6527,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->open = 0;
 
-  /* "ivshmem/_wire.pyx":210
+  /* "ivshmem/_wire.pyx":212
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
  *         self.box.open = 0
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6434,7 +6536,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":211
+  /* "ivshmem/_wire.pyx":213
  *         self.box.open = 0
  *         ivshmem_in_order()
  *         self.box.region = region             # <<<<<<<<<<<<<<
@@ -6443,7 +6545,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->region = __pyx_v_region;
 
-  /* "ivshmem/_wire.pyx":212
+  /* "ivshmem/_wire.pyx":214
  *         ivshmem_in_order()
  *         self.box.region = region
  *         self.box.serial = serial             # <<<<<<<<<<<<<<
@@ -6452,7 +6554,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->serial = __pyx_v_serial;
 
-  /* "ivshmem/_wire.pyx":213
+  /* "ivshmem/_wire.pyx":215
  *         self.box.region = region
  *         self.box.serial = serial
  *         self.box.step = 0             # <<<<<<<<<<<<<<
@@ -6461,7 +6563,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->step = 0;
 
-  /* "ivshmem/_wire.pyx":208
+  /* "ivshmem/_wire.pyx":210
  *         return 0
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
@@ -6473,7 +6575,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 
 }
 
-/* "ivshmem/_wire.pyx":215
+/* "ivshmem/_wire.pyx":217
  *         self.box.step = 0
  * 
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
@@ -6486,7 +6588,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
   struct cmsghdr *__pyx_v_header;
   int __pyx_t_1;
 
-  /* "ivshmem/_wire.pyx":217
+  /* "ivshmem/_wire.pyx":219
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:
  *         """Write message number `n` of a batch."""
  *         cdef mmsghdr *message = &self.box.messages[which][n]             # <<<<<<<<<<<<<<
@@ -6495,7 +6597,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message = (&((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":219
+  /* "ivshmem/_wire.pyx":221
  *         cdef mmsghdr *message = &self.box.messages[which][n]
  *         cdef cmsghdr *header
  *         self.values[which][n] = value             # <<<<<<<<<<<<<<
@@ -6504,7 +6606,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   ((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]) = __pyx_v_value;
 
-  /* "ivshmem/_wire.pyx":220
+  /* "ivshmem/_wire.pyx":222
  *         cdef cmsghdr *header
  *         self.values[which][n] = value
  *         self.iov[which][n].iov_base = &self.values[which][n]             # <<<<<<<<<<<<<<
@@ -6513,7 +6615,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_base = (&((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":221
+  /* "ivshmem/_wire.pyx":223
  *         self.values[which][n] = value
  *         self.iov[which][n].iov_base = &self.values[which][n]
  *         self.iov[which][n].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -6522,7 +6624,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-  /* "ivshmem/_wire.pyx":222
+  /* "ivshmem/_wire.pyx":224
  *         self.iov[which][n].iov_base = &self.values[which][n]
  *         self.iov[which][n].iov_len = MESSAGE
  *         memset(message, 0, sizeof(mmsghdr))             # <<<<<<<<<<<<<<
@@ -6531,7 +6633,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   (void)(memset(__pyx_v_message, 0, (sizeof(struct mmsghdr))));
 
-  /* "ivshmem/_wire.pyx":223
+  /* "ivshmem/_wire.pyx":225
  *         self.iov[which][n].iov_len = MESSAGE
  *         memset(message, 0, sizeof(mmsghdr))
  *         message.msg_hdr.msg_iov = &self.iov[which][n]             # <<<<<<<<<<<<<<
@@ -6540,7 +6642,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message->msg_hdr.msg_iov = (&((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":224
+  /* "ivshmem/_wire.pyx":226
  *         memset(message, 0, sizeof(mmsghdr))
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -6549,7 +6651,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message->msg_hdr.msg_iovlen = 1;
 
-  /* "ivshmem/_wire.pyx":225
+  /* "ivshmem/_wire.pyx":227
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:             # <<<<<<<<<<<<<<
@@ -6560,7 +6662,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":226
+    /* "ivshmem/_wire.pyx":228
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -6569,7 +6671,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     (void)(memset((&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n])), 0, (sizeof(ivshmem_control))));
 
-    /* "ivshmem/_wire.pyx":227
+    /* "ivshmem/_wire.pyx":229
  *         if fds is not None:
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
  *             message.msg_hdr.msg_control = &self.controls[which][n]             # <<<<<<<<<<<<<<
@@ -6578,7 +6680,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_message->msg_hdr.msg_control = (&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n]));
 
-    /* "ivshmem/_wire.pyx":228
+    /* "ivshmem/_wire.pyx":230
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
  *             message.msg_hdr.msg_control = &self.controls[which][n]
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -6587,7 +6689,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-    /* "ivshmem/_wire.pyx":229
+    /* "ivshmem/_wire.pyx":231
  *             message.msg_hdr.msg_control = &self.controls[which][n]
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -6596,7 +6698,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-    /* "ivshmem/_wire.pyx":230
+    /* "ivshmem/_wire.pyx":232
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)
  *             header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -6605,7 +6707,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-    /* "ivshmem/_wire.pyx":231
+    /* "ivshmem/_wire.pyx":233
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)
  *             header.cmsg_len = CMSG_LEN(sizeof(int))
  *             header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -6614,7 +6716,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-    /* "ivshmem/_wire.pyx":232
+    /* "ivshmem/_wire.pyx":234
  *             header.cmsg_len = CMSG_LEN(sizeof(int))
  *             header.cmsg_level = SOL_SOCKET
  *             header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -6623,7 +6725,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-    /* "ivshmem/_wire.pyx":233
+    /* "ivshmem/_wire.pyx":235
  *             header.cmsg_level = SOL_SOCKET
  *             header.cmsg_type = SCM_RIGHTS
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))             # <<<<<<<<<<<<<<
@@ -6632,7 +6734,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     (void)(memcpy(CMSG_DATA(__pyx_v_header), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_fds, __pyx_v_i), (sizeof(int))));
 
-    /* "ivshmem/_wire.pyx":225
+    /* "ivshmem/_wire.pyx":227
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:             # <<<<<<<<<<<<<<
@@ -6641,7 +6743,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   }
 
-  /* "ivshmem/_wire.pyx":215
+  /* "ivshmem/_wire.pyx":217
  *         self.box.step = 0
  * 
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
@@ -6655,7 +6757,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 
 }
 
-/* "ivshmem/_wire.pyx":235
+/* "ivshmem/_wire.pyx":237
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -6674,7 +6776,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_wire.pyx":236
+  /* "ivshmem/_wire.pyx":238
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -6683,7 +6785,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_wire.pyx":237
+  /* "ivshmem/_wire.pyx":239
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)             # <<<<<<<<<<<<<<
@@ -6692,7 +6794,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 */
   __pyx_v_sent = __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_count, (&__pyx_v_code));
 
-  /* "ivshmem/_wire.pyx":238
+  /* "ivshmem/_wire.pyx":240
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:             # <<<<<<<<<<<<<<
@@ -6718,20 +6820,20 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":239
+    /* "ivshmem/_wire.pyx":241
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:
  *             return fail_with(code)             # <<<<<<<<<<<<<<
  *         return sent
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_wire.pyx":238
+    /* "ivshmem/_wire.pyx":240
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:             # <<<<<<<<<<<<<<
@@ -6740,7 +6842,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 */
   }
 
-  /* "ivshmem/_wire.pyx":240
+  /* "ivshmem/_wire.pyx":242
  *         if code and before == 0:
  *             return fail_with(code)
  *         return sent             # <<<<<<<<<<<<<<
@@ -6753,7 +6855,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":235
+  /* "ivshmem/_wire.pyx":237
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -6772,7 +6874,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":242
+/* "ivshmem/_wire.pyx":244
  *         return sent
  * 
  *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6791,7 +6893,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   uint64_t __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/_wire.pyx":247
+  /* "ivshmem/_wire.pyx":249
  *         0 with `code` 0: the buffer is full. 8 bytes written to a Unix stream socket are not split.
  *         """
  *         cdef int which = step & 1             # <<<<<<<<<<<<<<
@@ -6800,7 +6902,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   __pyx_v_which = (__pyx_v_step & 1);
 
-  /* "ivshmem/_wire.pyx":250
+  /* "ivshmem/_wire.pyx":252
  *         cdef int i, n
  *         # `step` still means the other batch, or none is open.
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -6814,7 +6916,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_wire.pyx":251
+    /* "ivshmem/_wire.pyx":253
  *         # `step` still means the other batch, or none is open.
  *         for i in range(count):
  *             self.box.messages[which][i].msg_len = 0             # <<<<<<<<<<<<<<
@@ -6825,7 +6927,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   }
 
 
-  /* "ivshmem/_wire.pyx":252
+  /* "ivshmem/_wire.pyx":254
  *         for i in range(count):
  *             self.box.messages[which][i].msg_len = 0
  *         self.box.filled[which] = count             # <<<<<<<<<<<<<<
@@ -6834,7 +6936,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   (__pyx_v_self->box->filled[__pyx_v_which]) = __pyx_v_count;
 
-  /* "ivshmem/_wire.pyx":253
+  /* "ivshmem/_wire.pyx":255
  *             self.box.messages[which][i].msg_len = 0
  *         self.box.filled[which] = count
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6843,7 +6945,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":254
+  /* "ivshmem/_wire.pyx":256
  *         self.box.filled[which] = count
  *         ivshmem_in_order()
  *         self.box.step = step             # <<<<<<<<<<<<<<
@@ -6852,7 +6954,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->box->step = __pyx_v_step;
 
-  /* "ivshmem/_wire.pyx":255
+  /* "ivshmem/_wire.pyx":257
  *         ivshmem_in_order()
  *         self.box.step = step
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6861,7 +6963,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":256
+  /* "ivshmem/_wire.pyx":258
  *         self.box.step = step
  *         ivshmem_in_order()
  *         self.box.open = self.box.end             # <<<<<<<<<<<<<<
@@ -6872,7 +6974,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 
   __pyx_v_self->box->open = __pyx_t_4;
 
-  /* "ivshmem/_wire.pyx":257
+  /* "ivshmem/_wire.pyx":259
  *         ivshmem_in_order()
  *         self.box.open = self.box.end
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6881,7 +6983,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":258
+  /* "ivshmem/_wire.pyx":260
  *         self.box.open = self.box.end
  *         ivshmem_in_order()
  *         while True:             # <<<<<<<<<<<<<<
@@ -6890,7 +6992,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_wire.pyx":259
+    /* "ivshmem/_wire.pyx":261
  *         ivshmem_in_order()
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -6899,7 +7001,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, (__pyx_v_self->box->messages[__pyx_v_which]), __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_wire.pyx":260
+    /* "ivshmem/_wire.pyx":262
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6911,7 +7013,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":261
+      /* "ivshmem/_wire.pyx":263
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -6924,7 +7026,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":260
+      /* "ivshmem/_wire.pyx":262
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6933,7 +7035,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/_wire.pyx":262
+    /* "ivshmem/_wire.pyx":264
  *             if n >= 0:
  *                 return n
  *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -6945,7 +7047,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":263
+      /* "ivshmem/_wire.pyx":265
  *                 return n
  *             if errno == EAGAIN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -6958,7 +7060,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":262
+      /* "ivshmem/_wire.pyx":264
  *             if n >= 0:
  *                 return n
  *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -6967,7 +7069,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/_wire.pyx":264
+    /* "ivshmem/_wire.pyx":266
  *             if errno == EAGAIN:
  *                 return 0
  *             if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -6979,7 +7081,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":265
+      /* "ivshmem/_wire.pyx":267
  *                 return 0
  *             if errno != EINTR:
  *                 code[0] = errno             # <<<<<<<<<<<<<<
@@ -6988,7 +7090,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
       (__pyx_v_code[0]) = errno;
 
-      /* "ivshmem/_wire.pyx":266
+      /* "ivshmem/_wire.pyx":268
  *             if errno != EINTR:
  *                 code[0] = errno
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7001,7 +7103,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":264
+      /* "ivshmem/_wire.pyx":266
  *             if errno == EAGAIN:
  *                 return 0
  *             if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -7011,7 +7113,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_wire.pyx":242
+  /* "ivshmem/_wire.pyx":244
  *         return sent
  * 
  *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7234,7 +7336,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":269
+/* "ivshmem/_wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -7283,39 +7385,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 269, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 269, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 269, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7378,19 +7480,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_wire.pyx":287
+  /* "ivshmem/_wire.pyx":289
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":288
+  /* "ivshmem/_wire.pyx":290
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -7399,7 +7501,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_wire.pyx":289
+  /* "ivshmem/_wire.pyx":291
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -7408,7 +7510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_wire.pyx":290
+  /* "ivshmem/_wire.pyx":292
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -7416,7 +7518,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -7447,7 +7549,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":291
+    /* "ivshmem/_wire.pyx":293
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -7456,7 +7558,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_wire.pyx":292
+    /* "ivshmem/_wire.pyx":294
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -7470,7 +7572,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_wire.pyx":293
+      /* "ivshmem/_wire.pyx":295
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -7479,7 +7581,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)]));
 
-      /* "ivshmem/_wire.pyx":294
+      /* "ivshmem/_wire.pyx":296
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -7488,7 +7590,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":295
+      /* "ivshmem/_wire.pyx":297
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -7497,7 +7599,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":296
+      /* "ivshmem/_wire.pyx":298
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -7506,7 +7608,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":297
+      /* "ivshmem/_wire.pyx":299
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -7515,7 +7617,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":298
+      /* "ivshmem/_wire.pyx":300
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -7526,7 +7628,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
 
 
-    /* "ivshmem/_wire.pyx":299
+    /* "ivshmem/_wire.pyx":301
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -7535,7 +7637,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 299, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -7552,7 +7654,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_wire.pyx":300
+    /* "ivshmem/_wire.pyx":302
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -7561,7 +7663,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_wire.pyx":301
+    /* "ivshmem/_wire.pyx":303
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7573,7 +7675,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":302
+      /* "ivshmem/_wire.pyx":304
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7585,7 +7687,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":303
+        /* "ivshmem/_wire.pyx":305
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -7594,7 +7696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_wire.pyx":302
+        /* "ivshmem/_wire.pyx":304
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7603,7 +7705,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":304
+      /* "ivshmem/_wire.pyx":306
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -7622,7 +7724,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 306, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -7633,7 +7735,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":305
+        /* "ivshmem/_wire.pyx":307
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -7642,7 +7744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_wire.pyx":304
+        /* "ivshmem/_wire.pyx":306
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -7651,17 +7753,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":306
+      /* "ivshmem/_wire.pyx":308
  *             if errno == EAGAIN or chunks:
  *                 break
  *             fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
 
 
-      /* "ivshmem/_wire.pyx":301
+      /* "ivshmem/_wire.pyx":303
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7670,7 +7772,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     }
 
-    /* "ivshmem/_wire.pyx":307
+    /* "ivshmem/_wire.pyx":309
  *                 break
  *             fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -7684,19 +7786,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_wire.pyx":308
+      /* "ivshmem/_wire.pyx":310
  *             fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":309
+      /* "ivshmem/_wire.pyx":311
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -7717,7 +7819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":310
+      /* "ivshmem/_wire.pyx":312
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -7738,7 +7840,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":311
+      /* "ivshmem/_wire.pyx":313
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -7750,36 +7852,36 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":313
+        /* "ivshmem/_wire.pyx":315
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 313, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 315, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 313, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 313, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_wire.pyx":312
+        /* "ivshmem/_wire.pyx":314
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 314, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_wire.pyx":311
+        /* "ivshmem/_wire.pyx":313
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -7790,7 +7892,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
 
 
-    /* "ivshmem/_wire.pyx":315
+    /* "ivshmem/_wire.pyx":317
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -7802,7 +7904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":316
+      /* "ivshmem/_wire.pyx":318
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -7811,7 +7913,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_wire.pyx":315
+      /* "ivshmem/_wire.pyx":317
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -7823,7 +7925,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_wire.pyx":317
+  /* "ivshmem/_wire.pyx":319
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -7832,7 +7934,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_wire.pyx":318
+    /* "ivshmem/_wire.pyx":320
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -7845,13 +7947,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 318, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -7859,7 +7961,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 318, __pyx_L1_error)
+          __PYX_ERR(0, 320, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -7869,22 +7971,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 318, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 320, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 318, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 320, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 318, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 320, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 318, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 320, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 318, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 320, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -7892,7 +7994,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -7900,7 +8002,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 318, __pyx_L1_error)
+        __PYX_ERR(0, 320, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -7908,7 +8010,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_wire.pyx":319
+      /* "ivshmem/_wire.pyx":321
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -7920,9 +8022,9 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 319, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 321, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -7930,7 +8032,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 321, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -7940,7 +8042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 321, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -7951,13 +8053,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 319, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 321, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 319, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 321, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -7967,18 +8069,18 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":320
+        /* "ivshmem/_wire.pyx":322
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 320, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 322, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_wire.pyx":319
+        /* "ivshmem/_wire.pyx":321
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -7988,7 +8090,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":318
+      /* "ivshmem/_wire.pyx":320
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -7998,7 +8100,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_wire.pyx":321
+    /* "ivshmem/_wire.pyx":323
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -8006,7 +8108,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 321, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 323, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8025,14 +8127,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 321, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 323, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 321, __pyx_L1_error)
+    __PYX_ERR(0, 323, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":317
+    /* "ivshmem/_wire.pyx":319
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8041,22 +8143,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   }
 
-  /* "ivshmem/_wire.pyx":325
+  /* "ivshmem/_wire.pyx":327
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 327, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 327, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -8069,7 +8171,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":269
+  /* "ivshmem/_wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -8105,7 +8207,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":328
+/* "ivshmem/_wire.pyx":330
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -8132,7 +8234,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_wire.pyx":329
+  /* "ivshmem/_wire.pyx":331
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -8141,19 +8243,19 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_wire.pyx":332
+  /* "ivshmem/_wire.pyx":334
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":333
+  /* "ivshmem/_wire.pyx":335
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -8166,7 +8268,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":334
+    /* "ivshmem/_wire.pyx":336
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -8192,7 +8294,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":335
+      /* "ivshmem/_wire.pyx":337
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -8205,7 +8307,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 335, __pyx_L1_error)
+        __PYX_ERR(0, 337, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -8216,7 +8318,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_wire.pyx":336
+        /* "ivshmem/_wire.pyx":338
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -8225,22 +8327,22 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_wire.pyx":337
+        /* "ivshmem/_wire.pyx":339
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_wire.pyx":334
+      /* "ivshmem/_wire.pyx":336
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -8249,7 +8351,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_wire.pyx":338
+    /* "ivshmem/_wire.pyx":340
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -8258,12 +8360,12 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_wire.pyx":339
+  /* "ivshmem/_wire.pyx":341
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8276,7 +8378,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":328
+  /* "ivshmem/_wire.pyx":330
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -9092,19 +9194,19 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":269
+  /* "ivshmem/_wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_wire.pyx":1
@@ -9238,41 +9340,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{15},{4},{15},{1},{2},{1},{124},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{6},{18},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{419},{138},{216},{309}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{13},{15},{19},{4},{15},{1},{2},{1},{11},{124},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{6},{18},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{419},{161},{216},{309}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1322 bytes) */
-static const char cstring[] = "x\332uSMS\0337\030\306\340\020\323\220\006\207\217P\322N\326\re`\222\270cJ\nM\247\323\261\013\t\231v\232\360\221\317vf#\357jm\rk\t\257dc\267\235\226\343\036u\324q\217{\334\343\036}\364\321G\037\371\t\374\204\274Zl \303t\307\326j_I\357\373<\317\373\310(\267\005\346\017\r\344\222\n\305\266\301\034cYx\030\033\216\207*5L\305J>\237\377\031\0316\346\226G\016\005\363`\205\325\014Q\305\006\307^\023{\306\021\342\206\313\270x\002A\302\215C\217Y\230s\243\na\301\230QC\264m\260CL\r\207\270\230\033\313\036\"\034\033D\300)R#\342\241\341@RB\271@\324\302\306\021\021U\343C#Y2\036\321\017+\210\032\254!\312\254eP\214m~\t\t\314\tGe\027c\252\307\212\005y\223\231M\232\274Z\303\265<\366<\3306\370\372\326<\"\036\316\037\266[\224A\026\0075\\a\230\246\207\355\206\205M\323\260\033\030\000\033\224\321G\302#M\202\\X\265\010%\3024_\274\332/\275xk\226\336\355o\355\275H\320\234\215\371\363\363V[T\031\205\235\3038\307\002(\211++\200\321\27645\0053\221\353\016\"\r\352@A^\305\366K\217\tf1wKS0M\363e\273\005\377Mb\t\363w\334\022\273\3301MD)KJ\300\3434\250\245\337\225aYxj\210\320\344\315\354\206\233D(\252%o\020\301\034l\323\323\246\320\262\351\205z\003\271\303MCe\256p<\017\340\226\376\000\246\347\211\371\245\362W\0240M\360\032\250i\022nZ\314\203\266\022\212\021oS\213\260\374y\200\227\033\216\203=\253\332\240\007\334r!b\002\r\341!\013\227\221u`1\033[\214\n\217\271\334b\r*l$\220\315\300\034\3149\353\267c;6\014\334d\016X\016\354\340\020\217\013BX\223\010\\\033\332!\237\330\301\305\264\"\252\211\333\264\207k\340\\T\301\234\036\262C\017[\230\200\301q\2050\3525\364\217s\354:\272k\227:\007S\0017\001\354\002|\007\266\342\314:H\376\300\337\003\0210\330U \367\242\273M\370\300\311\300\217\020\025GUbU\t\025\3062\014+#\311\254\311\210\2752\342 \342\232\372N$\263\343T?\375\231\377@\356\034\247N\027G\256\315\313z?=+w\372\351\031Y\324+\367\375\035\277*\313j\\\331\301b`\207\213\241\035\345\372\231\317}\344\377\245\246\325\263\240\320\317L\372[rV\"8:y\313\257\313Q\371P!%\202BP\n\312aj\030|\240v\372\223\220U\356\312\226""\372;\314\205\337\205(\254_\204\376\r/\255\377\007k\255\250\036\247\316C\275{\205(\333\317\334\362\333\200\245\034\214A\372\347\341\237qV\227\337\206-\257\325\223\340u\370S<\332{\362[\267\330\317\334\360W\375]?\201\324\224{*\325\237\312\016\347\327\025\017r\311\367\224L}\002\377v\002\275\036d\302T\010\313\323\362\261\032S\033\t\223jx\020\337\216\013z\317\242\264\324|\220\r\276\006\004{QB\260%\353jTA\3229Y\001\236\263y\315-JG\305h7\362\342\205\316F\267\320-u\017z\357\336\237\\ \273\331O_?\256k\000\277\370G\022i8\343\360\232\272\003\311RZ\343\232\202z7O\307G\256M\372\033\262p\\<\235\034\231XP3j?\230\013<@\230\231\327\033o\370k\276\220\337C;J\312\nf\202\375p.\344\321bd\3079\315\241\240Sa\271*\367\341\344\233\240\030\274\t7\001\332f<\321\311v\226\272\251\356l\227\364\336\274\357\275\377#\021\273\237\231\320H\322\3629\224\231\t\336A\303\027\243J\374\272\263\326\021\335\365\336\356^oo\277\227^\355\255nv\212\247\306\310D.H\235d\026T\356$\363\245*\002\326\211\233\376S\231\223\033*q\3063(\237\350x]\265\002\016]_\003h\271h-\342q.^\213y\047\327)\014\210\313Fb\047\370\270&_\251\234Z\017\226\302\321\0204\235\221\233*\245f\223\256o\204\353\3217Q\275?\265\240\325\236\226\353\352>\350=sW\255\251f\260\0238\341\323h\031h\317|\245\243w eI\241\376\374=U\037\204\000\243\026\014\312\314\202\036s\320\353q8\264\035\025\265\265\352\275\364v7u:\247Ii\203\025\023b\003\225\223\341\256*\\P\374A\347\372\204b;\034\013\013\240\356XT\000}\307\342B\274\331\031\353\024:\305\377\241\370#\324.\205\325\310\211K\261\323)u\320\220\354\264\332\016\236\205\217\301\\W\003\t\244\254\274\223\334\203q\270bc\341*\334\035`\265.\357\303\325\005_\235\265\360\254FA\233RW\336\002\313\016\014\221\275\255\203X\255\016\265\373\007`?\205\276\254\307K\235\014X\"{I\274/\022\325N\364e\221\311\rl\312\267\352\025\270\377Wh\345R\234\372\0107\313#6";
-    PyObject *data = __Pyx_DecompressString(cstring, 1322, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1354 bytes) */
+static const char cstring[] = "x\332uSMS\033G\020E c\221\340\030\314gp\022\217b\342\202\330VJ\004\007B*\225\222\"l\362Q\261\301\330\261SI\255G\273\263\322\024\253\031\2643\022R\222J8\3528\3079\356q\217{\334\243\216:r\324\221\237\300OH\317Z\002\\T\266\244\331\231\356\331\356\367\272_#\354\023t\310\205\240e\217\240r[\022\361\000a\217V\030qP\215\010\201+Dl!,Q\215\013\211\020w\321\212\364\tA\256\217+5\302\344j.\227\373\016\2432\226v\325x1r\210\260}z(\271\017\227x\r\311*A\202\370M\342\243#,\220\007q\266\300H\005:\364\271\r)P\025\314\222sT\303\254\215\370!a\310\245\036\021h\305\307T\020D%|EkT>@.\004\245LH\314l\202\216\250\254\2427\215\304\205\036\2627\253\230!\336\220e\336B\214\020G\\B\002{*0P$\314\254\025\033\342&;\2076E\265Fj9\342\373pmp\372\302:\242>\311\035\266[\214C\024\0277<\211,\313\047N\303&\226\205\234\006\001\300\210q\366P\372\264I\261\007^\2332*-\353\351\213\375\342\323WV\361\365\376\366\363\247\t\232\267k\356\374{\273-\253\234\301\315\241]\020\t\224\344\025\017`t.m-\311-\354y\003K\203\271\220PT\211\363\314\347\222\333\334\3336\024,\313z\326n\301\277Dmi\375BZr\217\270\226\205\031\343I\nx\334\006\263\315\2732L\013O\rS\226\274\271\323\360\022\013\303\265\344\rE\260\006\327\314\266)M\331\214\243\336\300\336\360\322\2602W8\236\033H\313\034\200\351y`q)\375\225\nX\026(\021\252iQa\331\334\207\266RF\260h3\233\362\334\271A\224\033\256K|\273\332`\007\302\366\300b\001\r\351c\233\224\261}`s\207\330\234I\237{\302\346\r&\035,\261\303A\034\334}\333o\327q\035X\204\305]\220\034\310\301\245\276\220\224\362&\225\2446\224C.\221\203GXEV\023\265\031\r\017\207\203\035\362C\237\330\204\202\300I\205r\3467\314O\010\342\271\246k\227:\007[\t\223\000r\001\276\003Y\tn\037$\177\340\357C\021\010\310Ub\357\242\273M8\220d\021G\230\311\243*\265\253\224I\264\002\313\352H\262kr\352\254\216\270\230z\226\231\211dw\234\352\247\337\353\334W\273\307\251\263\345\221k\213\252\336O\317\251\335~zV\025\214\347ng\267SUe=\256\235`9p\302\345\320\211\262\375\314\007\035\334\371S\317\350\047A\276\237\231\354l\2539\205\341\323\311\233\235\272""\032U\0174\3262\310\007\305\240\034\246\206\306\373z\267?\tQ\325\236j\351\277\302l\370e\210\303\372\205\351\237\360\222\377_\360\265\242z\234:7\235\334\311G\323\375\314\315N\033\260\224\2031\010\377C\370{<m\322\357\300\225\227z+x\031~\033\217\236l\375\334+\3643\357w\326:{\235\004RS=\327\251\376\324\364p\177]\213 \233\234\247T\352\035\370\267\022\350\365 \023\246Bp\317\250GzLo&L\252\341A|+\316\233;\313\312\326\213\301t\360) x\036%\004[\252\256G5\004\235W\025\3409\2273\334\242tT\210\366\"?^\352n\366\362\275b\357\340\344\365o\247\027\310n\364\323\327\217\353\006\300\367\235#\205\r\234qxM-@\260\224\251qMC\276\033g\343#\327&;\233*\177\\8\233\034\231X\322\263z?\230\017|@\230Y\324\251\323\314\047Io*\341n\210\r\357\365\216T_Ao\212\332\016f\203\375p>\024\321r\344\304YC(\377\366\206\257f\324\217\032\0336\237\353\202\376#\314\236\334\337\356\356v\261IK\324\232\372U\227\202tP\n\047\242\351\350^\234\212\347b\332\025\275l\322\016\323\005\251\326U{pc6\332\217\027\272\343]|\222^;Y+u\013ghd\"\033\000\262%\235=\315|\244\013@a\342F\347\261\312\252M\235\010\346\t\000I\312{]\267\002\001bX\007\220\331h=\022q6^\217E7\333\315\017\352\241\032\211\312\340pM\275\320Y\275\021\334\013GC(\365\254*\351\224\236K\304\260\031nD\237E\365\376\324\222i\302\214\332\320w\241\r\263\267\365\272n\006\273\201\033>\216V\240\000\263\037\033\353\002\204,\002\371\305;\272>0\001FS\030H3\247\366\365<H`\034>\332\211\022\256\365\223\364N/u6oH\031\335\025\022bI\361\007\313m\235\277\240\370\265\211\365\016\305v8\026\346\303R4\026\345\243R<\026\347\343Rw\254\233\357\026\376\207\3427\220\273\030V#7.\306n\267\010]\031\220\235\321;\301\223\360\021h\356\252!\2014\255\026\222\361\030\207\311\033\013\327`\244\200\325\206\272\013\023\rr\313L\\\344\310\033\255\232\314\333\240\344\2014\246o\031#\321k\303\332\375\r\260\037C_6\342{\335L/\325\233\276T\274\017\223\252\235\232\031R\311`6\325+\375\002\206\342\047h%H\346?\314<:z";
+    PyObject *data = __Pyx_DecompressString(cstring, 1354, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1704 bytes) */
-static const char cstring[] = "\377 bytes, \377aligned \377of (tree\377 fragmen\377t)...?a \377descript\373or\027\000om th\377e server\377 was los\373t:\022\000is pr\177ocess h\024\000\377too many\377 open fi\377les (rai\337se it3\000im\337it, fR\000in\377stance w\177ith `ul\027\001\377 -n`)an \377outbox n\317eeds\177\010\t\000is\277ableen\002\001g\371cU\000\005\002divsh\377mem.erro\373rs\007\004/_wir\177e.pyxno\315\000\377fault __\377reduce__\377 due to \377non-triv\367ial\033\000cini\377t__OUTBO\377X_BYTESO\364\211\002\000\003.7\006cyth\343on\047\000\247\002\025\000set\356\320\000te_\013\014sen\371d6\004\007\001_to_a\273llH\004unfn\000s\377hedProto\357colE\277\001___\367Pyx\001\000Dict\377_NextRef\377__annota\274`\000\035\000func$\000_\271go\0051\000mai\217\000_\277_modul\340\000_O_nam\003\002\202 _\230\003\315_\007\001vt\303!;\001qu\303al\035\005\222%\323\016\254&ex\310o\001\347\000P\006st\010\361\016__\374\351`\313 _is_co\375r\324@ineasy\337ncio.\010\006sb\377ufferchu_nkscl \000_\304\000\377tracebac\377kcodecon\377trolscou\377ntdatado\366\232`of\352Cfdfd\335s\000\000_of\360`le\377dfirstii\277ovitem\207e.~\212blength\351b\376\300\204\001message\377snpoprec\377eiveregi\357onru\000\000nss\307elf\275A\257H\315@ts\263er\254`\357@de\322bs\367ock\000\001ssta]r\204`ept\246@l\324G\337value\000\002sw\377antwhich\337int (\002\000)\000\376\005\002void)\000f\317ail_\220\205\001\005\002\200\001\377\330\004\n\210+\220Q\200\377\001\360$\000\005\030\220q\377\330\004\025\220Q\330\004\024\373\220A\026\001#\210Q\210h\377\220b\230\006\230d\240$\377\240d\250$\250d\260!\377\330\010\016\210a\210z\230\377\023\230G\2401\330\010\014\277\210E\220\025\220a8\000\014\377\017\210q\220\002\220,\230\377a\230t\2401\240B\240\357b\250\001\330\016\004+\230Q\373\330\014S\000\220R\220x\230\377{\250!\2503\250a\250\255q\t\007~\250\025\010\177\031\000x\357\260q\270\001*\006\320\0371\177\260\021\330\010\017\210y\211\000\367b\240\003\\\000I\250\\\270\376\020\000\014\210H\220A\220V\377\230:\240V\250=\270\002\377\320:L\310A\330\010\013""\337\2102\210R\210]\000\017\210\377v\220S\230\001\330\020\021|\206\001\010\001\007\230s\240!\013\002\327\020\220\001\262\n\022\266\002q\240\357\010\250\001\250,\000\023\2205\357\230\003\2308\305\002h\250k\377\270\022\2701\330\014\022\220\377$\220c\230\030\240\021\240\277\"\240I\250S\260\334\002x\337\220q\230\002\230R\000\026\220\355g\345\000\025.\330\001\260\004\260\377A\260R\260r\270\032\300\3778\3101\310B\310k\320\367YZ\340\220\007\r\330\004\007\373\200q\274!C\210w\220a\337\330\014\020\220\006\004\000\020\027\274J\000\225\000\016\210m\230m\000\r\377\360\006\000\005\014\2108\220\3771\200A\360\014\000\t\032\377\230\024\230T\240\026\240r\346\237\000\010\030\326\000\350\0004\210t\373\2206\214@B\230c\240\024\377\240T\250\026\250s\260$\377\260d\270!\330\014\023\220\376\237@\016\210e\2202\220T\3767\000W\240A\240W\250D\376\230\000D\270\t\300\021\300&\377\310\001\310\025\310i\320W\357Z\320Z[\233B\330\010\t\356\206\001\004\220Id\000\024\240Y\376\356@$\260g\270V\3004\377\300t\3107\320RS\320\377ST\320\0042\3202D\377\300A\360 \000\t!\240\377\001\340\010\032\230!\340\010\367\034\230A\251\000\t\r\210F_\220!\2208\230\225bG|\000\376\201\0005\230\007\230x\240s\372\363@4\230\000!\2604\260s\377\270!\2704\270s\300!\233\3001\362\004\220u\312b\203 \005\377\220U\230!\2307\240&\367\250\002\250\246@\024\220D\230\357\001\230\025\230\362A8\2507\277\260%\260q\330\020o\000\330\277\020\023\2207\230#\325`\024\377\033\2304\230v\240Q\240\337f\250F\260(\364\000\024\035\372\022\001\027P\000B\230a\330\030\017\037\230q\330\r\003\241\000\230a\305@}\025\215 \026\230q\240\0062\000\373H\260\257`\017\210q\320\004\237H\310\001\360\026\321\001\335aAr\324\002\330\340#\346\"\033\2301\331\007\3339\230\345`\014\210\330\010y\250\367\003\2501\333 \003\2601\260\377D\270\003\2701\270D\300_\003\3001\300A\314\024;\256\000\377B\250h\260f\270B\270\177f\300B\300a\330\020\347\003\177\023\230H\240G\2505\332`\274\000\016\365\002\010\021\220\027\203\205\002\006\273\240bq\0002\250Q\356\204\0017\177\220#\220Q\330\014\r\274D~""\301#1\330\020\026\220a\332 oE\240\021\240\212d\021\022\021\001\327e\2302\264%|\264\000F\260\177!\2607\270&\300\010\220`w\021\330\024\264&\031\330\024\327@\277\340\014\020\220\001\220\375\205\002v\377\220X\230U\240\"\240K\016\343`&\270\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1704, 2033);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1762 bytes) */
+static const char cstring[] = "\377 are pos\377sible by\377tes, ali\377gned mes\377sages: a\377t most  \377of (tree\377 fragmen\377t)...?a \337batch\032\001a \377descript\373or\"\000om th\377e server\277 was lE\000:\376\022\000is proc\366`\000 h\024\000too \377many ope\377n files \377(raise i\375t3\000imit, \375fR\000instan\377ce with \367`ul\027\001 -n`\377)an outb\377ox needs\334\177\010\t\000isa\340\000en\346\002\001gcU\000\005\002div\377shmem.er\357rors\007\004/_w\377ire.pyxn\375o\315\000fault \377__reduce\377__ due t\377o non-tr\337ivial\033\000ci\377nit__OUT\377BOX_BYTE\323SO\211\002\000\003.7\006cy\217thon\047\000\247\002\025\000s\273et\320\000te_\013\014s\347end6\004\007\001_to\357_allH\004unf\376n\000shedPro\277tocolE\277\001_\337__Pyx\001\000Di\377ct_NextR\377ef__anno\363ta`\000\035\000func\346$\000_go\0051\000mai\376\217\000__modul>\340\000__nam\003\002\202 5_\230\003_\007\001vt\303!;\001\017qual\035\005\222%\323\016\254&#exo\001\347\000P\006st\010\361\016\337__tes\313 _i\337s_cor\324@in\377easyncio\375.\010\006sbuffe\377rchunksc\365l \000_\304\000trac\377ebackcod\377econtrol\377scountdaotado\232`of\352C\337fdfds\000\000_o\375f\360`ledfir\377stiiovit\353em\207e.\212blen\307gth\351b\300\204\001\225\205\005np\377opreceiv\377eregionr\375u\000\000nsselfx\275A\257H\315@tser\254`\366\357@de\322bsock\276\000\001sstar\204`e\353pt\246@l\324Gval\373ue\000\002swant\377whichint\333 (\002\000)\000\005\002vo\377id)\000fail\371_\220\205\001\005\002\200\001\330\004\n\377\210+\220Q\200\001\360$\377\000\005\030\220q\330\004\025\177\220Q\330\004\024\220A\026\001\377#\210Q\210h\220b\230\377\006\230d\240$\240d\250\377$\250d\260!\330\010\016\377\210a\210z\230\023\230G\377\2401\330\010\014\210E\220\367\025\220a8\000\014\017\210q\377\220\002\220,\230a\230t\377\2401\240B\240b\250\001}\330\016\004+\230Q\330\014S\000\377\220R\220x\230{\250!\277\2503\250a\250q\t\007~\365\250\025\010\177\031\000x\260q\270\375\001*\006\320\0371\260\021\330\357\010\017\210y\211\000b\240\003\336\\\000I\250\\\270\020\000\014\210\377H""\220A\220V\230:\240\377V\250=\270\002\320:L\377\310A\330\010\013\2102\210\373R\210]\000\017\210v\220S\237\230\001\330\020\021\206\001\010\001\007\357\230s\240!\013\002\020\220\001\372\262\n\022\266\002q\240\010\250\001\375\250,\000\023\2205\230\003\230\3758\305\002h\250k\270\022\270\3771\330\014\022\220$\220c\377\230\030\240\021\240\"\240I\367\250S\260\334\002x\220q\230\273\002\230R\000\026\220g\345\000\025\375.\330\001\260\004\260A\260R\377\260r\270\032\3008\3101\377\310B\310k\320YZ\340~\220\007\r\330\004\007\200q\274!\377C\210w\220a\330\014\020\233\220\006\004\000\020\027J\000\225\000\016\367\210m\230m\000\r\360\006\000\377\005\014\2108\2201\200A\377\360\014\000\t\032\230\024\230\337T\240\026\240r\237\000\010\030\337\230\001\340\010\036\227Bg\250\367Q\250a\364\0014\210t\220\3756\231@B\230c\240\024\240\377T\250\026\250s\260$\260\377d\270!\330\014\023\2201~\034\003r\220\023\220J\230p\000\377\022\220*\230A\230]\250\177!\320+E\300Q\300>\000\377\016\210e\2202\220W\230\377D\240\004\240D\250\t\260\377\021\260&\270\001\270\025\270\237i\300s\310!\275B\202At\357\2204\220y\033\004\024\260T\377\270\027\300\006\300a\320\004\3772\3202D\300A\360 \357\000\t!\240\227\000\032\230!\337\340\010\034\230A\300\000\t\r\177\210F\220!\2208\230\254b\371G\206\000\213\0005\230\007\230x\353\240s\212`4\242\000!\2604\377\260s\270!\2704\270so\300!\3001\211$\220u\341b\376\232 \005\220U\230!\2307\337\240&\250\002\250\275@\024\220\277D\230\001\230\025\230\211a8\377\2507\260%\260q\330\020\376o\000\330\020\023\2207\230#\376\354`\024\033\2304\230v\240\177Q\240f\250F\260(\376\000\253\024\035\022\001\027P\000B\372\000\030\017\037\230q\330\r\003\241\000\257a\334@\377\025\220T\230\026\230q\240\355\0062\000H\260\306`\017\210q\177\320\004H\310\001\360\026\321\001N\364aA\340\010c\001\371!\330\000\002o\010\033\2301\331\0079\230\374`\373\014\210\330\010y\250\003\2501\377\250D\260\003\2601\260D\377\270\003\2701\270D\300\003\257\3001\300A\314\024;\256\000B\377\250h\260f\270B\270f\353\300B\223@\020\347\003\023""\230H\217\240G\2505\361`\000\016\365\002\010w\021\220\027\232\205\002\006\240bq\000\3672\250Q\205\205\0017\220#\220\377Q\330\014\r\330\010\t\330~\276&1\330\020\026\220a\332 oE\240\021\240\224d\021\022\021\001\327e\2302\264%|\264\000F\260\377!\2607\270&\300\010\310\337\001\310\021\330\024\264&\031\330\375\024\327@\340\014\020\220\001\220\376\224\206\002v\220X\230U\240\"\003\240K\355`\260`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1762, 2099);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2033 bytes) */
-static const char bytes[] = " bytes, aligned of (tree fragment)...?a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)an outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbufferchunkscline_in_tracebackcodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026""\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\016\210e\2202\220T\230\024\230W\240A\240W\250D\260\004\260D\270\t\300\021\300&\310\001\310\025\310i\320WZ\320Z[\330\014\024\220A\330\010\t\330\014\020\220\004\220I\230T\240\024\240Y\250d\260$\260g\270V\3004\300t\3107\320RS\320ST\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014""\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
+    #else /* compression: none (2099 bytes) */
+static const char bytes[] = " are possible bytes, aligned messages: at most  of (tree fragment)...?a batch of a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)an outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbufferchunkscline_in_tracebackcodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330""\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\340\010\036\230d\240$\240g\250Q\250a\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\013\2104\210r\220\023\220J\230a\330\014\022\220*\230A\230]\250!\320+E\300Q\300a\330\010\016\210e\2202\220W\230D\240\004\240D\250\t\260\021\260&\270\001\270\025\270i\300s\310!\330\014\024\220A\330\010\017\210t\2204\220y\240\004\240D\250\t\260\024\260T\270\027\300\006\300a\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032""\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 89; i++) {
+    for (int i = 0; i < 92; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 16) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 19) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -9280,8 +9382,8 @@ static const char bytes[] = " bytes, aligned of (tree fragment)...?a descriptor 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 89; i < 95; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-89].length;
+    for (int i = 92; i < 98; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-92].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9291,14 +9393,14 @@ static const char bytes[] = " bytes, aligned of (tree fragment)...?a descriptor 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 95; i++) {
+    for (Py_ssize_t i = 0; i < 98; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 89;
+      PyObject **table = stringtab + 92;
       for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -9395,9 +9497,9 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send_to_all, __pyx_mstate->__pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_sent};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_unfinished, __pyx_mstate->__pyx_kp_b_iso88591_A_T_r_4t6_Bc_T_s_d_1_e2T_WAWD_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_filled};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_unfinished, __pyx_mstate->__pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -9410,7 +9512,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 269};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -11574,6 +11676,192 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
             function_name, key);
         Py_DECREF(key);
     }
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_int64_t(int64_t value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (int64_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_int64_t(int64_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(int64_t)*3+2];
+    char *dpos, *end = digits + sizeof(int64_t)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    int64_t remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (int64_t) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (int64_t) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (int64_t) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(int)*3+2];
+    char *dpos, *end = digits + sizeof(int)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    int remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (int) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (int) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (int) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
 /* CIntToPyUnicode */

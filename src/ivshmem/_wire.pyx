@@ -192,13 +192,15 @@ cdef class Outbox:
         """
         cdef int which = self.box.step & 1
         cdef int sent = 0
+        # One copy: the memory is a journal's, which another process can have damaged.
+        cdef int64_t filled = self.box.filled[which]
         if self.box.open == 0 or self.box.open != self.box.end:
             return None
-        while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+        if not 0 <= filled <= BATCH:
+            raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
+        while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
             sent += 1
-        return (
-            self.box.region, self.box.serial, self.box.step, sent, self.box.filled[which],
-        )
+        return self.box.region, self.box.serial, self.box.step, sent, filled
 
     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
         if fds is not None and (first < 0 or first + count > length_of(fds)):

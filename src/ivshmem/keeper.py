@@ -29,13 +29,13 @@ from .plain import paragraph
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import NoReturn
 
 # Successors in so many seconds, after which each next one waits a second: something is wrong then
 # that will not pass by trying again.
 _MANY, _IN_SECONDS = 100, 5.0
 
 _VARIABLE = "IVSHMEM_JOURNAL"
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
 
@@ -206,22 +206,28 @@ def _wait(child: int, wanted: set[signal.Signals], owed: int) -> tuple[int, int]
         number = signal.sigwait(wanted)
 
 
-def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
+def start_anew(fds: Iterable[int], journal: int, is_ending: Callable[[], bool]) -> None:
     """Run this program from its beginning in this process, which lost its parent.
 
     Args:
         fds: of those that it needs, all others are closed.
         journal: the one by which it finds the others; `inherited` returns it there.
+        is_ending: whether a signal has told this process to end. Then nothing is started, and this
+            returns. A signal that comes later is obeyed by the program that is started.
 
     Raises:
         OSError: as of execve(2), if the interpreter has been removed; then all is as it was.
     """
     needed = (journal, *fds)
-    before = [
-        (number, signal.signal(number, signal.SIG_DFL))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    ]
+    # A signal to end must not kill the program before it can close anything. So it waits, also over
+    # execve, until `supervise` takes it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    before = [(number, signal.getsignal(number)) for number in _ENDING]
     try:
+        if is_ending():
+            return
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)
         for fd in needed:
             os.set_inheritable(fd, True)
         environment = {**os.environ, _VARIABLE: str(journal)}
@@ -231,6 +237,7 @@ def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
             os.set_inheritable(fd, False)
         for number, handler in before:
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def inherited() -> tuple[int, set[int]] | None:

@@ -198,6 +198,11 @@ class Loop(Uncopied):
         self._stopping = True
         self.wake()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called, and `run` has not returned yet."""
+        return self._stopping
+
     def wake(self) -> None:
         """Let a step that waits return. Never waits; from any thread, signal handler or act."""
         self._wake.signal(0)

@@ -27,13 +27,14 @@ from . import _fds, logs
 from .control import Control
 from .service import Service
 from .sockets import Listener
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.reachable")
 
 SECONDS = 2.0  # between looks
 
 
-class Reachable:
+class Reachable(Uncopied):
     """Watches the paths of a service and of its control socket, if it has one.
 
     `step()` when `fileno()` is readable; the first look is made at once. A context manager.

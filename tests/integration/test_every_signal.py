@@ -67,7 +67,7 @@ class Life:
     """A supervised server, brought to a stage of its life."""
 
     def __init__(
-        self, directory: Path, stage: str, *, launched: bool, session: bool = True
+        self, directory: Path, stage: str, *, launched: bool, session: bool = True, place: str = ""
     ) -> None:
         self.stage = stage
         self.launched = launched
@@ -78,7 +78,7 @@ class Life:
         config.write_text(
             f'[region.a]\nsocket = "{self.path}"\nsize = "64K"\nvectors = {VECTORS}\n'
         )
-        self.stop = Stop(directory / "stop", STAGES[stage])
+        self.stop = Stop(directory / "stop", place or STAGES[stage])
         command = [sys.executable, "-m", "ivshmem", "serve", "--supervise", "--config", str(config)]
         command += ["--pid-file", str(self.pid_file), *(["--daemon", "-v"] if launched else [])]
         with self.log.open("a") as log:
@@ -283,6 +283,28 @@ def _is_pending(pid: int, number: int) -> bool:
         if line.startswith("ShdPnd:"):
             return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["keeper.py:start_anew", "supervising.py:supervise"])
+def test_told_to_end_while_it_takes_the_parents_place(
+    tmp_path: Path, lives: contextlib.ExitStack, place: str, number: int
+) -> None:
+    """Before it begins anew, and after, when no handler is set yet."""
+    life = Life(tmp_path, "serving", launched=False, place=place)
+    lives.callback(life.close)
+    if place == "supervising.py:supervise":  # the parent itself stops there first
+        first = life.stop.reached()
+        life.stop.again()
+        os.kill(first, signal.SIGCONT)
+    life.arrive()
+    os.kill(life.target("parent"), signal.SIGKILL)
+    heir = life.stop.reached()
+    os.kill(heir, number)
+    os.kill(heir, signal.SIGCONT)
+    until(lambda: not life.stop.family(), "an end")
+    life.process.wait(PATIENCE)
+    assert not os.path.lexists(life.path), life.log.read_text()
 
 
 @pytest.mark.parametrize("first", ["parent", "child"])

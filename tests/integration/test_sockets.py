@@ -663,8 +663,8 @@ def _accept(listener: Listener) -> socket.socket | None:
     ("name", "shown"),
     [
         (b"qemu-system-x86", "qemu-system-x86"),
-        (b"a\x1b[31mb", "a?[31mb"),
-        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"a\x1b[31mb", "a\\x1b[31mb"),
+        (b"\xff\xfe", "\\xff\\xfe"),
     ],
 )
 def test_names_of_processes_cannot_paint_the_terminal(

@@ -71,6 +71,11 @@ class Stop:
         until(lambda: state(pid) == "T", "a stopped process")
         return pid
 
+    def again(self) -> None:
+        """Let the next process stop there, too."""
+        self._note.unlink()
+        Path(f"{self._note}.taken").unlink()
+
     def family(self) -> set[int]:
         """All processes that live and were started with this environment."""
         return set(self._family())

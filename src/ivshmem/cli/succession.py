@@ -117,7 +117,7 @@ def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
             "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
         )
         try:
-            keeper.start_anew(service.descriptors, kept.fd)
+            keeper.start_anew(service.descriptors, kept.fd, lambda: service.stopping)
         except OSError as error:
             _log.error(
                 "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
