@@ -157,7 +157,7 @@ def test_leaves_are_still_held(serve: Serve, peers: list[RawPeer]) -> None:
     serving = serve("--supervise", "--hold-leaves")
     path = str(serving.path)
     comm = Path("/proc/self/comm")
-    before = comm.read_text()
+    before = comm.read_text().removesuffix("\n")
     try:
         comm.write_text("qemu-system-x86")
         for _ in range(2):

@@ -21,7 +21,7 @@ COMM = Path("/proc/self/comm")
 @contextlib.contextmanager
 def called(name: str) -> Iterator[None]:
     """This process's name, which is all that tells a QEMU."""
-    before = COMM.read_text()
+    before = COMM.read_text().removesuffix("\n")
     COMM.write_text(name)
     try:
         yield

@@ -206,7 +206,7 @@ STATES = [
     ("", False, as_user(cannot_open("resource0", errno.EACCES)), "sysfs", "run as root"),
     ("vfio-pci", True, as_user(cannot_open("7", errno.EACCES)), None, "chown USER "),
     ("vfio-pci", False, as_user(cannot_open("noiommu-0", errno.EACCES)), None, "run as root"),
-    ("vfio-pci", True, as_user(cannot_open("vfio", errno.EACCES)), None, "chmod 666 "),
+    ("vfio-pci", True, as_user(cannot_open("vfio", errno.EACCES)), None, "chown USER "),
     ("", True, cannot_open("vfio", errno.ENOENT), "vfio", "modprobe vfio"),
     ("", True, cannot_open("vfio", errno.ENODEV), "vfio", "modprobe vfio"),
     ("uio_ivshmem", True, as_user(cannot_open("uio0", errno.EACCES)), None, "chown USER "),

@@ -453,7 +453,7 @@ class TestFixedByQemu:
             failure = Patient(vm).failure()
             assert failure.name == "self-interrupt"
             assert failure.found == "3 of 5 vectors: nothing on 3, 4; the server has 3"
-            assert shlex.split(failure.fix) == qemu.doorbell(server.path, VECTORS)[2:]
+            assert failure.fix == f"vectors={VECTORS} in QEMU's option -device ivshmem-doorbell"
             failure = Patient(vm, 1).failure()
             assert failure.found.startswith("0 of 2 vectors: nothing on 0, 1; ")
             assert failure.fix == "ivshmem serve --vectors 2"

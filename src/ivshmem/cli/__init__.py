@@ -188,8 +188,9 @@ def _drop(stream: Any) -> None:
 def _lose(stream: Any) -> None:
     """Lose what was not written yet, so that the exit waits for no reader."""
     with contextlib.suppress(OSError, ValueError):
+        fd = stream.fileno()  # first: what stands for a stream may have none
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null, stream.fileno())
+        os.dup2(null, fd)
         os.close(null)
 
 

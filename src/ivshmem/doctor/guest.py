@@ -378,7 +378,7 @@ class DeviceSteps:
             # A server gives the same number to everybody; QEMU leaves the rest unconnected.
             return failed(
                 f"{what}; the server has {heard}",
-                f"-device ivshmem-doorbell,vectors={heard},chardev=ivshmem",
+                f"vectors={heard} in QEMU's option -device ivshmem-doorbell",
             )
         return failed(
             f"{what}; the server did not connect them: on the host, before QEMU starts",

@@ -55,8 +55,7 @@ def _to_be_permitted(path: Path) -> str:
     """What lets a user open a file of vfio's."""
     if path.name.startswith(_NOIOMMU_PREFIX):
         return _NO_RAWIO
-    command = f"chmod 666 {path}" if path.name == "vfio" else f"chown USER {path}"
-    return f"only its owner may open it: run as root, or let root do `{command}`"
+    return f"only its owner may open it: run as root, or let root do `chown USER {path}`"
 
 
 def _call(path: Path, fd: int, request: int, argument: int | bytearray = 0) -> int:
