@@ -261,7 +261,11 @@ class Client(Endpoint):
             if event.peer == self._session.id:
                 self._add_vector(event.fd)
                 return
-            self._add_bell(event.peer, event.fd)
+            try:
+                self._add_bell(event.peer, event.fd)
+            except BaseException:
+                self._session.refuse(event.peer)
+                raise
             if event.whole and self._session.state is State.READY:
                 self._tell(PeerJoined, event.peer, PeerJoined(event.peer))
         elif isinstance(event, GotLeave):

@@ -229,6 +229,15 @@ class Session:
         self.state = State.READY if whole and peer == self.id else state
         return GotVector(peer, number, fd, whole)
 
+    def refuse(self, peer: int) -> None:
+        """Be told that the descriptor of the last GotVector, one of `peer`, cannot be used.
+
+        The vector does not count, so that `peers` lacks a peer of which nobody is told. The state
+        is FAILED then.
+        """
+        self.state = State.FAILED
+        self._counts[peer] -= 1
+
     def _leave(self, peer: int) -> GotLeave | None:
         if peer == self.id:
             raise ProtocolError(f"the server says that this client itself ({peer}) has left")

@@ -408,11 +408,7 @@ class Player:
         if client.closed:
             return
         self._news(client)
-        there = set(client._session.peers)
-        if not client.connected and len(there - self.known) == 1:
-            # What came as its last doorbell was not an eventfd: nobody is told of that peer.
-            there &= self.known
-        if self.known != there:
+        if self.known != set(client._session.peers):
             raise Finding(f"told of {self.known}, and there are {client._session.peers}")
         if self.lost != (not client.connected):
             raise Finding(f"connected: {client.connected}, told {self.lost} times that it is lost")

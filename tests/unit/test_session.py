@@ -364,3 +364,15 @@ def test_extreme_ids() -> None:
     assert session.id == 65535
     assert state_of(session) is State.READY
     assert session.peers == [0]
+
+
+def test_a_descriptor_that_is_refused() -> None:
+    """Nobody was told of that peer, so there is none; the others stay."""
+    session = greeted(vectors=2)
+    feed(session, (3, 1), (3, 2), (5, 3), (5, 4), (7, 5), (7, 6))
+    assert session.peers == [5, 7]
+    session.refuse(7)
+    assert session.peers == [5]
+    assert state_of(session) is State.FAILED
+    with pytest.raises(ProtocolError, match="failed before"):
+        feed(session, (9, 7))

@@ -256,6 +256,7 @@ class TestFixed:
                     assert patient.state() == before
                     assert patient.call("access", patient.address) == "vfio"
                     assert patient.state() == before
+                    patient.sh(f"echo {patient.address} > {patient.path}/driver/unbind")
             # This one is not in the way.
             patient.bind("vfio-pci")
             before = patient.state()
