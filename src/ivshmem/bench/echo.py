@@ -94,7 +94,12 @@ class Echo:
         # Who gets its answers is not left for somebody who has joined meanwhile.
         if done < wanted or time.monotonic() - start > wanted * _SLOW:
             self._at_once = 1
-            self._choose()
+            try:
+                self._choose()
+            except NoSuchPeer:
+                if not done:
+                    raise
+                # What was answered counts; the next step finds the same.
         else:
             self._at_once = min(self._at_once * 2, _MOST)
         return done
