@@ -242,7 +242,10 @@ class Listener(Uncopied):
         if (status.st_dev, status.st_ino) != self._file:
             return "leads to another socket"
         # Our file, and a socket that is closed: a process was killed while it bound it again.
-        return "" if is_live(self.path) else "is stale"
+        try:
+            return "" if is_live(self.path) else "is stale"
+        except OSError:
+            return ""  # it cannot ask: a socket that it was passed, and that others may connect to
 
     def bind_again(
         self,

@@ -38,10 +38,10 @@ OPTIONS = f"{START} limits runtime cli.arguments"
 PARENT = f"{OPTIONS} _fds keeper accounts drafts safe_files cli.serve cli.daemon cli.supervising"
 SERVES = (
     f"{OPTIONS} _fds _memory _wire access accounts answering changes config control drafts"
-    " emulators engine handover journal keeper locks logs loop named notify opening pages"
-    " protocol qemu qemu.cmdline reachable region replay safe_files server service shapes sizes"
-    " snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed cli.news"
-    " cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
+    " emulators engine handover journal keeper locks logs loop named notify openers opening"
+    " pages protocol qemu qemu.cmdline reachable region replay safe_files server service shapes"
+    " sizes snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed"
+    " cli.news cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (
     f"{OPTIONS} _fds accounts answering control locks logs named shapes sizes sockets uncopied"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.children import NOBODY
 from support.isolated import environment
 from support.peer import RawPeer
 from support.running import Running
@@ -130,6 +131,21 @@ class TestBoundAgain:
                 listener.socket.accept()[0].close()
             listener.bind_again()
             assert listener.astray() == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_socket_that_this_user_may_not_connect_to(directory: Path) -> None:
+    """A service manager binds it for others, and passes it to a server with a user of its own."""
+    directory.chmod(0o755)
+    with Listener(str(directory / "socket"), mode=0o600) as listener:
+        listener.listen()
+        os.seteuid(NOBODY)
+        try:
+            with pytest.raises(PermissionError):
+                sockets.is_live(listener.path)
+            assert listener.astray() == ""
+        finally:
+            os.seteuid(0)
 
 
 class TestLeftAlone:

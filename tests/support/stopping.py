@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -85,7 +86,7 @@ class Stop:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(OSError):
-                    if mark in (entry / "environ").read_bytes() and state(int(entry.name)) != "Z":
+                    if mark in _environment(entry) and state(int(entry.name)) != "Z":
                         yield int(entry.name)
 
     def kill_all(self) -> None:
@@ -94,6 +95,18 @@ class Stop:
             for pid in family:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+
+def _environment(process: Path) -> bytes:
+    """Read a process's environment; wait for one that is in the middle of execve(2).
+
+    Such a process has a program, and neither arguments nor an environment yet.
+    """
+    while not (found := (process / "environ").read_bytes()):
+        if (process / "cmdline").read_bytes() or not os.readlink(process / "exe"):
+            break
+        time.sleep(0.001)
+    return found
 
 
 def state(pid: int) -> str:
