@@ -5,7 +5,6 @@ everyone there of it: about V x N x N messages in all. The peers read as fast as
 count: each is told of each, with all vectors, once.
 """
 
-import os
 import resource
 import socket
 import subprocess
@@ -46,7 +45,7 @@ class Listener:
             for data, fds in chunks:
                 self.told[int.from_bytes(data, "little", signed=True)] += len(fds)
                 for fd in fds:
-                    os.close(fd)
+                    fd.close()
             count -= len(chunks)
 
 

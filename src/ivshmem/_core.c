@@ -2067,6 +2067,7 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_4_fds_Fd;
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
@@ -2269,7 +2270,7 @@ struct __pyx_t_7ivshmem_5_core_Gentle {
   void *signaller;
 };
 
-/* "ivshmem/_core.pyx":1176
+/* "ivshmem/_core.pyx":1180
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -2284,6 +2285,19 @@ struct __pyx_t_7ivshmem_5_core_Polled {
 };
 
 /* "_fds.pxd":86
+ * 
+ * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_4_fds_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "_fds.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2302,7 +2316,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2319,7 +2333,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2334,7 +2348,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2495,7 +2509,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 
 
 
-/* "_fds.pxd":86
+/* "_fds.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2504,6 +2518,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
   int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
@@ -2511,7 +2526,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2526,7 +2541,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2540,7 +2555,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -4019,6 +4034,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t, 
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
+static int (*__pyx_f_7ivshmem_4_fds_taken)(PyObject *); /*proto*/
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *); /*proto*/
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t); /*proto*/
 
@@ -4077,8 +4093,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_deaf(CYTHON_UNUSED struct
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, PyObject *__pyx_v_fd); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
@@ -4128,6 +4144,7 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
@@ -4147,7 +4164,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[5];
     PyObject *__pyx_codeobj_tab[25];
-    PyObject *__pyx_string_tab[184];
+    PyObject *__pyx_string_tab[185];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4322,65 +4339,66 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_module_2 __pyx_string_tab[122]
 #define __pyx_n_u_namedtuple __pyx_string_tab[123]
 #define __pyx_n_u_nanoseconds __pyx_string_tab[124]
-#define __pyx_n_u_old __pyx_string_tab[125]
-#define __pyx_n_u_outer __pyx_string_tab[126]
-#define __pyx_n_u_own __pyx_string_tab[127]
-#define __pyx_n_u_peer __pyx_string_tab[128]
-#define __pyx_n_u_peers __pyx_string_tab[129]
-#define __pyx_n_u_pop __pyx_string_tab[130]
-#define __pyx_n_u_queued __pyx_string_tab[131]
-#define __pyx_n_u_registers __pyx_string_tab[132]
-#define __pyx_n_u_relay __pyx_string_tab[133]
-#define __pyx_n_u_remove __pyx_string_tab[134]
-#define __pyx_n_u_ring __pyx_string_tab[135]
-#define __pyx_n_u_ring_all __pyx_string_tab[136]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[137]
-#define __pyx_n_u_rings __pyx_string_tab[138]
-#define __pyx_n_u_rounds __pyx_string_tab[139]
-#define __pyx_n_u_self __pyx_string_tab[140]
-#define __pyx_n_u_setdefault __pyx_string_tab[141]
-#define __pyx_n_u_signal __pyx_string_tab[142]
-#define __pyx_n_u_signaller __pyx_string_tab[143]
-#define __pyx_n_u_sleeping __pyx_string_tab[144]
-#define __pyx_n_u_spin __pyx_string_tab[145]
-#define __pyx_n_u_stopped __pyx_string_tab[146]
-#define __pyx_n_u_store __pyx_string_tab[147]
-#define __pyx_n_u_suppress __pyx_string_tab[148]
-#define __pyx_n_u_take __pyx_string_tab[149]
-#define __pyx_n_u_timeout __pyx_string_tab[150]
-#define __pyx_n_u_urgent __pyx_string_tab[151]
-#define __pyx_n_u_values __pyx_string_tab[152]
-#define __pyx_n_u_vector __pyx_string_tab[153]
-#define __pyx_n_u_vectors __pyx_string_tab[154]
-#define __pyx_n_u_which __pyx_string_tab[155]
-#define __pyx_n_u_word __pyx_string_tab[156]
-#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[157]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[158]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_t_XQgQ __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[183]
+#define __pyx_n_u_number __pyx_string_tab[125]
+#define __pyx_n_u_old __pyx_string_tab[126]
+#define __pyx_n_u_outer __pyx_string_tab[127]
+#define __pyx_n_u_own __pyx_string_tab[128]
+#define __pyx_n_u_peer __pyx_string_tab[129]
+#define __pyx_n_u_peers __pyx_string_tab[130]
+#define __pyx_n_u_pop __pyx_string_tab[131]
+#define __pyx_n_u_queued __pyx_string_tab[132]
+#define __pyx_n_u_registers __pyx_string_tab[133]
+#define __pyx_n_u_relay __pyx_string_tab[134]
+#define __pyx_n_u_remove __pyx_string_tab[135]
+#define __pyx_n_u_ring __pyx_string_tab[136]
+#define __pyx_n_u_ring_all __pyx_string_tab[137]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[138]
+#define __pyx_n_u_rings __pyx_string_tab[139]
+#define __pyx_n_u_rounds __pyx_string_tab[140]
+#define __pyx_n_u_self __pyx_string_tab[141]
+#define __pyx_n_u_setdefault __pyx_string_tab[142]
+#define __pyx_n_u_signal __pyx_string_tab[143]
+#define __pyx_n_u_signaller __pyx_string_tab[144]
+#define __pyx_n_u_sleeping __pyx_string_tab[145]
+#define __pyx_n_u_spin __pyx_string_tab[146]
+#define __pyx_n_u_stopped __pyx_string_tab[147]
+#define __pyx_n_u_store __pyx_string_tab[148]
+#define __pyx_n_u_suppress __pyx_string_tab[149]
+#define __pyx_n_u_take __pyx_string_tab[150]
+#define __pyx_n_u_timeout __pyx_string_tab[151]
+#define __pyx_n_u_urgent __pyx_string_tab[152]
+#define __pyx_n_u_values __pyx_string_tab[153]
+#define __pyx_n_u_vector __pyx_string_tab[154]
+#define __pyx_n_u_vectors __pyx_string_tab[155]
+#define __pyx_n_u_which __pyx_string_tab[156]
+#define __pyx_n_u_word __pyx_string_tab[157]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[158]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[159]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881 __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_t_XQgQ __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[184]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4399,6 +4417,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -4418,7 +4437,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<184; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<185; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4443,6 +4462,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -4462,7 +4482,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<184; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<185; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5079,7 +5099,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":99
+/* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5090,7 +5110,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":101
+  /* "_fds.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5103,7 +5123,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":99
+  /* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5116,7 +5136,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":104
+/* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5127,7 +5147,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":106
+  /* "_fds.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5140,7 +5160,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":104
+  /* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7316,8 +7336,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_vector(self, int fd):
- *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ *     def _add_vector(self, fd):
+ *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
 */
 
 /* Python wrapper */
@@ -7328,7 +7348,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector, "Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7337,7 +7357,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  int __pyx_v_fd;
+  PyObject *__pyx_v_fd = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -7381,7 +7401,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
+    __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
@@ -7402,24 +7422,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_fd) {
   Py_ssize_t __pyx_v_vector;
+  int __pyx_v_number;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_t_7;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7435,8 +7455,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
  *             ProtocolError: it is no eventfd.
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)             # <<<<<<<<<<<<<<
- *         self.check_kind(fd, "this endpoint", vector)
- *         self.own.take(fd)
+ *         cdef int number = taken(fd)
+ *         self.check_kind(number, "this endpoint", vector)
 */
         __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_2);
@@ -7446,79 +7466,77 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         /* "ivshmem/_core.pyx":228
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)
- *         self.check_kind(fd, "this endpoint", vector)             # <<<<<<<<<<<<<<
- *         self.own.take(fd)
- *         if self.epoll is not None:
+ *         cdef int number = taken(fd)             # <<<<<<<<<<<<<<
+ *         self.check_kind(number, "this endpoint", vector)
+ *         self.own.add(number)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L4_error)
-
+        __pyx_t_3 = __pyx_f_7ivshmem_4_fds_taken(__pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L4_error)
+        __pyx_v_number = __pyx_t_3;
 
         /* "ivshmem/_core.pyx":229
  *         cdef Py_ssize_t vector = length_of(self.own)
- *         self.check_kind(fd, "this endpoint", vector)
- *         self.own.take(fd)             # <<<<<<<<<<<<<<
+ *         cdef int number = taken(fd)
+ *         self.check_kind(number, "this endpoint", vector)             # <<<<<<<<<<<<<<
+ *         self.own.add(number)
  *         if self.epoll is not None:
- *             self.epoll.add(fd, vector, _EPOLLIN)
 */
-        __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
-        __Pyx_INCREF(__pyx_t_4);
-        __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_6 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
-          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_2);
-        }
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L4_error)
+
 
         /* "ivshmem/_core.pyx":230
- *         self.check_kind(fd, "this endpoint", vector)
- *         self.own.take(fd)
+ *         cdef int number = taken(fd)
+ *         self.check_kind(number, "this endpoint", vector)
+ *         self.own.add(number)             # <<<<<<<<<<<<<<
+ *         if self.epoll is not None:
+ *             self.epoll.add(number, vector, _EPOLLIN)
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_self->own->__pyx_vtab)->add(__pyx_v_self->own, __pyx_v_number); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L4_error)
+
+
+        /* "ivshmem/_core.pyx":231
+ *         self.check_kind(number, "this endpoint", vector)
+ *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
- *             self.epoll.add(fd, vector, _EPOLLIN)
+ *             self.epoll.add(number, vector, _EPOLLIN)
  * 
 */
-        __pyx_t_7 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
-        if (__pyx_t_7) {
+        __pyx_t_4 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+        if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":231
- *         self.own.take(fd)
+          /* "ivshmem/_core.pyx":232
+ *         self.own.add(number)
  *         if self.epoll is not None:
- *             self.epoll.add(fd, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             self.epoll.add(number, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
           __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 231, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 231, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_number); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 232, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 232, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 232, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 231, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_6 = 0;
+          __pyx_t_9 = 0;
           {
-            PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_t_4, __pyx_t_8, __pyx_t_9};
-            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (4-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_t_6, __pyx_t_7, __pyx_t_8};
+            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_9, (4-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":230
- *         self.check_kind(fd, "this endpoint", vector)
- *         self.own.take(fd)
+          /* "ivshmem/_core.pyx":231
+ *         self.check_kind(number, "this endpoint", vector)
+ *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
- *             self.epoll.add(fd, vector, _EPOLLIN)
+ *             self.epoll.add(number, vector, _EPOLLIN)
  * 
 */
         }
@@ -7528,8 +7546,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_vector(self, int fd):
- *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ *     def _add_vector(self, fd):
+ *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7551,25 +7569,26 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._add_vector", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
 
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":233
- *             self.epoll.add(fd, vector, _EPOLLIN)
+/* "ivshmem/_core.pyx":234
+ *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
+ *     def _add_bell(self, peer, fd):
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
 */
 
 /* Python wrapper */
@@ -7580,7 +7599,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell, "Ring the peer\047s next vector through `fd`; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an\n                eventfd is known to be short and harmless, whatever its sender intends.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell, "Ring the peer\047s next vector through `fd`, a number or an Fd; takes it, also on failure.\n\n        Raises:\n            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an\n                eventfd is known to be short and harmless, whatever its sender intends.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7590,7 +7609,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
   PyObject *__pyx_v_peer = 0;
-  int __pyx_v_fd;
+  PyObject *__pyx_v_fd = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -7613,39 +7632,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 233, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 234, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 234, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 234, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 234, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 233, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 234, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 234, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 234, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L3_error)
+    __pyx_v_fd = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 233, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 234, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7662,23 +7681,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, PyObject *__pyx_v_fd) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
+  int __pyx_v_number;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  Py_ssize_t __pyx_t_4;
-  int __pyx_t_5;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
   int __pyx_t_6;
-  size_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7690,123 +7707,118 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":241
+        /* "ivshmem/_core.pyx":242
  *                 eventfd is known to be short and harmless, whatever its sender intends.
  *         """
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
- *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
+ *         cdef int number
  *         if bells is None:
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-          __PYX_ERR(0, 241, __pyx_L4_error)
+          __PYX_ERR(0, 242, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 241, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 242, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":242
- *         """
+        /* "ivshmem/_core.pyx":244
  *         cdef FdArray bells = self.bells.get(peer)
- *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))             # <<<<<<<<<<<<<<
- *         if bells is None:
- *             bells = self.bells[peer] = FdArray()
-*/
-        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_5 = (((PyObject *)__pyx_v_bells) == Py_None);
-        if (__pyx_t_5) {
-
-          __pyx_t_4 = 0;
-        } else {
-
-          __pyx_t_4 = __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells);
-        }
-
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, ((PyObject*)__pyx_t_3), __pyx_t_4); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-
-
-
-        /* "ivshmem/_core.pyx":243
- *         cdef FdArray bells = self.bells.get(peer)
- *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
+ *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
- *             bells = self.bells[peer] = FdArray()
- *         bells.take(fd)
+ *             bells = FdArray()
+ *         number = taken(fd)
 */
-        __pyx_t_5 = (((PyObject *)__pyx_v_bells) == Py_None);
-        if (__pyx_t_5) {
+        __pyx_t_3 = (((PyObject *)__pyx_v_bells) == Py_None);
+        if (__pyx_t_3) {
 
+
+          /* "ivshmem/_core.pyx":245
+ *         cdef int number
+ *         if bells is None:
+ *             bells = FdArray()             # <<<<<<<<<<<<<<
+ *         number = taken(fd)
+ *         self.check_kind(number, f"peer {peer}", length_of(bells))
+*/
+          __pyx_t_4 = NULL;
+          __pyx_t_5 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L4_error)
+            __Pyx_GOTREF((PyObject *)__pyx_t_2);
+          }
+          __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+          __pyx_t_2 = 0;
 
           /* "ivshmem/_core.pyx":244
- *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
- *         if bells is None:
- *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
- *         bells.take(fd)
- * 
-*/
-          __pyx_t_2 = NULL;
-          __pyx_t_7 = 1;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 244, __pyx_L4_error)
-            __Pyx_GOTREF((PyObject *)__pyx_t_3);
-          }
-          __Pyx_INCREF(__pyx_t_3);
-          __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_3));
-          if (unlikely(__pyx_v_self->bells == Py_None)) {
-            PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 244, __pyx_L4_error)
-          }
-          if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_3) < 0))) __PYX_ERR(0, 244, __pyx_L4_error)
-          __Pyx_DECREF((PyObject *)__pyx_t_3); __pyx_t_3 = 0;
-
-          /* "ivshmem/_core.pyx":243
  *         cdef FdArray bells = self.bells.get(peer)
- *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
+ *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
- *             bells = self.bells[peer] = FdArray()
- *         bells.take(fd)
+ *             bells = FdArray()
+ *         number = taken(fd)
 */
         }
 
-        /* "ivshmem/_core.pyx":245
+        /* "ivshmem/_core.pyx":246
  *         if bells is None:
- *             bells = self.bells[peer] = FdArray()
- *         bells.take(fd)             # <<<<<<<<<<<<<<
+ *             bells = FdArray()
+ *         number = taken(fd)             # <<<<<<<<<<<<<<
+ *         self.check_kind(number, f"peer {peer}", length_of(bells))
+ *         bells.add(number)
+*/
+        __pyx_t_6 = __pyx_f_7ivshmem_4_fds_taken(__pyx_v_fd); if (unlikely(__pyx_t_6 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 246, __pyx_L4_error)
+        __pyx_v_number = __pyx_t_6;
+
+        /* "ivshmem/_core.pyx":247
+ *             bells = FdArray()
+ *         number = taken(fd)
+ *         self.check_kind(number, f"peer {peer}", length_of(bells))             # <<<<<<<<<<<<<<
+ *         bells.add(number)
+ *         self.bells[peer] = bells
+*/
+        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 247, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 247, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, ((PyObject*)__pyx_t_4), __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 247, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+
+        /* "ivshmem/_core.pyx":248
+ *         number = taken(fd)
+ *         self.check_kind(number, f"peer {peer}", length_of(bells))
+ *         bells.add(number)             # <<<<<<<<<<<<<<
+ *         self.bells[peer] = bells
+ * 
+*/
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->add(__pyx_v_bells, __pyx_v_number); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L4_error)
+
+
+        /* "ivshmem/_core.pyx":249
+ *         self.check_kind(number, f"peer {peer}", length_of(bells))
+ *         bells.add(number)
+ *         self.bells[peer] = bells             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
 */
-        __pyx_t_2 = ((PyObject *)__pyx_v_bells);
-        __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 245, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_8);
-        __pyx_t_7 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_8};
-          __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
+        if (unlikely(__pyx_v_self->bells == Py_None)) {
+          PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+          __PYX_ERR(0, 249, __pyx_L4_error)
         }
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, ((PyObject *)__pyx_v_bells)) < 0))) __PYX_ERR(0, 249, __pyx_L4_error)
       }
 
-      /* "ivshmem/_core.pyx":233
- *             self.epoll.add(fd, vector, _EPOLLIN)
+      /* "ivshmem/_core.pyx":234
+ *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
+ *     def _add_bell(self, peer, fd):
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7828,19 +7840,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._add_bell", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_bells);
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":247
- *         bells.take(fd)
+/* "ivshmem/_core.pyx":251
+ *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
  *         if is_eventfd(fd, self.wake.fds[0]):
@@ -7866,7 +7878,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_kind", 0);
 
-  /* "ivshmem/_core.pyx":248
+  /* "ivshmem/_core.pyx":252
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7878,7 +7890,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":249
+    /* "ivshmem/_core.pyx":253
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0             # <<<<<<<<<<<<<<
@@ -7891,7 +7903,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":248
+    /* "ivshmem/_core.pyx":252
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7900,7 +7912,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":250
+  /* "ivshmem/_core.pyx":254
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0
  *         c_close(fd)             # <<<<<<<<<<<<<<
@@ -7909,7 +7921,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   (void)(close(__pyx_v_fd));
 
-  /* "ivshmem/_core.pyx":251
+  /* "ivshmem/_core.pyx":255
  *             return 0
  *         c_close(fd)
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")             # <<<<<<<<<<<<<<
@@ -7917,11 +7929,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
  *     def _listen_uio(self, int fd):
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 251, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
   __pyx_t_7[1] = __pyx_t_5;
@@ -7937,7 +7949,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 251, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7959,15 +7971,15 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_Raise(__pyx_t_2, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __PYX_ERR(0, 251, __pyx_L1_error)
+  __PYX_ERR(0, 255, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":247
- *         bells.take(fd)
+  /* "ivshmem/_core.pyx":251
+ *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
  *         if is_eventfd(fd, self.wake.fds[0]):
@@ -7990,7 +8002,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":253
+/* "ivshmem/_core.pyx":257
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -8038,32 +8050,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 257, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 257, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 253, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 257, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 253, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 257, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 257, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8097,7 +8109,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":259
+  /* "ivshmem/_core.pyx":263
  *         the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -8106,7 +8118,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -8114,12 +8126,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":264
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -8128,7 +8140,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":257
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -8151,7 +8163,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":262
+/* "ivshmem/_core.pyx":266
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8201,46 +8213,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 262, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 266, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 266, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 266, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 266, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8251,7 +8263,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 266, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -8278,7 +8290,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":267
+  /* "ivshmem/_core.pyx":271
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -8290,7 +8302,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":268
+  /* "ivshmem/_core.pyx":272
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -8299,7 +8311,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":269
+  /* "ivshmem/_core.pyx":273
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -8308,7 +8320,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":262
+  /* "ivshmem/_core.pyx":266
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8323,7 +8335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":271
+/* "ivshmem/_core.pyx":275
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8371,32 +8383,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 275, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8426,7 +8438,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":273
+  /* "ivshmem/_core.pyx":277
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -8437,12 +8449,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 273, __pyx_L1_error)
+    __PYX_ERR(0, 277, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":271
+  /* "ivshmem/_core.pyx":275
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8463,7 +8475,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":275
+/* "ivshmem/_core.pyx":279
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8511,32 +8523,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 279, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 279, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 275, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 279, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 279, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8569,7 +8581,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":281
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -8578,15 +8590,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 277, __pyx_L1_error)
+    __PYX_ERR(0, 281, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 281, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":278
+  /* "ivshmem/_core.pyx":282
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
@@ -8598,7 +8610,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8615,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":279
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8636,7 +8648,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":280
+/* "ivshmem/_core.pyx":284
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8684,32 +8696,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 280, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8750,7 +8762,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":283
+        /* "ivshmem/_core.pyx":287
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -8759,15 +8771,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 283, __pyx_L4_error)
+          __PYX_ERR(0, 287, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 287, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 283, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 287, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":284
+        /* "ivshmem/_core.pyx":288
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8778,7 +8790,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":285
+          /* "ivshmem/_core.pyx":289
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8792,12 +8804,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":284
+          /* "ivshmem/_core.pyx":288
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8807,7 +8819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":280
+      /* "ivshmem/_core.pyx":284
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8844,7 +8856,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":287
+/* "ivshmem/_core.pyx":291
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8877,7 +8889,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":294
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return length_of(self.own)             # <<<<<<<<<<<<<<
@@ -8886,7 +8898,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8900,7 +8912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":287
+  /* "ivshmem/_core.pyx":291
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8920,7 +8932,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":292
+/* "ivshmem/_core.pyx":296
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8952,14 +8964,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":295
+  /* "ivshmem/_core.pyx":299
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8972,7 +8984,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":292
+  /* "ivshmem/_core.pyx":296
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8991,7 +9003,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":297
+/* "ivshmem/_core.pyx":301
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9012,7 +9024,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":298
+  /* "ivshmem/_core.pyx":302
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9024,7 +9036,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":299
+    /* "ivshmem/_core.pyx":303
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -9032,7 +9044,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9051,14 +9063,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 299, __pyx_L1_error)
+    __PYX_ERR(0, 303, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":298
+    /* "ivshmem/_core.pyx":302
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9067,7 +9079,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":300
+  /* "ivshmem/_core.pyx":304
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -9080,7 +9092,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":297
+  /* "ivshmem/_core.pyx":301
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9101,7 +9113,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":302
+/* "ivshmem/_core.pyx":306
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9149,32 +9161,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 306, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 306, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 302, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 306, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 306, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 306, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9218,7 +9230,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":304
+  /* "ivshmem/_core.pyx":308
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9230,7 +9242,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":305
+    /* "ivshmem/_core.pyx":309
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9247,7 +9259,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":304
+    /* "ivshmem/_core.pyx":308
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9256,7 +9268,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":310
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -9265,7 +9277,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":307
+    /* "ivshmem/_core.pyx":311
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9274,7 +9286,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":308
+      /* "ivshmem/_core.pyx":312
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -9288,12 +9300,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":307
+      /* "ivshmem/_core.pyx":311
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9303,7 +9315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":310
+    /* "ivshmem/_core.pyx":314
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -9311,13 +9323,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 310, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 314, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":316
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9363,7 +9375,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":302
+  /* "ivshmem/_core.pyx":306
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9385,7 +9397,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":314
+/* "ivshmem/_core.pyx":318
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9467,17 +9479,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":323
+        /* "ivshmem/_core.pyx":327
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":324
+        /* "ivshmem/_core.pyx":328
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -9486,7 +9498,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":325
+          /* "ivshmem/_core.pyx":329
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9497,7 +9509,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":326
+            /* "ivshmem/_core.pyx":330
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -9510,13 +9522,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":327
+            /* "ivshmem/_core.pyx":331
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9525,12 +9537,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 327, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -9539,12 +9551,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":328
+            /* "ivshmem/_core.pyx":332
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9553,9 +9565,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 328, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 332, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 332, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -9564,12 +9576,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":329
+            /* "ivshmem/_core.pyx":333
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -9581,7 +9593,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":325
+            /* "ivshmem/_core.pyx":329
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9590,14 +9602,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":330
+          /* "ivshmem/_core.pyx":334
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9612,7 +9624,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":332
+        /* "ivshmem/_core.pyx":336
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9664,7 +9676,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":314
+      /* "ivshmem/_core.pyx":318
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9706,7 +9718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":334
+/* "ivshmem/_core.pyx":338
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9725,7 +9737,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":335
+  /* "ivshmem/_core.pyx":339
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9739,14 +9751,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":336
+        /* "ivshmem/_core.pyx":340
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_temp;
@@ -9761,7 +9773,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":335
+      /* "ivshmem/_core.pyx":339
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9785,7 +9797,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":334
+  /* "ivshmem/_core.pyx":338
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9805,7 +9817,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":338
+/* "ivshmem/_core.pyx":342
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9833,7 +9845,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":347
+  /* "ivshmem/_core.pyx":351
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9844,7 +9856,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":348
+    /* "ivshmem/_core.pyx":352
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -9857,13 +9869,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":349
+    /* "ivshmem/_core.pyx":353
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9872,11 +9884,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 353, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 353, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9886,12 +9898,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":350
+    /* "ivshmem/_core.pyx":354
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -9908,7 +9920,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":351
+      /* "ivshmem/_core.pyx":355
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9919,12 +9931,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -9934,14 +9946,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":352
+    /* "ivshmem/_core.pyx":356
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9953,7 +9965,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":353
+      /* "ivshmem/_core.pyx":357
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9962,11 +9974,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 357, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 357, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 357, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -9976,12 +9988,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":352
+      /* "ivshmem/_core.pyx":356
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9990,7 +10002,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     }
 
-    /* "ivshmem/_core.pyx":354
+    /* "ivshmem/_core.pyx":358
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -10002,7 +10014,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":347
+    /* "ivshmem/_core.pyx":351
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -10011,7 +10023,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
   }
 
-  /* "ivshmem/_core.pyx":355
+  /* "ivshmem/_core.pyx":359
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -10029,7 +10041,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":338
+  /* "ivshmem/_core.pyx":342
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -10054,7 +10066,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":359
+/* "ivshmem/_core.pyx":363
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10102,48 +10114,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 359, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 363, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 359, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 359, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 363, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 359, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 363, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 359, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 360, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 364, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 359, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 363, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10187,7 +10199,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":380
+  /* "ivshmem/_core.pyx":384
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10198,27 +10210,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":381
+    /* "ivshmem/_core.pyx":385
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":382
+    /* "ivshmem/_core.pyx":386
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 386, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":383
+    /* "ivshmem/_core.pyx":387
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -10252,7 +10264,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":384
+      /* "ivshmem/_core.pyx":388
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10261,7 +10273,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 384, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 388, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -10269,13 +10281,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 384, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":385
+    /* "ivshmem/_core.pyx":389
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -10284,9 +10296,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -10295,12 +10307,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 385, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 389, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":386
+    /* "ivshmem/_core.pyx":390
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -10317,7 +10329,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":380
+    /* "ivshmem/_core.pyx":384
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10326,7 +10338,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":387
+  /* "ivshmem/_core.pyx":391
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -10335,7 +10347,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":388
+    /* "ivshmem/_core.pyx":392
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10347,7 +10359,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":389
+      /* "ivshmem/_core.pyx":393
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -10356,11 +10368,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 393, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":390
+      /* "ivshmem/_core.pyx":394
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10388,7 +10400,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":391
+        /* "ivshmem/_core.pyx":395
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
@@ -10397,7 +10409,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":390
+        /* "ivshmem/_core.pyx":394
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10407,7 +10419,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":393
+      /* "ivshmem/_core.pyx":397
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10419,7 +10431,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":388
+      /* "ivshmem/_core.pyx":392
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
@@ -10429,7 +10441,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":395
+    /* "ivshmem/_core.pyx":399
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -10437,12 +10449,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 395, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 399, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":396
+      /* "ivshmem/_core.pyx":400
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10467,7 +10479,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":397
+        /* "ivshmem/_core.pyx":401
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10476,7 +10488,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":396
+        /* "ivshmem/_core.pyx":400
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10486,7 +10498,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":399
+      /* "ivshmem/_core.pyx":403
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10500,7 +10512,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":400
+              /* "ivshmem/_core.pyx":404
  *                 else:
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
@@ -10510,7 +10522,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
               __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":399
+            /* "ivshmem/_core.pyx":403
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10527,7 +10539,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":401
+        /* "ivshmem/_core.pyx":405
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10540,7 +10552,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":402
+    /* "ivshmem/_core.pyx":406
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10552,7 +10564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":403
+      /* "ivshmem/_core.pyx":407
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -10569,7 +10581,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":402
+      /* "ivshmem/_core.pyx":406
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10578,7 +10590,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":404
+    /* "ivshmem/_core.pyx":408
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10590,17 +10602,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":405
+      /* "ivshmem/_core.pyx":409
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":410
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10609,7 +10621,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 406, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 410, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10617,12 +10629,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 406, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 410, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":404
+      /* "ivshmem/_core.pyx":408
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10632,7 +10644,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":407
+    /* "ivshmem/_core.pyx":411
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10644,17 +10656,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":408
+      /* "ivshmem/_core.pyx":412
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":411
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10664,7 +10676,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":410
+    /* "ivshmem/_core.pyx":414
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10672,13 +10684,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":359
+  /* "ivshmem/_core.pyx":363
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10706,7 +10718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":412
+/* "ivshmem/_core.pyx":416
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10754,48 +10766,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 412, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 416, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 412, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 412, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 412, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 416, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 412, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 416, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 412, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 412, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 413, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 412, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 416, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10841,7 +10853,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_nowait", 0);
 
-  /* "ivshmem/_core.pyx":425
+  /* "ivshmem/_core.pyx":429
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10852,7 +10864,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":426
+    /* "ivshmem/_core.pyx":430
  *         cdef FdArray bells
  *         if self.registers is not None:
  *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
@@ -10861,7 +10873,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -10869,7 +10881,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -10883,7 +10895,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":425
+    /* "ivshmem/_core.pyx":429
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10892,7 +10904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":427
+  /* "ivshmem/_core.pyx":431
  *         if self.registers is not None:
  *             return self.ring(peer, vector)
  *         while True:             # <<<<<<<<<<<<<<
@@ -10901,19 +10913,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":428
+    /* "ivshmem/_core.pyx":432
  *             return self.ring(peer, vector)
  *         while True:
  *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
  *             if bells is not None and bells.enter():
  *                 try:
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":429
+    /* "ivshmem/_core.pyx":433
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10938,7 +10950,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":430
+      /* "ivshmem/_core.pyx":434
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():
  *                 try:             # <<<<<<<<<<<<<<
@@ -10947,21 +10959,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":431
+        /* "ivshmem/_core.pyx":435
  *             if bells is not None and bells.enter():
  *                 try:
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                 finally:
  *                     bells.leave()
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L12_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L12_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L12_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L12_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
       }
 
-      /* "ivshmem/_core.pyx":433
+      /* "ivshmem/_core.pyx":437
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
  *                 finally:
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -11008,7 +11020,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
         __pyx_L13:;
       }
 
-      /* "ivshmem/_core.pyx":434
+      /* "ivshmem/_core.pyx":438
  *                 finally:
  *                     bells.leave()
  *                 return None             # <<<<<<<<<<<<<<
@@ -11025,7 +11037,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":429
+      /* "ivshmem/_core.pyx":433
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -11034,17 +11046,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     }
 
-    /* "ivshmem/_core.pyx":435
+    /* "ivshmem/_core.pyx":439
  *                     bells.leave()
  *                 return None
  *             self.check()             # <<<<<<<<<<<<<<
  *             self._missing(peer, vector)
  * 
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":436
+    /* "ivshmem/_core.pyx":440
  *                 return None
  *             self.check()
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11053,7 +11065,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 436, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 440, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 0;
     {
@@ -11061,13 +11073,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":412
+  /* "ivshmem/_core.pyx":416
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -11091,7 +11103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":438
+/* "ivshmem/_core.pyx":442
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11111,7 +11123,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("quiet", 0);
 
-  /* "ivshmem/_core.pyx":441
+  /* "ivshmem/_core.pyx":445
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11125,7 +11137,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":442
+        /* "ivshmem/_core.pyx":446
  *         cdef Signaller signaller
  *         with cython.critical_section(self):
  *             signaller = self.signaller             # <<<<<<<<<<<<<<
@@ -11137,7 +11149,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":443
+        /* "ivshmem/_core.pyx":447
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11148,19 +11160,19 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":444
+          /* "ivshmem/_core.pyx":448
  *             signaller = self.signaller
  *             if signaller is None:
  *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
 */
-          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L4_error)
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":445
+          /* "ivshmem/_core.pyx":449
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11172,7 +11184,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":446
+            /* "ivshmem/_core.pyx":450
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller             # <<<<<<<<<<<<<<
@@ -11184,7 +11196,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
             __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
             __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
 
-            /* "ivshmem/_core.pyx":445
+            /* "ivshmem/_core.pyx":449
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11193,7 +11205,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
 */
           }
 
-          /* "ivshmem/_core.pyx":443
+          /* "ivshmem/_core.pyx":447
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11203,7 +11215,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
         }
       }
 
-      /* "ivshmem/_core.pyx":441
+      /* "ivshmem/_core.pyx":445
  *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11224,7 +11236,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":447
+  /* "ivshmem/_core.pyx":451
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
  *         return signaller             # <<<<<<<<<<<<<<
@@ -11242,7 +11254,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":442
  *             self._missing(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11263,7 +11275,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorb
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":449
+/* "ivshmem/_core.pyx":453
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11283,7 +11295,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":451
+  /* "ivshmem/_core.pyx":455
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -11292,15 +11304,15 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 451, __pyx_L1_error)
+    __PYX_ERR(0, 455, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 451, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 455, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":452
+  /* "ivshmem/_core.pyx":456
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
@@ -11332,7 +11344,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 456, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_temp;
     {
@@ -11344,7 +11356,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":449
+  /* "ivshmem/_core.pyx":453
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11364,7 +11376,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":454
+/* "ivshmem/_core.pyx":458
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11421,13 +11433,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 458, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 454, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 458, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11447,10 +11459,10 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 454, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 458, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_temp;
           {
@@ -11476,20 +11488,20 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     #endif
   }
 
-  /* "ivshmem/_core.pyx":460
+  /* "ivshmem/_core.pyx":464
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 460, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 464, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":463
+  /* "ivshmem/_core.pyx":467
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -11501,7 +11513,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":468
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -11513,7 +11525,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":465
+  /* "ivshmem/_core.pyx":469
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -11522,7 +11534,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":466
+  /* "ivshmem/_core.pyx":470
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11533,27 +11545,27 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":467
+    /* "ivshmem/_core.pyx":471
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":468
+    /* "ivshmem/_core.pyx":472
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":469
+    /* "ivshmem/_core.pyx":473
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -11587,7 +11599,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":470
+      /* "ivshmem/_core.pyx":474
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11596,7 +11608,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 470, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 474, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -11604,13 +11616,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 470, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 474, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":471
+    /* "ivshmem/_core.pyx":475
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -11624,7 +11636,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":472
+    /* "ivshmem/_core.pyx":476
  *                 self._missing(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -11633,7 +11645,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":473
+    /* "ivshmem/_core.pyx":477
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -11642,7 +11654,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":474
+    /* "ivshmem/_core.pyx":478
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -11653,7 +11665,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":475
+    /* "ivshmem/_core.pyx":479
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -11662,7 +11674,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":466
+    /* "ivshmem/_core.pyx":470
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11672,7 +11684,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":477
+  /* "ivshmem/_core.pyx":481
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -11681,7 +11693,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 477, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
@@ -11690,17 +11702,17 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":478
+      /* "ivshmem/_core.pyx":482
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 478, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":479
+      /* "ivshmem/_core.pyx":483
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -11709,7 +11721,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 479, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -11717,13 +11729,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 479, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":480
+    /* "ivshmem/_core.pyx":484
  *                 self.check()
  *                 self._missing(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -11735,7 +11747,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":481
+    /* "ivshmem/_core.pyx":485
  *                 self._missing(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
@@ -11744,7 +11756,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":482
+    /* "ivshmem/_core.pyx":486
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
@@ -11753,7 +11765,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":483
+    /* "ivshmem/_core.pyx":487
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
@@ -11764,7 +11776,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":484
+  /* "ivshmem/_core.pyx":488
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
@@ -11782,7 +11794,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":458
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11849,48 +11861,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 454, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 458, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 454, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 458, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11923,7 +11935,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11947,7 +11959,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":486
+/* "ivshmem/_core.pyx":490
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11996,48 +12008,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 486, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 490, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 486, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 490, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 486, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 490, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 486, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 490, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 486, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 490, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12072,7 +12084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":492
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
@@ -12081,12 +12093,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
 */
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":489
+  /* "ivshmem/_core.pyx":493
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
@@ -12096,7 +12108,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
   __pyx_v_made->nowait = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":494
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
@@ -12104,7 +12116,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
  * 
 */
   if (__pyx_v_made->nowait) {
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -12112,13 +12124,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 490, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
   __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":491
+  /* "ivshmem/_core.pyx":495
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
  *         return made             # <<<<<<<<<<<<<<
@@ -12136,7 +12148,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":486
+  /* "ivshmem/_core.pyx":490
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -12157,7 +12169,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":493
+/* "ivshmem/_core.pyx":497
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12206,33 +12218,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 493, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 497, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 493, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 497, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 493, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 497, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 493, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 497, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 493, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 497, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 493, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 497, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12245,7 +12257,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 493, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 497, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12276,18 +12288,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all", 0);
 
-  /* "ivshmem/_core.pyx":509
+  /* "ivshmem/_core.pyx":513
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
  *         """
  *         return self.ring_several(self.several(peers, vector))             # <<<<<<<<<<<<<<
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12301,7 +12313,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":493
+  /* "ivshmem/_core.pyx":497
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12320,7 +12332,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":511
+/* "ivshmem/_core.pyx":515
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12369,33 +12381,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 515, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 515, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12408,7 +12420,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 515, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12460,31 +12472,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all_nowait", 0);
 
-  /* "ivshmem/_core.pyx":513
+  /* "ivshmem/_core.pyx":517
  *     def ring_all_nowait(self, peers=None, vector=0):
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":514
+  /* "ivshmem/_core.pyx":518
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
  *         if self.registers is not None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_entered = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":516
+  /* "ivshmem/_core.pyx":520
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12495,15 +12507,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":517
+    /* "ivshmem/_core.pyx":521
  *         cdef Signaller signaller
  *         if self.registers is not None:
  *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
  *         signaller = self.quiet()
  *         try:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 517, __pyx_L1_error)
-    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 521, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     {
@@ -12517,7 +12529,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":516
+    /* "ivshmem/_core.pyx":520
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12526,19 +12538,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   }
 
-  /* "ivshmem/_core.pyx":518
+  /* "ivshmem/_core.pyx":522
  *         if self.registers is not None:
  *             return self.ring_several(bells)
  *         signaller = self.quiet()             # <<<<<<<<<<<<<<
  *         try:
  *             for bell in bells:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":519
+  /* "ivshmem/_core.pyx":523
  *             return self.ring_several(bells)
  *         signaller = self.quiet()
  *         try:             # <<<<<<<<<<<<<<
@@ -12547,7 +12559,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":520
+    /* "ivshmem/_core.pyx":524
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12556,7 +12568,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
     if (unlikely(__pyx_v_bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 520, __pyx_L5_error)
+      __PYX_ERR(0, 524, __pyx_L5_error)
     }
     __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_3 = 0;
@@ -12564,18 +12576,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 520, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L5_error)
         #endif
         if (__pyx_t_3 >= __pyx_temp) break;
       }
       __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_3;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 520, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_core.pyx":521
+      /* "ivshmem/_core.pyx":525
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12587,17 +12599,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":522
+        /* "ivshmem/_core.pyx":526
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)             # <<<<<<<<<<<<<<
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
 */
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":521
+        /* "ivshmem/_core.pyx":525
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12606,7 +12618,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
       }
 
-      /* "ivshmem/_core.pyx":520
+      /* "ivshmem/_core.pyx":524
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12616,7 +12628,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":523
+    /* "ivshmem/_core.pyx":527
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12627,7 +12639,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":528
  *                     entered.append(bell)
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
@@ -12637,7 +12649,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
       __Pyx_INCREF(__pyx_t_4);
       { /* enter inner scope */
-        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 524, __pyx_L14_error)
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 528, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
         __pyx_t_3 = 0;
@@ -12645,20 +12657,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 528, __pyx_L14_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 524, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 528, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 524, __pyx_L14_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 528, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 524, __pyx_L14_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 528, __pyx_L14_error)
           __pyx_t_8 = 0;
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12675,12 +12687,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 524, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 528, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":523
+      /* "ivshmem/_core.pyx":527
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12690,7 +12702,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       goto __pyx_L11;
     }
 
-    /* "ivshmem/_core.pyx":526
+    /* "ivshmem/_core.pyx":530
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12704,28 +12716,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 526, __pyx_L5_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 530, __pyx_L5_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 526, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 530, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":527
+        /* "ivshmem/_core.pyx":531
  *             else:
  *                 for bell in entered:
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             for bell in entered:
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 527, __pyx_L5_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":526
+        /* "ivshmem/_core.pyx":530
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12738,7 +12750,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":529
+  /* "ivshmem/_core.pyx":533
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12753,18 +12765,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 529, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 533, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 529, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 533, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":530
+        /* "ivshmem/_core.pyx":534
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12773,7 +12785,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
         ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-        /* "ivshmem/_core.pyx":529
+        /* "ivshmem/_core.pyx":533
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12810,18 +12822,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 529, __pyx_L26_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 533, __pyx_L26_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 529, __pyx_L26_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 533, __pyx_L26_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":530
+          /* "ivshmem/_core.pyx":534
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12830,7 +12842,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-          /* "ivshmem/_core.pyx":529
+          /* "ivshmem/_core.pyx":533
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12865,15 +12877,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":531
+  /* "ivshmem/_core.pyx":535
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
  *         return len(entered)             # <<<<<<<<<<<<<<
  * 
  *     cdef list several(self, object peers, object vector):
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 531, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12887,7 +12899,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":511
+  /* "ivshmem/_core.pyx":515
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -12915,7 +12927,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":533
+/* "ivshmem/_core.pyx":537
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -12954,29 +12966,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":535
+  /* "ivshmem/_core.pyx":539
  *     cdef list several(self, object peers, object vector):
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
  *         self.check()
  *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 539, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":536
+  /* "ivshmem/_core.pyx":540
  *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":537
+  /* "ivshmem/_core.pyx":541
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -12987,7 +12999,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":538
+    /* "ivshmem/_core.pyx":542
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12998,7 +13010,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":539
+      /* "ivshmem/_core.pyx":543
  *         if peers is None:
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")             # <<<<<<<<<<<<<<
@@ -13011,14 +13023,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_who_is_th};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 539, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 539, __pyx_L1_error)
+      __PYX_ERR(0, 543, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":538
+      /* "ivshmem/_core.pyx":542
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -13027,7 +13039,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":540
+    /* "ivshmem/_core.pyx":544
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13053,7 +13065,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":541
+      /* "ivshmem/_core.pyx":545
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()             # <<<<<<<<<<<<<<
@@ -13067,12 +13079,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":540
+      /* "ivshmem/_core.pyx":544
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13081,7 +13093,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":542
+    /* "ivshmem/_core.pyx":546
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13095,7 +13107,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":543
+          /* "ivshmem/_core.pyx":547
  *                 self._news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -13103,14 +13115,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 543, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 547, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 543, __pyx_L13_error)
+              __PYX_ERR(0, 547, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 543, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 547, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -13118,7 +13130,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 543, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 547, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
               __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
@@ -13128,7 +13140,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
               __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 543, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 547, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -13145,7 +13157,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":542
+        /* "ivshmem/_core.pyx":546
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13166,7 +13178,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":537
+    /* "ivshmem/_core.pyx":541
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -13175,25 +13187,25 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":544
+  /* "ivshmem/_core.pyx":548
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in vectors:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 544, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 548, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 544, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 548, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vector);
     __Pyx_GIVEREF(__pyx_v_vector);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 544, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 548, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -13201,7 +13213,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __pyx_v_vectors = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":545
+  /* "ivshmem/_core.pyx":549
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13213,9 +13225,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 545, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 549, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -13223,7 +13235,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13233,7 +13245,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13244,13 +13256,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 545, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 549, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13260,7 +13272,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":546
+    /* "ivshmem/_core.pyx":550
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13269,7 +13281,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     if (unlikely(__pyx_v_vectors == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 546, __pyx_L1_error)
+      __PYX_ERR(0, 550, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_vectors; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -13277,7 +13289,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 546, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 550, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -13287,29 +13299,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 546, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 550, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":547
+      /* "ivshmem/_core.pyx":551
  *         for peer in peers:
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
  *         self.check()  # what was iterated over may have closed it
  *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 547, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 551, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":546
+      /* "ivshmem/_core.pyx":550
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -13319,7 +13331,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":545
+    /* "ivshmem/_core.pyx":549
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13329,17 +13341,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":548
+  /* "ivshmem/_core.pyx":552
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it             # <<<<<<<<<<<<<<
  *         return bells
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":549
+  /* "ivshmem/_core.pyx":553
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it
  *         return bells             # <<<<<<<<<<<<<<
@@ -13357,7 +13369,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":533
+  /* "ivshmem/_core.pyx":537
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
@@ -13387,7 +13399,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":551
+/* "ivshmem/_core.pyx":555
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13423,7 +13435,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_several", 0);
 
-  /* "ivshmem/_core.pyx":554
+  /* "ivshmem/_core.pyx":558
  *         cdef Bell **targets
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
@@ -13432,7 +13444,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":559
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
@@ -13441,12 +13453,12 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   if (unlikely(__pyx_v_bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 555, __pyx_L1_error)
+    __PYX_ERR(0, 559, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 555, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":556
+  /* "ivshmem/_core.pyx":560
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13455,7 +13467,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":557
+  /* "ivshmem/_core.pyx":561
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
@@ -13479,7 +13491,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   __pyx_v_targets = ((struct __pyx_t_7ivshmem_5_bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_5_bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":558
+  /* "ivshmem/_core.pyx":562
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13491,16 +13503,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":559
+    /* "ivshmem/_core.pyx":563
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 559, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 563, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":558
+    /* "ivshmem/_core.pyx":562
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13509,7 +13521,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   }
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":564
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13518,7 +13530,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":561
+    /* "ivshmem/_core.pyx":565
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -13532,7 +13544,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":562
+      /* "ivshmem/_core.pyx":566
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
@@ -13541,16 +13553,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
       if (unlikely(__pyx_v_bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 562, __pyx_L5_error)
+        __PYX_ERR(0, 566, __pyx_L5_error)
       }
-      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 562, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 566, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6)->bell);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":563
+    /* "ivshmem/_core.pyx":567
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13559,7 +13571,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":564
+    /* "ivshmem/_core.pyx":568
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13572,7 +13584,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":565
+      /* "ivshmem/_core.pyx":569
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13585,7 +13597,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":566
+            /* "ivshmem/_core.pyx":570
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -13598,7 +13610,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
               if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":567
+              /* "ivshmem/_core.pyx":571
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -13607,7 +13619,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
               __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":568
+              /* "ivshmem/_core.pyx":572
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13619,7 +13631,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":569
+                /* "ivshmem/_core.pyx":573
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -13628,7 +13640,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":568
+                /* "ivshmem/_core.pyx":572
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13638,7 +13650,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
                 goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":570
+              /* "ivshmem/_core.pyx":574
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13650,7 +13662,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":571
+                /* "ivshmem/_core.pyx":575
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
@@ -13659,7 +13671,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":570
+                /* "ivshmem/_core.pyx":574
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13669,7 +13681,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               }
               __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":572
+              /* "ivshmem/_core.pyx":576
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -13681,7 +13693,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
             __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":565
+          /* "ivshmem/_core.pyx":569
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13698,7 +13710,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           }
       }
 
-      /* "ivshmem/_core.pyx":573
+      /* "ivshmem/_core.pyx":577
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13710,7 +13722,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":574
+        /* "ivshmem/_core.pyx":578
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13722,17 +13734,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":575
+          /* "ivshmem/_core.pyx":579
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 575, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":574
+          /* "ivshmem/_core.pyx":578
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13741,17 +13753,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
         }
 
-        /* "ivshmem/_core.pyx":576
+        /* "ivshmem/_core.pyx":580
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 576, __pyx_L5_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":573
+        /* "ivshmem/_core.pyx":577
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13762,7 +13774,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     }
   }
 
-  /* "ivshmem/_core.pyx":578
+  /* "ivshmem/_core.pyx":582
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -13807,7 +13819,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":579
+  /* "ivshmem/_core.pyx":583
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
@@ -13820,7 +13832,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":551
+  /* "ivshmem/_core.pyx":555
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13844,7 +13856,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":583
+/* "ivshmem/_core.pyx":587
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13893,24 +13905,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 583, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 583, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 583, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 583, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":584
+      /* "ivshmem/_core.pyx":588
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -13924,11 +13936,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 583, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 583, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13943,7 +13955,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 583, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13956,7 +13968,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":587
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13997,7 +14009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":604
+  /* "ivshmem/_core.pyx":608
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -14009,23 +14021,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 608, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":605
+  /* "ivshmem/_core.pyx":609
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vector is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":610
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -14034,7 +14046,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":607
+    /* "ivshmem/_core.pyx":611
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -14045,14 +14057,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":608
+      /* "ivshmem/_core.pyx":612
  *         try:
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 608, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 612, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -14065,7 +14077,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":607
+      /* "ivshmem/_core.pyx":611
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -14074,7 +14086,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":609
+    /* "ivshmem/_core.pyx":613
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14091,7 +14103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 613, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -14102,15 +14114,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":610
+      /* "ivshmem/_core.pyx":614
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 610, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 610, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 614, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 614, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -14124,7 +14136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":609
+      /* "ivshmem/_core.pyx":613
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14133,14 +14145,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":611
+    /* "ivshmem/_core.pyx":615
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
  *             return self.wait_some(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 611, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 615, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -14154,7 +14166,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":613
+  /* "ivshmem/_core.pyx":617
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -14202,7 +14214,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":587
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14222,7 +14234,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":615
+/* "ivshmem/_core.pyx":619
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14248,7 +14260,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":616
+  /* "ivshmem/_core.pyx":620
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14260,13 +14272,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 616, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 620, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":617
+  /* "ivshmem/_core.pyx":621
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -14275,7 +14287,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":620
+  /* "ivshmem/_core.pyx":624
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14295,17 +14307,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":621
+    /* "ivshmem/_core.pyx":625
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 621, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 625, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":620
+    /* "ivshmem/_core.pyx":624
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14314,7 +14326,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":622
+  /* "ivshmem/_core.pyx":626
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
@@ -14331,7 +14343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":627
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14356,7 +14368,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_L4_bool_binop_done:;
   __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":624
+  /* "ivshmem/_core.pyx":628
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14382,7 +14394,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":625
+    /* "ivshmem/_core.pyx":629
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -14391,7 +14403,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":630
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14427,7 +14439,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":627
+      /* "ivshmem/_core.pyx":631
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -14445,7 +14457,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":626
+      /* "ivshmem/_core.pyx":630
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14454,7 +14466,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":624
+    /* "ivshmem/_core.pyx":628
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14463,7 +14475,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":632
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0
  *         while True:             # <<<<<<<<<<<<<<
@@ -14472,7 +14484,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":629
+    /* "ivshmem/_core.pyx":633
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14498,7 +14510,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":635
+      /* "ivshmem/_core.pyx":639
  *                     deadline,
  *                     probe_of(self, vector, plainly),
  *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
@@ -14508,18 +14520,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
 
-      /* "ivshmem/_core.pyx":630
+      /* "ivshmem/_core.pyx":634
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 630, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 634, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":629
+      /* "ivshmem/_core.pyx":633
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14528,7 +14540,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":638
+    /* "ivshmem/_core.pyx":642
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14540,7 +14552,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":639
+      /* "ivshmem/_core.pyx":643
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14553,7 +14565,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":641
+            /* "ivshmem/_core.pyx":645
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -14576,7 +14588,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
           }
 
-          /* "ivshmem/_core.pyx":639
+          /* "ivshmem/_core.pyx":643
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14593,7 +14605,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":642
+      /* "ivshmem/_core.pyx":646
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14605,7 +14617,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":643
+        /* "ivshmem/_core.pyx":647
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -14623,7 +14635,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":642
+        /* "ivshmem/_core.pyx":646
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14632,7 +14644,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":638
+      /* "ivshmem/_core.pyx":642
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14641,7 +14653,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":644
+    /* "ivshmem/_core.pyx":648
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14667,14 +14679,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":645
+      /* "ivshmem/_core.pyx":649
  *                     return 0
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 645, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 649, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -14687,7 +14699,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":644
+      /* "ivshmem/_core.pyx":648
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14696,7 +14708,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":646
+    /* "ivshmem/_core.pyx":650
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -14713,11 +14725,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 646, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 650, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":647
+    /* "ivshmem/_core.pyx":651
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
@@ -14726,7 +14738,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":649
+    /* "ivshmem/_core.pyx":653
  *             n = 0
  *             # What a signal handler did may have been to start a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14752,7 +14764,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":615
+  /* "ivshmem/_core.pyx":619
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14777,7 +14789,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":651
+/* "ivshmem/_core.pyx":655
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14802,7 +14814,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":657
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14814,17 +14826,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":654
+    /* "ivshmem/_core.pyx":658
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 654, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":653
+    /* "ivshmem/_core.pyx":657
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14833,7 +14845,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":655
+  /* "ivshmem/_core.pyx":659
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14848,7 +14860,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":656
+    /* "ivshmem/_core.pyx":660
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14864,7 +14876,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":657
+        /* "ivshmem/_core.pyx":661
  *         if length_of(self.own) == 0:
  *             try:
  *                 self._deaf()             # <<<<<<<<<<<<<<
@@ -14878,12 +14890,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 661, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":656
+        /* "ivshmem/_core.pyx":660
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14899,7 +14911,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":658
+      /* "ivshmem/_core.pyx":662
  *             try:
  *                 self._deaf()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -14909,12 +14921,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 658, __pyx_L7_except_error)
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 662, __pyx_L7_except_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":659
+        /* "ivshmem/_core.pyx":663
  *                 self._deaf()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -14923,7 +14935,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":660
+        /* "ivshmem/_core.pyx":664
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
@@ -14935,11 +14947,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
         __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 660, __pyx_L7_except_error)
+        __PYX_ERR(0, 664, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":656
+      /* "ivshmem/_core.pyx":660
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14955,7 +14967,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":655
+    /* "ivshmem/_core.pyx":659
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14964,7 +14976,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":661
+  /* "ivshmem/_core.pyx":665
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -14977,7 +14989,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":651
+  /* "ivshmem/_core.pyx":655
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14998,7 +15010,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":663
+/* "ivshmem/_core.pyx":667
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15026,7 +15038,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":664
+  /* "ivshmem/_core.pyx":668
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15046,7 +15058,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":665
+    /* "ivshmem/_core.pyx":669
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")             # <<<<<<<<<<<<<<
@@ -15054,13 +15066,13 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 665, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 669, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 665, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 669, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = ((PyObject *)__pyx_v_self->own);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 665, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 669, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
@@ -15074,7 +15086,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     #endif
     __pyx_t_11 = 0;
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 665, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 669, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -15096,14 +15108,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 669, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 665, __pyx_L1_error)
+    __PYX_ERR(0, 669, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":664
+    /* "ivshmem/_core.pyx":668
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15112,7 +15124,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":666
+  /* "ivshmem/_core.pyx":670
  *         if not 0 <= vector < length_of(self.own):
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0             # <<<<<<<<<<<<<<
@@ -15125,7 +15137,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":663
+  /* "ivshmem/_core.pyx":667
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15149,7 +15161,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":668
+/* "ivshmem/_core.pyx":672
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15175,7 +15187,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":669
+  /* "ivshmem/_core.pyx":673
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15187,7 +15199,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":670
+    /* "ivshmem/_core.pyx":674
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15195,7 +15207,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             code == NEWS
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 670, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 674, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15214,14 +15226,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 674, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 670, __pyx_L1_error)
+    __PYX_ERR(0, 674, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":669
+    /* "ivshmem/_core.pyx":673
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15230,7 +15242,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":672
+  /* "ivshmem/_core.pyx":676
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (
  *             code == NEWS             # <<<<<<<<<<<<<<
@@ -15248,7 +15260,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/_core.pyx":673
+  /* "ivshmem/_core.pyx":677
  *         if (
  *             code == NEWS
  *             or code == -EIO and self.uio             # <<<<<<<<<<<<<<
@@ -15271,7 +15283,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L7_next_or:;
 
-  /* "ivshmem/_core.pyx":674
+  /* "ivshmem/_core.pyx":678
  *             code == NEWS
  *             or code == -EIO and self.uio
  *             or code == -EINTR and self.urgent and is_readable(self.watched)             # <<<<<<<<<<<<<<
@@ -15301,7 +15313,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/_core.pyx":671
+  /* "ivshmem/_core.pyx":675
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15311,7 +15323,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":676
+    /* "ivshmem/_core.pyx":680
  *             or code == -EINTR and self.urgent and is_readable(self.watched)
  *         ):
  *             self._news()             # <<<<<<<<<<<<<<
@@ -15325,12 +15337,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 676, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 680, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":671
+    /* "ivshmem/_core.pyx":675
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15340,7 +15352,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":677
+  /* "ivshmem/_core.pyx":681
  *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15352,7 +15364,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":678
+    /* "ivshmem/_core.pyx":682
  *             self._news()
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
@@ -15369,7 +15381,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":679
+    /* "ivshmem/_core.pyx":683
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
@@ -15377,11 +15389,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 683, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 679, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 683, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 679, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 683, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15391,14 +15403,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 683, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 679, __pyx_L1_error)
+    __PYX_ERR(0, 683, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":677
+    /* "ivshmem/_core.pyx":681
  *         ):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15407,7 +15419,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":680
+  /* "ivshmem/_core.pyx":684
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15433,17 +15445,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":681
+    /* "ivshmem/_core.pyx":685
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 685, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":680
+    /* "ivshmem/_core.pyx":684
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15453,17 +15465,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":682
+  /* "ivshmem/_core.pyx":686
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 682, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 686, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":683
+  /* "ivshmem/_core.pyx":687
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15476,7 +15488,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":668
+  /* "ivshmem/_core.pyx":672
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15500,7 +15512,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":685
+/* "ivshmem/_core.pyx":689
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15519,7 +15531,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":696
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15528,7 +15540,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":693
+    /* "ivshmem/_core.pyx":697
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -15537,7 +15549,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":694
+    /* "ivshmem/_core.pyx":698
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15549,7 +15561,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":695
+      /* "ivshmem/_core.pyx":699
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
@@ -15562,7 +15574,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":694
+      /* "ivshmem/_core.pyx":698
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15571,7 +15583,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":692
+    /* "ivshmem/_core.pyx":696
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15580,7 +15592,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":696
+  /* "ivshmem/_core.pyx":700
  *             if n:
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -15589,7 +15601,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":697
+  /* "ivshmem/_core.pyx":701
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -15598,7 +15610,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":698
+  /* "ivshmem/_core.pyx":702
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -15609,7 +15621,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":699
+  /* "ivshmem/_core.pyx":703
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -15620,7 +15632,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":700
+  /* "ivshmem/_core.pyx":704
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -15637,7 +15649,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":701
+  /* "ivshmem/_core.pyx":705
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15649,7 +15661,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":702
+    /* "ivshmem/_core.pyx":706
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -15662,7 +15674,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":701
+    /* "ivshmem/_core.pyx":705
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15671,7 +15683,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":707
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15683,7 +15695,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":704
+    /* "ivshmem/_core.pyx":708
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -15696,7 +15708,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":703
+    /* "ivshmem/_core.pyx":707
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15705,7 +15717,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":709
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15717,7 +15729,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":706
+    /* "ivshmem/_core.pyx":710
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15730,7 +15742,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":705
+    /* "ivshmem/_core.pyx":709
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15739,7 +15751,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":711
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -15748,7 +15760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":712
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15760,7 +15772,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":709
+    /* "ivshmem/_core.pyx":713
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -15773,7 +15785,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":712
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15782,7 +15794,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":710
+  /* "ivshmem/_core.pyx":714
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15804,7 +15816,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":711
+    /* "ivshmem/_core.pyx":715
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
@@ -15817,7 +15829,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":710
+    /* "ivshmem/_core.pyx":714
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15826,7 +15838,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":713
+  /* "ivshmem/_core.pyx":717
  *             return NEWS
  *         # Another thread, or a hostile peer, took it, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
@@ -15862,7 +15874,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":685
+  /* "ivshmem/_core.pyx":689
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15878,7 +15890,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":715
+/* "ivshmem/_core.pyx":719
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -15927,17 +15939,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":717
+  /* "ivshmem/_core.pyx":721
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 717, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 721, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":718
+  /* "ivshmem/_core.pyx":722
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -15946,19 +15958,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":720
+  /* "ivshmem/_core.pyx":724
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 720, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 724, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":725
+  /* "ivshmem/_core.pyx":729
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -15970,9 +15982,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 729, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 725, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -15980,7 +15992,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 725, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 729, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -15990,7 +16002,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 725, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 729, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -16001,13 +16013,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 725, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 729, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 725, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 729, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -16017,54 +16029,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":726
+    /* "ivshmem/_core.pyx":730
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 726, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 730, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":727
+    /* "ivshmem/_core.pyx":731
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 727, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 731, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":728
+    /* "ivshmem/_core.pyx":732
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 732, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 728, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 732, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":729
+      /* "ivshmem/_core.pyx":733
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 729, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 733, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 729, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 733, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":728
+      /* "ivshmem/_core.pyx":732
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -16073,7 +16085,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":725
+    /* "ivshmem/_core.pyx":729
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -16083,7 +16095,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":730
+  /* "ivshmem/_core.pyx":734
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16092,7 +16104,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 734, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -16102,7 +16114,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":731
+    /* "ivshmem/_core.pyx":735
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -16115,14 +16127,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 731, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 735, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 731, __pyx_L1_error)
+    __PYX_ERR(0, 735, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":730
+    /* "ivshmem/_core.pyx":734
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16131,18 +16143,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":732
+  /* "ivshmem/_core.pyx":736
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 736, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":733
+  /* "ivshmem/_core.pyx":737
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -16151,7 +16163,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":734
+  /* "ivshmem/_core.pyx":738
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16163,16 +16175,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":735
+    /* "ivshmem/_core.pyx":739
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 735, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 739, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":734
+    /* "ivshmem/_core.pyx":738
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16181,7 +16193,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":736
+  /* "ivshmem/_core.pyx":740
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -16190,20 +16202,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":741
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 737, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 741, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":738
+      /* "ivshmem/_core.pyx":742
  *         try:
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
@@ -16212,9 +16224,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 738, __pyx_L10_error)
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L10_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 738, __pyx_L10_error)
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 742, __pyx_L10_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16223,7 +16235,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-    /* "ivshmem/_core.pyx":739
+    /* "ivshmem/_core.pyx":743
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16232,7 +16244,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":740
+    /* "ivshmem/_core.pyx":744
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -16248,7 +16260,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":741
+    /* "ivshmem/_core.pyx":745
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -16262,7 +16274,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":742
+      /* "ivshmem/_core.pyx":746
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16273,7 +16285,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":743
+    /* "ivshmem/_core.pyx":747
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16282,7 +16294,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":744
+    /* "ivshmem/_core.pyx":748
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -16291,7 +16303,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":745
+    /* "ivshmem/_core.pyx":749
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -16300,7 +16312,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":746
+      /* "ivshmem/_core.pyx":750
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16326,17 +16338,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":747
+        /* "ivshmem/_core.pyx":751
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 747, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 751, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":746
+        /* "ivshmem/_core.pyx":750
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16345,7 +16357,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":748
+      /* "ivshmem/_core.pyx":752
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16357,7 +16369,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":749
+        /* "ivshmem/_core.pyx":753
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16370,7 +16382,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":750
+              /* "ivshmem/_core.pyx":754
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -16379,7 +16391,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":751
+              /* "ivshmem/_core.pyx":755
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -16399,7 +16411,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":749
+            /* "ivshmem/_core.pyx":753
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16416,7 +16428,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":752
+        /* "ivshmem/_core.pyx":756
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16428,17 +16440,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":753
+          /* "ivshmem/_core.pyx":757
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 753, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 757, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":754
+          /* "ivshmem/_core.pyx":758
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -16455,7 +16467,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":752
+          /* "ivshmem/_core.pyx":756
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16464,7 +16476,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":748
+        /* "ivshmem/_core.pyx":752
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16473,7 +16485,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":755
+      /* "ivshmem/_core.pyx":759
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16485,20 +16497,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":756
+        /* "ivshmem/_core.pyx":760
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 756, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 760, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":757
+          /* "ivshmem/_core.pyx":761
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16510,21 +16522,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":758
+            /* "ivshmem/_core.pyx":762
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 758, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 762, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 758, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 762, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":759
+            /* "ivshmem/_core.pyx":763
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16550,7 +16562,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":760
+              /* "ivshmem/_core.pyx":764
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -16558,11 +16570,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 760, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 764, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 760, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 764, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 760, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 764, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -16583,7 +16595,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 760, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 764, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -16597,7 +16609,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":759
+              /* "ivshmem/_core.pyx":763
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16606,7 +16618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":761
+            /* "ivshmem/_core.pyx":765
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16618,7 +16630,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":762
+              /* "ivshmem/_core.pyx":766
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -16627,7 +16639,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":761
+              /* "ivshmem/_core.pyx":765
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16636,7 +16648,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":757
+            /* "ivshmem/_core.pyx":761
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16647,7 +16659,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":764
+          /* "ivshmem/_core.pyx":768
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -16670,7 +16682,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":755
+        /* "ivshmem/_core.pyx":759
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16679,7 +16691,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":765
+      /* "ivshmem/_core.pyx":769
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16696,11 +16708,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 769, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":766
+      /* "ivshmem/_core.pyx":770
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16726,7 +16738,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":767
+        /* "ivshmem/_core.pyx":771
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16743,7 +16755,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":766
+        /* "ivshmem/_core.pyx":770
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16752,7 +16764,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":768
+      /* "ivshmem/_core.pyx":772
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -16763,7 +16775,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":770
+  /* "ivshmem/_core.pyx":774
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -16820,7 +16832,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":719
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -16854,7 +16866,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":772
+/* "ivshmem/_core.pyx":776
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16906,33 +16918,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 772, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 776, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 772, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 776, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":778
+      /* "ivshmem/_core.pyx":782
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16942,7 +16954,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":781
+      /* "ivshmem/_core.pyx":785
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16951,29 +16963,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_7_memory_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 772, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 776, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 776, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 776, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 776, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":778
+      /* "ivshmem/_core.pyx":782
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16983,7 +16995,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":781
+      /* "ivshmem/_core.pyx":785
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -17001,7 +17013,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 772, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 776, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17012,11 +17024,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 775, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 781, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 779, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 785, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":772
+  /* "ivshmem/_core.pyx":776
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17074,7 +17086,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":806
+  /* "ivshmem/_core.pyx":810
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -17086,43 +17098,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 806, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 810, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":807
+  /* "ivshmem/_core.pyx":811
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 807, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 811, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":808
+  /* "ivshmem/_core.pyx":812
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 808, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 812, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":810
+  /* "ivshmem/_core.pyx":814
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 810, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 814, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":815
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -17131,27 +17143,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":812
+    /* "ivshmem/_core.pyx":816
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 812, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 816, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":813
+    /* "ivshmem/_core.pyx":817
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 813, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 817, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":814
+    /* "ivshmem/_core.pyx":818
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17177,7 +17189,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":815
+      /* "ivshmem/_core.pyx":819
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -17185,9 +17197,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 815, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 819, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 815, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 819, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -17196,14 +17208,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 815, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 819, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 815, __pyx_L4_error)
+      __PYX_ERR(0, 819, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":814
+      /* "ivshmem/_core.pyx":818
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17212,7 +17224,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":816
+    /* "ivshmem/_core.pyx":820
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -17223,7 +17235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":817
+    /* "ivshmem/_core.pyx":821
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -17232,17 +17244,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":818
+    /* "ivshmem/_core.pyx":822
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 818, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 822, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":819
+    /* "ivshmem/_core.pyx":823
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -17251,7 +17263,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":820
+      /* "ivshmem/_core.pyx":824
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17262,14 +17274,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":821
+        /* "ivshmem/_core.pyx":825
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 821, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 825, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17282,7 +17294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":820
+        /* "ivshmem/_core.pyx":824
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17291,7 +17303,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":822
+      /* "ivshmem/_core.pyx":826
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -17302,17 +17314,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":823
+      /* "ivshmem/_core.pyx":827
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 823, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 827, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":824
+      /* "ivshmem/_core.pyx":828
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -17321,14 +17333,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":825
+        /* "ivshmem/_core.pyx":829
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 825, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 829, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17342,7 +17354,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":827
+      /* "ivshmem/_core.pyx":831
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -17394,7 +17406,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":829
+    /* "ivshmem/_core.pyx":833
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -17446,7 +17458,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":831
+  /* "ivshmem/_core.pyx":835
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17497,7 +17509,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":772
+  /* "ivshmem/_core.pyx":776
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17523,7 +17535,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":833
+/* "ivshmem/_core.pyx":837
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17548,7 +17560,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":839
+  /* "ivshmem/_core.pyx":843
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -17557,7 +17569,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":844
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -17566,7 +17578,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":841
+    /* "ivshmem/_core.pyx":845
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -17575,7 +17587,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":842
+    /* "ivshmem/_core.pyx":846
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17601,17 +17613,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":843
+      /* "ivshmem/_core.pyx":847
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 843, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 847, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":842
+      /* "ivshmem/_core.pyx":846
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17620,7 +17632,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":844
+    /* "ivshmem/_core.pyx":848
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17632,7 +17644,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":845
+      /* "ivshmem/_core.pyx":849
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -17641,7 +17653,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":846
+      /* "ivshmem/_core.pyx":850
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -17662,7 +17674,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":847
+      /* "ivshmem/_core.pyx":851
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17675,7 +17687,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":848
+            /* "ivshmem/_core.pyx":852
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17685,7 +17697,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":847
+          /* "ivshmem/_core.pyx":851
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17702,7 +17714,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":853
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17714,7 +17726,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":850
+        /* "ivshmem/_core.pyx":854
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17731,7 +17743,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":849
+        /* "ivshmem/_core.pyx":853
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17740,7 +17752,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":844
+      /* "ivshmem/_core.pyx":848
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17750,7 +17762,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":851
+    /* "ivshmem/_core.pyx":855
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17762,14 +17774,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":852
+      /* "ivshmem/_core.pyx":856
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 852, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 856, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -17782,7 +17794,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":851
+      /* "ivshmem/_core.pyx":855
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17792,7 +17804,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":853
+    /* "ivshmem/_core.pyx":857
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
@@ -17818,11 +17830,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 853, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 857, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":855
+    /* "ivshmem/_core.pyx":859
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17858,7 +17870,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":856
+      /* "ivshmem/_core.pyx":860
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
@@ -17875,7 +17887,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":855
+      /* "ivshmem/_core.pyx":859
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17885,7 +17897,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":833
+  /* "ivshmem/_core.pyx":837
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17909,7 +17921,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":858
+/* "ivshmem/_core.pyx":862
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17923,7 +17935,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":862
+  /* "ivshmem/_core.pyx":866
  *     ) noexcept nogil:
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
@@ -17932,7 +17944,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":863
+  /* "ivshmem/_core.pyx":867
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17944,7 +17956,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":864
+    /* "ivshmem/_core.pyx":868
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17953,7 +17965,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":863
+    /* "ivshmem/_core.pyx":867
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -17962,7 +17974,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":865
+  /* "ivshmem/_core.pyx":869
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17974,7 +17986,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":866
+    /* "ivshmem/_core.pyx":870
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17983,7 +17995,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":867
+    /* "ivshmem/_core.pyx":871
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18009,7 +18021,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":868
+      /* "ivshmem/_core.pyx":872
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
@@ -18018,7 +18030,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":867
+      /* "ivshmem/_core.pyx":871
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18027,7 +18039,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":865
+    /* "ivshmem/_core.pyx":869
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18036,7 +18048,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":869
+  /* "ivshmem/_core.pyx":873
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -18048,7 +18060,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":870
+    /* "ivshmem/_core.pyx":874
  *                 n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -18057,7 +18069,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":869
+    /* "ivshmem/_core.pyx":873
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -18066,7 +18078,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":871
+  /* "ivshmem/_core.pyx":875
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
@@ -18079,7 +18091,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":858
+  /* "ivshmem/_core.pyx":862
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -18093,7 +18105,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":873
+/* "ivshmem/_core.pyx":877
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18141,24 +18153,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 873, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 877, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 877, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 873, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 877, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 877, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -18169,7 +18181,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 873, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 877, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18208,17 +18220,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":879
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 875, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 879, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":876
+  /* "ivshmem/_core.pyx":880
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -18227,14 +18239,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":877
+    /* "ivshmem/_core.pyx":881
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 877, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 881, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -18248,7 +18260,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":879
+  /* "ivshmem/_core.pyx":883
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -18296,7 +18308,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":877
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18315,7 +18327,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":881
+/* "ivshmem/_core.pyx":885
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18348,17 +18360,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":882
+  /* "ivshmem/_core.pyx":886
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 882, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 886, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":885
+  /* "ivshmem/_core.pyx":889
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -18367,21 +18379,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":888
+  /* "ivshmem/_core.pyx":892
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 888, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 892, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":889
+  /* "ivshmem/_core.pyx":893
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -18390,7 +18402,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":890
+  /* "ivshmem/_core.pyx":894
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18399,7 +18411,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":891
+    /* "ivshmem/_core.pyx":895
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -18408,7 +18420,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":892
+    /* "ivshmem/_core.pyx":896
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18420,17 +18432,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":893
+      /* "ivshmem/_core.pyx":897
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 893, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 897, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":892
+      /* "ivshmem/_core.pyx":896
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18439,7 +18451,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":894
+    /* "ivshmem/_core.pyx":898
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18451,17 +18463,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":895
+      /* "ivshmem/_core.pyx":899
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 895, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 899, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":894
+      /* "ivshmem/_core.pyx":898
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18470,7 +18482,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":896
+    /* "ivshmem/_core.pyx":900
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18482,7 +18494,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":897
+      /* "ivshmem/_core.pyx":901
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -18490,7 +18502,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 897, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 901, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -18509,14 +18521,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 897, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 901, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 897, __pyx_L1_error)
+      __PYX_ERR(0, 901, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":896
+      /* "ivshmem/_core.pyx":900
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18525,7 +18537,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":898
+    /* "ivshmem/_core.pyx":902
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18537,7 +18549,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":899
+      /* "ivshmem/_core.pyx":903
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -18554,7 +18566,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":898
+      /* "ivshmem/_core.pyx":902
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18563,7 +18575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":900
+    /* "ivshmem/_core.pyx":904
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18575,7 +18587,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":901
+      /* "ivshmem/_core.pyx":905
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -18586,7 +18598,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":902
+      /* "ivshmem/_core.pyx":906
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18598,7 +18610,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":903
+        /* "ivshmem/_core.pyx":907
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -18612,12 +18624,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 903, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 907, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":904
+        /* "ivshmem/_core.pyx":908
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18626,7 +18638,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":905
+          /* "ivshmem/_core.pyx":909
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -18644,7 +18656,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":904
+          /* "ivshmem/_core.pyx":908
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18653,7 +18665,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":902
+        /* "ivshmem/_core.pyx":906
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18663,7 +18675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":906
+      /* "ivshmem/_core.pyx":910
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18675,7 +18687,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":907
+        /* "ivshmem/_core.pyx":911
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -18684,7 +18696,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":908
+        /* "ivshmem/_core.pyx":912
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18710,7 +18722,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":909
+          /* "ivshmem/_core.pyx":913
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -18718,11 +18730,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 909, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 913, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 909, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 913, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 909, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 913, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -18743,7 +18755,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 909, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 913, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -18757,7 +18769,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":908
+          /* "ivshmem/_core.pyx":912
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18766,7 +18778,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":910
+        /* "ivshmem/_core.pyx":914
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18778,7 +18790,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":911
+          /* "ivshmem/_core.pyx":915
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -18795,11 +18807,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 911, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 915, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":910
+          /* "ivshmem/_core.pyx":914
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18808,7 +18820,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":906
+        /* "ivshmem/_core.pyx":910
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18818,7 +18830,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":900
+      /* "ivshmem/_core.pyx":904
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18828,7 +18840,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":912
+    /* "ivshmem/_core.pyx":916
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18840,17 +18852,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":913
+      /* "ivshmem/_core.pyx":917
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 913, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 917, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":912
+      /* "ivshmem/_core.pyx":916
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18860,17 +18872,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":915
+    /* "ivshmem/_core.pyx":919
  *                 self.attend(n)
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 915, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 919, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":916
+    /* "ivshmem/_core.pyx":920
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18906,7 +18918,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":917
+      /* "ivshmem/_core.pyx":921
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -18915,7 +18927,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":916
+      /* "ivshmem/_core.pyx":920
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18925,7 +18937,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":918
+    /* "ivshmem/_core.pyx":922
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18937,7 +18949,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":919
+      /* "ivshmem/_core.pyx":923
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -18946,7 +18958,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":920
+      /* "ivshmem/_core.pyx":924
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18958,7 +18970,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":921
+        /* "ivshmem/_core.pyx":925
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -18975,7 +18987,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":920
+        /* "ivshmem/_core.pyx":924
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -18984,7 +18996,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":918
+      /* "ivshmem/_core.pyx":922
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18995,7 +19007,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":881
+  /* "ivshmem/_core.pyx":885
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -19026,7 +19038,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":923
+/* "ivshmem/_core.pyx":927
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19039,7 +19051,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":925
+  /* "ivshmem/_core.pyx":929
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -19048,7 +19060,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":926
+  /* "ivshmem/_core.pyx":930
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
  *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
@@ -19067,7 +19079,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":923
+  /* "ivshmem/_core.pyx":927
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19081,7 +19093,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":928
+/* "ivshmem/_core.pyx":932
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19098,7 +19110,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":930
+  /* "ivshmem/_core.pyx":934
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -19107,7 +19119,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":931
+  /* "ivshmem/_core.pyx":935
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19119,7 +19131,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":932
+    /* "ivshmem/_core.pyx":936
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -19140,7 +19152,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":931
+    /* "ivshmem/_core.pyx":935
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19149,7 +19161,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":933
+  /* "ivshmem/_core.pyx":937
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19161,7 +19173,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":934
+    /* "ivshmem/_core.pyx":938
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -19174,7 +19186,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":933
+    /* "ivshmem/_core.pyx":937
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19183,7 +19195,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":936
+  /* "ivshmem/_core.pyx":940
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -19199,7 +19211,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":937
+  /* "ivshmem/_core.pyx":941
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -19208,7 +19220,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":938
+  /* "ivshmem/_core.pyx":942
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -19217,7 +19229,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":939
+  /* "ivshmem/_core.pyx":943
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19230,7 +19242,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":928
+  /* "ivshmem/_core.pyx":932
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19246,7 +19258,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":943
+/* "ivshmem/_core.pyx":947
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19262,7 +19274,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":945
+  /* "ivshmem/_core.pyx":949
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """What wait_one does, as far as that goes without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -19271,7 +19283,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":947
+  /* "ivshmem/_core.pyx":951
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19283,7 +19295,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":948
+    /* "ivshmem/_core.pyx":952
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19296,7 +19308,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":947
+    /* "ivshmem/_core.pyx":951
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19305,7 +19317,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":949
+  /* "ivshmem/_core.pyx":953
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19319,7 +19331,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":950
+    /* "ivshmem/_core.pyx":954
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19331,7 +19343,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":951
+      /* "ivshmem/_core.pyx":955
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19348,7 +19360,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":950
+      /* "ivshmem/_core.pyx":954
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19357,7 +19369,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":952
+    /* "ivshmem/_core.pyx":956
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19382,7 +19394,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":953
+    /* "ivshmem/_core.pyx":957
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19408,7 +19420,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":954
+      /* "ivshmem/_core.pyx":958
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19417,7 +19429,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":953
+      /* "ivshmem/_core.pyx":957
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19426,7 +19438,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":955
+    /* "ivshmem/_core.pyx":959
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19452,7 +19464,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":956
+      /* "ivshmem/_core.pyx":960
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19461,7 +19473,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":957
+      /* "ivshmem/_core.pyx":961
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19470,7 +19482,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":965
+      /* "ivshmem/_core.pyx":969
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19479,7 +19491,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":955
+      /* "ivshmem/_core.pyx":959
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19488,7 +19500,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":966
+    /* "ivshmem/_core.pyx":970
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19500,7 +19512,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":967
+      /* "ivshmem/_core.pyx":971
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19522,7 +19534,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":966
+      /* "ivshmem/_core.pyx":970
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19531,7 +19543,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":968
+    /* "ivshmem/_core.pyx":972
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19557,7 +19569,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":969
+      /* "ivshmem/_core.pyx":973
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19566,7 +19578,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":968
+      /* "ivshmem/_core.pyx":972
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19575,7 +19587,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":949
+    /* "ivshmem/_core.pyx":953
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19585,7 +19597,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":971
+  /* "ivshmem/_core.pyx":975
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19597,7 +19609,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":972
+  /* "ivshmem/_core.pyx":976
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19606,7 +19618,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":973
+  /* "ivshmem/_core.pyx":977
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19619,7 +19631,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":943
+  /* "ivshmem/_core.pyx":947
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19634,7 +19646,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":975
+/* "ivshmem/_core.pyx":979
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19659,7 +19671,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":985
+  /* "ivshmem/_core.pyx":989
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19668,7 +19680,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":988
+  /* "ivshmem/_core.pyx":992
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19677,17 +19689,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":989
+  /* "ivshmem/_core.pyx":993
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 989, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 993, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":990
+  /* "ivshmem/_core.pyx":994
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19702,7 +19714,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":991
+    /* "ivshmem/_core.pyx":995
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -19716,12 +19728,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 991, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 995, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":990
+    /* "ivshmem/_core.pyx":994
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19730,17 +19742,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":992
+  /* "ivshmem/_core.pyx":996
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 992, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 996, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":993
+  /* "ivshmem/_core.pyx":997
  *             self._deaf()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19749,7 +19761,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":994
+  /* "ivshmem/_core.pyx":998
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19776,7 +19788,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":995
+    /* "ivshmem/_core.pyx":999
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19785,7 +19797,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":996
+    /* "ivshmem/_core.pyx":1000
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19798,7 +19810,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":997
+          /* "ivshmem/_core.pyx":1001
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19811,7 +19823,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":998
+            /* "ivshmem/_core.pyx":1002
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19820,7 +19832,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":999
+            /* "ivshmem/_core.pyx":1003
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19832,7 +19844,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1000
+              /* "ivshmem/_core.pyx":1004
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19841,7 +19853,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":999
+              /* "ivshmem/_core.pyx":1003
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19850,7 +19862,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1001
+            /* "ivshmem/_core.pyx":1005
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19859,7 +19871,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":1002
+            /* "ivshmem/_core.pyx":1006
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19868,7 +19880,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":1003
+            /* "ivshmem/_core.pyx":1007
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19880,7 +19892,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1004
+              /* "ivshmem/_core.pyx":1008
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19889,7 +19901,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_4_fds_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":1003
+              /* "ivshmem/_core.pyx":1007
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19898,7 +19910,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1005
+            /* "ivshmem/_core.pyx":1009
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19907,7 +19919,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":1006
+            /* "ivshmem/_core.pyx":1010
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19919,7 +19931,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1007
+              /* "ivshmem/_core.pyx":1011
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19928,7 +19940,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":1006
+              /* "ivshmem/_core.pyx":1010
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19940,7 +19952,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":996
+        /* "ivshmem/_core.pyx":1000
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19957,7 +19969,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":1008
+    /* "ivshmem/_core.pyx":1012
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19969,7 +19981,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1009
+      /* "ivshmem/_core.pyx":1013
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -19978,7 +19990,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":1008
+      /* "ivshmem/_core.pyx":1012
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19987,7 +19999,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":1010
+    /* "ivshmem/_core.pyx":1014
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19999,17 +20011,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1011
+      /* "ivshmem/_core.pyx":1015
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1011, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1015, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":1010
+      /* "ivshmem/_core.pyx":1014
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -20020,7 +20032,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":1012
+  /* "ivshmem/_core.pyx":1016
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -20033,7 +20045,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":975
+  /* "ivshmem/_core.pyx":979
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -20056,7 +20068,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1014
+/* "ivshmem/_core.pyx":1018
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20109,38 +20121,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1014, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1018, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1014, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1018, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1014, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1018, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1014, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1018, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1014, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1018, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1014, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1018, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1014, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1018, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -20151,7 +20163,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1014, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1018, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -20162,7 +20174,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1014, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1018, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20220,7 +20232,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("echo", 0);
   __Pyx_INCREF(__pyx_v_answer);
 
-  /* "ivshmem/_core.pyx":1036
+  /* "ivshmem/_core.pyx":1040
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -20229,7 +20241,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1037
+  /* "ivshmem/_core.pyx":1041
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20241,13 +20253,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1037, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1041, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1038
+  /* "ivshmem/_core.pyx":1042
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -20256,7 +20268,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1039
+  /* "ivshmem/_core.pyx":1043
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -20265,7 +20277,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1040
+  /* "ivshmem/_core.pyx":1044
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Signaller own = None             # <<<<<<<<<<<<<<
@@ -20275,7 +20287,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_INCREF(Py_None);
   __pyx_v_own = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None);
 
-  /* "ivshmem/_core.pyx":1043
+  /* "ivshmem/_core.pyx":1047
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20286,19 +20298,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1044
+    /* "ivshmem/_core.pyx":1048
  *         cdef Doorbell bell
  *         if answer is None:
  *             answer = vector             # <<<<<<<<<<<<<<
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1044, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1048, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_answer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1043
+    /* "ivshmem/_core.pyx":1047
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20307,7 +20319,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1045
+  /* "ivshmem/_core.pyx":1049
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20318,23 +20330,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1046
+    /* "ivshmem/_core.pyx":1050
  *             answer = vector
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)             # <<<<<<<<<<<<<<
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
 */
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1046, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1050, __pyx_L1_error)
     __pyx_t_6.__pyx_n = 1;
     __pyx_t_6.vector = __pyx_t_5;
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1046, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1050, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1045
+    /* "ivshmem/_core.pyx":1049
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20344,7 +20356,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":1048
+  /* "ivshmem/_core.pyx":1052
  *             bell = self.doorbell(peer, answer)
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)             # <<<<<<<<<<<<<<
@@ -20359,14 +20371,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_v_peer, __pyx_v_answer};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1048, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1052, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 1048, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 1052, __pyx_L1_error)
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1049
+    /* "ivshmem/_core.pyx":1053
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -20375,7 +20387,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1049, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1053, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
 
@@ -20392,7 +20404,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1050
+    /* "ivshmem/_core.pyx":1054
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
@@ -20401,7 +20413,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     if (__pyx_v_bell->nowait) {
 
-      /* "ivshmem/_core.pyx":1051
+      /* "ivshmem/_core.pyx":1055
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
@@ -20410,9 +20422,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
       /*with:*/ {
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1055, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
-        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1055, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_11);
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __pyx_t_8 = 1;
@@ -20432,13 +20444,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1051, __pyx_L1_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1055, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
-        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1051, __pyx_L1_error)
+        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1055, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __pyx_t_7 = NULL;
-        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1051, __pyx_L6_error)
+        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1055, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_8 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -20457,7 +20469,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1051, __pyx_L6_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1055, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_11);
         }
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20472,7 +20484,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XGOTREF(__pyx_t_15);
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":1052
+              /* "ivshmem/_core.pyx":1056
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
  *                     own = Signaller()             # <<<<<<<<<<<<<<
@@ -20485,13 +20497,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
                 __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1052, __pyx_L10_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1056, __pyx_L10_error)
                 __Pyx_GOTREF((PyObject *)__pyx_t_4);
               }
               __Pyx_DECREF_SET(__pyx_v_own, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_4));
               __pyx_t_4 = 0;
 
-              /* "ivshmem/_core.pyx":1051
+              /* "ivshmem/_core.pyx":1055
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
@@ -20510,23 +20522,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             /*except:*/ {
               __Pyx_AddTraceback("ivshmem._core.Doorbells.echo", __pyx_clineno, __pyx_lineno, __pyx_filename);
-              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1055, __pyx_L12_except_error)
               __Pyx_XGOTREF(__pyx_t_4);
               __Pyx_XGOTREF(__pyx_t_11);
               __Pyx_XGOTREF(__pyx_t_10);
               {
                 PyObject* __pyx_temp[3] = {__pyx_t_4, __pyx_t_11, __pyx_t_10};
-                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1055, __pyx_L12_except_error)
                 __Pyx_GOTREF(__pyx_t_7);
               }
               __pyx_t_16 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_t_7, NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1055, __pyx_L12_except_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_16);
               __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1051, __pyx_L12_except_error)
+              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1055, __pyx_L12_except_error)
               __pyx_t_17 = (!__pyx_t_2);
 
 
@@ -20537,7 +20549,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 __Pyx_XGIVEREF(__pyx_t_10);
                 __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_11, __pyx_t_10);
                 __pyx_t_4 = 0;  __pyx_t_11 = 0;  __pyx_t_10 = 0; 
-                __PYX_ERR(0, 1051, __pyx_L12_except_error)
+                __PYX_ERR(0, 1055, __pyx_L12_except_error)
               }
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20563,7 +20575,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             if (__pyx_t_12) {
               __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_mstate_global->__pyx_tuple[0], NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1051, __pyx_L1_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1055, __pyx_L1_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
             }
@@ -20578,7 +20590,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
         __pyx_L19:;
       }
 
-      /* "ivshmem/_core.pyx":1050
+      /* "ivshmem/_core.pyx":1054
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
@@ -20589,7 +20601,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":1053
+  /* "ivshmem/_core.pyx":1057
  *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
  *                     own = Signaller()
  *         gentle.bell = &bell.bell             # <<<<<<<<<<<<<<
@@ -20598,7 +20610,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.bell = (&__pyx_v_bell->bell);
 
-  /* "ivshmem/_core.pyx":1054
+  /* "ivshmem/_core.pyx":1058
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own             # <<<<<<<<<<<<<<
@@ -20607,7 +20619,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.signaller = ((void *)__pyx_v_own);
 
-  /* "ivshmem/_core.pyx":1055
+  /* "ivshmem/_core.pyx":1059
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own
  *         while True:             # <<<<<<<<<<<<<<
@@ -20616,7 +20628,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1058
+    /* "ivshmem/_core.pyx":1062
  *             done += self.serve(
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,             # <<<<<<<<<<<<<<
@@ -20631,7 +20643,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_18 = __pyx_f_7ivshmem_5_bell_ring_bell;
     }
 
-    /* "ivshmem/_core.pyx":1059
+    /* "ivshmem/_core.pyx":1063
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
  *                 <void *>&gentle if bell.nowait else <void *>&bell.bell,             # <<<<<<<<<<<<<<
@@ -20646,30 +20658,30 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_19 = ((void *)(&__pyx_v_bell->bell));
     }
 
-    /* "ivshmem/_core.pyx":1062
+    /* "ivshmem/_core.pyx":1066
  *                 limit - done,
  *                 nanoseconds,
  *                 spin_of(spin),             # <<<<<<<<<<<<<<
  *                 &stopped,
  *             )
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1062, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1066, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1056
+    /* "ivshmem/_core.pyx":1060
  *         gentle.signaller = <void *>own
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1056, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1060, __pyx_L1_error)
 
 
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1065
+    /* "ivshmem/_core.pyx":1069
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20681,14 +20693,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     if (__pyx_t_17) {
 
 
-      /* "ivshmem/_core.pyx":1066
+      /* "ivshmem/_core.pyx":1070
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal
 */
-      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1066, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1070, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       {
         PyObject *__pyx_temp;
@@ -20701,7 +20713,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_10 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1065
+      /* "ivshmem/_core.pyx":1069
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20710,17 +20722,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1067
+    /* "ivshmem/_core.pyx":1071
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped it, unless that was a signal
  * 
 */
-    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1067, __pyx_L1_error)
+    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1071, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1068
+    /* "ivshmem/_core.pyx":1072
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
@@ -20734,13 +20746,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
       __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1068, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1072, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1014
+  /* "ivshmem/_core.pyx":1018
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20772,7 +20784,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1072
+/* "ivshmem/_core.pyx":1076
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20783,7 +20795,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1074
+  /* "ivshmem/_core.pyx":1078
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20795,7 +20807,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1075
+    /* "ivshmem/_core.pyx":1079
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20806,7 +20818,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1076
+          /* "ivshmem/_core.pyx":1080
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20816,7 +20828,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1075
+        /* "ivshmem/_core.pyx":1079
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20832,7 +20844,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":1074
+    /* "ivshmem/_core.pyx":1078
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20841,7 +20853,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":1072
+  /* "ivshmem/_core.pyx":1076
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20852,7 +20864,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":1078
+/* "ivshmem/_core.pyx":1082
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20871,7 +20883,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1079
+  /* "ivshmem/_core.pyx":1083
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20882,7 +20894,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1080
+    /* "ivshmem/_core.pyx":1084
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20896,12 +20908,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1080, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1084, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1079
+    /* "ivshmem/_core.pyx":1083
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20910,7 +20922,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1081
+  /* "ivshmem/_core.pyx":1085
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20924,12 +20936,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1081, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1085, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1082
+  /* "ivshmem/_core.pyx":1086
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -20943,12 +20955,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1086, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1083
+  /* "ivshmem/_core.pyx":1087
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -20962,12 +20974,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1083, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1084
+  /* "ivshmem/_core.pyx":1088
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20978,7 +20990,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1085
+    /* "ivshmem/_core.pyx":1089
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -20992,12 +21004,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1085, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1089, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1084
+    /* "ivshmem/_core.pyx":1088
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -21006,7 +21018,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1086
+  /* "ivshmem/_core.pyx":1090
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21017,7 +21029,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1087
+    /* "ivshmem/_core.pyx":1091
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -21031,12 +21043,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1091, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1086
+    /* "ivshmem/_core.pyx":1090
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21045,7 +21057,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1088
+  /* "ivshmem/_core.pyx":1092
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21059,7 +21071,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1089
+        /* "ivshmem/_core.pyx":1093
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -21072,7 +21084,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1088
+      /* "ivshmem/_core.pyx":1092
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21089,7 +21101,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1078
+  /* "ivshmem/_core.pyx":1082
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -21108,7 +21120,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1091
+/* "ivshmem/_core.pyx":1095
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21185,7 +21197,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1094
+        /* "ivshmem/_core.pyx":1098
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -21195,9 +21207,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1094, __pyx_L4_error)
+          __PYX_ERR(0, 1098, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1094, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1098, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -21205,12 +21217,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1094, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1098, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1095
+          /* "ivshmem/_core.pyx":1099
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -21221,7 +21233,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1096
+            /* "ivshmem/_core.pyx":1100
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -21235,12 +21247,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1096, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1100, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1095
+            /* "ivshmem/_core.pyx":1099
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -21251,7 +21263,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1097
+        /* "ivshmem/_core.pyx":1101
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -21260,13 +21272,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1097, __pyx_L4_error)
+          __PYX_ERR(0, 1101, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1097, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1101, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1091
+      /* "ivshmem/_core.pyx":1095
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21304,7 +21316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1099
+/* "ivshmem/_core.pyx":1103
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21376,7 +21388,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1102
+  /* "ivshmem/_core.pyx":1106
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21388,7 +21400,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1103
+    /* "ivshmem/_core.pyx":1107
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -21405,7 +21417,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1102
+    /* "ivshmem/_core.pyx":1106
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21414,7 +21426,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1104
+  /* "ivshmem/_core.pyx":1108
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -21423,7 +21435,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1105
+    /* "ivshmem/_core.pyx":1109
  *             return
  *         try:
  *             self._unwatch()             # <<<<<<<<<<<<<<
@@ -21437,12 +21449,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1105, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1109, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1106
+    /* "ivshmem/_core.pyx":1110
  *         try:
  *             self._unwatch()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -21451,7 +21463,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1107
+    /* "ivshmem/_core.pyx":1111
  *             self._unwatch()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -21465,12 +21477,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1107, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1111, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1109
+    /* "ivshmem/_core.pyx":1113
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21482,7 +21494,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1110
+      /* "ivshmem/_core.pyx":1114
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -21496,22 +21508,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1110, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1111
+      /* "ivshmem/_core.pyx":1115
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1111, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1115, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1109
+      /* "ivshmem/_core.pyx":1113
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21521,7 +21533,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1113
+    /* "ivshmem/_core.pyx":1117
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -21534,7 +21546,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1115
+  /* "ivshmem/_core.pyx":1119
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21580,7 +21592,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1099
+  /* "ivshmem/_core.pyx":1103
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21602,7 +21614,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1117
+/* "ivshmem/_core.pyx":1121
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21631,7 +21643,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1123
+  /* "ivshmem/_core.pyx":1127
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21642,7 +21654,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1124
+    /* "ivshmem/_core.pyx":1128
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21659,7 +21671,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1125
+      /* "ivshmem/_core.pyx":1129
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21668,7 +21680,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1125, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1129, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21676,14 +21688,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1125, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1129, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1123
+    /* "ivshmem/_core.pyx":1127
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21693,7 +21705,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1126
+  /* "ivshmem/_core.pyx":1130
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21705,19 +21717,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1127
+    /* "ivshmem/_core.pyx":1131
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1127, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1131, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1128
+    /* "ivshmem/_core.pyx":1132
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21728,7 +21740,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1129
+      /* "ivshmem/_core.pyx":1133
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21741,7 +21753,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1128
+      /* "ivshmem/_core.pyx":1132
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21750,7 +21762,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1130
+    /* "ivshmem/_core.pyx":1134
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21761,14 +21773,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1131
+      /* "ivshmem/_core.pyx":1135
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1131, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1135, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21781,11 +21793,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1131, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1135, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1131, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1135, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21796,12 +21808,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1130, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1134, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1126
+    /* "ivshmem/_core.pyx":1130
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21811,7 +21823,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1133
+  /* "ivshmem/_core.pyx":1137
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21824,7 +21836,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1117
+  /* "ivshmem/_core.pyx":1121
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21850,7 +21862,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1137
+/* "ivshmem/_core.pyx":1141
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21897,32 +21909,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1137, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1141, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1137, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1141, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1137, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1141, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1137, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1141, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1137, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1141, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1138, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1142, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1137, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1141, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21966,7 +21978,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1141
+  /* "ivshmem/_core.pyx":1145
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21978,17 +21990,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1142
+    /* "ivshmem/_core.pyx":1146
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1142, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1146, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1141
+    /* "ivshmem/_core.pyx":1145
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21997,7 +22009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1143
+  /* "ivshmem/_core.pyx":1147
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -22006,17 +22018,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1144
+    /* "ivshmem/_core.pyx":1148
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1144, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1148, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1145
+    /* "ivshmem/_core.pyx":1149
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -22025,7 +22037,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1146
+    /* "ivshmem/_core.pyx":1150
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22051,14 +22063,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1147
+      /* "ivshmem/_core.pyx":1151
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1147, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1151, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -22071,7 +22083,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1146
+      /* "ivshmem/_core.pyx":1150
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22080,7 +22092,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1148
+    /* "ivshmem/_core.pyx":1152
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22092,7 +22104,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1149
+      /* "ivshmem/_core.pyx":1153
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -22109,11 +22121,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1149, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1153, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1148
+      /* "ivshmem/_core.pyx":1152
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22122,7 +22134,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1150
+    /* "ivshmem/_core.pyx":1154
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -22141,7 +22153,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1152
+  /* "ivshmem/_core.pyx":1156
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -22189,7 +22201,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1137
+  /* "ivshmem/_core.pyx":1141
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -22209,7 +22221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1154
+/* "ivshmem/_core.pyx":1158
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22257,32 +22269,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1154, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1158, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1154, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1158, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1154, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1158, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1154, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1158, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1154, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1158, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1154, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1158, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22317,17 +22329,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1165
  *                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1161, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1165, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1162
+  /* "ivshmem/_core.pyx":1166
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22342,7 +22354,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1163
+    /* "ivshmem/_core.pyx":1167
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -22356,12 +22368,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1163, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1162
+    /* "ivshmem/_core.pyx":1166
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22370,27 +22382,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1164
+  /* "ivshmem/_core.pyx":1168
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1164, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1168, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1165
+    /* "ivshmem/_core.pyx":1169
  *             self._deaf()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1165, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1165, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -22404,7 +22416,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1164
+    /* "ivshmem/_core.pyx":1168
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -22413,25 +22425,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1166
+  /* "ivshmem/_core.pyx":1170
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1166, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1170, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1167
+    /* "ivshmem/_core.pyx":1171
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1167, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1171, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -22444,7 +22456,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1166
+    /* "ivshmem/_core.pyx":1170
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -22453,18 +22465,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1168
+  /* "ivshmem/_core.pyx":1172
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1168, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1172, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1169
+    /* "ivshmem/_core.pyx":1173
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -22472,7 +22484,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1169, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1173, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -22491,7 +22503,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1168
+    /* "ivshmem/_core.pyx":1172
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -22500,19 +22512,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1170
+  /* "ivshmem/_core.pyx":1174
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1170, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1170, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1174, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1174, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1171
+  /* "ivshmem/_core.pyx":1175
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -22521,8 +22533,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1171, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1171, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1175, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -22537,7 +22549,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1154
+  /* "ivshmem/_core.pyx":1158
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22557,7 +22569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1183
+/* "ivshmem/_core.pyx":1187
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22568,7 +22580,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1184
+  /* "ivshmem/_core.pyx":1188
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22581,7 +22593,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1183
+  /* "ivshmem/_core.pyx":1187
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22594,7 +22606,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1187
+/* "ivshmem/_core.pyx":1191
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22605,7 +22617,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1188
+  /* "ivshmem/_core.pyx":1192
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -22614,7 +22626,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1189
+  /* "ivshmem/_core.pyx":1193
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -22627,7 +22639,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1187
+  /* "ivshmem/_core.pyx":1191
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22640,7 +22652,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1192
+/* "ivshmem/_core.pyx":1196
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22656,7 +22668,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1193
+  /* "ivshmem/_core.pyx":1197
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22670,7 +22682,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1194
+    /* "ivshmem/_core.pyx":1198
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22682,7 +22694,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1195
+      /* "ivshmem/_core.pyx":1199
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22695,7 +22707,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1194
+      /* "ivshmem/_core.pyx":1198
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22704,7 +22716,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1196
+    /* "ivshmem/_core.pyx":1200
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22715,7 +22727,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1197
+  /* "ivshmem/_core.pyx":1201
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22728,7 +22740,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1192
+  /* "ivshmem/_core.pyx":1196
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22742,7 +22754,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1200
+/* "ivshmem/_core.pyx":1204
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22756,7 +22768,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1202
+  /* "ivshmem/_core.pyx":1206
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22768,7 +22780,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1203
+    /* "ivshmem/_core.pyx":1207
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22781,7 +22793,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1202
+    /* "ivshmem/_core.pyx":1206
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22790,7 +22802,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1204
+  /* "ivshmem/_core.pyx":1208
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22812,7 +22824,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1200
+  /* "ivshmem/_core.pyx":1204
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22826,7 +22838,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1207
+/* "ivshmem/_core.pyx":1211
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22839,7 +22851,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1210
+  /* "ivshmem/_core.pyx":1214
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22849,7 +22861,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1211
+  /* "ivshmem/_core.pyx":1215
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22858,7 +22870,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1212
+  /* "ivshmem/_core.pyx":1216
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22867,7 +22879,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1213
+  /* "ivshmem/_core.pyx":1217
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22880,7 +22892,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1207
+  /* "ivshmem/_core.pyx":1211
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22895,7 +22907,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1216
+/* "ivshmem/_core.pyx":1220
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22912,7 +22924,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1217
+  /* "ivshmem/_core.pyx":1221
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22921,7 +22933,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1218
+  /* "ivshmem/_core.pyx":1222
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22930,7 +22942,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1219
+  /* "ivshmem/_core.pyx":1223
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22961,7 +22973,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1216
+  /* "ivshmem/_core.pyx":1220
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22976,7 +22988,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1222
+/* "ivshmem/_core.pyx":1226
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22994,7 +23006,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1223
+  /* "ivshmem/_core.pyx":1227
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -23003,7 +23015,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1226
+  /* "ivshmem/_core.pyx":1230
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -23013,7 +23025,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1227
+  /* "ivshmem/_core.pyx":1231
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -23021,7 +23033,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1228
+  /* "ivshmem/_core.pyx":1232
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -23050,7 +23062,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1222
+  /* "ivshmem/_core.pyx":1226
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23482,6 +23494,15 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
@@ -23490,8 +23511,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 86, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -23500,8 +23521,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 109, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 109, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -23510,8 +23531,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 119, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 119, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -23520,8 +23541,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 126, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 126, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -23631,12 +23652,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_int_int_int_stru);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_int_int_int_int_int);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 212;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 229;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_taken, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -24243,8 +24264,8 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_vector(self, int fd):
- *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ *     def _add_vector(self, fd):
+ *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
 */
   __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
@@ -24254,220 +24275,220 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":233
- *             self.epoll.add(fd, vector, _EPOLLIN)
+  /* "ivshmem/_core.pyx":234
+ *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
+ *     def _add_bell(self, peer, fd):
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 233, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":257
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":262
+  /* "ivshmem/_core.pyx":266
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":271
+  /* "ivshmem/_core.pyx":275
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":279
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":280
+  /* "ivshmem/_core.pyx":284
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":302
+  /* "ivshmem/_core.pyx":306
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":314
+  /* "ivshmem/_core.pyx":318
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":458
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":486
+  /* "ivshmem/_core.pyx":490
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """A doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 486, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":493
+  /* "ivshmem/_core.pyx":497
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each vector named of each peer named.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 493, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 497, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 497, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":511
+  /* "ivshmem/_core.pyx":515
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 511, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":877
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 873, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 877, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 873, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 877, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":1014
+  /* "ivshmem/_core.pyx":1018
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1018, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1018, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1018, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1018, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1018, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1018, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24475,52 +24496,52 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1014, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1018, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1091
+  /* "ivshmem/_core.pyx":1095
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1091, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1095, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1091, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1095, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1099
+  /* "ivshmem/_core.pyx":1103
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1099, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1099, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1154
+  /* "ivshmem/_core.pyx":1158
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """What is readable while there is something to take; borrowed until close().
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1154, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1154, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1158, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -24595,7 +24616,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":1051
+  /* "ivshmem/_core.pyx":1055
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
@@ -24604,7 +24625,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1051, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1055, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -24623,7 +24644,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":458
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -24632,12 +24653,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":493
+  /* "ivshmem/_core.pyx":497
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -24646,12 +24667,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 493, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 497, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":877
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -24660,7 +24681,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 873, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 877, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
@@ -24701,38 +24722,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{315},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{22},{11},{123},{66},{79},{95},{28},{37},{175},{263},{53},{268}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{338},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{22},{11},{123},{75},{83},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2162 bytes) */
-static const char cstring[] = "x\332\225UKs\333F\022&\035\331+e)\207\264\036N\354<\300\370)\307V\212\261\312\362\252\312\265\305\262,[\316F6W\266\223\034l\004\004\206$,\020Cb\006\244\270\033o\345\310#\216s\234#\2168\362\250c\216:\362\250\237\340\237\220\356\031\220\202d_VE\0013=3=\335\337\367u\303\260-\337\247\334\250\023\303\246\035\2278\006\r\214\216k\357y\304\331\000\223\357\023\233\033V\323r\375\333\270D;\3047x\213\030\016\351\2716\231\254\364[$\200\tx\202\201\3412\303\047\304\001g-\213\031m\nK\274e\351sw\1770\352.g\006m\250i\237\006\216\332\0171\300\016\322#>o8\270j\364\340f\032\260\325\r\330\010;\210\357t\250\353s\345\363\237\325tY\373\311.\367a9\010\375\246\361[\340\372M\366\233\301\3356a\006s}\010\327\325\353\236\305p\340r\010\261A\203\325\035\352\223\035\312U\230\334x8\340-\352cT\016\361\334:\t,N\274\201\301x\340\332\034\322S\271<\177\364\374\316\332\3755\010\3321\002\362\026\202\201;\302\272\r\256\031Q\351\325C\327\343.d=\350\020\266jl7\214\001\r\0250\006\247F\007\366e\017\000\030\276\301\010W\250\334P\244X\334\245\276\t\307!\217\033\206\343\006p\211\333#xz\313\362\030Y}\271\375,\345\3012\254\t#\016%\032\316=\237\366\201\030\212\211 -d\303\360\2556Q\027t\010\t\030:B\214,\3071\341\000q\\f\325=B||6m\227\351\221\343\366X\253M\332\253$\010\200\217t\366\275i\003\257\253\235\301\276O\047\\\200?\004\025!\305\013\324MS^ \n\333\243\2148\047\254\310\2066C\250\256G\224\003\210\351\004\247\251\373>\222cc\np\201\2215\242\027T&x\201\2215YS\2722\036*\367\2170\370MJ\203:\361<6\035\254\232f@\234\320&\246\231\261!\"8<e\322n3\306\323\276T&\037X\035b5NL\231\035\270\235\223\236\234t\010D \002\331\225\200vL\2043c\363\\\306\211oZ\036\350\366Cs\350\322\214\261\3552\320~3c\361I?\033\036J\300\254\017N[\030\361\262Q\2034\315nHB\342d\214\241\337\267\270\335\312X0xSU\361\t\343\211M\n\245\343\351$\365c\013\261[\231\014\032 \013?3W\321Y\331\375\023K\n\336\266\017U\032\204\035\276CwC\273\365J\261\366<\240\234\332\324S:0\315\347\203}\370\337\204\2026w\310>\3777i\230fZt \005\023\370\260\361E\320\225\032\354C^\360\327""\010}\265\340\246\3666\264?\365\246N\350\251\223Xc\370\206\3120{\034\013\010g\335\320\362&+\023\301\231\n\324\211\225\023\2067L\244\227\021\234\026TV\\JR\031!\235\226\317\261hL\227a\241\322\020\212\212\234\320MF-\023\215(eL\364p\254\202\014\367\023\3063<kv!Z\313g}\350\225\376\000~P\276\320W\330\300\267]\272:\275\237Y!\247\030\246J\302\3660$\200\217\007\226M\352\226\275\2472\324\335\000\230\362\260\335Q\237\301G\210\003E\320\211\035\010{\222)jD\261\003\337\031\325\227\322OG\372b\rG\353\246\tS\350f\204\003c\355I\363\232t4\325\303<\267\355\362\266\345\020\315!\362\341\360\260\203#\037\343\241\276\303\250\347@\n$\240}\037QU\355\263C;\032\224\2004\021\312\200\201/k\020\200\237\036A\360&\262<%O\365Y\002D\300-\242\013\340:\244a\205\036gn\323\207\276\256\236\036\270\203V\214\255\237\301\203q\332\351\020\007^\001aa\247\003O\306\255=\202\3376\010,\0140\315\236\345\205\204i\315\244\037O\350\251v\013\277\261\330ko\302c%\227\233\014o\033j~<\205\017\\\010\037{\322\001\3545\267\306-\265I=\356\255\231\223\335\351F\255qZ\177k\256\247\200\232k&@o\356NRH\317\253cx\336\270\371|\360\254\216\037K\343V\306\250\266\374\037No\366\250\353\254\344\260BP\310n\303\014(m\347\032\226\353\231}\227\267r \372T\0079\235\215\302rz@\363\220\203\"r\224\006i#\207`\202\032B\237\347X\313\002Q\231S\036T\312xc\232\215\006BW\t\010\361\243\251!g\340\366\217\352\037\325\361\354\371\241\245_n\324\035\027\212Q>Z\214j\021\021\025\260\336\276\363\376\323\334\334\374\360GX\232-\014\237F\326x\366\357\303\265a?j\212\032n>\0279\242,\326\304\3571l?Rk\357DU\324\204#\313\343\302\374xvn\\\370l\330\035\027\027\243\307b]\226e\345\250xI\235\350K\047.\307\225#\345\304\302\303\205\341VT\216\356\303Z\027\247_\211\027rY\362\270\022Ct\237\r\367\243\236\330\225\237\306+I%\201\270\337\237\313\315\025>v[1\232\023\245q\341s\221\027%qUXh\231\027\265#\010\243\027\355\212O\320=\206\363H\\\224yY\302\341\216,\037\301\353\211\250N\243A\367\363\303\355\350\205X\206H\255\261:\375\263\330\224\371q\351\222\270.\317\201M\005|]\344\365\356\257""\247\341n%eD\351^tQ\344\307\205R\264\034A>\357gu\274\210\334Ky\025\222_I\356&\3121\217\326\242}\301\345\275x!~\030\363\244\2021m\211\033\262\004\373\3245\377\002G\032~p\244\010\371\tr\004\3133Q\301\327\216(\303B\001\0276\243\263\300\236:\3658\252L\254\333Q\r\206\347q\010\030ct\377\210\252*9\206\310\251\244u\314\013Qu\\X\200\210\006\362\214,\237\262\365\021hY9e\375]\256\311\377%5\274\022\302\022e\315VW\314\210-y=\316\307%}\365\267\362\013 |-VJ\372\021\327\017\277\274\023\253c\323\240?\252\255}\211\370\025\263\020W\247>\304cY\221O\342G\311r\302F\267\016\266\377\254\375\231\315d1\332\024\347\204\005>\3721\330\347\207/Ab\010\313\205)\026s\232\203uq\005\256-~.\316\342k\t\300A\371\274\215\317\3047\222\205\244zlj\312\027q)\276\032\333\211\022\3176\006\2130\364Pd\n\311\303\231\257\304\353\270\374\336\310\315\025\301\363\003\320\331\242\374%\256\305\315\244v8\363-\250Mk]\335\255\261\316\0038W\342c\007W\345OI\351h\366\022\334\327\222\226\016\376K\221V\330\177Q\033\372\344;Y\225\000a\232fZ\000\263 \227\342\002\334{F\336\002d\226@f\213\227u\365a\256\377A\345\217\213_\250\002\270 7\342\227\311\265\204\217\326F\373\007\335\264\016\306\213\020\245\\\217o%\217FK#\353(uZ\272,6\344\313\370Z\034&[#\3053C8\017g\276\213\037\214\346\017\336\034\356\2769|c\276\277\235\233\273&\201\"D\001\301{:\202\310.\243T!\0054\327t\365\256GW\"\000o\t\036\220\327\375\350.H`\212\307\262\354\036\341\344\360\342M\320\3202\310\246\000\007\305\036`\277\222\374\220\354\216fF\333\0075\315]e\274\364\215\030\240\324\306\213\227\304\n*\364\374\260\025Y\021\027j\330\026\367\32167\325\303\270\010\334}\0035\367 \311#\347yq\tD\374.y2\252\216^\034\300\332rTG\020at\021T\206\243\250\204-d?b p4\"\320\177\3035\3546E\024\360\341\314z\322\325}\013\225~/)\351\242u\304wr7\316\353\372X\024\257\240\320\027\343\327\032\277\356\341\314\306\250\214E\372\265\370Ei\304\322\255\047-\371\047Q\365D\343M\251\327\005[X:\\\272!\273\3619PG\341Bt-\n\304\202x*\233\361\213\344\0024\027w\304\017*\251DE\003\010Q\275qQ\027\327\331\350\265\274""\t*\266\364\344W\250\021\016RH\327^\251.\231\256\354\305\027\223O\300_}\224GF\356\301%\233r\016x\270\236\314\215\026FU\335\256\312\037\334\224\342\362\263x\242-\372\226p2y\205\244\310\307\361zR\206\226\207X\374\005W\325\"0";
-    PyObject *data = __Pyx_DecompressString(cstring, 2162, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2185 bytes) */
+static const char cstring[] = "x\332\225UMs\333F\022%\035\331\221\262\224CZ\037N\354M\002\306\237r\034m1VY^U\271\266T\226e\313\273\221\305\225\354d\01762\004\206$,\020C\002\003R\334\215\267r\344\021\3079\316\021G\034y\364O\320\221G\375\004\375\204\355\236\001$H\366e]21\3233\323\323\375\336\353\036\303\"\236\307\270\321\240\206\305\272\016\265\r\346\033]\307\332w\251\275\006&\317\243\0267H\2138\336}\\b]\352\031\274M\r\233\366\035\213f+\2036\365a\002\236``8\201\341Qj\203\2636\t\214\016\203%\336&\372\334\203\237\214\206\303\003\2035\325t\300|[\355\207\030`\007\355S\2177m\\5\372p3\363\203\3455\330\010;\250gw\231\343q\345\363o\353\351\262\366\223_\036\300\262\037z-\3437\337\361Z\301o\006w:40\002\307\203p\035\275\356\222\000\007\016\207\020\233\314_\336f\036\335f\\\205\311\215\047C\336f\036FeS\327iP\237p\352\016\215\200\373\216\305!=\225\313\316\323\235\037W\036\255@\320\266\341\323w\020\014\334\0216,p\035P\225^#t\\\356@\326\303.\r\226\215\255\2461d\241\002\306\340\314\350\302\276\374\001\000\3033\002\312\025*w\024)\204;\3143\3418\344q\307\260\035\037.q\372\024Oo\0227\240\313\257\266^\246<\020\203d\214\330\214j8\367=6\000b\030&\202\264\3205\303#\035\252.\350R\352\007\350\0101\"\266m\302\001j;\001i\270\224z\370\333\262\234@\217l\247\037\264;\264\263L}\037\370Hg\1771-\340u\271;<\360X\306\005\370CP\021R\274@\335t\302\013Da\271,\240\366\031+\262\241\315\020\252\343R\345\000b:\303i\352~\200\344X\230\002\\`\344\215\350\005\225\t^`D\2625\245+\343\211r\377\024\203\337`\314oP\327\rN\006\313\246\351S;\264\250i\346l\210\010\016\317\231\264\333\234\361\274/\225\311GV\233\222\346\231i`\371N\367\254\047;\035\002\021\210@~\305g]\023\341\314\331\\\047\340\3243\211\013\272\375\330\034:,g\3548\001h\277\225\263xt\220\017\017%`6\206\347-\001u\363Q\2034\315^HCj\347\214\2417 \334j\347,\030\274\251\252\370\214\361\314&\205\322\3514K\375\324B\255v.\203&\310\302\313\315Ut$\277?\263\244\340myP\245~\330\345\333l7\264\332\257\025k;>\343\314b\256\322\201i\356\014\017\340\377\006\024\264\271M\017\370?i\3234\323\242\003)\230\300""\207\205\037\212\256\324\340\000\362\202\177\315\320S\013Nj\357@\373S_f\207\256:\2115\206_\250\014\263\317\261\200p\326\013\211\233\255d\2023\025\250\231\225\323\000o\310\244\227\023\234\026T^\\JR9!\235\227\317\251hL\047\300Be!\024\025=\243\233\234Z2\215(edz8UA\216\373\214\361\034\317\232]\210\226x\301\000z\2457\204?(_\350+\301\320\263\034\266|r\177@B\3160L\225\204\345bH\000\037\367\211E\033\304\332W\031\352n\000L\271\330\356\230\027\300#\304\201\"\350\3046\204\235e\212\032Q\354\300;\243\372R\372t\244\237\240ik\335\264`\n\335\214r`\254\2235\257\254\243\251\036\346:\035\207w\210M5\207\310\207\315\303.\216<\214\207yv\340\205\035x\007\230kC\"\360\035x\210\255j\242]\326\325\320\370\264\205\200\372\001x$C\037\274\365)B\230\211\363\234H\325\343\004\270\200s\304\030 \266i\223\204.\017\234\226\007\335]\375\272\340\016\0322>\000\001\374\004\234u\273\324\206\217O\203\260\333\205\337\200\223}\212/\034\004\026\372\230l\237\270!\r\264r\322\047\024:\253\325\306\227\026;\356\335\235\341\313\006\276W\306\275\245\2022\300\317R\341dx\337P\363\323)\274{!\354\246]\240DSn\334S\233\324\317\303\0253\333\235n\324\322g\215w\346j\212\263\271b\002#\346n\226Sz^\035\303\363\037\305\244\215j\313\377\341\364n\2379\366R\001\021\361\nX>\250r\247i\372\214u\nM\342\270\346\300\341\355\002TD*\222\202\316IA|r@\323S\200\n\263\225@YSy\004\251\204\036/\004m\002\2123O\350Q\211\343\275iN\032\016]B\240\322O&\210T\202\333?\326\377X\237L_\036\021\375q\242\336\244T\216\212\321|T\217\250\250\201\365\376\217\307_\024ffG\177\207\245\351\322\350ED&\323\177\032\255\214\006QK\324q\363\245\310\026U\261\"~\217a\373\221Z{/\326E]\330\262:)\315N\246g&\245/G\275Iy>z&VeU\326\216\312\327\324\211\201\264\343j\\;RN\010\036.\2156\243j\364\010\326z8\375F\354\311E\311\343Z\014\321}9:\210\372bW~\021/%\265\004\342>\276T\230)}\352\266r4#*\223\322W\242(*\342\246 h\231\025\365#\010\243\037\355\212\317\320=\206\363T\\\225EY\301\341\266\254\036\301\347\271X?\211\006\335\317\216\266\242=\261\010\221\222\211:\375\213\330\220\305I\345\232""\270-/\201M\005|[\024\365\356oO\302\335L\252\210\322\303\350\252(NJ\225h1\202|\216\247u\274\210\334+y\023\222_J\036$\3121\217V\242\003\301\345\303x.~\022\363\244\2061m\212;\262\002\373\3245\377\000G\032~p\244\010\371\031r\004\313KQ\303\317\266\250\302B\t\0276\242\213\300\236:\365,\252e\326\255\250\016\303\3138\004\2141\272\277F\353*\271\000\221SI\353\230\347\242\365Ii\016\"\032\312\013\262z\3166@\240e\355\234\365w\271\"\377\233\324\361J\010KT5[=1%6\345\355\270\030W\364\325\337\313\257\201\360\225\030\224tM\334\022=\251r\002e\211\351C\243\226\250|6\242)\210\253\376I\221=\222\217Pd\307\345<\326Jsi,(1\210\255\022-DD\353U9\227\237\313^<\235\314\214+c\010mv\264\027U\020\202Lm\350\362\312\t03\232\220Uq\003\256.\177%.\342g\001\220B-\275\213/\304w\222\271d\375\324\324\222{q%\276\031[\211R\322\026\006\214\230\364Qq\n\326\303\251o\304\233\270zl\024f\312\340\3711\210n^\376\032\327\343VR?\234\372\036\244\247CQwk\340\213\200\324\215\370\324\301M\371sR9\002\324n\212\266$r\020\003W\177\026i\271\375\007\205\242O\276\227\353\022\260\233\2176\304%\020\276\256\206i\320Ny\016\356\275 \357\305O\223\005\320\334\374u]\212\230\353\277\261\014&\345\257U5\\\221k\361\253\344V\302\307+\343\203\017\275\264(&\363\020\245\\\215\357%O\307\013cr\224:\255\\\027k\362U|+\016\223\315\261\"=\000@k\207S?\304\217\307\263\037\336\036\356\276=|k\036\337/\314\334\222P\301\210\002\202\367b\014\221]G\242 \0054\327u)\257F7\200\370\322\202f\377Q\364\000\024y\202\307\242\354\035\341\344\360\352]\020\324\"h\250\004\007\305>`\277\224\374\224\354\216\247\306[\037\352\232\273\332d\341;1D\335M\346\257\211%\224\353\345Q\033$\301\205\032v@I5\005N\006T\031\270\373\016\n\360qRD\316\213\342\032(\372}\362|\274>\336\373\000k\213Q\003A\204\321U\020\024\216\242\n\366\223\203(\000\265\243\021\201\376\034\327\260\365\224\261\004\017\247V\223\236nb(\373\207Z\337/@\311?\310\335\270\250\213e^\274\206\252\237\217\337h\374z\207Sk\343*V\354\267\342W\245\021\242\373PZ\377\317A\345\371.\234R\257\253\267\264p\270p\007\224~\t\324Q\272""\022\335\212|1\047^\310V\274\227\\\201N\343\214\371\207Z*Q\321\004BT\243\234\327\005v1z#\357\202\212\211\236\374K\020@c-N\327^\253\226\231\256\354\307W\223\317\300_c\\DF\036\302%\033r\006x\270\r\02567^\327\275\253\372\321M).\277\210\347\332\242o\t\263\311k$E>\213W\223*\364?\304\342\177\371\361-6";
+    PyObject *data = __Pyx_DecompressString(cstring, 2185, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2915 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\237____eG\001\004\002x\273it\r\001fun\024\002i\367ter\035\001main\036\003\002odul5\002\340\205\0017\001\315p_\000vt\315\205\001E\001qu3al\022\005\351e__\321!(\005\047tes^\001\363e_\222\206\001\375\210\003\252\313c_\322h_\317a_\277g_\355d\261k_d\255e_is\376\245\206\001outine_\250\254i\005\005\253`_\235d_\226a_\252\211d_\375F_\362G_\353D_\372""\336G_\376Baddan\177swerany\000\000\377thingasy\377ncio.cor>z\003sauto\374\205\001\377\205\002\363cl\217\001\274 trac\037eback\233\207\002\237\207\003\247@}l\353\210\001onsco\315@\377xtlibdon1e\246e\240a\231Bed\222\210\003\264\213\004\356\273\213\004sfd\262cgen\377tlegetit\307ems\304\210\004\312\210\005\277\210\002li\377mitmadem\374\277B\240\211\001dtuple\277nanose|\000d\357sold\300 eroswn\267\211\001\272\211\002pop\213\205\003\367reg\214\206\001rsreolayrE\000ve\370\213\001p\241\204\005\220\204\014\222\214\002\217 nds\340\205\001\377setdefau\377ltsignal\376\000\003lerslee\376\367\212\001spinsto\357pped\004\000res\367upp\003\000stak\266\323\000me\331@ur\343\001v\237alues\261\215\003\266\215\004w\317hich\340\215\001\265\215\001(i\337nt)\000\000\003\005, \374\013\002\005\007struct\277 epoll\276\206\003 9* \002%\00264_;\000C\002\366\"\004__\340\204\001obj_\3757\234\213\004_4_fds#_S\304\002\300\0009\004)p\001<\001\277 (PyOb\251\215\001 \361*\n\010\223\002*((voi\367d)\000\264\214\001one_\377if_room\000\377fail_wit\357h\000is\376\207\003fd\000\330\310\003\307\"(\006no\243\214\001\000dwead\377bof\000\311!\377_count\000s?hared_\377&\266\"\360n\001\207$\203#\260\211\003elli\363nt\311\017\260A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A""\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\362\214BM\341\000\216@O\2301\330\256\225@N\230!\202\000\014\246ADs\220\005\273@1\002G\2201\016\005\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Q\205\001\224\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\256\001\316`?\230\004\320\034-\2502\002\254\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\223!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377,\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\247\204\001\300\000\023""\001Q\270\206\0037\220#\337\220Q\330\014\025\002\000\010\013\277\2108\2203\220a\364e\001\337\240\026\240q\340\205\204\001\320\027\365(\301`\026\264`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\332\207\001t\177\2201\330\025\037\230y\347a\337\330\024\032\230)\236\204\001\016\210\337h\220a\220t\234\205\001\016\210wm\2308\262\204\001\t\330\014\241%\377\020\021\330\020\037\230t\240\367=\260\001\360A\001\230\032\240\3774\240}\260H\270A\270\377T\300\021\330\020\026\220b~\301!\021\330\020\027\220q\005\002\373\220\021\277\207\001x\220s\230!\244\020\002\247\211\001\007\030\001\352\207\001\020\362\205\001\320O\0047\260q\262\210\003\346\204\0016\235`\376\257\211\002d\230+\240S\250\001\376\232\205\003\024\230V\2406\250\024\373\250]\272#q\320\004:\270W!\360\014\331\204\001X\237ba\365\207\003\036\354\206\004H\220A\330\355\211\t\364D\253\206\003\377\014\025\320\025\047\240q\250\377\006\250a\330\014\022\220%\377\220r\230\023\230J\240g\377\250T\260\022\2603\260i\367\270t\300\307\207\002I\230Q\230\325f\216@\014\230\211\001\024\263\212\003\005\220\237]\240(\250$6\001\271\001Y\317\230a\230t\210`\320\212\002\005\220\365V\241\211\002\014\024\003k\250\027\260\177\003\2603\260b\270\001\216A\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\251\210\003\326\223 \024\220]\n\021\312\213\001\005\220\267W\230Hv\003\005\220b\001u\372\005\005V\221A\240G\2507\260\377!\2601\330\010\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2915, 4078);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2957 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\237____eG\001\004\002x\273it\r\001fun\024\002i\367ter\035\001main\036\003\002odul5\002\340\205\0017\001\315p_\000vt\315\205\001E\001qu3al\022\005\351e__\321!(\005\047tes^\001\363e_\222\206\001\375\210\003\252\313c_\322h_\317a_\277g_\355d\261k_d\255e_is\376\245\206\001outine_\250\254i\005\005\253`_\235d_\226a_\252\211d_\375F_\362G_\353D_\372""\336G_\376Baddan\177swerany\000\000\377thingasy\377ncio.cor>z\003sauto\374\205\001\377\205\002\363cl\217\001\274 trac\037eback\233\207\002\237\207\003\247@}l\353\210\001onsco\315@\377xtlibdon1e\246e\240a\231Bed\222\210\003\264\213\004\356\273\213\004sfd\262cgen\377tlegetit\307ems\304\210\004\312\210\005\277\210\002li\377mitmadem\374\277B\240\211\001dtuple\277nanose|\000d\377snumbero3ld\306 \005\000wn\275\211\001\300\211\002wpop\221\205\003reg\222\206\001\377rsrelayr\006K\000ve\376\213\001\247\204\005\226\204\014\230\214\002\225 \367nds\346\205\001setd\377efaultsi\357gnal\000\003ler\357slee\375\212\001spi\377nstopped~\004\000resupp\003\000ostak\331\000me\337@\373ur\351\001value\371s\267\215\003\274\215\004which|\346\215\001\273\215\001(PyOb\254\214\001\357 *)\000\014\002int\233)\000\002\006, \013\002\022\005,\376\364\214\001uct epo\233ll\325\206\003 * \002%\0026w4_tA\004str%\001\373__\367\204\001obj_7\376\263\213\004_4_fds_AS\325\002\321\0009\004z\002<\001 \204\r\370\017\003\223\002*((void\333)\000\216!n\000\321\214\001on\377e_if_roo\377m\000fail_w\277ith\000is\233\210\003fcd\000\316\003\336\"(\006no\300\214\001\337\000dead\234\204\002of\376M\002_count\000\177shared_\226F\340\315\"t\001\215$\211#\315\211\003ell\347int\317\017\307A_of\377\200A\200A\330\010\016\210\375a\001\003i\220q\330\014\020\377\220\001\220\024\220Q\220e\373\2301\032\000,-\360\n\000\357\t\r\210K\030\000\010\014\210\377J\220a\330\010\013\2104\277\210w\220g\230Q)\001\006\377\220d\230!\2304\230|\365\250,\000\340\027\002}\230A\230\377Q\230d\240!\330\014\r\377\330\010\t\330\014\017\210q\377\330\020\024\220G\2307\240\277!\2401\340\020\032-\002w\177\240d\250!\2501\340o\000\353\006\220\177\000\340]\000F\220!\373\2208K\000q\200A\340\010\377\035\230T\240\026\240t\250\3731\250\242\000\017\210x\220v\377\230S\240\n\250)\2601}\260\265\000\360\006\000\t\014\207\000\376]\016\020\220\t\230\021\330\014\377\030\230\001\230\021\230$\230\275a\317\001\r\230Q\340\204\000v\317\220S\230\003[\001\213\001E\230\337\027\240""\001\240\021\226\001N\240;!\340\236\000H\230A\205\006[\001\377\r\210I\220T\230\026\230\373w\240B\000\017\210v\220W\377\230D\240\001\330\021\032\230\347&\240\006\021\000\254\002&\230\001\353\200A\211\001\036\246\006F\260!\376\242!6\220\027\230\001\330\014o\021\220\026\220\315\000\360\010\252\003\356\266!U\240$\372\000)\2603\375\260T\002t\2204\220x\230\377t\2406\250\023\250C\250\367t\2601\252!F\230\047\2409\021%\000\356 \014\210LF\000\371#\344i\000\214BM\341\000\216@O\2301]\330\225@N\230!\202\000\014\246A\347D\220\005\273@1\002G\2201.\016\005I\220Q\243\000\016\307A\341 \256\300A9\220A\330\002s\244A\020\373\220\006\324C6\220\023\220A\367\330\014\023\217\000y\240\002\2404\301\004\013\006w\323A\2401\330\003!\006\177|\2404\240~\260Q\205\001\362\224\000\230\372\000\252Aq\230\004\230\177F\240&\250\001\250\021u\003\367\"\240\031\356@4\250q\330?\010\032\230%\230q\310 \320`\376\327`\230\010\320 1\260\021\256\305\001D\220\004\225\000Q\320r8{\2408\341a\360\020\000\t\342\047\306\245`\013\210\257\004\337a\214 \021\220\347\025\220a\252\204\003X\002\240\007\240\377q\250\010\260\t\270\021\270~\225@\r\210T\220\021\220\236@\223\014\210\350c\240!\022\220&\252\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\204`\310aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\305bI\222\205\001\362\272!v\356a\322\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\362`\024\240X\377\250Q\250g\260Q\320\004\241\"\370`\363\204\003\246\205\002\363#\001\247 #\373\250Q\224\205\004\320\004$\240M\367\260\021\340\263 $\230h\240\377a\240w\250a\330\010\034\235\230\366\0024\210{\245a\255C}\367\240A\240\204@\024\220D\230\367\006\230a\367\205\002\020\220\010\230\357\001\330\020\023u\000\002\240*o\250E\260\025\361`\024\033\205\206\003\272\227\206\001z\203\205\001\330\020\031\211\205\002\022\377\240:\250U\260%\260t\277\2704\270x\300q\216\205\004\330\375\024\243\000\2407\250*\260E\317\270\025\270a\256\206\001Q\001\021\033\377\230:\240U\250%\250u\373\260F\326!""\017\210s\220!\377\2201\320\004+\250=\270\377\r\300^\320S^\320^\377_\360,\000\t%\240A\363\330\010\202!\271!J\270a\330\243\010\033\264\204\001\300\000\023\001Q\305\206\0037\377\220#\220Q\330\014\025\220\276\371B8\2203\220a\201\204\005\001\337\240\026\240q\340\222\204\001\320\027\365(\316`\026\301`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\347\207\001t\177\2201\330\025\037\230y\364a\337\330\024\032\230)\253\204\001\016\210\365h\220`t\251\205\001\016\210m\230\3358\277\204\001\t\330\014\241%\020\021\377\330\020\037\230t\240=\260\374\250 \265\207\001\032\2404\240}\260\377H\270A\270T\300\021\330\357\020\026\220b\301!\021\330\020\267\027\220q\005\002\220\021\314\207\001xO\220s\230!\020\002\264\211\001\007\030\001\372\367\207\001\020\377\205\001\320\0047\260q\364\277\210\003\363\204\0016\332\204\003J\220d\230\337+\240S\250\001\247\205\003\024\230\177V\2406\250\024\250]\272#\377q\320\004:\270!\360\014\312\335\204\001X\237ba\202\210\003\371\206\004H\220\343A\330\372\211\t\364D\270\206\003\014\025\320\277\025\047\240q\250\006\233`\014\377\022\220%\220r\230\023\230\377J\240g\250T\260\022\260\2773\260i\270t\300\324\207\002I\257\230Q\230f\216@\014\245\211\001\024\376\300\212\003\005\220]\240(\250$|6\001\271\001Y\230a\230t\210`\256\335\212\002\005\220V\256\211\002\014\024\003k\377\250\027\260\003\2603\260b\353\270\001\216A6b\000D\240\t\377\250\021\250&\260\t\270\023\263\270A\266\210\003\223 \024\220]\n\021\276\327\213\001\005\220W\230Hv\003\005\325\220b\001u\005\005V\221A\240G\377\2507\260!\2601\330\010\007\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2957, 4120);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4078 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturge""ntvaluesvectorvectorswhichwordint (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330""\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360""\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4120 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeo""uturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\014\000\t\r\210I\220Q""\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330""\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 157; i++) {
+    for (int i = 0; i < 158; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
@@ -24743,8 +24764,8 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 157; i < 184; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-157].length;
+    for (int i = 158; i < 185; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-158].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -24754,14 +24775,14 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 184; i++) {
+    for (Py_ssize_t i = 0; i < 185; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 157;
+      PyObject **table = stringtab + 158;
       for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -24883,92 +24904,92 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_number};
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 233};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 234};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_number};
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 253};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 257};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 302};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 486};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 490};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 493};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 497};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 515};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 873};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 877};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1014};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1018};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_own, __pyx_mstate->__pyx_n_u_gentle, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1091};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1095};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1099};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1103};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1154};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1158};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }

@@ -17,7 +17,7 @@ from ._bell cimport Bell, Doorbell, ring_bell
 from ._fds cimport (
     add_one, add_one_if_room, add_one_nowait, BATCH, count_of, deadline_in, deadline_of, Epoll,
     epoll_sleep, fail_with, FdArray, is_eventfd, length_of, look, now, place_of, Relay,
-    shared_signaller, Signaller, take_count, time_left,
+    shared_signaller, Signaller, take_count, taken, time_left,
 )
 from ._libc cimport (
     c_read, EAGAIN, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
@@ -218,31 +218,35 @@ cdef class Doorbells:
         self.relay = relay
 
     @cython.critical_section
-    def _add_vector(self, int fd):
-        """Listen on `fd` as the next vector; takes it, also when this fails.
+    def _add_vector(self, fd):
+        """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
 
         Raises:
             ProtocolError: it is no eventfd.
         """
         cdef Py_ssize_t vector = length_of(self.own)
-        self.check_kind(fd, "this endpoint", vector)
-        self.own.take(fd)
+        cdef int number = taken(fd)
+        self.check_kind(number, "this endpoint", vector)
+        self.own.add(number)
         if self.epoll is not None:
-            self.epoll.add(fd, vector, _EPOLLIN)
+            self.epoll.add(number, vector, _EPOLLIN)
 
     @cython.critical_section
-    def _add_bell(self, peer, int fd):
-        """Ring the peer's next vector through `fd`; takes it, also when this fails.
+    def _add_bell(self, peer, fd):
+        """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
 
         Raises:
             ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an
                 eventfd is known to be short and harmless, whatever its sender intends.
         """
         cdef FdArray bells = self.bells.get(peer)
-        self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
+        cdef int number
         if bells is None:
-            bells = self.bells[peer] = FdArray()
-        bells.take(fd)
+            bells = FdArray()
+        number = taken(fd)
+        self.check_kind(number, f"peer {peer}", length_of(bells))
+        bells.add(number)
+        self.bells[peer] = bells
 
     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
         if is_eventfd(fd, self.wake.fds[0]):

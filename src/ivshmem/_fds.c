@@ -1985,7 +1985,7 @@ static const char* const __pyx_f[] = {
 #define __Pyx_PyCriticalSection2_End PyCriticalSection2_End
 #endif
 
-/* CriticalSections.proto (used by ParseKeywordsImpl) */
+/* CriticalSections.proto */
 #if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
 #define __Pyx_PyCriticalSection_Begin(cs, arg) (void)(cs)
 #define __Pyx_PyCriticalSection2_Begin(cs, arg1, arg2) (void)(cs)
@@ -2021,6 +2021,7 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_4_fds_Fd;
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
@@ -2042,6 +2043,19 @@ enum  {
 /* "ivshmem/_fds.pxd":86
  * 
  * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_4_fds_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "ivshmem/_fds.pxd":93
+ * 
+ * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
@@ -2058,7 +2072,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "ivshmem/_fds.pxd":109
+/* "ivshmem/_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2075,7 +2089,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "ivshmem/_fds.pxd":119
+/* "ivshmem/_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2090,7 +2104,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "ivshmem/_fds.pxd":126
+/* "ivshmem/_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2104,7 +2118,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
-/* "ivshmem/_fds.pyx":537
+/* "ivshmem/_fds.pyx":590
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2118,8 +2132,8 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 
 
 
-/* "ivshmem/_fds.pyx":102
- * # -- descriptors ----------------------------------------------------------------------------------
+/* "ivshmem/_fds.pyx":151
+ * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class FdArray:
@@ -2127,17 +2141,19 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
   int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 
 
-/* "ivshmem/_fds.pyx":261
+/* "ivshmem/_fds.pyx":314
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2154,7 +2170,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
 
 
-/* "ivshmem/_fds.pyx":400
+/* "ivshmem/_fds.pyx":453
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2169,7 +2185,7 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
 
 
-/* "ivshmem/_fds.pyx":452
+/* "ivshmem/_fds.pyx":505
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2546,6 +2562,56 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
+/* PyDictVersioning.proto (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
+#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
+    (version_var) = __PYX_GET_DICT_VERSION(dict);\
+    (cache_var) = (value);
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
+        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
+    } else {\
+        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
+        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
+    }\
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
+#else
+#define __PYX_GET_DICT_VERSION(dict)  (0)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
+#endif
+
+/* GetModuleGlobalName.proto */
+#if CYTHON_USE_DICT_VERSIONS
+#define __Pyx_GetModuleGlobalName(var, name)  do {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
+        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
+        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
+    PY_UINT64_T __pyx_dict_version;\
+    PyObject *__pyx_dict_cached_value;\
+    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
+#else
+#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
+#endif
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
 /* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
 
@@ -2597,6 +2663,37 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
     int ignore_unknown_kwargs
 );
 
+/* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectTypes.proto (used by ExtTypeTest) */
+#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
+
+/* ExtTypeTest.proto */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
+
+/* RaiseUnboundLocalError.proto */
+static void __Pyx_RaiseUnboundLocalError(const char *varname);
+
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
@@ -2634,71 +2731,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #else
 #define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
-#endif
-
-/* PyDictVersioning.proto (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
-#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
-    (version_var) = __PYX_GET_DICT_VERSION(dict);\
-    (cache_var) = (value);
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
-        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
-    } else {\
-        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
-        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
-    }\
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
-#else
-#define __PYX_GET_DICT_VERSION(dict)  (0)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
-#endif
-
-/* GetModuleGlobalName.proto */
-#if CYTHON_USE_DICT_VERSIONS
-#define __Pyx_GetModuleGlobalName(var, name)  do {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
-        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
-        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
-    PY_UINT64_T __pyx_dict_version;\
-    PyObject *__pyx_dict_cached_value;\
-    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
-#else
-#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
-#endif
-
-/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
 #endif
 
 /* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
@@ -2817,16 +2849,6 @@ static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
 static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
                                                      int wraparound, int boundscheck, int unsafe_shared);
 
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* RaiseErrorWithObjectTypes.proto (used by PyNumberBinop) */
-#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
-#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
-#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
-
 /* PyNumberBinop.proto */
 #if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
 #define __Pyx_PyNumber_Or_object_object(op1, op2)  PyNumber_Or(op1, op2)
@@ -2858,9 +2880,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
-
-/* ExtTypeTest.proto */
-static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
@@ -2957,15 +2976,6 @@ static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset,
 /* PyType_Ready.export */
 CYTHON_UNUSED static int __Pyx_PyType_Ready(PyTypeObject *t);
 
-/* GetVTable.proto (used by MergeVTables) */
-static int __Pyx_GetVtable(PyTypeObject *type, void** table);
-
-/* MergeVTables.proto (used by SetVTable) */
-static int __Pyx_MergeVtables(PyTypeObject *type);
-
-/* SetVTable.export */
-static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
-
 /* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
 #if CYTHON_COMPILING_IN_LIMITED_API
 static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
@@ -2985,6 +2995,15 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
 
 /* SetupReduce.export */
 static int __Pyx_setup_reduce(PyObject* type_obj);
+
+/* GetVTable.proto (used by MergeVTables) */
+static int __Pyx_GetVtable(PyTypeObject *type, void** table);
+
+/* MergeVTables.proto (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type);
+
+/* SetVTable.export */
+static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
 
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -3365,6 +3384,7 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto*/
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
@@ -3409,6 +3429,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
+static int __pyx_f_7ivshmem_4_fds_taken(PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem._fds"
@@ -3422,12 +3443,19 @@ static PyObject *__pyx_builtin_open;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   except those that ring by a plain write: see Doorbells.ring and ring_nowait.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
 /* #### Code section: decls ### */
+static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_fd); /* proto */
 static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
@@ -3467,6 +3495,29 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
 static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_4_fds_Fd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_4_fds_Fd __pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -3606,11 +3657,13 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyObject *__pyx_type_7ivshmem_4_fds_Fd;
     PyObject *__pyx_type_7ivshmem_4_fds_FdArray;
     PyObject *__pyx_type_7ivshmem_4_fds_Signaller;
     PyObject *__pyx_type_7ivshmem_4_fds_Relay;
     PyObject *__pyx_type_7ivshmem_4_fds_Epoll;
     PyObject *__pyx_type_7ivshmem_4_fds_Timer;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
@@ -3619,10 +3672,10 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    int __pyx_k_;
+    int __pyx_k__2;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[33];
-    PyObject *__pyx_string_tab[188];
+    PyObject *__pyx_codeobj_tab[37];
+    PyObject *__pyx_string_tab[195];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3677,7 +3730,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__3 __pyx_string_tab[2]
 #define __pyx_kp_u_dev_zero __pyx_string_tab[3]
 #define __pyx_kp_u_proc_self_fdinfo __pyx_string_tab[4]
-#define __pyx_kp_u__2 __pyx_string_tab[5]
+#define __pyx_kp_u_ __pyx_string_tab[5]
 #define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[6]
 #define __pyx_kp_u_descriptor __pyx_string_tab[7]
 #define __pyx_kp_u_disable __pyx_string_tab[8]
@@ -3688,178 +3741,185 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
 #define __pyx_kp_u_ivshmem__fds_pyx __pyx_string_tab[14]
 #define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
-#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[16]
-#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[17]
-#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[18]
-#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[19]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[20]
-#define __pyx_n_u_ClosedError __pyx_string_tab[21]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[22]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[23]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[24]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[25]
-#define __pyx_n_u_Epoll __pyx_string_tab[26]
-#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[27]
-#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[28]
-#define __pyx_n_u_Epoll_add __pyx_string_tab[29]
-#define __pyx_n_u_Epoll_close __pyx_string_tab[30]
-#define __pyx_n_u_Epoll_fileno __pyx_string_tab[31]
-#define __pyx_n_u_Epoll_modify __pyx_string_tab[32]
-#define __pyx_n_u_Epoll_remove __pyx_string_tab[33]
-#define __pyx_n_u_Epoll_wait __pyx_string_tab[34]
-#define __pyx_n_u_FdArray __pyx_string_tab[35]
-#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[36]
-#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[37]
-#define __pyx_n_u_FdArray_close __pyx_string_tab[38]
-#define __pyx_n_u_FdArray_copy __pyx_string_tab[39]
-#define __pyx_n_u_FdArray_drain __pyx_string_tab[40]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[41]
-#define __pyx_n_u_FdArray_memfd __pyx_string_tab[42]
-#define __pyx_n_u_FdArray_open __pyx_string_tab[43]
-#define __pyx_n_u_FdArray_signal __pyx_string_tab[44]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[45]
-#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[46]
-#define __pyx_n_u_O_RDONLY __pyx_string_tab[47]
-#define __pyx_n_u_Relay __pyx_string_tab[48]
-#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[49]
-#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[50]
-#define __pyx_n_u_Relay_close __pyx_string_tab[51]
-#define __pyx_n_u_Signaller __pyx_string_tab[52]
-#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[53]
-#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[54]
-#define __pyx_n_u_Signaller_close __pyx_string_tab[55]
-#define __pyx_n_u_Signaller_signal __pyx_string_tab[56]
-#define __pyx_n_u_Timer __pyx_string_tab[57]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[58]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[59]
-#define __pyx_n_u_Timer_close __pyx_string_tab[60]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[61]
-#define __pyx_n_u_Timer_set __pyx_string_tab[62]
-#define __pyx_n_u__4 __pyx_string_tab[63]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[64]
-#define __pyx_n_u_annotate __pyx_string_tab[65]
-#define __pyx_n_u_dict __pyx_string_tab[66]
-#define __pyx_n_u_enter __pyx_string_tab[67]
-#define __pyx_n_u_exit __pyx_string_tab[68]
-#define __pyx_n_u_func __pyx_string_tab[69]
-#define __pyx_n_u_getstate __pyx_string_tab[70]
-#define __pyx_n_u_main __pyx_string_tab[71]
-#define __pyx_n_u_module __pyx_string_tab[72]
-#define __pyx_n_u_name_2 __pyx_string_tab[73]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[74]
-#define __pyx_n_u_pyx_state __pyx_string_tab[75]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[76]
-#define __pyx_n_u_qualname __pyx_string_tab[77]
-#define __pyx_n_u_reduce __pyx_string_tab[78]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[79]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[80]
-#define __pyx_n_u_set_name __pyx_string_tab[81]
-#define __pyx_n_u_setstate __pyx_string_tab[82]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[83]
-#define __pyx_n_u_test __pyx_string_tab[84]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[85]
-#define __pyx_n_u_add __pyx_string_tab[86]
-#define __pyx_n_u_array __pyx_string_tab[87]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[88]
-#define __pyx_n_u_batch __pyx_string_tab[89]
-#define __pyx_n_u_called __pyx_string_tab[90]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[91]
-#define __pyx_n_u_close __pyx_string_tab[92]
-#define __pyx_n_u_code __pyx_string_tab[93]
-#define __pyx_n_u_context __pyx_string_tab[94]
-#define __pyx_n_u_copy __pyx_string_tab[95]
-#define __pyx_n_u_count __pyx_string_tab[96]
-#define __pyx_n_u_count_of_eventfd __pyx_string_tab[97]
-#define __pyx_n_u_deadline __pyx_string_tab[98]
-#define __pyx_n_u_dir_fd __pyx_string_tab[99]
-#define __pyx_n_u_directory __pyx_string_tab[100]
-#define __pyx_n_u_drain __pyx_string_tab[101]
-#define __pyx_n_u_epfd __pyx_string_tab[102]
-#define __pyx_n_u_errors __pyx_string_tab[103]
-#define __pyx_n_u_eventfds __pyx_string_tab[104]
-#define __pyx_n_u_events __pyx_string_tab[105]
-#define __pyx_n_u_fd __pyx_string_tab[106]
-#define __pyx_n_u_fds __pyx_string_tab[107]
-#define __pyx_n_u_fileno __pyx_string_tab[108]
-#define __pyx_n_u_first __pyx_string_tab[109]
-#define __pyx_n_u_flags __pyx_string_tab[110]
-#define __pyx_n_u_fork_sharing_files __pyx_string_tab[111]
-#define __pyx_n_u_fsencode __pyx_string_tab[112]
-#define __pyx_n_u_grown __pyx_string_tab[113]
-#define __pyx_n_u_i __pyx_string_tab[114]
-#define __pyx_n_u_index __pyx_string_tab[115]
-#define __pyx_n_u_info __pyx_string_tab[116]
-#define __pyx_n_u_items __pyx_string_tab[117]
-#define __pyx_n_u_ivshmem__fds __pyx_string_tab[118]
-#define __pyx_n_u_line __pyx_string_tab[119]
-#define __pyx_n_u_memfd __pyx_string_tab[120]
-#define __pyx_n_u_mode __pyx_string_tab[121]
-#define __pyx_n_u_modify __pyx_string_tab[122]
-#define __pyx_n_u_n __pyx_string_tab[123]
-#define __pyx_n_u_name __pyx_string_tab[124]
-#define __pyx_n_u_new __pyx_string_tab[125]
-#define __pyx_n_u_new_text __pyx_string_tab[126]
-#define __pyx_n_u_number __pyx_string_tab[127]
-#define __pyx_n_u_old __pyx_string_tab[128]
-#define __pyx_n_u_old_text __pyx_string_tab[129]
-#define __pyx_n_u_open __pyx_string_tab[130]
-#define __pyx_n_u_os __pyx_string_tab[131]
-#define __pyx_n_u_other __pyx_string_tab[132]
-#define __pyx_n_u_path __pyx_string_tab[133]
-#define __pyx_n_u_pid __pyx_string_tab[134]
-#define __pyx_n_u_pop __pyx_string_tab[135]
-#define __pyx_n_u_rb __pyx_string_tab[136]
-#define __pyx_n_u_ref __pyx_string_tab[137]
-#define __pyx_n_u_remove __pyx_string_tab[138]
-#define __pyx_n_u_rename_exclusive __pyx_string_tab[139]
-#define __pyx_n_u_result __pyx_string_tab[140]
-#define __pyx_n_u_seconds __pyx_string_tab[141]
-#define __pyx_n_u_self __pyx_string_tab[142]
-#define __pyx_n_u_set __pyx_string_tab[143]
-#define __pyx_n_u_setdefault __pyx_string_tab[144]
-#define __pyx_n_u_signal __pyx_string_tab[145]
-#define __pyx_n_u_source __pyx_string_tab[146]
-#define __pyx_n_u_spec __pyx_string_tab[147]
-#define __pyx_n_u_split __pyx_string_tab[148]
-#define __pyx_n_u_startswith __pyx_string_tab[149]
-#define __pyx_n_u_staticmethod __pyx_string_tab[150]
-#define __pyx_n_u_strerror __pyx_string_tab[151]
-#define __pyx_n_u_take __pyx_string_tab[152]
-#define __pyx_n_u_target __pyx_string_tab[153]
-#define __pyx_n_u_targets __pyx_string_tab[154]
-#define __pyx_n_u_text __pyx_string_tab[155]
-#define __pyx_n_u_timeout __pyx_string_tab[156]
-#define __pyx_n_u_token __pyx_string_tab[157]
-#define __pyx_n_u_values __pyx_string_tab[158]
-#define __pyx_n_u_wait __pyx_string_tab[159]
-#define __pyx_n_u_weakref __pyx_string_tab[160]
-#define __pyx_n_u_where __pyx_string_tab[161]
-#define __pyx_kp_b_eventfd_count __pyx_string_tab[162]
-#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_U_1_q __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[187]
+#define __pyx_kp_u_the_descriptor_was_taken_or_clos __pyx_string_tab[16]
+#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[17]
+#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[18]
+#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[19]
+#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[20]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[21]
+#define __pyx_n_u_ClosedError __pyx_string_tab[22]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[23]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[24]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[25]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[26]
+#define __pyx_n_u_Epoll __pyx_string_tab[27]
+#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[28]
+#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[29]
+#define __pyx_n_u_Epoll_add __pyx_string_tab[30]
+#define __pyx_n_u_Epoll_close __pyx_string_tab[31]
+#define __pyx_n_u_Epoll_fileno __pyx_string_tab[32]
+#define __pyx_n_u_Epoll_modify __pyx_string_tab[33]
+#define __pyx_n_u_Epoll_remove __pyx_string_tab[34]
+#define __pyx_n_u_Epoll_wait __pyx_string_tab[35]
+#define __pyx_n_u_Fd __pyx_string_tab[36]
+#define __pyx_n_u_Fd___reduce_cython __pyx_string_tab[37]
+#define __pyx_n_u_Fd___setstate_cython __pyx_string_tab[38]
+#define __pyx_n_u_Fd_close __pyx_string_tab[39]
+#define __pyx_n_u_Fd_fileno __pyx_string_tab[40]
+#define __pyx_n_u_FdArray __pyx_string_tab[41]
+#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[42]
+#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[43]
+#define __pyx_n_u_FdArray_close __pyx_string_tab[44]
+#define __pyx_n_u_FdArray_copy __pyx_string_tab[45]
+#define __pyx_n_u_FdArray_drain __pyx_string_tab[46]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[47]
+#define __pyx_n_u_FdArray_memfd __pyx_string_tab[48]
+#define __pyx_n_u_FdArray_open __pyx_string_tab[49]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[50]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[51]
+#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[52]
+#define __pyx_n_u_O_RDONLY __pyx_string_tab[53]
+#define __pyx_n_u_Relay __pyx_string_tab[54]
+#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[55]
+#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[56]
+#define __pyx_n_u_Relay_close __pyx_string_tab[57]
+#define __pyx_n_u_Signaller __pyx_string_tab[58]
+#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[59]
+#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_Signaller_close __pyx_string_tab[61]
+#define __pyx_n_u_Signaller_signal __pyx_string_tab[62]
+#define __pyx_n_u_Timer __pyx_string_tab[63]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[64]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[65]
+#define __pyx_n_u_Timer_close __pyx_string_tab[66]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[67]
+#define __pyx_n_u_Timer_set __pyx_string_tab[68]
+#define __pyx_n_u__4 __pyx_string_tab[69]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[70]
+#define __pyx_n_u_annotate __pyx_string_tab[71]
+#define __pyx_n_u_dict __pyx_string_tab[72]
+#define __pyx_n_u_enter __pyx_string_tab[73]
+#define __pyx_n_u_exit __pyx_string_tab[74]
+#define __pyx_n_u_func __pyx_string_tab[75]
+#define __pyx_n_u_getstate __pyx_string_tab[76]
+#define __pyx_n_u_main __pyx_string_tab[77]
+#define __pyx_n_u_module __pyx_string_tab[78]
+#define __pyx_n_u_name_2 __pyx_string_tab[79]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[80]
+#define __pyx_n_u_pyx_state __pyx_string_tab[81]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[82]
+#define __pyx_n_u_qualname __pyx_string_tab[83]
+#define __pyx_n_u_reduce __pyx_string_tab[84]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[85]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[86]
+#define __pyx_n_u_set_name __pyx_string_tab[87]
+#define __pyx_n_u_setstate __pyx_string_tab[88]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[89]
+#define __pyx_n_u_test __pyx_string_tab[90]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[91]
+#define __pyx_n_u_add __pyx_string_tab[92]
+#define __pyx_n_u_array __pyx_string_tab[93]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[94]
+#define __pyx_n_u_batch __pyx_string_tab[95]
+#define __pyx_n_u_called __pyx_string_tab[96]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[97]
+#define __pyx_n_u_close __pyx_string_tab[98]
+#define __pyx_n_u_code __pyx_string_tab[99]
+#define __pyx_n_u_context __pyx_string_tab[100]
+#define __pyx_n_u_copy __pyx_string_tab[101]
+#define __pyx_n_u_count __pyx_string_tab[102]
+#define __pyx_n_u_count_of_eventfd __pyx_string_tab[103]
+#define __pyx_n_u_deadline __pyx_string_tab[104]
+#define __pyx_n_u_dir_fd __pyx_string_tab[105]
+#define __pyx_n_u_directory __pyx_string_tab[106]
+#define __pyx_n_u_drain __pyx_string_tab[107]
+#define __pyx_n_u_epfd __pyx_string_tab[108]
+#define __pyx_n_u_errors __pyx_string_tab[109]
+#define __pyx_n_u_eventfds __pyx_string_tab[110]
+#define __pyx_n_u_events __pyx_string_tab[111]
+#define __pyx_n_u_fd __pyx_string_tab[112]
+#define __pyx_n_u_fds __pyx_string_tab[113]
+#define __pyx_n_u_fileno __pyx_string_tab[114]
+#define __pyx_n_u_first __pyx_string_tab[115]
+#define __pyx_n_u_flags __pyx_string_tab[116]
+#define __pyx_n_u_fork_sharing_files __pyx_string_tab[117]
+#define __pyx_n_u_fsencode __pyx_string_tab[118]
+#define __pyx_n_u_i __pyx_string_tab[119]
+#define __pyx_n_u_index __pyx_string_tab[120]
+#define __pyx_n_u_info __pyx_string_tab[121]
+#define __pyx_n_u_items __pyx_string_tab[122]
+#define __pyx_n_u_ivshmem__fds __pyx_string_tab[123]
+#define __pyx_n_u_line __pyx_string_tab[124]
+#define __pyx_n_u_memfd __pyx_string_tab[125]
+#define __pyx_n_u_mode __pyx_string_tab[126]
+#define __pyx_n_u_modify __pyx_string_tab[127]
+#define __pyx_n_u_n __pyx_string_tab[128]
+#define __pyx_n_u_name __pyx_string_tab[129]
+#define __pyx_n_u_new __pyx_string_tab[130]
+#define __pyx_n_u_new_text __pyx_string_tab[131]
+#define __pyx_n_u_number __pyx_string_tab[132]
+#define __pyx_n_u_old __pyx_string_tab[133]
+#define __pyx_n_u_old_text __pyx_string_tab[134]
+#define __pyx_n_u_open __pyx_string_tab[135]
+#define __pyx_n_u_os __pyx_string_tab[136]
+#define __pyx_n_u_other __pyx_string_tab[137]
+#define __pyx_n_u_path __pyx_string_tab[138]
+#define __pyx_n_u_pid __pyx_string_tab[139]
+#define __pyx_n_u_pop __pyx_string_tab[140]
+#define __pyx_n_u_rb __pyx_string_tab[141]
+#define __pyx_n_u_ref __pyx_string_tab[142]
+#define __pyx_n_u_remove __pyx_string_tab[143]
+#define __pyx_n_u_rename_exclusive __pyx_string_tab[144]
+#define __pyx_n_u_result __pyx_string_tab[145]
+#define __pyx_n_u_seconds __pyx_string_tab[146]
+#define __pyx_n_u_self __pyx_string_tab[147]
+#define __pyx_n_u_set __pyx_string_tab[148]
+#define __pyx_n_u_setdefault __pyx_string_tab[149]
+#define __pyx_n_u_signal __pyx_string_tab[150]
+#define __pyx_n_u_source __pyx_string_tab[151]
+#define __pyx_n_u_spec __pyx_string_tab[152]
+#define __pyx_n_u_split __pyx_string_tab[153]
+#define __pyx_n_u_startswith __pyx_string_tab[154]
+#define __pyx_n_u_staticmethod __pyx_string_tab[155]
+#define __pyx_n_u_strerror __pyx_string_tab[156]
+#define __pyx_n_u_take __pyx_string_tab[157]
+#define __pyx_n_u_target __pyx_string_tab[158]
+#define __pyx_n_u_targets __pyx_string_tab[159]
+#define __pyx_n_u_text __pyx_string_tab[160]
+#define __pyx_n_u_timeout __pyx_string_tab[161]
+#define __pyx_n_u_token __pyx_string_tab[162]
+#define __pyx_n_u_values __pyx_string_tab[163]
+#define __pyx_n_u_wait __pyx_string_tab[164]
+#define __pyx_n_u_weakref __pyx_string_tab[165]
+#define __pyx_n_u_where __pyx_string_tab[166]
+#define __pyx_kp_b_eventfd_count __pyx_string_tab[167]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4xr_Qa_t1 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[194]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_16 __pyx_number_tab[1]
 #define __pyx_int_511 __pyx_number_tab[2]
@@ -3878,6 +3938,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Fd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
@@ -3892,8 +3954,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<33; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<188; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<37; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3918,6 +3980,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Fd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
@@ -3932,8 +3996,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<33; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<188; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<37; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4550,7 +4614,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":99
+/* "ivshmem/_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4561,7 +4625,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":101
+  /* "ivshmem/_fds.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4574,7 +4638,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":99
+  /* "ivshmem/_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4587,7 +4651,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":104
+/* "ivshmem/_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4598,7 +4662,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "ivshmem/_fds.pxd":106
+  /* "ivshmem/_fds.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4611,7 +4675,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":104
+  /* "ivshmem/_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4887,7 +4951,926 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":110
+/* "ivshmem/_fds.pyx":111
+ *     """
+ * 
+ *     def __cinit__(self):             # <<<<<<<<<<<<<<
+ *         self.number = -1
+ * 
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static int __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL_TPNEW
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL_TPNEW
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 0, 0, __pyx_nargs); return -1; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return -1;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/_fds.pyx":112
+ * 
+ *     def __cinit__(self):
+ *         self.number = -1             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_v_self->number = -1;
+
+  /* "ivshmem/_fds.pyx":111
+ *     """
+ * 
+ *     def __cinit__(self):             # <<<<<<<<<<<<<<
+ *         self.number = -1
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":114
+ *         self.number = -1
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def taken(self):
+ *         """Whether it has an owner, or was closed."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/_fds.pyx":117
+ *     def taken(self):
+ *         """Whether it has an owner, or was closed."""
+ *         return self.number < 0             # <<<<<<<<<<<<<<
+ * 
+ *     def fileno(self):
+*/
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->number < 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":114
+ *         self.number = -1
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def taken(self):
+ *         """Whether it has an owner, or was closed."""
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._fds.Fd.taken.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":119
+ *         return self.number < 0
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_3fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_2fileno, "The descriptor, still owned by this.");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_2fileno};
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_3fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fileno (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("fileno", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_2fileno(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fileno", 0);
+
+  /* "ivshmem/_fds.pyx":121
+ *     def fileno(self):
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the descriptor was taken or closed")
+ *         return self.number
+*/
+  __pyx_t_1 = (__pyx_v_self->number < 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_fds.pyx":122
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:
+ *             raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
+ *         return self.number
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_descriptor_was_taken_or_clos};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 122, __pyx_L1_error)
+
+    /* "ivshmem/_fds.pyx":121
+ *     def fileno(self):
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the descriptor was taken or closed")
+ *         return self.number
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":123
+ *         if self.number < 0:
+ *             raise ClosedError("the descriptor was taken or closed")
+ *         return self.number             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->number); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":119
+ *         return self.number < 0
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._fds.Fd.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":125
+ *         return self.number
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         """Close it, unless it has an owner. May be called twice."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_4close, "Close it, unless it has an owner. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_4close};
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("close (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_4close(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  __Pyx_RefNannySetupContext("close", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":128
+ *     def close(self):
+ *         """Close it, unless it has an owner. May be called twice."""
+ *         if self.number >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.number)
+ *         self.number = -1
+*/
+        __pyx_t_2 = (__pyx_v_self->number >= 0);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/_fds.pyx":129
+ *         """Close it, unless it has an owner. May be called twice."""
+ *         if self.number >= 0:
+ *             c_close(self.number)             # <<<<<<<<<<<<<<
+ *         self.number = -1
+ * 
+*/
+          (void)(close(__pyx_v_self->number));
+
+          /* "ivshmem/_fds.pyx":128
+ *     def close(self):
+ *         """Close it, unless it has an owner. May be called twice."""
+ *         if self.number >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.number)
+ *         self.number = -1
+*/
+        }
+
+        /* "ivshmem/_fds.pyx":130
+ *         if self.number >= 0:
+ *             c_close(self.number)
+ *         self.number = -1             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+        __pyx_v_self->number = -1;
+      }
+
+      /* "ivshmem/_fds.pyx":125
+ *         return self.number
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         """Close it, unless it has an owner. May be called twice."""
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":132
+ *         self.number = -1
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.number >= 0:
+ *             c_close(self.number)
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  int __pyx_t_1;
+
+  /* "ivshmem/_fds.pyx":133
+ * 
+ *     def __dealloc__(self):
+ *         if self.number >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.number)
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_self->number >= 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":134
+ *     def __dealloc__(self):
+ *         if self.number >= 0:
+ *             c_close(self.number)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+    (void)(close(__pyx_v_self->number));
+
+    /* "ivshmem/_fds.pyx":133
+ * 
+ *     def __dealloc__(self):
+ *         if self.number >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.number)
+ * 
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":132
+ *         self.number = -1
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.number >= 0:
+ *             c_close(self.number)
+*/
+
+  /* function exit code */
+
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_9__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._fds.Fd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_11__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._fds.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._fds.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":137
+ * 
+ * 
+ * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
+ *     """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+ *     cdef Fd given
+*/
+
+static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
+  struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_given = 0;
+  int __pyx_v_number;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("taken", 0);
+
+  /* "ivshmem/_fds.pyx":141
+ *     cdef Fd given
+ *     cdef int number
+ *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
+ *         return fd
+ *     given = fd
+*/
+  __pyx_t_1 = __Pyx_TypeCheck(__pyx_v_fd, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd); 
+  __pyx_t_2 = (!__pyx_t_1);
+
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_fds.pyx":142
+ *     cdef int number
+ *     if not isinstance(fd, Fd):
+ *         return fd             # <<<<<<<<<<<<<<
+ *     given = fd
+ *     with cython.critical_section(given):
+*/
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 142, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":141
+ *     cdef Fd given
+ *     cdef int number
+ *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
+ *         return fd
+ *     given = fd
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":143
+ *     if not isinstance(fd, Fd):
+ *         return fd
+ *     given = fd             # <<<<<<<<<<<<<<
+ *     with cython.critical_section(given):
+ *         number, given.number = given.number, -1
+*/
+  __pyx_t_4 = __pyx_v_fd;
+  __Pyx_INCREF(__pyx_t_4);
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd))))) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_v_given = ((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_t_4);
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/_fds.pyx":144
+ *         return fd
+ *     given = fd
+ *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
+ *         number, given.number = given.number, -1
+ *     if number < 0:
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      if (unlikely(!__pyx_v_given)) { __Pyx_RaiseUnboundLocalError("given"); __PYX_ERR(0, 144, __pyx_L1_error) }
+      __pyx_t_4 = ((PyObject *)__pyx_v_given);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_4);
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":145
+ *     given = fd
+ *     with cython.critical_section(given):
+ *         number, given.number = given.number, -1             # <<<<<<<<<<<<<<
+ *     if number < 0:
+ *         raise ClosedError("the descriptor was taken or closed")
+*/
+        __pyx_t_3 = __pyx_v_given->number;
+
+        __pyx_t_5 = -1;
+
+        __pyx_v_number = __pyx_t_3;
+        __pyx_v_given->number = __pyx_t_5;
+      }
+
+      /* "ivshmem/_fds.pyx":144
+ *         return fd
+ *     given = fd
+ *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
+ *         number, given.number = given.number, -1
+ *     if number < 0:
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L6;
+        }
+        __pyx_L6:;
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  }
+
+  /* "ivshmem/_fds.pyx":146
+ *     with cython.critical_section(given):
+ *         number, given.number = given.number, -1
+ *     if number < 0:             # <<<<<<<<<<<<<<
+ *         raise ClosedError("the descriptor was taken or closed")
+ *     return number
+*/
+  __pyx_t_2 = (__pyx_v_number < 0);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_fds.pyx":147
+ *         number, given.number = given.number, -1
+ *     if number < 0:
+ *         raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
+ *     return number
+ * 
+*/
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 147, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_6);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_8 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_the_descriptor_was_taken_or_clos};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 147, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 147, __pyx_L1_error)
+
+    /* "ivshmem/_fds.pyx":146
+ *     with cython.critical_section(given):
+ *         number, given.number = given.number, -1
+ *     if number < 0:             # <<<<<<<<<<<<<<
+ *         raise ClosedError("the descriptor was taken or closed")
+ *     return number
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":148
+ *     if number < 0:
+ *         raise ClosedError("the descriptor was taken or closed")
+ *     return number             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_number;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":137
+ * 
+ * 
+ * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
+ *     """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+ *     cdef Fd given
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem._fds.taken", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_given);
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":159
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4939,7 +5922,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":111
+  /* "ivshmem/_fds.pyx":160
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -4948,7 +5931,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_fds.pyx":110
+  /* "ivshmem/_fds.pyx":159
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4962,7 +5945,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":113
+/* "ivshmem/_fds.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5010,32 +5993,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 113, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 162, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 113, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 162, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 113, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 162, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 114, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 163, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 113, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 162, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5079,13 +6062,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
-  PyObject *__pyx_t_17 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_fds.pyx":120
+  /* "ivshmem/_fds.pyx":169
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -5098,13 +6080,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":122
+  /* "ivshmem/_fds.pyx":171
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -5118,7 +6100,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":123
+    /* "ivshmem/_fds.pyx":172
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -5127,7 +6109,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_fds.pyx":124
+    /* "ivshmem/_fds.pyx":173
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -5139,7 +6121,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":125
+      /* "ivshmem/_fds.pyx":174
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -5148,22 +6130,22 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":126
+        /* "ivshmem/_fds.pyx":175
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 126, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_fds.pyx":128
+      /* "ivshmem/_fds.pyx":177
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
- *             array.take(fd)
+ *             array.add(fd)
  *         return array
 */
       /*finally:*/ {
@@ -5175,7 +6157,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5205,7 +6187,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5235,7 +6217,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
         __pyx_L10:;
       }
 
-      /* "ivshmem/_fds.pyx":124
+      /* "ivshmem/_fds.pyx":173
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -5244,33 +6226,21 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     }
 
-    /* "ivshmem/_fds.pyx":129
+    /* "ivshmem/_fds.pyx":178
  *                 finally:
  *                     array.close()
- *             array.take(fd)             # <<<<<<<<<<<<<<
+ *             array.add(fd)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-    __pyx_t_2 = ((PyObject *)__pyx_v_array);
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 129, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_3 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_17};
-      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 129, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+
   }
 
 
-  /* "ivshmem/_fds.pyx":130
+  /* "ivshmem/_fds.pyx":179
  *                     array.close()
- *             array.take(fd)
+ *             array.add(fd)
  *         return array             # <<<<<<<<<<<<<<
  * 
  *     @staticmethod
@@ -5286,7 +6256,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":113
+  /* "ivshmem/_fds.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5298,7 +6268,6 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_17);
   __Pyx_AddTraceback("ivshmem._fds.FdArray.eventfds", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -5310,7 +6279,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":132
+/* "ivshmem/_fds.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5358,32 +6327,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 132, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 181, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 132, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 132, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 181, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 132, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 181, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 132, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 182, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 132, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 181, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5415,13 +6384,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   size_t __pyx_t_3;
   int __pyx_t_4;
   int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/_fds.pyx":139
+  /* "ivshmem/_fds.pyx":188
  *             OSError: EBADF or EMFILE.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -5434,13 +6402,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":140
+  /* "ivshmem/_fds.pyx":189
  *         """
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)             # <<<<<<<<<<<<<<
@@ -5449,62 +6417,50 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   __pyx_v_other = fcntl(__pyx_v_fd, F_DUPFD_CLOEXEC, 0);
 
-  /* "ivshmem/_fds.pyx":141
+  /* "ivshmem/_fds.pyx":190
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
  *             fail()
- *         array.take(other)
+ *         array.add(other)
 */
   __pyx_t_4 = (__pyx_v_other < 0);
 
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_fds.pyx":142
+    /* "ivshmem/_fds.pyx":191
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:
  *             fail()             # <<<<<<<<<<<<<<
- *         array.take(other)
+ *         array.add(other)
  *         return array
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":141
+    /* "ivshmem/_fds.pyx":190
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
  *             fail()
- *         array.take(other)
+ *         array.add(other)
 */
   }
 
-  /* "ivshmem/_fds.pyx":143
+  /* "ivshmem/_fds.pyx":192
  *         if other < 0:
  *             fail()
- *         array.take(other)             # <<<<<<<<<<<<<<
+ *         array.add(other)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_array);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_other); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 143, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_6};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_5 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":144
+
+  /* "ivshmem/_fds.pyx":193
  *             fail()
- *         array.take(other)
+ *         array.add(other)
  *         return array             # <<<<<<<<<<<<<<
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):
@@ -5520,7 +6476,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":132
+  /* "ivshmem/_fds.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5532,7 +6488,6 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem._fds.FdArray.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -5543,7 +6498,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":146
+/* "ivshmem/_fds.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -5594,60 +6549,60 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_path,&__pyx_mstate_global->__pyx_n_u_flags,&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_dir_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 146, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 146, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 146, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 195, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 146, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_path = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
+      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
     } else {
       __pyx_v_mode = ((unsigned int)0777);
     }
     if (values[3]) {
-      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
+      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
     } else {
-      __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k_;
+      __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k__2;
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 146, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5685,16 +6640,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   size_t __pyx_t_5;
   char const *__pyx_t_6;
   int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  int __pyx_t_11;
+  PyObject *__pyx_t_11 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open", 0);
 
-  /* "ivshmem/_fds.pyx":154
+  /* "ivshmem/_fds.pyx":203
  *             OSError: as of open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
@@ -5702,9 +6657,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
  *         cdef int fd, code
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5724,14 +6679,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 203, __pyx_L1_error)
   __pyx_v_where = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":155
+  /* "ivshmem/_fds.pyx":204
  *         """
  *         cdef bytes where = os.fsencode(path)
  *         cdef const char *text = where             # <<<<<<<<<<<<<<
@@ -5740,12 +6695,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 155, __pyx_L1_error)
+    __PYX_ERR(0, 204, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L1_error)
   __pyx_v_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":157
+  /* "ivshmem/_fds.pyx":206
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -5754,13 +6709,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument of type \047NoneType\047 is not iterable");
-    __PYX_ERR(0, 157, __pyx_L1_error)
+    __PYX_ERR(0, 206, __pyx_L1_error)
   }
-  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 206, __pyx_L1_error)
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/_fds.pyx":158
+    /* "ivshmem/_fds.pyx":207
  *         cdef int fd, code
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
@@ -5773,14 +6728,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_embedded_null_byte};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 158, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 158, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":157
+    /* "ivshmem/_fds.pyx":206
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -5789,7 +6744,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":159
+  /* "ivshmem/_fds.pyx":208
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")
  *         while True:             # <<<<<<<<<<<<<<
@@ -5798,7 +6753,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":160
+    /* "ivshmem/_fds.pyx":209
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5811,7 +6766,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_fds.pyx":161
+          /* "ivshmem/_fds.pyx":210
  *         while True:
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
@@ -5820,17 +6775,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
           __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
 
-          /* "ivshmem/_fds.pyx":162
+          /* "ivshmem/_fds.pyx":211
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno             # <<<<<<<<<<<<<<
  *             if fd >= 0:
- *                 self.take(fd)
+ *                 self.add(fd)
 */
           __pyx_v_code = errno;
         }
 
-        /* "ivshmem/_fds.pyx":160
+        /* "ivshmem/_fds.pyx":209
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5847,11 +6802,11 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_fds.pyx":163
+    /* "ivshmem/_fds.pyx":212
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
- *                 self.take(fd)
+ *                 self.add(fd)
  *                 return fd
 */
     __pyx_t_7 = (__pyx_v_fd >= 0);
@@ -5859,36 +6814,24 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":164
+      /* "ivshmem/_fds.pyx":213
  *                 code = errno
  *             if fd >= 0:
- *                 self.take(fd)             # <<<<<<<<<<<<<<
+ *                 self.add(fd)             # <<<<<<<<<<<<<<
  *                 return fd
  *             if code != EINTR:
 */
-      __pyx_t_4 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_5 = 0;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_2};
-        __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
 
-      /* "ivshmem/_fds.pyx":165
+
+      /* "ivshmem/_fds.pyx":214
  *             if fd >= 0:
- *                 self.take(fd)
+ *                 self.add(fd)
  *                 return fd             # <<<<<<<<<<<<<<
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
 */
-      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       {
         PyObject *__pyx_temp;
@@ -5901,17 +6844,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":163
+      /* "ivshmem/_fds.pyx":212
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
- *                 self.take(fd)
+ *                 self.add(fd)
  *                 return fd
 */
     }
 
-    /* "ivshmem/_fds.pyx":166
- *                 self.take(fd)
+    /* "ivshmem/_fds.pyx":215
+ *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
  *                 raise OSError(code, os.strerror(code), path)
@@ -5922,61 +6865,61 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/_fds.pyx":167
+      /* "ivshmem/_fds.pyx":216
  *                 return fd
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
  *             PyErr_CheckSignals()
  * 
 */
-      __pyx_t_2 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_8 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 167, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
-      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 167, __pyx_L1_error)
+      __pyx_t_4 = NULL;
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_9 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 216, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 167, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
+      __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_10))) {
-        __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_10);
-        assert(__pyx_t_8);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
-        __Pyx_INCREF(__pyx_t_8);
+      if (unlikely(PyMethod_Check(__pyx_t_11))) {
+        __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_11);
+        assert(__pyx_t_9);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+        __Pyx_INCREF(__pyx_t_9);
         __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
         __pyx_t_5 = 0;
       }
       #endif
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_9};
-        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+        PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_t_10};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 167, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_5 = 1;
       {
-        PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_4, __pyx_t_3, __pyx_v_path};
+        PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_t_2, __pyx_t_3, __pyx_v_path};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 216, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 167, __pyx_L1_error)
+      __PYX_ERR(0, 216, __pyx_L1_error)
 
-      /* "ivshmem/_fds.pyx":166
- *                 self.take(fd)
+      /* "ivshmem/_fds.pyx":215
+ *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
  *                 raise OSError(code, os.strerror(code), path)
@@ -5984,18 +6927,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_fds.pyx":168
+    /* "ivshmem/_fds.pyx":217
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def memfd(self, name, unsigned int flags):
 */
-    __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L1_error)
+    __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/_fds.pyx":146
+  /* "ivshmem/_fds.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -6011,9 +6954,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem._fds.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6026,7 +6969,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":170
+/* "ivshmem/_fds.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -6075,39 +7018,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_flags,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 170, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 170, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 170, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
     }
     __pyx_v_name = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 219, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 170, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6147,7 +7090,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("memfd", 0);
 
-  /* "ivshmem/_fds.pyx":176
+  /* "ivshmem/_fds.pyx":225
  *             OSError: as of memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
@@ -6155,9 +7098,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
  *         if fd < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6177,14 +7120,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 225, __pyx_L1_error)
   __pyx_v_called = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":177
+  /* "ivshmem/_fds.pyx":226
  *         """
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -6193,73 +7136,61 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_called == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 177, __pyx_L1_error)
+    __PYX_ERR(0, 226, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 226, __pyx_L1_error)
   __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
 
 
-  /* "ivshmem/_fds.pyx":178
+  /* "ivshmem/_fds.pyx":227
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
  *             fail()
- *         self.take(fd)
+ *         self.add(fd)
 */
   __pyx_t_7 = (__pyx_v_fd < 0);
 
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_fds.pyx":179
+    /* "ivshmem/_fds.pyx":228
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
- *         self.take(fd)
+ *         self.add(fd)
  *         return fd
 */
-    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":178
+    /* "ivshmem/_fds.pyx":227
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
  *             fail()
- *         self.take(fd)
+ *         self.add(fd)
 */
   }
 
-  /* "ivshmem/_fds.pyx":180
+  /* "ivshmem/_fds.pyx":229
  *         if fd < 0:
  *             fail()
- *         self.take(fd)             # <<<<<<<<<<<<<<
+ *         self.add(fd)             # <<<<<<<<<<<<<<
  *         return fd
  * 
 */
-  __pyx_t_4 = ((PyObject *)__pyx_v_self);
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_2};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 180, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_8 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":181
+
+  /* "ivshmem/_fds.pyx":230
  *             fail()
- *         self.take(fd)
+ *         self.add(fd)
  *         return fd             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     def take(self, fd):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6272,7 +7203,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":170
+  /* "ivshmem/_fds.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -6296,12 +7227,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":183
+/* "ivshmem/_fds.pyx":232
  *         return fd
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def take(self, int fd):
- *         """Append `fd` and own it from now on, also when this call fails."""
+ *     def take(self, fd):             # <<<<<<<<<<<<<<
+ *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         self.add(taken(fd))
 */
 
 /* Python wrapper */
@@ -6312,7 +7243,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10take, "Append `fd` and own it from now on, also when this call fails.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10take, "Append `fd`, a number or an Fd, and own it from now on, also when this call fails.");
 static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_11take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10take};
 static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6321,7 +7252,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  int __pyx_v_fd;
+  PyObject *__pyx_v_fd = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -6344,32 +7275,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 232, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 232, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 232, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 183, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 232, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 232, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L3_error)
+    __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 232, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6386,15 +7317,64 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_fd) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take", 0);
+
+  /* "ivshmem/_fds.pyx":234
+ *     def take(self, fd):
+ *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         self.add(taken(fd))             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+
+
+
+  /* "ivshmem/_fds.pyx":232
+ *         return fd
+ * 
+ *     def take(self, fd):             # <<<<<<<<<<<<<<
+ *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         self.add(taken(fd))
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":236
+ *         self.add(taken(fd))
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     cdef int add(self, int fd) except -1:
+ *         cdef int *grown
+*/
+
+static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
   int *__pyx_v_grown;
   Py_ssize_t __pyx_v_i;
-  PyObject *__pyx_r = NULL;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
@@ -6406,10 +7386,11 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
   Py_ssize_t __pyx_t_8;
   Py_ssize_t __pyx_t_9;
   int *__pyx_t_10;
+  int __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("take", 0);
+  __Pyx_RefNannySetupContext("add", 0);
   {
       __Pyx_PyCriticalSection __pyx_cs;
       __pyx_t_1 = ((PyObject *)__pyx_v_self);
@@ -6417,7 +7398,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":188
+        /* "ivshmem/_fds.pyx":240
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6429,7 +7410,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":189
+          /* "ivshmem/_fds.pyx":241
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -6438,7 +7419,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/_fds.pyx":190
+          /* "ivshmem/_fds.pyx":242
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -6446,7 +7427,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -6465,14 +7446,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 190, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 190, __pyx_L4_error)
+          __PYX_ERR(0, 242, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":188
+          /* "ivshmem/_fds.pyx":240
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6481,7 +7462,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
         }
 
-        /* "ivshmem/_fds.pyx":191
+        /* "ivshmem/_fds.pyx":243
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -6493,7 +7474,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":193
+          /* "ivshmem/_fds.pyx":245
  *         if self.count == self.room:
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -6502,7 +7483,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/_fds.pyx":194
+          /* "ivshmem/_fds.pyx":246
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -6514,7 +7495,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_fds.pyx":195
+            /* "ivshmem/_fds.pyx":247
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -6523,7 +7504,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/_fds.pyx":194
+            /* "ivshmem/_fds.pyx":246
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -6532,7 +7513,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           }
 
-          /* "ivshmem/_fds.pyx":196
+          /* "ivshmem/_fds.pyx":248
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -6544,7 +7525,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/_fds.pyx":197
+            /* "ivshmem/_fds.pyx":249
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -6553,16 +7534,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/_fds.pyx":198
+            /* "ivshmem/_fds.pyx":250
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 198, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 250, __pyx_L4_error)
 
-            /* "ivshmem/_fds.pyx":196
+            /* "ivshmem/_fds.pyx":248
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -6571,7 +7552,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           }
 
-          /* "ivshmem/_fds.pyx":199
+          /* "ivshmem/_fds.pyx":251
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -6585,7 +7566,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/_fds.pyx":200
+            /* "ivshmem/_fds.pyx":252
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -6596,7 +7577,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           }
 
 
-          /* "ivshmem/_fds.pyx":201
+          /* "ivshmem/_fds.pyx":253
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
@@ -6608,7 +7589,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/_fds.pyx":202
+          /* "ivshmem/_fds.pyx":254
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
@@ -6617,7 +7598,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/_fds.pyx":203
+          /* "ivshmem/_fds.pyx":255
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)             # <<<<<<<<<<<<<<
@@ -6626,7 +7607,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           ivshmem_set_elements((&__pyx_v_self->fds), __pyx_v_grown);
 
-          /* "ivshmem/_fds.pyx":204
+          /* "ivshmem/_fds.pyx":256
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -6635,7 +7616,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/_fds.pyx":191
+          /* "ivshmem/_fds.pyx":243
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -6644,66 +7625,81 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
         }
 
-        /* "ivshmem/_fds.pyx":205
+        /* "ivshmem/_fds.pyx":257
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
  *         ivshmem_set_length(&self.count, self.count + 1)
- * 
+ *         return 0
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/_fds.pyx":206
+        /* "ivshmem/_fds.pyx":258
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+        ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
+
+        /* "ivshmem/_fds.pyx":259
+ *         self.fds[self.count] = fd
+ *         ivshmem_set_length(&self.count, self.count + 1)
+ *         return 0             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-        ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
+        {
+
+          __pyx_r = 0;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":183
- *         return fd
+      /* "ivshmem/_fds.pyx":236
+ *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def take(self, int fd):
- *         """Append `fd` and own it from now on, also when this call fails."""
+ *     cdef int add(self, int fd) except -1:
+ *         cdef int *grown
 */
       /*finally:*/ {
-        /*normal exit:*/{
+        __pyx_L3_return: {
+          __pyx_t_11 = __pyx_r;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L5;
+          __pyx_r = __pyx_t_11;
+          goto __pyx_L0;
         }
         __pyx_L4_error: {
           __Pyx_PyCriticalSection_End(&__pyx_cs);
           goto __pyx_L1_error;
         }
-        __pyx_L5:;
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
   /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
 
 
-  __Pyx_XGIVEREF(__pyx_r);
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":208
- *         ivshmem_set_length(&self.count, self.count + 1)
+/* "ivshmem/_fds.pyx":261
+ *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
@@ -6730,7 +7726,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":209
+  /* "ivshmem/_fds.pyx":262
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -6752,8 +7748,8 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":208
- *         ivshmem_set_length(&self.count, self.count + 1)
+  /* "ivshmem/_fds.pyx":261
+ *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
@@ -6766,7 +7762,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":211
+/* "ivshmem/_fds.pyx":264
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6821,7 +7817,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":214
+        /* "ivshmem/_fds.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -6838,7 +7834,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 214, __pyx_L4_error)
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 267, __pyx_L4_error)
         __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
@@ -6849,7 +7845,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":215
+          /* "ivshmem/_fds.pyx":268
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -6857,10 +7853,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
  * 
 */
           __pyx_t_6 = NULL;
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 215, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 268, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 215, __pyx_L4_error)
-          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 215, __pyx_L4_error)
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 268, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 268, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
 
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -6873,7 +7869,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
           #endif
           __pyx_t_10 = 0;
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 215, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 268, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6883,14 +7879,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 215, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 215, __pyx_L4_error)
+          __PYX_ERR(0, 268, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":214
+          /* "ivshmem/_fds.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -6899,14 +7895,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_fds.pyx":216
+        /* "ivshmem/_fds.pyx":269
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     def signal(self, Py_ssize_t index):
 */
-        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 216, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 269, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -6921,7 +7917,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":211
+      /* "ivshmem/_fds.pyx":264
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6963,7 +7959,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":218
+/* "ivshmem/_fds.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7011,32 +8007,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 218, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 218, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7069,7 +8065,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":221
+  /* "ivshmem/_fds.pyx":274
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7081,7 +8077,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":222
+    /* "ivshmem/_fds.pyx":275
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -7098,7 +8094,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":221
+    /* "ivshmem/_fds.pyx":274
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7107,7 +8103,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":223
+  /* "ivshmem/_fds.pyx":276
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -7128,7 +8124,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":224
+  /* "ivshmem/_fds.pyx":277
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -7137,7 +8133,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":225
+  /* "ivshmem/_fds.pyx":278
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -7149,17 +8145,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":226
+    /* "ivshmem/_fds.pyx":279
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def drain(self, Py_ssize_t index):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":225
+    /* "ivshmem/_fds.pyx":278
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -7168,7 +8164,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":218
+  /* "ivshmem/_fds.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7189,7 +8185,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":228
+/* "ivshmem/_fds.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7237,32 +8233,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 228, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 228, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 228, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 228, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7295,20 +8291,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/_fds.pyx":230
+  /* "ivshmem/_fds.pyx":283
  *     def drain(self, Py_ssize_t index):
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 283, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -7322,7 +8318,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":228
+  /* "ivshmem/_fds.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7341,7 +8337,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":232
+/* "ivshmem/_fds.pyx":285
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7356,7 +8352,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":234
+  /* "ivshmem/_fds.pyx":287
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -7367,7 +8363,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":235
+  /* "ivshmem/_fds.pyx":288
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -7376,7 +8372,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/_fds.pyx":236
+  /* "ivshmem/_fds.pyx":289
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -7390,7 +8386,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":237
+    /* "ivshmem/_fds.pyx":290
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -7401,7 +8397,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   }
 
 
-  /* "ivshmem/_fds.pyx":232
+  /* "ivshmem/_fds.pyx":285
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7414,7 +8410,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
 }
 
-/* "ivshmem/_fds.pyx":239
+/* "ivshmem/_fds.pyx":292
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7425,7 +8421,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":241
+  /* "ivshmem/_fds.pyx":294
  *     cdef bint enter(self) noexcept nogil:
  *         """One user more; False if it is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -7438,7 +8434,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":239
+  /* "ivshmem/_fds.pyx":292
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7451,7 +8447,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":243
+/* "ivshmem/_fds.pyx":296
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7462,7 +8458,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":245
+  /* "ivshmem/_fds.pyx":298
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7474,7 +8470,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":246
+    /* "ivshmem/_fds.pyx":299
  *         """One user less."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -7483,7 +8479,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
     __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_fds.pyx":245
+    /* "ivshmem/_fds.pyx":298
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7492,7 +8488,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
   }
 
-  /* "ivshmem/_fds.pyx":243
+  /* "ivshmem/_fds.pyx":296
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7503,7 +8499,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   /* function exit code */
 }
 
-/* "ivshmem/_fds.pyx":248
+/* "ivshmem/_fds.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7567,7 +8563,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":250
+        /* "ivshmem/_fds.pyx":303
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -7579,7 +8575,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":251
+          /* "ivshmem/_fds.pyx":304
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -7588,7 +8584,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
 */
           __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/_fds.pyx":250
+          /* "ivshmem/_fds.pyx":303
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -7598,7 +8594,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         }
       }
 
-      /* "ivshmem/_fds.pyx":248
+      /* "ivshmem/_fds.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7622,7 +8618,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":253
+/* "ivshmem/_fds.pyx":306
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7649,7 +8645,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":255
+  /* "ivshmem/_fds.pyx":308
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -7658,7 +8654,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":256
+  /* "ivshmem/_fds.pyx":309
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -7667,7 +8663,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_fds.pyx":257
+  /* "ivshmem/_fds.pyx":310
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -7681,7 +8677,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":258
+    /* "ivshmem/_fds.pyx":311
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -7692,7 +8688,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   }
 
 
-  /* "ivshmem/_fds.pyx":253
+  /* "ivshmem/_fds.pyx":306
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7911,7 +8907,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":274
+/* "ivshmem/_fds.pyx":327
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7985,7 +8981,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":275
+  /* "ivshmem/_fds.pyx":328
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7994,7 +8990,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":276
+  /* "ivshmem/_fds.pyx":329
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -8003,7 +8999,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":277
+  /* "ivshmem/_fds.pyx":330
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -8012,7 +9008,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":278
+  /* "ivshmem/_fds.pyx":331
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -8020,22 +9016,22 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -8057,14 +9053,14 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_fds.pyx":280
+  /* "ivshmem/_fds.pyx":333
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -8076,7 +9072,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_fds.pyx":281
+    /* "ivshmem/_fds.pyx":334
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -8085,18 +9081,18 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":282
+      /* "ivshmem/_fds.pyx":335
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_fds.pyx":284
+    /* "ivshmem/_fds.pyx":337
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -8112,7 +9108,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8146,7 +9142,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8176,7 +9172,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
       __pyx_L6:;
     }
 
-    /* "ivshmem/_fds.pyx":280
+    /* "ivshmem/_fds.pyx":333
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -8185,7 +9181,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":274
+  /* "ivshmem/_fds.pyx":327
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -8211,7 +9207,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":286
+/* "ivshmem/_fds.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -8259,32 +9255,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 286, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 339, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 339, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 339, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 286, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 339, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 339, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 286, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 339, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8329,7 +9325,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":292
+  /* "ivshmem/_fds.pyx":345
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -8341,7 +9337,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":293
+    /* "ivshmem/_fds.pyx":346
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -8349,7 +9345,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8368,14 +9364,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 293, __pyx_L1_error)
+    __PYX_ERR(0, 346, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":292
+    /* "ivshmem/_fds.pyx":345
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -8384,7 +9380,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_fds.pyx":294
+  /* "ivshmem/_fds.pyx":347
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -8392,11 +9388,11 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 294, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -8405,12 +9401,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 347, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -8418,18 +9414,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 294, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 347, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 294, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 347, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":295
+    /* "ivshmem/_fds.pyx":348
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -8438,23 +9434,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/_fds.pyx":296
+    /* "ivshmem/_fds.pyx":349
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 296, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 296, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 349, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -8463,7 +9459,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 349, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -8473,7 +9469,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 349, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -8484,13 +9480,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 296, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 349, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -8500,17 +9496,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_fds.pyx":297
+      /* "ivshmem/_fds.pyx":350
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
  *                 batch[count] = <int>number
  *                 count += 1
 */
-      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 350, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/_fds.pyx":298
+      /* "ivshmem/_fds.pyx":351
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -8519,7 +9515,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/_fds.pyx":299
+      /* "ivshmem/_fds.pyx":352
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -8528,7 +9524,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/_fds.pyx":296
+      /* "ivshmem/_fds.pyx":349
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -8538,17 +9534,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_fds.pyx":300
+    /* "ivshmem/_fds.pyx":353
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":294
+    /* "ivshmem/_fds.pyx":347
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -8558,7 +9554,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/_fds.pyx":286
+  /* "ivshmem/_fds.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -8587,7 +9583,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":302
+/* "ivshmem/_fds.pyx":355
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -8611,7 +9607,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/_fds.pyx":305
+  /* "ivshmem/_fds.pyx":358
  *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -8625,7 +9621,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":306
+        /* "ivshmem/_fds.pyx":359
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -8637,7 +9633,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":307
+          /* "ivshmem/_fds.pyx":360
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -8645,7 +9641,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
  *         if code:
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -8664,14 +9660,14 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 307, __pyx_L4_error)
+          __PYX_ERR(0, 360, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":306
+          /* "ivshmem/_fds.pyx":359
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -8680,7 +9676,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":308
+        /* "ivshmem/_fds.pyx":361
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
@@ -8690,7 +9686,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
         __pyx_v_code = __pyx_f_7ivshmem_4_fds_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/_fds.pyx":305
+      /* "ivshmem/_fds.pyx":358
  *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -8711,7 +9707,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_fds.pyx":309
+  /* "ivshmem/_fds.pyx":362
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8723,17 +9719,17 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":310
+    /* "ivshmem/_fds.pyx":363
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":309
+    /* "ivshmem/_fds.pyx":362
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8742,7 +9738,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":311
+  /* "ivshmem/_fds.pyx":364
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8755,7 +9751,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":302
+  /* "ivshmem/_fds.pyx":355
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -8778,7 +9774,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":313
+/* "ivshmem/_fds.pyx":366
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8800,7 +9796,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":319
+  /* "ivshmem/_fds.pyx":372
  *         cdef char nothing[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -8809,7 +9805,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_fds.pyx":320
+  /* "ivshmem/_fds.pyx":373
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -8818,7 +9814,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/_fds.pyx":321
+  /* "ivshmem/_fds.pyx":374
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8832,7 +9828,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":322
+    /* "ivshmem/_fds.pyx":375
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -8841,7 +9837,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/_fds.pyx":323
+    /* "ivshmem/_fds.pyx":376
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -8852,7 +9848,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/_fds.pyx":324
+    /* "ivshmem/_fds.pyx":377
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
@@ -8861,7 +9857,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-    /* "ivshmem/_fds.pyx":325
+    /* "ivshmem/_fds.pyx":378
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -8870,7 +9866,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/_fds.pyx":326
+    /* "ivshmem/_fds.pyx":379
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -8879,7 +9875,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/_fds.pyx":327
+    /* "ivshmem/_fds.pyx":380
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -8888,7 +9884,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/_fds.pyx":328
+    /* "ivshmem/_fds.pyx":381
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -8899,7 +9895,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   }
 
 
-  /* "ivshmem/_fds.pyx":329
+  /* "ivshmem/_fds.pyx":382
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -8912,7 +9908,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/_fds.pyx":330
+    /* "ivshmem/_fds.pyx":383
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -8921,7 +9917,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/_fds.pyx":331
+    /* "ivshmem/_fds.pyx":384
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -8933,7 +9929,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_fds.pyx":332
+      /* "ivshmem/_fds.pyx":385
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -8942,7 +9938,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/_fds.pyx":333
+      /* "ivshmem/_fds.pyx":386
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -8951,7 +9947,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/_fds.pyx":331
+      /* "ivshmem/_fds.pyx":384
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -8961,7 +9957,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_fds.pyx":334
+    /* "ivshmem/_fds.pyx":387
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -8980,7 +9976,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_fds.pyx":335
+      /* "ivshmem/_fds.pyx":388
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -8993,7 +9989,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":334
+      /* "ivshmem/_fds.pyx":387
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -9004,7 +10000,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     __pyx_L7:;
   }
 
-  /* "ivshmem/_fds.pyx":336
+  /* "ivshmem/_fds.pyx":389
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -9017,7 +10013,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":313
+  /* "ivshmem/_fds.pyx":366
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9036,7 +10032,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":338
+/* "ivshmem/_fds.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9101,7 +10097,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":340
+        /* "ivshmem/_fds.pyx":393
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9127,7 +10123,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":341
+          /* "ivshmem/_fds.pyx":394
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -9136,7 +10132,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/_fds.pyx":340
+          /* "ivshmem/_fds.pyx":393
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9145,7 +10141,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":342
+        /* "ivshmem/_fds.pyx":395
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9154,7 +10150,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/_fds.pyx":343
+        /* "ivshmem/_fds.pyx":396
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -9166,7 +10162,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":344
+          /* "ivshmem/_fds.pyx":397
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -9175,7 +10171,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/_fds.pyx":343
+          /* "ivshmem/_fds.pyx":396
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -9184,7 +10180,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":345
+        /* "ivshmem/_fds.pyx":398
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9194,7 +10190,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/_fds.pyx":338
+      /* "ivshmem/_fds.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9218,7 +10214,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":347
+/* "ivshmem/_fds.pyx":400
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9249,7 +10245,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":348
+  /* "ivshmem/_fds.pyx":401
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9263,12 +10259,12 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 348, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 401, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":400
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9493,7 +10489,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":355
+/* "ivshmem/_fds.pyx":408
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -9521,7 +10517,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/_fds.pyx":362
+  /* "ivshmem/_fds.pyx":415
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -9553,19 +10549,19 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 415, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 362, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 362, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":363
+  /* "ivshmem/_fds.pyx":416
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -9590,7 +10586,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":364
+    /* "ivshmem/_fds.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9606,7 +10602,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":365
+        /* "ivshmem/_fds.pyx":418
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -9619,13 +10615,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_fds.pyx":364
+        /* "ivshmem/_fds.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9643,7 +10639,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_fds.pyx":366
+      /* "ivshmem/_fds.pyx":419
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -9654,7 +10650,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/_fds.pyx":367
+        /* "ivshmem/_fds.pyx":420
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -9673,7 +10669,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/_fds.pyx":364
+      /* "ivshmem/_fds.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -9695,7 +10691,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/_fds.pyx":368
+    /* "ivshmem/_fds.pyx":421
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -9703,9 +10699,9 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 421, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 421, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -9725,7 +10721,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 421, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
@@ -9733,7 +10729,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_fds.pyx":363
+    /* "ivshmem/_fds.pyx":416
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -9742,7 +10738,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
 */
   }
 
-  /* "ivshmem/_fds.pyx":369
+  /* "ivshmem/_fds.pyx":422
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -9760,7 +10756,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":355
+  /* "ivshmem/_fds.pyx":408
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -9783,7 +10779,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":372
+/* "ivshmem/_fds.pyx":425
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -9800,7 +10796,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":374
+  /* "ivshmem/_fds.pyx":427
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
@@ -9809,7 +10805,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/_fds.pyx":375
+  /* "ivshmem/_fds.pyx":428
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -9820,20 +10816,20 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":376
+    /* "ivshmem/_fds.pyx":429
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
  *     while code == EINTR:
  *         PyErr_CheckSignals()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":375
+    /* "ivshmem/_fds.pyx":428
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -9842,7 +10838,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":377
+  /* "ivshmem/_fds.pyx":430
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:             # <<<<<<<<<<<<<<
@@ -9855,17 +10851,17 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/_fds.pyx":378
+    /* "ivshmem/_fds.pyx":431
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         code = add_one_if_room(fd)
  *     if code:
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":379
+    /* "ivshmem/_fds.pyx":432
  *     while code == EINTR:
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
@@ -9875,7 +10871,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
     __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one_if_room(__pyx_v_fd);
   }
 
-  /* "ivshmem/_fds.pyx":380
+  /* "ivshmem/_fds.pyx":433
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -9887,17 +10883,17 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":381
+    /* "ivshmem/_fds.pyx":434
  *         code = add_one_if_room(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":380
+    /* "ivshmem/_fds.pyx":433
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -9906,7 +10902,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":382
+  /* "ivshmem/_fds.pyx":435
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -9919,7 +10915,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":372
+  /* "ivshmem/_fds.pyx":425
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -9937,7 +10933,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":385
+/* "ivshmem/_fds.pyx":438
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9952,7 +10948,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":392
+  /* "ivshmem/_fds.pyx":445
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -9962,7 +10958,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_fds.pyx":393
+  /* "ivshmem/_fds.pyx":446
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -9971,7 +10967,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_fds.pyx":394
+  /* "ivshmem/_fds.pyx":447
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -9980,7 +10976,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/_fds.pyx":395
+  /* "ivshmem/_fds.pyx":448
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -10006,7 +11002,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":396
+    /* "ivshmem/_fds.pyx":449
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)             # <<<<<<<<<<<<<<
@@ -10019,7 +11015,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":395
+    /* "ivshmem/_fds.pyx":448
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -10028,7 +11024,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":397
+  /* "ivshmem/_fds.pyx":450
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)
  *     return 0  # a full counter is an interrupt that is pending already             # <<<<<<<<<<<<<<
@@ -10041,7 +11037,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":385
+  /* "ivshmem/_fds.pyx":438
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10056,7 +11052,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":414
+/* "ivshmem/_fds.pyx":467
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -10103,39 +11099,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 414, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 467, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 414, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 467, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 414, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 467, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 414, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 467, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 414, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 467, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 414, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 467, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 414, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 467, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10184,7 +11180,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":416
+  /* "ivshmem/_fds.pyx":469
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -10193,7 +11189,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":417
+  /* "ivshmem/_fds.pyx":470
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10202,7 +11198,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":418
+  /* "ivshmem/_fds.pyx":471
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -10211,7 +11207,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":419
+  /* "ivshmem/_fds.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10227,7 +11223,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":420
+      /* "ivshmem/_fds.pyx":473
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -10236,7 +11232,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 420, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 473, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -10254,17 +11250,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":421
+        /* "ivshmem/_fds.pyx":474
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":420
+        /* "ivshmem/_fds.pyx":473
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -10273,7 +11269,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":422
+      /* "ivshmem/_fds.pyx":475
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -10285,17 +11281,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":423
+        /* "ivshmem/_fds.pyx":476
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":422
+        /* "ivshmem/_fds.pyx":475
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -10304,7 +11300,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":424
+      /* "ivshmem/_fds.pyx":477
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -10316,9 +11312,9 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 424, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 477, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 424, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 477, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -10326,7 +11322,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 477, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -10336,7 +11332,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 477, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -10347,13 +11343,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 424, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 477, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 424, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 477, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -10363,7 +11359,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":425
+        /* "ivshmem/_fds.pyx":478
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -10372,7 +11368,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":426
+        /* "ivshmem/_fds.pyx":479
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -10381,7 +11377,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":427
+        /* "ivshmem/_fds.pyx":480
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -10390,7 +11386,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":428
+        /* "ivshmem/_fds.pyx":481
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -10399,7 +11395,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":429
+        /* "ivshmem/_fds.pyx":482
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -10408,17 +11404,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":430
+        /* "ivshmem/_fds.pyx":483
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":431
+        /* "ivshmem/_fds.pyx":484
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -10430,17 +11426,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":432
+          /* "ivshmem/_fds.pyx":485
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":431
+          /* "ivshmem/_fds.pyx":484
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -10449,7 +11445,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":424
+        /* "ivshmem/_fds.pyx":477
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -10459,7 +11455,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":419
+      /* "ivshmem/_fds.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10475,7 +11471,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":433
+    /* "ivshmem/_fds.pyx":486
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10485,12 +11481,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 433, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":434
+      /* "ivshmem/_fds.pyx":487
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10504,12 +11500,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 434, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 487, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":435
+      /* "ivshmem/_fds.pyx":488
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10521,11 +11517,11 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 435, __pyx_L5_except_error)
+      __PYX_ERR(0, 488, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":419
+    /* "ivshmem/_fds.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -10541,7 +11537,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":414
+  /* "ivshmem/_fds.pyx":467
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -10569,7 +11565,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":437
+/* "ivshmem/_fds.pyx":490
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10582,7 +11578,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":439
+  /* "ivshmem/_fds.pyx":492
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -10610,7 +11606,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":437
+  /* "ivshmem/_fds.pyx":490
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10623,7 +11619,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":441
+/* "ivshmem/_fds.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10683,7 +11679,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":443
+  /* "ivshmem/_fds.pyx":496
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -10694,7 +11690,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":444
+  /* "ivshmem/_fds.pyx":497
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10703,7 +11699,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":445
+  /* "ivshmem/_fds.pyx":498
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10729,7 +11725,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":446
+    /* "ivshmem/_fds.pyx":499
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -10738,7 +11734,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":445
+    /* "ivshmem/_fds.pyx":498
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10747,7 +11743,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":441
+  /* "ivshmem/_fds.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10763,7 +11759,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":448
+/* "ivshmem/_fds.pyx":501
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10794,7 +11790,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":449
+  /* "ivshmem/_fds.pyx":502
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10808,12 +11804,12 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":448
+  /* "ivshmem/_fds.pyx":501
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11038,7 +12034,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":460
+/* "ivshmem/_fds.pyx":513
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -11095,7 +12091,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":461
+  /* "ivshmem/_fds.pyx":514
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -11104,7 +12100,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":462
+  /* "ivshmem/_fds.pyx":515
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -11113,7 +12109,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":463
+  /* "ivshmem/_fds.pyx":516
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11125,17 +12121,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":464
+    /* "ivshmem/_fds.pyx":517
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":463
+    /* "ivshmem/_fds.pyx":516
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11144,7 +12140,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":460
+  /* "ivshmem/_fds.pyx":513
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -11163,7 +12159,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":466
+/* "ivshmem/_fds.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11227,7 +12223,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":467
+  /* "ivshmem/_fds.pyx":520
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11239,7 +12235,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":468
+    /* "ivshmem/_fds.pyx":521
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -11247,7 +12243,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11266,14 +12262,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 521, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 468, __pyx_L1_error)
+    __PYX_ERR(0, 521, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":467
+    /* "ivshmem/_fds.pyx":520
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -11282,14 +12278,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":469
+  /* "ivshmem/_fds.pyx":522
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -11302,7 +12298,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":466
+  /* "ivshmem/_fds.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11323,7 +12319,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":471
+/* "ivshmem/_fds.pyx":524
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -11345,7 +12341,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":473
+  /* "ivshmem/_fds.pyx":526
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -11354,7 +12350,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":474
+  /* "ivshmem/_fds.pyx":527
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -11363,7 +12359,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":475
+  /* "ivshmem/_fds.pyx":528
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -11372,7 +12368,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":476
+  /* "ivshmem/_fds.pyx":529
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -11386,10 +12382,10 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 529, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 529, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -11397,17 +12393,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":477
+    /* "ivshmem/_fds.pyx":530
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 477, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":476
+    /* "ivshmem/_fds.pyx":529
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -11416,7 +12412,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":531
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11429,7 +12425,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":471
+  /* "ivshmem/_fds.pyx":524
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -11450,7 +12446,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":480
+/* "ivshmem/_fds.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11500,46 +12496,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 533, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 533, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 533, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 533, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 533, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 480, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 533, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 533, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 533, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 533, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 533, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 533, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 533, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 533, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11572,17 +12568,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":482
+  /* "ivshmem/_fds.pyx":535
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":480
+  /* "ivshmem/_fds.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11602,7 +12598,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":484
+/* "ivshmem/_fds.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11652,46 +12648,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 484, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 537, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 537, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 484, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 537, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 537, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 537, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 537, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 537, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 537, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 537, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 484, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 537, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11724,17 +12720,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":485
+  /* "ivshmem/_fds.pyx":538
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":484
+  /* "ivshmem/_fds.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -11754,7 +12750,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":487
+/* "ivshmem/_fds.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -11802,32 +12798,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 487, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 540, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 487, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 540, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 487, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 540, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 487, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 540, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 487, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 540, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11858,17 +12854,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":488
+  /* "ivshmem/_fds.pyx":541
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":487
+  /* "ivshmem/_fds.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -11888,7 +12884,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":490
+/* "ivshmem/_fds.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11936,24 +12932,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 490, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 543, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 490, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 543, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11964,7 +12960,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 490, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 543, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12008,17 +13004,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":493
+  /* "ivshmem/_fds.pyx":546
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 493, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 546, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":495
+  /* "ivshmem/_fds.pyx":548
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -12032,14 +13028,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 495, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 548, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 548, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":496
+  /* "ivshmem/_fds.pyx":549
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -12048,17 +13044,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":497
+    /* "ivshmem/_fds.pyx":550
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 497, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 550, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":498
+    /* "ivshmem/_fds.pyx":551
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -12070,7 +13066,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":499
+      /* "ivshmem/_fds.pyx":552
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -12078,7 +13074,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 499, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 552, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -12086,20 +13082,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 499, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 552, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 499, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 552, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 499, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 552, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 499, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 552, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 499, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 552, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -12115,7 +13111,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":498
+      /* "ivshmem/_fds.pyx":551
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -12125,7 +13121,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":490
+  /* "ivshmem/_fds.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -12154,7 +13150,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":501
+/* "ivshmem/_fds.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12213,7 +13209,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":502
+  /* "ivshmem/_fds.pyx":555
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -12224,7 +13220,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":503
+  /* "ivshmem/_fds.pyx":556
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12233,7 +13229,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":504
+  /* "ivshmem/_fds.pyx":557
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12245,7 +13241,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":505
+    /* "ivshmem/_fds.pyx":558
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -12254,7 +13250,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":504
+    /* "ivshmem/_fds.pyx":557
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12263,7 +13259,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":501
+  /* "ivshmem/_fds.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12279,7 +13275,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":507
+/* "ivshmem/_fds.pyx":560
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12303,7 +13299,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":508
+  /* "ivshmem/_fds.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12315,7 +13311,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":509
+    /* "ivshmem/_fds.pyx":562
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -12324,7 +13320,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":508
+    /* "ivshmem/_fds.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -12333,7 +13329,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":507
+  /* "ivshmem/_fds.pyx":560
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12551,7 +13547,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":512
+/* "ivshmem/_fds.pyx":565
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -12575,7 +13571,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":516
+  /* "ivshmem/_fds.pyx":569
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -12587,7 +13583,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":517
+    /* "ivshmem/_fds.pyx":570
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -12596,7 +13592,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":516
+    /* "ivshmem/_fds.pyx":569
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -12606,7 +13602,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":519
+  /* "ivshmem/_fds.pyx":572
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -12626,7 +13622,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":521
+    /* "ivshmem/_fds.pyx":574
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -12662,7 +13658,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":522
+  /* "ivshmem/_fds.pyx":575
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -12675,7 +13671,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":523
+        /* "ivshmem/_fds.pyx":576
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -12684,7 +13680,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":524
+        /* "ivshmem/_fds.pyx":577
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -12694,7 +13690,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":522
+      /* "ivshmem/_fds.pyx":575
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -12711,7 +13707,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":525
+  /* "ivshmem/_fds.pyx":578
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -12723,7 +13719,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":526
+    /* "ivshmem/_fds.pyx":579
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -12736,7 +13732,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":525
+    /* "ivshmem/_fds.pyx":578
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -12745,7 +13741,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":527
+  /* "ivshmem/_fds.pyx":580
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -12757,17 +13753,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":528
+    /* "ivshmem/_fds.pyx":581
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 528, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":527
+    /* "ivshmem/_fds.pyx":580
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -12776,17 +13772,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":529
+  /* "ivshmem/_fds.pyx":582
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":530
+  /* "ivshmem/_fds.pyx":583
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -12799,7 +13795,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":512
+  /* "ivshmem/_fds.pyx":565
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -12820,7 +13816,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":533
+/* "ivshmem/_fds.pyx":586
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -12843,7 +13839,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":534
+  /* "ivshmem/_fds.pyx":587
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -12851,15 +13847,15 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 534, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 587, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -12867,14 +13863,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 534, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 534, __pyx_L1_error)
+  __PYX_ERR(0, 587, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":533
+  /* "ivshmem/_fds.pyx":586
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -12895,7 +13891,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":543
+/* "ivshmem/_fds.pyx":596
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12952,7 +13948,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":544
+  /* "ivshmem/_fds.pyx":597
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -12961,7 +13957,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":545
+  /* "ivshmem/_fds.pyx":598
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -12970,7 +13966,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":546
+  /* "ivshmem/_fds.pyx":599
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12982,17 +13978,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":547
+    /* "ivshmem/_fds.pyx":600
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 600, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":546
+    /* "ivshmem/_fds.pyx":599
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13001,7 +13997,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":543
+  /* "ivshmem/_fds.pyx":596
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13020,7 +14016,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":549
+/* "ivshmem/_fds.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13084,7 +14080,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":550
+  /* "ivshmem/_fds.pyx":603
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13096,7 +14092,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":551
+    /* "ivshmem/_fds.pyx":604
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -13104,7 +14100,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13123,14 +14119,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 551, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 604, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 551, __pyx_L1_error)
+    __PYX_ERR(0, 604, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":550
+    /* "ivshmem/_fds.pyx":603
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13139,14 +14135,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":552
+  /* "ivshmem/_fds.pyx":605
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 552, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13159,7 +14155,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":549
+  /* "ivshmem/_fds.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13180,7 +14176,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":554
+/* "ivshmem/_fds.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -13228,32 +14224,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 607, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 607, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 607, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 554, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 607, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 607, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 554, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 607, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 607, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13289,7 +14285,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":557
+  /* "ivshmem/_fds.pyx":610
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -13298,7 +14294,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":558
+  /* "ivshmem/_fds.pyx":611
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -13307,7 +14303,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":559
+  /* "ivshmem/_fds.pyx":612
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -13316,7 +14312,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":560
+  /* "ivshmem/_fds.pyx":613
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -13330,10 +14326,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 560, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 613, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -13341,17 +14337,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":561
+    /* "ivshmem/_fds.pyx":614
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 614, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":560
+    /* "ivshmem/_fds.pyx":613
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -13360,7 +14356,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":554
+  /* "ivshmem/_fds.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -13383,7 +14379,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":563
+/* "ivshmem/_fds.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13442,7 +14438,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":564
+  /* "ivshmem/_fds.pyx":617
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -13453,7 +14449,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":565
+  /* "ivshmem/_fds.pyx":618
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -13462,7 +14458,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":566
+  /* "ivshmem/_fds.pyx":619
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -13474,7 +14470,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":567
+    /* "ivshmem/_fds.pyx":620
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -13483,7 +14479,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":566
+    /* "ivshmem/_fds.pyx":619
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -13492,7 +14488,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":563
+  /* "ivshmem/_fds.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13508,7 +14504,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":569
+/* "ivshmem/_fds.pyx":622
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13532,7 +14528,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) 
 static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":570
+  /* "ivshmem/_fds.pyx":623
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -13544,7 +14540,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":571
+    /* "ivshmem/_fds.pyx":624
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -13553,7 +14549,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":570
+    /* "ivshmem/_fds.pyx":623
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -13562,7 +14558,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":569
+  /* "ivshmem/_fds.pyx":622
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13780,7 +14776,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":574
+/* "ivshmem/_fds.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -13818,7 +14814,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/_fds.pyx":584
+  /* "ivshmem/_fds.pyx":637
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -13827,7 +14823,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/_fds.pyx":585
+  /* "ivshmem/_fds.pyx":638
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -13836,7 +14832,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/_fds.pyx":586
+  /* "ivshmem/_fds.pyx":639
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -13845,7 +14841,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/_fds.pyx":587
+  /* "ivshmem/_fds.pyx":640
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -13857,7 +14853,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":588
+    /* "ivshmem/_fds.pyx":641
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -13866,7 +14862,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/_fds.pyx":589
+    /* "ivshmem/_fds.pyx":642
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13884,7 +14880,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":587
+    /* "ivshmem/_fds.pyx":640
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -13893,7 +14889,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":590
+  /* "ivshmem/_fds.pyx":643
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -13902,7 +14898,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/_fds.pyx":591
+  /* "ivshmem/_fds.pyx":644
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -13914,17 +14910,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":592
+    /* "ivshmem/_fds.pyx":645
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 592, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":591
+    /* "ivshmem/_fds.pyx":644
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -13933,14 +14929,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":593
+  /* "ivshmem/_fds.pyx":646
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13953,7 +14949,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":574
+  /* "ivshmem/_fds.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -13974,7 +14970,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":596
+/* "ivshmem/_fds.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -14024,46 +15020,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 596, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 649, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 596, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 596, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 649, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 596, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 649, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 649, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 649, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 649, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 649, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 596, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 649, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14107,7 +15103,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/_fds.pyx":602
+  /* "ivshmem/_fds.pyx":655
  *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -14115,9 +15111,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -14137,14 +15133,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 602, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 655, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 602, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 655, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":603
+  /* "ivshmem/_fds.pyx":656
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -14152,9 +15148,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 603, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -14174,14 +15170,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 656, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 603, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 656, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":604
+  /* "ivshmem/_fds.pyx":657
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -14190,12 +15186,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 604, __pyx_L1_error)
+    __PYX_ERR(0, 657, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":605
+  /* "ivshmem/_fds.pyx":658
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -14204,12 +15200,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 605, __pyx_L1_error)
+    __PYX_ERR(0, 658, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 658, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/_fds.pyx":607
+  /* "ivshmem/_fds.pyx":660
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14222,7 +15218,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":608
+        /* "ivshmem/_fds.pyx":661
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -14232,7 +15228,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/_fds.pyx":607
+      /* "ivshmem/_fds.pyx":660
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14249,7 +15245,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       }
   }
 
-  /* "ivshmem/_fds.pyx":609
+  /* "ivshmem/_fds.pyx":662
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -14261,17 +15257,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_fds.pyx":610
+    /* "ivshmem/_fds.pyx":663
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 610, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 663, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":609
+    /* "ivshmem/_fds.pyx":662
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -14280,7 +15276,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/_fds.pyx":596
+  /* "ivshmem/_fds.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -14309,7 +15305,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":613
+/* "ivshmem/_fds.pyx":666
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -14332,7 +15328,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":615
+  /* "ivshmem/_fds.pyx":668
  * cdef int64_t take_count(int fd) except -1:
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -14341,7 +15337,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":616
+  /* "ivshmem/_fds.pyx":669
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -14353,7 +15349,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":617
+    /* "ivshmem/_fds.pyx":670
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -14361,7 +15357,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 670, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -14369,14 +15365,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 617, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 617, __pyx_L1_error)
+    __PYX_ERR(0, 670, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":616
+    /* "ivshmem/_fds.pyx":669
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -14385,7 +15381,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":618
+  /* "ivshmem/_fds.pyx":671
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -14397,17 +15393,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":619
+    /* "ivshmem/_fds.pyx":672
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 619, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":618
+    /* "ivshmem/_fds.pyx":671
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -14416,7 +15412,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":620
+  /* "ivshmem/_fds.pyx":673
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -14429,7 +15425,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":613
+  /* "ivshmem/_fds.pyx":666
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -14451,7 +15447,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":623
+/* "ivshmem/_fds.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -14499,32 +15495,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 623, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 676, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 623, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 676, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 623, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 676, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 623, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 676, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 623, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 676, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14571,7 +15567,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/_fds.pyx":625
+  /* "ivshmem/_fds.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -14580,9 +15576,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -14591,13 +15587,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 678, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 625, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 678, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14616,7 +15612,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 678, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -14634,7 +15630,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":626
+          /* "ivshmem/_fds.pyx":679
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -14646,9 +15642,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 626, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 626, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 679, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -14656,7 +15652,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 626, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 679, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -14666,7 +15662,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 626, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 679, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -14677,13 +15673,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 679, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 626, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 679, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -14693,7 +15689,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/_fds.pyx":627
+            /* "ivshmem/_fds.pyx":680
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -14707,15 +15703,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 680, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 627, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 680, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/_fds.pyx":628
+              /* "ivshmem/_fds.pyx":681
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -14730,10 +15726,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 628, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 681, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 628, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 681, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -14742,7 +15738,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 681, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -14757,7 +15753,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/_fds.pyx":627
+              /* "ivshmem/_fds.pyx":680
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -14766,7 +15762,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
             }
 
-            /* "ivshmem/_fds.pyx":626
+            /* "ivshmem/_fds.pyx":679
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -14776,7 +15772,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":625
+          /* "ivshmem/_fds.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -14796,23 +15792,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 625, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 678, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 678, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 625, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 678, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 625, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 678, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -14823,7 +15819,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 625, __pyx_L9_except_error)
+            __PYX_ERR(0, 678, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -14855,7 +15851,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 625, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 678, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -14867,7 +15863,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 625, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 678, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -14884,7 +15880,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_L20:;
   }
 
-  /* "ivshmem/_fds.pyx":629
+  /* "ivshmem/_fds.pyx":682
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -14892,7 +15888,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 629, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 682, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -14900,14 +15896,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 629, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 682, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 629, __pyx_L1_error)
+  __PYX_ERR(0, 682, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":623
+  /* "ivshmem/_fds.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -14932,7 +15928,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":632
+/* "ivshmem/_fds.pyx":685
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14949,7 +15945,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":643
+  /* "ivshmem/_fds.pyx":696
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -14975,7 +15971,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":644
+    /* "ivshmem/_fds.pyx":697
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -14988,7 +15984,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":643
+    /* "ivshmem/_fds.pyx":696
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -14997,7 +15993,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":645
+  /* "ivshmem/_fds.pyx":698
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -15023,7 +16019,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":646
+    /* "ivshmem/_fds.pyx":699
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -15036,7 +16032,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":645
+    /* "ivshmem/_fds.pyx":698
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -15045,7 +16041,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":647
+  /* "ivshmem/_fds.pyx":700
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -15054,7 +16050,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_fds.pyx":648
+  /* "ivshmem/_fds.pyx":701
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -15063,7 +16059,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_fds.pyx":649
+  /* "ivshmem/_fds.pyx":702
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -15089,7 +16085,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":650
+    /* "ivshmem/_fds.pyx":703
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -15102,7 +16098,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":649
+    /* "ivshmem/_fds.pyx":702
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -15111,7 +16107,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":651
+  /* "ivshmem/_fds.pyx":704
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -15119,7 +16115,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/_fds.pyx":652
+  /* "ivshmem/_fds.pyx":705
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -15130,7 +16126,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":632
+  /* "ivshmem/_fds.pyx":685
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15147,6 +16143,203 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  {
+    int cinit_result = __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(
+    #if CYTHON_VECTORCALL_TPNEW
+    o, NULL, 0, NULL);
+    #else
+    o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+    #endif
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 1);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_4_fds_Fd(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_4_fds_Fd(PyObject *o) {
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static PyObject *__pyx_getprop_7ivshmem_4_fds_2Fd_taken(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(o);
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_4_fds_Fd[] = {
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_2fileno},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_4close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__},
+  {0, 0, 0, 0}
+};
+
+static struct PyGetSetDef __pyx_getsets_7ivshmem_4_fds_Fd[] = {
+  {"taken", __pyx_getprop_7ivshmem_4_fds_2Fd_taken, 0, PyDoc_STR("Whether it has an owner, or was closed."), 0},
+  {0, 0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_4_fds_Fd_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Fd},
+  {Py_tp_doc, (void *)PyDoc_STR("One descriptor that the kernel has just given, until an owner takes it; else it is closed.\n\n    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises\n    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:\n    `FdArray.take` and what else says so, between two bytecodes.\n    ")},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Fd},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_4_fds_Fd},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Fd},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Fd},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_4_fds_Fd_spec = {
+  "ivshmem._fds.Fd",
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
+  __pyx_type_7ivshmem_4_fds_Fd_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._fds.""Fd", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_4_fds_Fd, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
+  PyDoc_STR("One descriptor that the kernel has just given, until an owner takes it; else it is closed.\n\n    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises\n    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:\n    `FdArray.take` and what else says so, between two bytecodes.\n    "), /*tp_doc*/
+  0, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_4_fds_Fd, /*tp_methods*/
+  0, /*tp_members*/
+  __pyx_getsets_7ivshmem_4_fds_Fd, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_4_fds_Fd, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_4_fds_Fd, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray __pyx_vtable_7ivshmem_4_fds_FdArray;
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o, 
@@ -16159,6 +17352,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -16201,12 +17395,12 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_int_int_int_stru);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_int_int_int_int_int);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 223;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 240;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_taken, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -16226,6 +17420,41 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return -1;
 }
 
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Fd ---*/
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd)) __PYX_ERR(0, 102, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = &__pyx_type_7ivshmem_4_fds_Fd;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
 static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -16235,18 +17464,19 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_FdArray ---*/
   __pyx_vtabptr_7ivshmem_4_fds_FdArray = &__pyx_vtable_7ivshmem_4_fds_FdArray;
+  __pyx_vtable_7ivshmem_4_fds_FdArray.add = (int (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int))__pyx_f_7ivshmem_4_fds_7FdArray_add;
   __pyx_vtable_7ivshmem_4_fds_FdArray.enter = (int (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_enter;
   __pyx_vtable_7ivshmem_4_fds_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_leave;
   __pyx_vtable_7ivshmem_4_fds_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 151, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = &__pyx_type_7ivshmem_4_fds_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray);
@@ -16258,7 +17488,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 102, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 151, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_14__getitem__;
@@ -16266,9 +17496,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16288,14 +17518,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
   __pyx_vtable_7ivshmem_4_fds_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_submit;
   __pyx_vtable_7ivshmem_4_fds_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 314, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
@@ -16305,12 +17535,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_vtabptr_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_vtabptr_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_4_fds_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16329,14 +17559,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
   __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 453, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -16346,9 +17576,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16367,14 +17597,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
   __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 452, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 505, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
@@ -16384,9 +17614,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16403,14 +17633,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 590, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
@@ -16420,8 +17650,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16754,6 +17984,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -16863,22 +18094,79 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":113
+  /* "ivshmem/_fds.pyx":119
+ *         return self.number < 0
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """The descriptor, still owned by this."""
+ *         if self.number < 0:
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_fds.pyx":125
+ *         return self.number
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         """Close it, unless it has an owner. May be called twice."""
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_fds.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -16886,28 +18174,28 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":132
+  /* "ivshmem/_fds.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
  *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_6 = 1;
   {
@@ -16915,13 +18203,13 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":146
+  /* "ivshmem/_fds.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -16929,15 +18217,15 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * 
 */
 
-  __pyx_mstate_global->__pyx_k_ = AT_FDCWD;
+  __pyx_mstate_global->__pyx_k__2 = AT_FDCWD;
 
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -16945,82 +18233,82 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":170
+  /* "ivshmem/_fds.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
  *         """memfd_create(2), owned at once like what `open` gives.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":183
+  /* "ivshmem/_fds.pyx":232
  *         return fd
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def take(self, int fd):
- *         """Append `fd` and own it from now on, also when this call fails."""
+ *     def take(self, fd):             # <<<<<<<<<<<<<<
+ *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         self.add(taken(fd))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":218
+  /* "ivshmem/_fds.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 218, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":228
+  /* "ivshmem/_fds.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 228, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":248
+  /* "ivshmem/_fds.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17028,7 +18316,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17042,7 +18330,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17050,34 +18338,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":286
+  /* "ivshmem/_fds.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":338
+  /* "ivshmem/_fds.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17085,7 +18373,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17099,7 +18387,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17107,7 +18395,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":352
+  /* "ivshmem/_fds.pyx":405
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -17119,19 +18407,19 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/_fds.pyx":441
+  /* "ivshmem/_fds.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17139,7 +18427,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17153,7 +18441,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17161,95 +18449,95 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":466
+  /* "ivshmem/_fds.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":480
+  /* "ivshmem/_fds.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":484
+  /* "ivshmem/_fds.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":487
+  /* "ivshmem/_fds.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 487, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":490
+  /* "ivshmem/_fds.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 490, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":501
+  /* "ivshmem/_fds.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 501, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17257,7 +18545,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17271,7 +18559,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17279,49 +18567,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":549
+  /* "ivshmem/_fds.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 549, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":554
+  /* "ivshmem/_fds.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":563
+  /* "ivshmem/_fds.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 563, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -17329,7 +18617,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17343,7 +18631,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17351,49 +18639,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":574
+  /* "ivshmem/_fds.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":596
+  /* "ivshmem/_fds.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 596, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":623
+  /* "ivshmem/_fds.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 623, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/_fds.pyx":1
@@ -17447,8 +18735,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 113, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 625, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 678, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -17471,7 +18759,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":625
+  /* "ivshmem/_fds.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -17480,12 +18768,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_fds.pyx":146
+  /* "ivshmem/_fds.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -17494,12 +18782,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_511};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_fds.pyx":490
+  /* "ivshmem/_fds.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17508,7 +18796,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -17549,41 +18837,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{5},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{331},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{64},{22},{17},{15},{40},{68},{81},{219},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{354},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{15},{40},{31},{68},{81},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1831 bytes) */
-static const char cstring[] = "x\332\225U\315S\333H\026\267\023g0\301\231`\342|\260;\233\222!3!\311\014\224\t\303N\355n\325\224\023 3\025*\304\220\354\316\307A\325\226Z\320\213,\331\352\266\215\247j\2538\372\330\307>\352\250\243\216\034s\344\350\243\217\374\t\371\023\366\275\226dH\274\227u\331\375\361^\277\257\337\373\260\341;\306\212\010(5\234\200\034\266\250\047\236\254\256\331\264\267\366\007\r\374\265v\340[k\234\272\316\232c3\317\361\327~$F\217Z\302\017\036s\303\246\334\nX\033.\006\343\206\347\033\264\007\342\216}\205n3N\232.\245\255&\005\262mx]\3275\232\003A\251\207\364C\213\361\344d\263\036?j\321\326*\r\002?\340\351m\315tl\276\332\036\234\200r\233:\244\353\n\3034\003jw-j\232\206\335\245\206\360\301\262\367\235\010X\217\021\027\270\026\363\2300MqD\2578\310\r\022P\303r}Nm\344\320\266\017\216\370\315\177C,\350\374%\207\263C\217\270.\r>%\013\326\372\204\004W\277+\222\270\205A 0\0101x\251\231\333\030\302\366\333\275\335\335\355\375}\275\377\364\376\255\336\177~\243\267\275\367\357\266\321\001\275\254N\002\262\006\342\310\367L3#s*\270 \342s\006\261\355\344\240]I\216\016s\251\347\047\347\226o3g\220\234\003\332\362{\351\233>ab\307\256\007\001\031\244\333\264\351K\306\224\361\214\245\255N.~{\242\314\016\010\363\262KZ\n<\273C2\035;\273\370m:y\230\340\235\335\0049\246{\346\313\335\275\355_\266_\356\231\373[{ov\177\335\247.\031\350e\332\341\214<\345n\302\320\316\036d)\235\034\246\365\\eM\351\272d~\252/u\376\035\326\206^\246\365f\344)\235\tC\353K\216I\n\2233\2746M\363\355\340\004~[\314\022\346\033z\"\366\251c\232\304\203zC=\360\261\221\003\037@\232\006\372p\3024\301\351z\026\356\207\231Q\370\264 9z\367\355\256\253)\036i\351\035\332\313\264H\233e\347T\004\217=\201\275\211\214N\227\270\231@\326\177S\301N\010\364\004/\030E&\303\257\2702\205\005t+\345\3509\343\246\345\007\320X\314\243P\346\004k\202\360\201g1\177u\302\340M\"\254#\0133`[.\020L\210L\004\304\242Mb\035kD-\337\206\037\300r\"\260B-\277\353\t\275\230\276cN\246\024\261Q\332f\001L\031X\365X\033\350*\246m\307N\006QV\307z\347\216\r\307$Q\016\013\270p""\\r\310\035?86\371\021\t\230wh\"\223;0\324\320\205\303\300\357{\214y6$\006\206\047\023\264\225M\266U\234lh^7\006$\205&m\353!`\036\355\303\327D\367\223\271\342\2736|5\001{\307\347>\314\244\240M\304Q\233\331m\277\0354\003\352$\275\036P\r9=\261\334.\030\203;\207\251\211\220x6\307I\216\350S\221N\323\244\200\271\337\r,\312\333\324\342m\227ar\002\301\373L\034a\232\230\325\242\220&\233\303\237\004B\202-\n\017\240\266\222\225\243W\351<\024\3761\365z\304\355R\216\323\246O\31118\326\007_i\n\344w:\r\177c\2360V`y\222\313e\307o\r}\277\274\202\301.Lg=\252\223\244\031O\365#\275ln\230\331\353\364aR\2620\323\315\277\246 \233\033\210\362e\373\246\362\251X\317g\266>\242*c\345\355`/\371;xz\205\250_\377\037\372S\245P\273\246\217\205\351\230\201\357\267r\016a\256\211\200\346\240\302S$rI`\034\376\035\333\023\001\317G\334\364\373\\V\240P\2639\004\335\324\320\345\260\322\250mN\376\247N\363\343\302\315\3413\3318\315_\314\336\0326F_.\205\325p3Z\214\253\343bi\370\223\254\217K\267\207B\376]\021\325\031\317\337\227\\U\325\206\352\205\373a\047*Du\224~,\313rEUO\363\037K\271\033\367\344\276\034\204\371\260<.\334\275<\032a^/\027\2637\307\305\362\250\374$*G\317\342\337\316:\343\302\314i\177\330\224y\264V\007\025\225\334\215\212\254\201\332\321\315G!\250\237\033\326\360\215\030>\037\222q\361+U\037\027o\017AlQ\225\023\372\372\260\001*\301\205\252~|\n\017\346\206\033\340\362\272l\214K\013\362\231j(\202BBN\230=\360\254\363\277\230:bi\206[\321\365\3503B1\316#\341\236\264\225\206\346\025x\t\312\236\017-Y\036\227\356\310\232\254#\377\201*(-\3673\230\007\376\367\362:<\314\370\027\332\374\000\336\354\204\313\341\201F\260\364\020\260\025a\r\205^\203[\251\207\007*\237\210m\251|\252/\221\377\207\354\250\274\252(\210n^\026U\036\251\237\271y\001\021\375\241\312\352\021f\r\257_\207\357\242\362\025\003?\310\r\331S\007\341\365p#\354$\036\300\273\217_\344fK`\374?\252\016\270\330au\\\272\205\340\364%\221\002\262\336\t\347\242\365\350 .\236\025\316v\317\265W;\000{\021sT\272+\033\222$:n\017\311\260#\277\220\226\272\037""\246\276\377\006%\323H\216\277\207E\360\362Z\374\315\331\354\207\205\017\032\304\037uQ\365C;Z\216\032\221\023\357\234-\235\3251<\210\345\343\315\304\251\276lf\210\324\257\244nN\263,\304\343\242TI\313utg9\\\007{\363\017\324\214\256U\021m\306\013\361z\274\037\363D\365\355\024a\250\350\016ne\264vC\276\327\216@\241c4\024\216\220\227P{2\213p\216\036\326\342J\214\300\217\346\227!c%\003\313;|\024:Q=\311\006&v)|\0216#\035\370\226\314\313\n\004\017\240\377\tT\327\324\026\004_\210^\201+\220M\350\027\035\332\347\345\210(\241\047\317\225\005\332\277\001UId\363\032\323\262Z\001\332\265\250:\236\307&\320\2562\325\0057\365\035^\315@L3:\241`\340/\352\205b\320\254y\254]\027\232\373\007\215EZ\274\330y\2103\032\335\326M\204\355\005\222_\346f\037\252\177\201\322\342\242\272\213\005:Z\336\210u\373l\312\005\254h-tk\370^V\261\021>\025\272\320\332\356B\331@Xe\271\250cq\243\245H#\317\345\022D\003\220W\036\250\374EeQ\335S\372Y\362\036U\215\n\177V5\254\244*T\\-\002}\330V\257\260Gf\321\362\034 \271\023\256D\217\3432*\014\344\035Tx_\006\250*\274\026~\035\366\242\177\306\265\370E\314\316\304\207\357\317o\2347\316\311\250\2609\332|}^\3738\237\233\375J\255\253_C\002\265_\304\251\244\243\272\223\324\325S,~\264S^@l\177\201\224\034A~w\342\245\370\365\231\036\201\235$\210eh\360\371\212\334\206\204T\047\344\256|\t\207\371{\362\020\344\034(\004\026u\342\2318\351\261\377\002h\255\024?";
-    PyObject *data = __Pyx_DecompressString(cstring, 1831, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1758 bytes) */
+static const char cstring[] = "x\332\225U\315S\033G\026\227l\034\013[\216\021\301v\250\315\246\006\234\304\330N\240d\0236\265\273U)l I\2312\026\330\273I\3660\325L\367@\307\243ii\272%P\252\266\212\243\216}\354\343\034\347\250#G\0379r\324\221?\301\177\302\276\327=#\300\362eU\320\037\357\373\343\327o<\021z\013*a\314\013\023\262\327d\261z\270\270DYw\351O\226\210\245V\"\202%\311\242p)\244<\016\305\322\217\304\353\262@\211\344\201\364(\223A\302[p\361\270\364b\341\261.\250\207\364\002\235rIv#\306\232\273\014\310\324\213;Q\344\355\366\024c1\322\367\002.\335\211\362\256\334o\262\346\"K\022\221\310\374\266\344\207T.\266z\207`\234\262\220t\"\345\371~\302h\047`\276\357\321\016\363\224\000\317\361w*\341]N\"\340\006<\346\312\367\325>\273\030\340\001\221\236\"oY\354\301%\210\204d\364\262\204\364H\302.pXK@\250b\367\017\310\026\323;\347H\276\027\223(b\311e\262\342\315K$\270\212\216r\225Q\036\201\324\241\010\311s\313\\\307$\327_mmn\256oo\333\375\3477\257\354\376\313K\273m\275y\275\216\001\330eq\224r\320S\373\"\366\375\202,\231\222\212\250\017\031\204Rw\260\241\270c\310#\026\013wn\n\312\303\236;\047\254)\272\271\314\001\341j\203n\320q\207\2266\346\r\250\326\003\354\316\374\006]M\022\322\313\267\217\231)\030\037\261\345X\271\301\374\"Z#c4!<..9\322dq\007\254\204\264\270\210\026\033\t\272f\0257D\300\226\377|sk\375\327\365\347[\376\366\332\326\313\315\337\266YDzv\031\017\270 \217\205\353\0306\330\235\002\017\243\303\270\235\213\2541[\347\314\313\366\362\340_#\260\3542n\267 \217\331t\014k\317\035]\203\334\031\244}\337\177\325;\204\3775\036(\377%;T\333,\364}\022\003X\321\016\374(r\340\007\225f\211=\034rK\010;q\200\373^\341\024~Mh\216\335\005\355D\226\022\223\246\335\341\365\372\001i\361\342\234\253\340\261\253\360\351#\243\335!Q\241P<\357\261dG\004v\210\027\314\242\320\221\027B\031\253\005\014\003&1r.\375@$\360*y\314\340\215\020\304\004\221\2758\340bq\304\220\273D\005\373\001v\200\006\021\020|\310L%$`\273$xk+\032\010\n\377P\226C\205\010\rD\047Vv\361E\350\217\206 \241\250My\002C\014V;5{\026\305\254\025R7\347\n\034\333]""\206\024\216\256Q!O\244\n#\262\047C\221\274\365\345>Ix\274\347#S\206031\004\316c\n=\201\261\314\025k\0263s\021g&z\266o\002\372\301\334s\217\261V1;\200?\037#w\363HD\024\376,\001\237\215\220\002fY\322\"j\277\305iK\264\222\335\204\205nF$\314V\233\035\006Q\007\234\301]\302<\306j\304T\3427\002\013\317T>\247\035v\245\350$\001\223-\026\310V\304\261/\211\222\007\\\355c\207x\320d\320!*\341\363\203\325\300\327\t\002\000+\267J\214*\237\243J\300\354\356\222\250\303$N\251\003F\336B`\007\020+\313k\370\235\355\300\337y\254\274\205W\275-7\270\037=,Y\002,\017K\243\343\267\236\275\237_!\202\016H\333\231\357\032\350=\262BvYY\366\013\351\\\320\301\027>\016\376\337\362\252\373\313X\366\363\247\234\353\347j]\301\251=\242\251\261\360\034\321J\377\037\366s\243\366\243V\0024\373\002\241\032\372\211\020\315RHx\344c\235K\200\371\274@%\227\236\204\317qk\244\020\013,\247\225/\025\220\005\024[\263\276\255h\t\261\307\250?\372\354\035\225\207\0237\372\217u\343\250|6y\253\3378\375t>\235KW\262\331\301\334\260R\355\377\254W\207\325\333}\245\377a\210i\017\247\356ii\346\314\262\351\246\333i;\233\310VQ\373\201\256\351\0053wT~_-]\273\253\267u/-\247\265\341\304\235\363\243\227\226\355r6ycX\251\235\326\036f\265\354\361\340\367\343\366p\342\372\321A\177W\227\321\333*\230\230)]\233\321u0{z\343\253\024\314\337\354\327QF\365\237\366\311\260\362\205Y\035Vn\367Am\326\324\034\375I\277\001&!\2049+|\004\0027\373\313\020\362\023\335\030V\247\365c\3230\004\225\224\0361\273\020Y\373cL\233\261\366\323\265\354j\366\001\2412(#\341\256\246\306\226\346\047\210\022\214=\355\007\2726\254~\246\353z\025\371\237\233\tc\365~\001\367\300\377^_\005\301\202\177f\335\037\352\004\242\037s\357\230=0\260\221\336Owly\253_B\341UZG\213/ \346<\374\035Sv6\327L9w\346\364\377\251\333\246lf\014\244>\245+\246\214\324j\177M\227\365\035Mt\333]/\245t\006\356\37745\363\025v\030\257_\247\257\263\332\005\177?\350e\3355;\351\325t9m\273\200@\356\375\047\245\311\252\315\005\020q)\226\027\372\002\373\277f\025r\244)\210\334\302D\017 \n\005\000j\2477\263""\047\331\316\240r<q\274yb\3656\240\203\025lw\365\216nh\342l\334\356\223~[\177\242\003s/\3153\375\035\320\327p\307\377\244\025H\342\312\340\233\343\311w\323\357l?~\264\370<Hiv?kd\341`\343x\376x\025\213\001\251\002>mP\037\266\037M\275\001\275\247&Hk\3517\031\324vF[%t\\3\013@\273\222\315\r\247\020tS\030\0357\035\000\247\275\203\324u(\372u[\024p\360W\363\314px\034e\304J\004\217\351\207le0=\310\301\202H\307`\206yWj\026\316\240\371ii\362K\363o0Z\2315w\260\347\247\367\227\007\026\256+z\032\021d\225n\365_[\244\177\240\204M]w\035\036Vkz\326\346\022e\363\231}\275R\317C6S\265\341\314\347\246|63k\356\032+6\203e\266\246N\047\376b\352X\3569hK=\003{\010\343\237\020v\223\350\371\246\251\003&\027\262\007\203\032\032L\364gh\360\036\300\030L\245W\322\257\323n\366\257A}\360l\300\217\325\273\357O\256\2354N\310\351\304\312\351\312\213\223\372\373\251\322\344\027\346\211\371-%\200\237\nN\001\233\025\332\200\036<B\204\240\237\3324\326\366Wh\311~\032f\033\203\371\301\213c;r\332.\211\373\360\240\246f\020e\330\205\234\334\321\317\3410uW\357\201^\230>Ky\326\036\\\0378\234\376\017\222_\004f";
+    PyObject *data = __Pyx_DecompressString(cstring, 1758, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2419 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\260l\016,\005\300\"\004\006opD\006dOrainR\005\204dsb\005v\330@fdo\005ope \006\374\352#\211\005takeO_\377CLOEXECO\377_RDONLYR\017elay\000\002\232/\017\005\233.\004*\003\355BS\313E\000\006\342/\017\t\347.\024.\007B\013.\247cT\230a\000\002\272O\000\017\005\273N*\003\215\204\0025\003\275CA\003\367@\277___Pyx\001\000D\377ict_Next\377Ref__ann\311o\217b\035\000d\026\001%\000enwter-\000_ex\366\204\001\277__func\014\001g\304\271eJ\000m\232@ \001\233`ul]e*\001nam\003\002pd\000\217capi>\001\010\001\356c_\346\023\001vt\272\206\001W\001quaal)\005\370\205\005\250\204\016\222\206\006ex\213\001\344\302\001]\005s\200\010\307\204\016__t\367est\357\000is_c\377oroutine\357adda\250\204\001asy\337ncio.\020\006sb\337atchc\241\206\001dc\375l\047\000_in_tr\177aceback\337\206\002\277codeco\224 x\377tcopycouyn\006\000\002\000_of_\235\210\006\373ad:\001dir_f\351d\003\000\322\210\002y\301\204\002epf\361d\203\210\003\300\204\005\326\210\002sfdf\373ds\346\205\003first\377flagsfor\377k_sharin\373g_\205\206\001sfsen\376\177\001grownii\373nd\226@nfoit\213em\322\210\005.\326\210\001\271\001\224\205\002mt\255\000\261\206\003n\222Anew\000\000\336\222 xtnu\324\207\001ol\361d\000\000\014\002\270\205\001osot\377herpathp\377idpoprbr\333ef\346\206\003re\323Bex\377clusiver\277esults\213!d\231s""\306\212\001\322\207\001et\307\211\004\350\210\003s\377ourcespe\337cspli\361\207\001rt\337swith\373\207\001ic\377methodst9r\227\212\002\237\206\001tar\331`\000\003\277stextt\212\211\003t\377okenvalu{es\352\207\001weak\226\000\325w\251\000e\225\213\004-\207B:i\357nt (\002\000)\000\000\306\003\005, \013\002\005\007n\000uc3t \246\212\002\257C * \002%\002\23764_t)7\003\"\004_\276\256\204\002obj_7\306\213\004_\3054\274\213\001_\367\206\0069\0040\004vo\363id=\002G\001 (PyEO\211\213\003*\n\010\236\0025((O\003\377add_one_\377if_room\000\337fail_\315!\000i\365s\370e\000\323\003slee\233p\000)\005no\242\212\001+\002\000{de\233\204\003_of\000\224\211\001u_\302\204\002\000\346aed_\237\214\006\377\200\001\330\004\n\210+\220\377Q\200\001\340\t\r\210Q\377\320\016\"\240!\2406\250\377\031\260!\330\010\014\210H\377\220A\330\014\017\210t\220\377;\230a\230q\330\020\027\377\220s\230!\2304\230v\377\240R\240q\250\004\250A\376:\001\047\220\021\220(\230!\377\200\001\360\014\000\005\026\220\377R\220y\240\001\240\021\330\233\004\025\001\007 \240e\000\002\000\340\377\t\n\330\010\021\320\021)\377\250\021\250+\260Z\270q\377\330\004\007\200w\210b\220\365\001j\001A@\000\024\000\005\024{\2201\222\000\320\n$\240\\\000\373\013\210\n\000\007\200t\2103\377\210a\330\010\034\230A\3307\010\017\2104\000\031\230_\000\024\001\3472\210QP\000\200\000!\330\004\272*\000\200\036\000\013\2104\260\0002\377\220Q\330\014\022\220+\230SQ\2307\000\301\0011\025\005v\242\000\371q\t\021\355\002\220_\240D\250s\003\250)\002\007\007\010\260\001X\001\257\026\220d\230\226\"G\243\000\010\375\013\224\000c\220\021\330\014\023\357\2201\220Ax\001\030\230\004\316\240\001\014\210I|\000\035\0005\220\351\003\314\000\030\005\340/\0004\210y\276!\000F\240#\240S\275\"\014\335\036\331 t\2401\354!K\220\373q\330\036\002v\220S\230\001fQ\003D\230\230\"M\000\200A<\001\377<\220q\230\001\230\024\230\336\333\000\020\220\010\230\223\000\340\010\372\230\014\340\241 z\230\021\230$|\262A2\001%\240T\250\021V\010\3778\2204\220v\230S\240\257\003\2404\240""\206 \036\"\003\360\357\006\000\t\014\271 }\230A~\262 d\240!\330\014\r\353!\337w\220a\220t\363@q\240\377\013\2502\250S\260\010\270o\004\270L\310\256BF\220\245`\376\240A\014\025\220Q\220a\200\375A@\001\017\210a\210q\220\277\006\220c\230\027\240\265\004Z\370\260`\245@\223![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\364\000\013\210?\320bw\240\377d\250#\250Q\250f\260oF\270\"\270\366`\020\220\360 \273\360\n\217\003w\220b\212%A\344\315H\350Awg\000\215 \340\014\024\376\250\204\004\320\023#\2402\240Q\337\330\020\030\230\007\247\204\002t\250\3776\260\022\2602\260R\260msU\003\017\210\334#\020\027\312!\373\330\020\300@\020\220\005\220U\356\331\204\002q\330\020\312\001e\2304\325\230\225@\240\205\002\t\313!\320\036\3571\260\024\260\365!\320\020#\366\257@\014 \346\204\001\240$\240f\365\250\252\002\010\324B\"\240B\240\373b\250\315\204\002D\220\001\220\024\367\220Z\230\323@\032\230!\230w1\230D\372\000\004\250G\210\000\205Q\251 \014\352#\377m\271a\206\0013?\230c\240\021\240&H\000\324\003\335\020\317\"\021\230(\021\000\002\250\347!\330\020\201\205\001\246\002i\230u{\240A\n\003\014\020\220\007\237`\367\007\230q[\003\035\230B\230\367i\240q\214\001\026\220l\240\047!\2408\207\"\363\"3\365\205\002/\000\342\372\205\002E\300\205\002\333\205\001\304@\016\000\t\377\036\230W\240A\330\010\031{\230\025\235\204\001\320#4\260\327\205\002\3476\220\022\316\204\001\232@\330\010\r\357\210U\220!\205\205\001\017\210q\334*\010\215\204\001E\220\025\264`q\330\377\014\021\220\031\230!\2303\357\230l\250\"\242!\017\210s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\370\"\002*\003\333\206\001\320\004\033\2301\372\212\204\001!\357`1\250A\340\010Z\323\205\001G\240\205\001\t\330\336\000\013\307 \177F\240(\250\047\260\021\233\210\001wr\220\023M\001\027\220rG\001\377\240\002\240%\240v\250V\377\2601\260B\260i\270t\377\3005\310\005\310Q\310a\377\320\0046\3206K\3101\377\360\020\000\t\034\2302\230\177Y\240a\240q\330\010\222\210\001\357\010\013\2106?\002\014\022\220\375*\371\204""\001\330\010\t\330\021\022\276\203aX\230Q\230h\335@F_\260\"\260K\270\376\210\002q\217\211\001\357s\220#\220\336`\024\220E\307\230\021\230\210@\305`\246\211\001u\220\377C\220q\330\020\026\220g\357\230Q\230f\206`i\250q\007\260\007\260\336\205\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2419, 3374);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2318 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\225\t\377was take\377n or clo\367sed\024\013s ar\335e\017\010epo\250\000ob\361j\353\000\333\001*\007sign\337aller\t\013ti\271m\006\n\014\000out\224#t\263 a\370\000\202 rCv\002E\376\341\001EPOLLER\335R\003\002HUP\013\002IN\236\022\002OUTE}\001\000\002.\376\352\006cython_\375_\017\005setstawte_\013\013add3\003\374\344\002>\003fileno~J\003modifyV\003\277removeb\003w\177aitFdFd_\017\300\017\002]\016\047\000\306\"/\000Y\003Fd\037Array\000\0043\021\033\002`\316\0009\020\025\003J\004\006\004opD\006\237drainR\005\343ds\354b\005\267`fdo\005ope\360 \006\247C\211\005\376AO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\327/\017\005\330.*\003\304b\001S\210e\000\006\237O\017\t\244N.\007B\013\005.\344cT\325a\000\002\367O\017\005\370N\300*\003\344\204\0025\003\372CA\003\264`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\314b\362\035\000d\026\001%\000ente\335r-\000_ex\325\205\001__/func\014\001g\366eJ\000qm\232@ \001\330`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\253\204\003_\023\001vyt\231\207\001W\001qual)\005\030\327\206\005\345\204\016\361\206\006ex\213\001\302\001]\005\371s\200\010\204\205\016__tes\375t\357\000is_cor\377outinead\373da\250\204\001async\367io.\020\006sbatwchc\336\206\001dcl\047\000\377_in_trac\337eback\266\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\374\210\006ad~:\001dir_fd\003\000z\261\211\002y\301\204\002epfd\342\210\003\374\300\204\005\265\211\002sfdfds\376\243\206\003firstfl\377agsfork_\377sharing_\276\302\206\001sfsen\177\001i\367ind\221@nfoi\027tem\254\211\005.\260\211\001\264\001\217\205\002\351m\250\000\351\206\003n\215Anew\274\000\000\215 xtnu\214\210\001o\343ld\000\000\014\002\263\205\001oso\377therpath\377p""idpoprb\267ref\236\207\003re\316Be\377xclusive\177results\206!3ds\240\213\001\212\210\001et\241\212\004\240\211\003\377sourcesp\277ecspli\251\210\001r\277tswith\263\210\001i\377cmethodsstr\361\212\002\234\212\001tar\324`~\000\003stextt\302\211\003\377tokenval\367ues\242\210\001weak\252\226\000w\251\000e\357\213\004-\202B:\377int (PyO\316\263\212\003*)\000\014\002\023\000)\000f\002\006, \013\002\022\005, \177\000\317uct \357\212\002\273C *< \002%\00264_tA\004\"\004}_\272\204\002obj_7\261\214\004\213_4\247\214\001_\203\207\0069\004x\004v\007oid\205\002G\001\216\016\017\003\236\002\3625((O\003\320\214\002\000add\377_one_if_\377room\000fai\273l_\344!\000is\212\204\005\000\276\331\003sleep(\006n\271o\361\212\001+\002\000de\255\204\003_Wof\000\250\215\001_\324\204\002\000\370a\367ed_\356\214\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\024\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027\003y>\000F\240#\240Sv\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020""\220\010\230\260\000\375\340\304@D\220\001\220\025\220\247a\220q!\001\304\014\340\315 z\317\230\021\230$\336AA\001%\240\367T\250\021e\0108\2204\220\377v\230S\240\003\2404\240\372\262 \036\"\003\360\006\000\t\014b\345 x\216a\177\n\244\000\200A\027\005\367}\230A\375 d\240!\330\253\014\r\266Aw\203\000t\276`q\377\240\013\2502\250S\260\010\337\270\004\270L\310\371BF\220\374\360`\353A\014\025\220Q\220a\376>\003\017\210a\210q\220\006_\220c\230\027\240\343\004Z\373`\374\360@\336![\240\010\250\010\260\377\002\260&\270\t\300\022\300\356\242 \013\210?\233\204\002w\240d\377\250#\250Q\250f\260F\377\270\"\270A\330\014\020\220\306\273@\360\014\256\003\357M\251AU\230\377!\2303\230c\240\021\240\253&\250\331 \024\365\204\001\020t\002\021\373\230(\021\000\002\250!\330\020\372\361a\020\232\001i\230u\240A4\n\003X\000\007\362 \007\230\332 ]\001\177\035\230B\230i\240qB\000\377\010\026\220l\240!\2408_\2506\260\022\260\230\0023\345\204\002\312\211\001\330\217D\021\312\204\002\255 \016\000\377\t\036\230W\240A\330\010\367\031\230\025\360A\320#4\260\316\307\204\0026\220\022\276a\277\000\330\010\207\r\210T\345\204\002\200\205\001*\010\340AE\276\334C\330\014\021\220\031\307\002l\367\250\"\250\271\206\002s\220\"\220\376\252\000\021\330\024\030\230\001\340\277\024\031\230\026\230q#\001\024|\343!\312\205\002\320\004\033\2301\316AM!\224@1\250\307`\303\204\001G\363a\375\t\270!\013\2301\230F\240\337(\250\047\260\021\213\207\001r\220\335\023M\001\027\220rG\001\240\002\377\240%\240v\250V\2601\377\260B\260i\270t\3005\377\310\005\310Q\310a\320\004\3776\3206K\3101\360\020\377\000\t\034\2302\230Y\240\365a\275`\010\202\207\001\010\013\2106\336?\002\014\022\220*\236a\330\010\337\t\330\021\022\330\331 X\230\377Q\230h\240f\250F\260\257\"\260K\270\356\207\002q\377\207\001s\377\220#\220Q\330\020\024\220\237D\230\001\230\021\206\210\001\022\002u\377\220C\220q\330\020\026\220\377g\230Q\230f\240B\240?i\250q\260\007\260\242\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2318, 3343);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3374 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadli""ne_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010""\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014 \240\001\240\021\240$\240f\250A\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\032\230!\2301\230D\240\010\250\004\250G\2602\260Q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210U\220!\2201\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005""\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3343 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Sign""aller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023""\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017""\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 162; i++) {
+    for (int i = 0; i < 167; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 22) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17591,8 +18879,8 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 162; i < 188; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-162].length;
+    for (int i = 167; i < 195; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-167].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17602,15 +18890,15 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 188; i++) {
+    for (Py_ssize_t i = 0; i < 195; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 162;
-      for (Py_ssize_t i=0; i<26; ++i) {
+      PyObject **table = stringtab + 167;
+      for (Py_ssize_t i=0; i<28; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -17697,64 +18985,64 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 113};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 132};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_U_1_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 146};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 228};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 119};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4xr_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4xs_1D_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 162};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 338};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 232};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_D_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -17767,99 +19055,119 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 441};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 339};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 494};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 466};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 519};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 533};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 484};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 537};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 487};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 540};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 490};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 543};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 501};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 549};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 607};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 563};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 616};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 574};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 627};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 596};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 649};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 623};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 676};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -18854,6 +20162,77 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
+/* PyDictVersioning (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
+    PyObject **dictptr = NULL;
+    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
+    if (offset) {
+#if CYTHON_COMPILING_IN_CPYTHON
+        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
+#else
+        dictptr = _PyObject_GetDictPtr(obj);
+#endif
+    }
+    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
+}
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
+        return 0;
+    return obj_dict_version == __Pyx_get_object_dict_version(obj);
+}
+#endif
+
+/* GetModuleGlobalName */
+#if CYTHON_USE_DICT_VERSIONS
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
+#else
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+#endif
+{
+    PyObject *result;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!__pyx_m)) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_NameError);
+        return NULL;
+    }
+    result = PyObject_GetAttr(__pyx_m, name);
+    if (likely(result)) {
+        return result;
+    }
+    if (!__Pyx_IgnoreException(PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
+    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL; // BaseException
+        }
+    }
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return result;
+    }
+#else
+    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return __Pyx_NewRef(result);
+    }
+    PyObject *exc = PyErr_Occurred();
+    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#endif
+    return __Pyx_GetBuiltinName(name);
+}
+
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(
     const char* func_name,
@@ -19304,6 +20683,82 @@ static int __Pyx_ParseKeywords(
         return __Pyx_ParseKeywordDict(kwds, argnames, values, num_pos_args, num_kwargs, function_name, ignore_unknown_kwargs);
 }
 
+/* FormatTypeName (used by RaiseErrorWithObjectTypes) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectTypes (used by ExtTypeTest) */
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
+    __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name1)) return;
+    #endif
+    __Pyx_TypeName type_name2 = __Pyx_PyType_GetFullyQualifiedName(type_obj2);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name2)) goto type2_failed;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name1, type_name2);
+    __Pyx_DECREF_TypeName(type_name2);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+type2_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name1);
+}
+
+/* ExtTypeTest */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return 0;
+    }
+    if (likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_RaiseTypeErrorWithTypes(
+        "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
+        Py_TYPE(obj), type);
+    return 0;
+}
+
+/* RaiseUnboundLocalError */
+static void __Pyx_RaiseUnboundLocalError(const char *varname) {
+    PyErr_Format(PyExc_UnboundLocalError, "local variable '%s' referenced before assignment", varname);
+}
+
 /* PyObjectFastCallMethod */
 #if !CYTHON_VECTORCALL
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
@@ -19565,116 +21020,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
     Py_XDECREF(tmp_value);
     Py_XDECREF(tmp_tb);
   #endif
-}
-#endif
-
-/* PyDictVersioning (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
-    PyObject **dictptr = NULL;
-    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
-    if (offset) {
-#if CYTHON_COMPILING_IN_CPYTHON
-        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
-#else
-        dictptr = _PyObject_GetDictPtr(obj);
-#endif
-    }
-    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
-}
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
-        return 0;
-    return obj_dict_version == __Pyx_get_object_dict_version(obj);
-}
-#endif
-
-/* GetModuleGlobalName */
-#if CYTHON_USE_DICT_VERSIONS
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
-#else
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
-#endif
-{
-    PyObject *result;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(!__pyx_m)) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_NameError);
-        return NULL;
-    }
-    result = PyObject_GetAttr(__pyx_m, name);
-    if (likely(result)) {
-        return result;
-    }
-    if (!__Pyx_IgnoreException(PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
-    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL; // BaseException
-        }
-    }
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return result;
-    }
-#else
-    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return __Pyx_NewRef(result);
-    }
-    PyObject *exc = PyErr_Occurred();
-    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#endif
-    return __Pyx_GetBuiltinName(name);
-}
-
-/* FormatTypeName (used by RaiseErrorWithObjectType1) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
-    }
-    goto done;
 }
 #endif
 
@@ -20199,24 +21544,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
     return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
-/* RaiseErrorWithObjectTypes (used by PyNumberBinop) */
-static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
-    __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name1)) return;
-    #endif
-    __Pyx_TypeName type_name2 = __Pyx_PyType_GetFullyQualifiedName(type_obj2);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name2)) goto type2_failed;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name1, type_name2);
-    __Pyx_DECREF_TypeName(type_name2);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-type2_failed:
-#endif
-    __Pyx_DECREF_TypeName(type_name1);
-}
-
 /* PyNumberBinop */
 #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
 #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
@@ -20388,20 +21715,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
     }
     if (nogil)
         PyGILState_Release(state);
-}
-
-/* ExtTypeTest */
-static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
-    if (unlikely(!type)) {
-        PyErr_SetString(PyExc_SystemError, "Missing type object");
-        return 0;
-    }
-    if (likely(__Pyx_TypeCheck(obj, type)))
-        return 1;
-    __Pyx_RaiseTypeErrorWithTypes(
-        "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
-        Py_TYPE(obj), type);
-    return 0;
 }
 
 /* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */
@@ -20999,154 +22312,6 @@ static int __Pyx_PyType_Ready(PyTypeObject *t) {
 #endif
 }
 
-/* GetVTable (used by MergeVTables) */
-static int __Pyx_GetVtable(PyTypeObject *type, void** table) {
-    void* ptr;
-    *table = NULL;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    PyObject *ob = PyObject_GetAttr((PyObject *)type, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
-#else
-    PyObject *ob = PyObject_GetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
-#endif
-    if (!ob)
-        goto no_attr;
-    ptr = PyCapsule_GetPointer(ob, 0);
-    if (!ptr && !PyErr_Occurred())
-        PyErr_SetString(PyExc_RuntimeError, "invalid vtable found for imported type");
-    Py_DECREF(ob);
-    *table = ptr;
-    return 1;
-no_attr:
-    if (PyErr_ExceptionMatches(CYTHON_COMPILING_IN_LIMITED_API ? PyExc_AttributeError : PyExc_KeyError)) {
-        return 0;
-    }
-    Py_XDECREF(ob);
-    return -1;
-}
-
-/* MergeVTables (used by SetVTable) */
-static int __Pyx_MergeVtables(PyTypeObject *type) {
-    int i=0;
-    Py_ssize_t size;
-    void** base_vtables;
-    void* unknown = (void*)-1;
-    PyObject* bases = __Pyx_PyType_GetSlot(type, tp_bases, PyObject*);
-    int base_depth = 0;
-    {
-        PyTypeObject* base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-        while (base) {
-            base_depth += 1;
-            base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
-        }
-    }
-    base_vtables = (void**) PyMem_Malloc(sizeof(void*) * (size_t)(base_depth + 1));
-    if (unlikely(!base_vtables)) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    base_vtables[0] = unknown;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    size = PyTuple_Size(bases);
-    if (size < 0) goto other_failure;
-#else
-    size = PyTuple_GET_SIZE(bases);
-#endif
-    for (i = 1; i < size; i++) {
-        PyObject *basei;
-        void* base_vtable;
-#if CYTHON_AVOID_BORROWED_REFS
-        basei = PySequence_GetItem(bases, i);
-        if (unlikely(!basei)) goto other_failure;
-#elif !CYTHON_ASSUME_SAFE_MACROS
-        basei = PyTuple_GetItem(bases, i);
-        if (unlikely(!basei)) goto other_failure;
-#else
-        basei = PyTuple_GET_ITEM(bases, i);
-#endif
-        int get_vtable_result = __Pyx_GetVtable((PyTypeObject*)basei, &base_vtable);
-#if CYTHON_AVOID_BORROWED_REFS
-        Py_DECREF(basei);
-#endif
-        if (get_vtable_result != 1) {
-            if (get_vtable_result == -1) {
-                goto other_failure;
-            }
-            PyErr_Clear(); // Class doesn't have a vtable.
-        } else {
-            assert(base_vtable != NULL);
-            int j;
-            PyTypeObject* base = __Pyx_PyType_TryGetSlot(type, tp_base, PyTypeObject*);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-            if (!base) goto bad;
-#endif
-            for (j = 0; j < base_depth; j++) {
-                if (base_vtables[j] == unknown) {
-                    switch (__Pyx_GetVtable(base, &base_vtables[j])) {
-                        case 1:
-                            assert(base_vtables[j] == NULL);
-                            break;
-                        case 0:
-                            goto bad;
-                        case -1:
-                        default:
-                            goto other_failure;
-                    }
-                    base_vtables[j + 1] = unknown;
-                }
-                if (base_vtables[j] == base_vtable) {
-                    break;
-                }
-                base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-                if (!base) goto bad;
-#endif
-            }
-        }
-    }
-    PyMem_Free(base_vtables);
-    return 0;
-bad:
-    {
-        PyTypeObject* tp_base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-        PyTypeObject* basei;
-#if CYTHON_AVOID_BORROWED_REFS
-        basei = (PyTypeObject*)PySequence_GetItem(bases, i);
-        if (unlikely(!basei)) goto other_failure;
-#elif !CYTHON_ASSUME_SAFE_MACROS
-        basei = (PyTypeObject*)PyTuple_GetItem(bases, i);
-        if (unlikely(!basei)) goto other_failure;
-#else
-        basei = (PyTypeObject*)PyTuple_GET_ITEM(bases, i);
-#endif
-    __Pyx_RaiseTypeErrorWithTypes(
-        "multiple bases have vtable conflict: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'", tp_base, basei);
-#if CYTHON_AVOID_BORROWED_REFS
-        Py_DECREF(basei);
-#endif
-    }
-other_failure:
-    PyMem_Free(base_vtables);
-    return -1;
-}
-
-/* SetVTable */
-static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
-    PyObject *ob = PyCapsule_New(vtable, 0, 0);
-    if (unlikely(!ob))
-        goto bad;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(PyObject_SetAttr((PyObject *) type, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
-#else
-    if (unlikely(PyDict_SetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
-#endif
-        goto bad;
-    Py_DECREF(ob);
-    return __Pyx_MergeVtables(type);
-bad:
-    Py_XDECREF(ob);
-    return -1;
-}
-
 /* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
 #if CYTHON_COMPILING_IN_LIMITED_API
 static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
@@ -21321,6 +22486,154 @@ __PYX_GOOD:
     Py_XDECREF(setstate);
     Py_XDECREF(setstate_cython);
     return ret;
+}
+
+/* GetVTable (used by MergeVTables) */
+static int __Pyx_GetVtable(PyTypeObject *type, void** table) {
+    void* ptr;
+    *table = NULL;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *ob = PyObject_GetAttr((PyObject *)type, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
+#else
+    PyObject *ob = PyObject_GetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
+#endif
+    if (!ob)
+        goto no_attr;
+    ptr = PyCapsule_GetPointer(ob, 0);
+    if (!ptr && !PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "invalid vtable found for imported type");
+    Py_DECREF(ob);
+    *table = ptr;
+    return 1;
+no_attr:
+    if (PyErr_ExceptionMatches(CYTHON_COMPILING_IN_LIMITED_API ? PyExc_AttributeError : PyExc_KeyError)) {
+        return 0;
+    }
+    Py_XDECREF(ob);
+    return -1;
+}
+
+/* MergeVTables (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type) {
+    int i=0;
+    Py_ssize_t size;
+    void** base_vtables;
+    void* unknown = (void*)-1;
+    PyObject* bases = __Pyx_PyType_GetSlot(type, tp_bases, PyObject*);
+    int base_depth = 0;
+    {
+        PyTypeObject* base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        while (base) {
+            base_depth += 1;
+            base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+        }
+    }
+    base_vtables = (void**) PyMem_Malloc(sizeof(void*) * (size_t)(base_depth + 1));
+    if (unlikely(!base_vtables)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    base_vtables[0] = unknown;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    size = PyTuple_Size(bases);
+    if (size < 0) goto other_failure;
+#else
+    size = PyTuple_GET_SIZE(bases);
+#endif
+    for (i = 1; i < size; i++) {
+        PyObject *basei;
+        void* base_vtable;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = PyTuple_GET_ITEM(bases, i);
+#endif
+        int get_vtable_result = __Pyx_GetVtable((PyTypeObject*)basei, &base_vtable);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+        if (get_vtable_result != 1) {
+            if (get_vtable_result == -1) {
+                goto other_failure;
+            }
+            PyErr_Clear(); // Class doesn't have a vtable.
+        } else {
+            assert(base_vtable != NULL);
+            int j;
+            PyTypeObject* base = __Pyx_PyType_TryGetSlot(type, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+            if (!base) goto bad;
+#endif
+            for (j = 0; j < base_depth; j++) {
+                if (base_vtables[j] == unknown) {
+                    switch (__Pyx_GetVtable(base, &base_vtables[j])) {
+                        case 1:
+                            assert(base_vtables[j] == NULL);
+                            break;
+                        case 0:
+                            goto bad;
+                        case -1:
+                        default:
+                            goto other_failure;
+                    }
+                    base_vtables[j + 1] = unknown;
+                }
+                if (base_vtables[j] == base_vtable) {
+                    break;
+                }
+                base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+                if (!base) goto bad;
+#endif
+            }
+        }
+    }
+    PyMem_Free(base_vtables);
+    return 0;
+bad:
+    {
+        PyTypeObject* tp_base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        PyTypeObject* basei;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = (PyTypeObject*)PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = (PyTypeObject*)PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = (PyTypeObject*)PyTuple_GET_ITEM(bases, i);
+#endif
+    __Pyx_RaiseTypeErrorWithTypes(
+        "multiple bases have vtable conflict: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'", tp_base, basei);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+    }
+other_failure:
+    PyMem_Free(base_vtables);
+    return -1;
+}
+
+/* SetVTable */
+static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
+    PyObject *ob = PyCapsule_New(vtable, 0, 0);
+    if (unlikely(!ob))
+        goto bad;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(PyObject_SetAttr((PyObject *) type, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#else
+    if (unlikely(PyDict_SetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#endif
+        goto bad;
+    Py_DECREF(ob);
+    return __Pyx_MergeVtables(type);
+bad:
+    Py_XDECREF(ob);
+    return -1;
 }
 
 /* TypeImport */

@@ -83,6 +83,13 @@ cdef inline int add_one(int fd) noexcept nogil:
     return errno
 
 
+cdef class Fd:
+    cdef int number  # -1: it is closed, or has another owner
+
+
+cdef int taken(object fd) except? -1
+
+
 cdef class FdArray:
     cdef int *fds
     cdef Py_ssize_t count
@@ -91,6 +98,7 @@ cdef class FdArray:
     cdef int *outgrown[OUTGROWN]
     cdef int outgrown_count
 
+    cdef int add(self, int fd) except -1
     cdef bint enter(self) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void release(self) noexcept nogil

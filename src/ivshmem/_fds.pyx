@@ -100,6 +100,55 @@ cdef int fail() except -1:
 # -- descriptors ----------------------------------------------------------------------------------
 
 @cython.final
+cdef class Fd:
+    """One descriptor that the kernel has just given, until an owner takes it; else it is closed.
+
+    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises
+    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:
+    `FdArray.take` and what else says so, between two bytecodes.
+    """
+
+    def __cinit__(self):
+        self.number = -1
+
+    @property
+    def taken(self):
+        """Whether it has an owner, or was closed."""
+        return self.number < 0
+
+    def fileno(self):
+        """The descriptor, still owned by this."""
+        if self.number < 0:
+            raise ClosedError("the descriptor was taken or closed")
+        return self.number
+
+    @cython.critical_section
+    def close(self):
+        """Close it, unless it has an owner. May be called twice."""
+        if self.number >= 0:
+            c_close(self.number)
+        self.number = -1
+
+    def __dealloc__(self):
+        if self.number >= 0:
+            c_close(self.number)
+
+
+cdef int taken(object fd) except? -1:
+    """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+    cdef Fd given
+    cdef int number
+    if not isinstance(fd, Fd):
+        return fd
+    given = fd
+    with cython.critical_section(given):
+        number, given.number = given.number, -1
+    if number < 0:
+        raise ClosedError("the descriptor was taken or closed")
+    return number
+
+
+@cython.final
 cdef class FdArray:
     """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
 
@@ -126,7 +175,7 @@ cdef class FdArray:
                     fail()
                 finally:
                     array.close()
-            array.take(fd)
+            array.add(fd)
         return array
 
     @staticmethod
@@ -140,7 +189,7 @@ cdef class FdArray:
         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
         if other < 0:
             fail()
-        array.take(other)
+        array.add(other)
         return array
 
     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):
@@ -161,7 +210,7 @@ cdef class FdArray:
                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
                 code = errno
             if fd >= 0:
-                self.take(fd)
+                self.add(fd)
                 return fd
             if code != EINTR:
                 raise OSError(code, os.strerror(code), path)
@@ -177,12 +226,15 @@ cdef class FdArray:
         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
         if fd < 0:
             fail()
-        self.take(fd)
+        self.add(fd)
         return fd
 
+    def take(self, fd):
+        """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+        self.add(taken(fd))
+
     @cython.critical_section
-    def take(self, int fd):
-        """Append `fd` and own it from now on, also when this call fails."""
+    cdef int add(self, int fd) except -1:
         cdef int *grown
         cdef Py_ssize_t i
         if self.state & IVSHMEM_CLOSING:
@@ -204,6 +256,7 @@ cdef class FdArray:
             self.room = self.room * 2 + 1
         self.fds[self.count] = fd
         ivshmem_set_length(&self.count, self.count + 1)
+        return 0
 
     def __len__(self):
         return 0 if self.state & IVSHMEM_CLOSING else self.count

@@ -2065,6 +2065,7 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_4_fds_Fd;
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
@@ -2131,6 +2132,19 @@ typedef uint64_t (*__pyx_t_7ivshmem_7_memory_Change)(void *, int, uint64_t, int)
 /* "_fds.pxd":86
  * 
  * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_4_fds_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "_fds.pxd":93
+ * 
+ * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
@@ -2147,7 +2161,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2164,7 +2178,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2179,7 +2193,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2286,7 +2300,7 @@ struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr {
 
 
 
-/* "_fds.pxd":86
+/* "_fds.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2295,6 +2309,7 @@ struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
   int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
@@ -2302,7 +2317,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2317,7 +2332,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2331,7 +2346,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3865,6 +3880,7 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
@@ -4086,6 +4102,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -4132,6 +4149,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -4770,7 +4788,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":99
+/* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4781,7 +4799,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":101
+  /* "_fds.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4794,7 +4812,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":99
+  /* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4807,7 +4825,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":104
+/* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4818,7 +4836,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":106
+  /* "_fds.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4831,7 +4849,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":104
+  /* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -17377,6 +17395,15 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
@@ -17385,8 +17412,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(4, 86, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -17395,8 +17422,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(4, 109, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(4, 109, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -17405,8 +17432,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(4, 119, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(4, 119, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -17415,8 +17442,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(4, 126, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(4, 126, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

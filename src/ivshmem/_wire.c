@@ -2010,6 +2010,7 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_4_fds_Fd;
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
@@ -2060,6 +2061,19 @@ struct __pyx_t_7ivshmem_5_wire_Box {
 /* "_fds.pxd":86
  * 
  * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_4_fds_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "_fds.pxd":93
+ * 
+ * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
@@ -2076,7 +2090,7 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2093,7 +2107,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2108,7 +2122,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2142,7 +2156,7 @@ struct __pyx_obj_7ivshmem_5_wire_Outbox {
 
 
 
-/* "_fds.pxd":86
+/* "_fds.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2151,6 +2165,7 @@ struct __pyx_obj_7ivshmem_5_wire_Outbox {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
   int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
@@ -2158,7 +2173,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":109
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2173,7 +2188,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
 
 
-/* "_fds.pxd":119
+/* "_fds.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2187,7 +2202,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":126
+/* "_fds.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2813,6 +2828,12 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
+/* ArgTypeTestError.export */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+
+/* ArgTypeTest.proto */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
 /* ListAppend.proto */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
@@ -2831,6 +2852,13 @@ static CYTHON_INLINE int __Pyx_IterFinish(void);
 
 /* UnpackItemEndCheck.proto */
 static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
 #if CYTHON_FAST_THREAD_STATE
@@ -2892,6 +2920,9 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 #define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
+
+/* PyMemoryError_Check.proto */
+#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
 
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
@@ -3385,7 +3416,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t); /*proto*/
 
 /* Module declarations from "ivshmem._wire" */
-static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *, int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem._wire"
@@ -3404,7 +3435,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -3452,6 +3483,7 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
@@ -3461,9 +3493,10 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[2];
+    __Pyx_CachedCFunction __pyx_umethod_PyList_Type__clear;
+    PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[6];
-    PyObject *__pyx_string_tab[98];
+    PyObject *__pyx_string_tab[104];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3521,96 +3554,102 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__3 __pyx_string_tab[5]
 #define __pyx_kp_u__2 __pyx_string_tab[6]
 #define __pyx_kp_u_ __pyx_string_tab[7]
-#define __pyx_kp_u_a_batch_of __pyx_string_tab[8]
-#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[9]
-#define __pyx_kp_u_an_outbox_needs __pyx_string_tab[10]
-#define __pyx_kp_u_descriptors __pyx_string_tab[11]
-#define __pyx_kp_u_disable __pyx_string_tab[12]
-#define __pyx_kp_u_enable __pyx_string_tab[13]
-#define __pyx_kp_u_gc __pyx_string_tab[14]
-#define __pyx_kp_u_isenabled __pyx_string_tab[15]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[16]
-#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[17]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[18]
-#define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[19]
-#define __pyx_n_u_Outbox __pyx_string_tab[20]
-#define __pyx_n_u_Outbox___reduce_cython __pyx_string_tab[21]
-#define __pyx_n_u_Outbox___setstate_cython __pyx_string_tab[22]
-#define __pyx_n_u_Outbox_send __pyx_string_tab[23]
-#define __pyx_n_u_Outbox_send_to_all __pyx_string_tab[24]
-#define __pyx_n_u_Outbox_unfinished __pyx_string_tab[25]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[26]
-#define __pyx_n_u__4 __pyx_string_tab[27]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
-#define __pyx_n_u_annotate __pyx_string_tab[29]
-#define __pyx_n_u_func __pyx_string_tab[30]
-#define __pyx_n_u_getstate __pyx_string_tab[31]
-#define __pyx_n_u_main __pyx_string_tab[32]
-#define __pyx_n_u_module __pyx_string_tab[33]
-#define __pyx_n_u_name __pyx_string_tab[34]
-#define __pyx_n_u_pyx_state __pyx_string_tab[35]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[36]
-#define __pyx_n_u_qualname __pyx_string_tab[37]
-#define __pyx_n_u_reduce __pyx_string_tab[38]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[39]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[40]
-#define __pyx_n_u_set_name __pyx_string_tab[41]
-#define __pyx_n_u_setstate __pyx_string_tab[42]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[43]
-#define __pyx_n_u_test __pyx_string_tab[44]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[45]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[46]
-#define __pyx_n_u_buffer __pyx_string_tab[47]
-#define __pyx_n_u_chunks __pyx_string_tab[48]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[49]
-#define __pyx_n_u_code __pyx_string_tab[50]
-#define __pyx_n_u_controls __pyx_string_tab[51]
-#define __pyx_n_u_count __pyx_string_tab[52]
-#define __pyx_n_u_data __pyx_string_tab[53]
-#define __pyx_n_u_done __pyx_string_tab[54]
-#define __pyx_n_u_eof __pyx_string_tab[55]
-#define __pyx_n_u_errors __pyx_string_tab[56]
-#define __pyx_n_u_fd __pyx_string_tab[57]
-#define __pyx_n_u_fds __pyx_string_tab[58]
-#define __pyx_n_u_fds_of __pyx_string_tab[59]
-#define __pyx_n_u_filled __pyx_string_tab[60]
-#define __pyx_n_u_first __pyx_string_tab[61]
-#define __pyx_n_u_i __pyx_string_tab[62]
-#define __pyx_n_u_iov __pyx_string_tab[63]
-#define __pyx_n_u_items __pyx_string_tab[64]
-#define __pyx_n_u_ivshmem__wire __pyx_string_tab[65]
-#define __pyx_n_u_length __pyx_string_tab[66]
-#define __pyx_n_u_limit __pyx_string_tab[67]
-#define __pyx_n_u_lost __pyx_string_tab[68]
-#define __pyx_n_u_messages __pyx_string_tab[69]
-#define __pyx_n_u_n __pyx_string_tab[70]
-#define __pyx_n_u_pop __pyx_string_tab[71]
-#define __pyx_n_u_receive __pyx_string_tab[72]
-#define __pyx_n_u_region __pyx_string_tab[73]
-#define __pyx_n_u_run __pyx_string_tab[74]
-#define __pyx_n_u_runs __pyx_string_tab[75]
-#define __pyx_n_u_self __pyx_string_tab[76]
-#define __pyx_n_u_send __pyx_string_tab[77]
-#define __pyx_n_u_send_to_all __pyx_string_tab[78]
-#define __pyx_n_u_sent __pyx_string_tab[79]
-#define __pyx_n_u_serial __pyx_string_tab[80]
-#define __pyx_n_u_setdefault __pyx_string_tab[81]
-#define __pyx_n_u_sock __pyx_string_tab[82]
-#define __pyx_n_u_socks __pyx_string_tab[83]
-#define __pyx_n_u_start __pyx_string_tab[84]
-#define __pyx_n_u_step __pyx_string_tab[85]
-#define __pyx_n_u_total __pyx_string_tab[86]
-#define __pyx_n_u_unfinished __pyx_string_tab[87]
-#define __pyx_n_u_value __pyx_string_tab[88]
-#define __pyx_n_u_values __pyx_string_tab[89]
-#define __pyx_n_u_want __pyx_string_tab[90]
-#define __pyx_n_u_which __pyx_string_tab[91]
-#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[94]
-#define __pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja __pyx_string_tab[95]
-#define __pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1 __pyx_string_tab[96]
-#define __pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A __pyx_string_tab[97]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[8]
+#define __pyx_kp_u_a_batch_of __pyx_string_tab[9]
+#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[10]
+#define __pyx_kp_u_add_note __pyx_string_tab[11]
+#define __pyx_kp_u_an_outbox_needs __pyx_string_tab[12]
+#define __pyx_kp_u_descriptors __pyx_string_tab[13]
+#define __pyx_kp_u_disable __pyx_string_tab[14]
+#define __pyx_kp_u_enable __pyx_string_tab[15]
+#define __pyx_kp_u_gc __pyx_string_tab[16]
+#define __pyx_kp_u_isenabled __pyx_string_tab[17]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
+#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[19]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[20]
+#define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[21]
+#define __pyx_n_u_Outbox __pyx_string_tab[22]
+#define __pyx_n_u_Outbox___reduce_cython __pyx_string_tab[23]
+#define __pyx_n_u_Outbox___setstate_cython __pyx_string_tab[24]
+#define __pyx_n_u_Outbox_send __pyx_string_tab[25]
+#define __pyx_n_u_Outbox_send_to_all __pyx_string_tab[26]
+#define __pyx_n_u_Outbox_unfinished __pyx_string_tab[27]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[28]
+#define __pyx_n_u__4 __pyx_string_tab[29]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[30]
+#define __pyx_n_u_annotate __pyx_string_tab[31]
+#define __pyx_n_u_func __pyx_string_tab[32]
+#define __pyx_n_u_getstate __pyx_string_tab[33]
+#define __pyx_n_u_main __pyx_string_tab[34]
+#define __pyx_n_u_module __pyx_string_tab[35]
+#define __pyx_n_u_name __pyx_string_tab[36]
+#define __pyx_n_u_pyx_state __pyx_string_tab[37]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[38]
+#define __pyx_n_u_qualname __pyx_string_tab[39]
+#define __pyx_n_u_reduce __pyx_string_tab[40]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[41]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[42]
+#define __pyx_n_u_set_name __pyx_string_tab[43]
+#define __pyx_n_u_setstate __pyx_string_tab[44]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[45]
+#define __pyx_n_u_test __pyx_string_tab[46]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[47]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[48]
+#define __pyx_n_u_buffer __pyx_string_tab[49]
+#define __pyx_n_u_came __pyx_string_tab[50]
+#define __pyx_n_u_chunks __pyx_string_tab[51]
+#define __pyx_n_u_clear __pyx_string_tab[52]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[53]
+#define __pyx_n_u_close __pyx_string_tab[54]
+#define __pyx_n_u_code __pyx_string_tab[55]
+#define __pyx_n_u_controls __pyx_string_tab[56]
+#define __pyx_n_u_count __pyx_string_tab[57]
+#define __pyx_n_u_data __pyx_string_tab[58]
+#define __pyx_n_u_done __pyx_string_tab[59]
+#define __pyx_n_u_eof __pyx_string_tab[60]
+#define __pyx_n_u_errors __pyx_string_tab[61]
+#define __pyx_n_u_fd __pyx_string_tab[62]
+#define __pyx_n_u_fds __pyx_string_tab[63]
+#define __pyx_n_u_fds_of __pyx_string_tab[64]
+#define __pyx_n_u_filled __pyx_string_tab[65]
+#define __pyx_n_u_first __pyx_string_tab[66]
+#define __pyx_n_u_i __pyx_string_tab[67]
+#define __pyx_n_u_into __pyx_string_tab[68]
+#define __pyx_n_u_iov __pyx_string_tab[69]
+#define __pyx_n_u_items __pyx_string_tab[70]
+#define __pyx_n_u_ivshmem__wire __pyx_string_tab[71]
+#define __pyx_n_u_length __pyx_string_tab[72]
+#define __pyx_n_u_limit __pyx_string_tab[73]
+#define __pyx_n_u_lost __pyx_string_tab[74]
+#define __pyx_n_u_messages __pyx_string_tab[75]
+#define __pyx_n_u_n __pyx_string_tab[76]
+#define __pyx_n_u_pop __pyx_string_tab[77]
+#define __pyx_n_u_receive __pyx_string_tab[78]
+#define __pyx_n_u_region __pyx_string_tab[79]
+#define __pyx_n_u_run __pyx_string_tab[80]
+#define __pyx_n_u_runs __pyx_string_tab[81]
+#define __pyx_n_u_self __pyx_string_tab[82]
+#define __pyx_n_u_send __pyx_string_tab[83]
+#define __pyx_n_u_send_to_all __pyx_string_tab[84]
+#define __pyx_n_u_sent __pyx_string_tab[85]
+#define __pyx_n_u_serial __pyx_string_tab[86]
+#define __pyx_n_u_setdefault __pyx_string_tab[87]
+#define __pyx_n_u_sock __pyx_string_tab[88]
+#define __pyx_n_u_socks __pyx_string_tab[89]
+#define __pyx_n_u_start __pyx_string_tab[90]
+#define __pyx_n_u_step __pyx_string_tab[91]
+#define __pyx_n_u_total __pyx_string_tab[92]
+#define __pyx_n_u_unfinished __pyx_string_tab[93]
+#define __pyx_n_u_value __pyx_string_tab[94]
+#define __pyx_n_u_values __pyx_string_tab[95]
+#define __pyx_n_u_want __pyx_string_tab[96]
+#define __pyx_n_u_which __pyx_string_tab[97]
+#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[98]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[99]
+#define __pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja __pyx_string_tab[100]
+#define __pyx_kp_b_iso88591_vU_Zq_Q_A_Qhb_d_d_d_az_G1_E_aq __pyx_string_tab[101]
+#define __pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1 __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A __pyx_string_tab[103]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -3627,6 +3666,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -3636,9 +3676,10 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  Py_CLEAR(clear_module_state->__pyx_umethod_PyList_Type__clear.method);
+  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<98; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<104; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3663,6 +3704,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -3672,9 +3714,10 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  Py_VISIT(traverse_module_state->__pyx_umethod_PyList_Type__clear.method);
+  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<98; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<104; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4291,7 +4334,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":99
+/* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4302,7 +4345,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":101
+  /* "_fds.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4315,7 +4358,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":99
+  /* "_fds.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4328,7 +4371,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":104
+/* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4339,7 +4382,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
 static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":106
+  /* "_fds.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4352,7 +4395,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":104
+  /* "_fds.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7339,7 +7382,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_U
 /* "ivshmem/_wire.pyx":271
  * 
  * 
- * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
+ * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
@@ -7352,7 +7395,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Returns:\n        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that\n        came with them, which now belong to the caller. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Args:\n        into: an empty list, to which the chunks are added: so they are its owner\047s before the\n            handler of a signal can raise.\n\n    Returns:\n        (chunks, eof): chunks is `into`, or a new list, of (data, fds): at most 8 bytes and a tuple\n        with an Fd for each descriptor that came with them. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which nothing can repair.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_wire_1receive = {"receive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_1receive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_receive};
 static PyObject *__pyx_pw_7ivshmem_5_wire_1receive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -7363,11 +7406,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 ) {
   int __pyx_v_sock;
   Py_ssize_t __pyx_v_limit;
+  PyObject *__pyx_v_into = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7383,11 +7427,15 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,&__pyx_mstate_global->__pyx_n_u_into,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
     if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 271, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
         if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
@@ -7401,23 +7449,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject*)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 271, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 0, 2, 3, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 271, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject*)Py_None));
     }
     __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
     __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
+    __pyx_v_into = ((PyObject*)values[2]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7428,19 +7486,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_receive(__pyx_self, __pyx_v_sock, __pyx_v_limit);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_into), (&PyList_Type), 1, "into", 1))) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_receive(__pyx_self, __pyx_v_sock, __pyx_v_limit, __pyx_v_into);
 
   /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = NULL;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
 
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit) {
+static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into) {
   struct mmsghdr __pyx_v_messages[__pyx_e_7ivshmem_4_fds_BATCH];
   struct iovec __pyx_v_iov[__pyx_e_7ivshmem_4_fds_BATCH];
   char __pyx_v_data[(__pyx_e_7ivshmem_4_fds_BATCH * __pyx_e_7ivshmem_5_wire_MESSAGE)];
@@ -7449,27 +7517,28 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   int __pyx_v_i;
   int __pyx_v_want;
   PyObject *__pyx_v_chunks = 0;
+  PyObject *__pyx_v_came = 0;
   int __pyx_v_lost;
   int __pyx_v_eof;
-  PyObject *__pyx_v_fds = NULL;
   CYTHON_UNUSED PyObject *__pyx_v__ = NULL;
+  PyObject *__pyx_v_fds = NULL;
   PyObject *__pyx_v_fd = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  Py_ssize_t __pyx_t_3;
-  int __pyx_t_4;
+  PyObject *__pyx_t_3 = NULL;
+  Py_ssize_t __pyx_t_4;
   int __pyx_t_5;
   int __pyx_t_6;
   int __pyx_t_7;
-  Py_ssize_t __pyx_t_8;
+  int __pyx_t_8;
   Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
+  Py_ssize_t __pyx_t_10;
   int __pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
-  int __pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
+  int __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  int __pyx_t_14;
   PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
   PyObject *(*__pyx_t_17)(PyObject *);
@@ -7480,29 +7549,38 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_wire.pyx":289
+  /* "ivshmem/_wire.pyx":293
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
- *     cdef list chunks = []             # <<<<<<<<<<<<<<
+ *     cdef list chunks = [] if into is None else into             # <<<<<<<<<<<<<<
+ *     cdef list came
  *     cdef bint lost = False
- *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = (__pyx_v_into == ((PyObject*)Py_None));
+  if (__pyx_t_2) {
+    __pyx_t_3 = PyList_New(0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_1 = __pyx_t_3;
+    __pyx_t_3 = 0;
+  } else {
+    __Pyx_INCREF(__pyx_v_into);
+    __pyx_t_1 = __pyx_v_into;
+  }
+
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":290
- *     cdef int n, i, want
- *     cdef list chunks = []
+  /* "ivshmem/_wire.pyx":295
+ *     cdef list chunks = [] if into is None else into
+ *     cdef list came
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_wire.pyx":291
- *     cdef list chunks = []
+  /* "ivshmem/_wire.pyx":296
+ *     cdef list came
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
  *     while len(chunks) < limit and not eof and not lost:
@@ -7510,7 +7588,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_wire.pyx":292
+  /* "ivshmem/_wire.pyx":297
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -7518,38 +7596,42 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
-    __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
+    if (unlikely(__pyx_v_chunks == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
+      __PYX_ERR(0, 297, __pyx_L1_error)
+    }
+    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 297, __pyx_L1_error)
+    __pyx_t_5 = (__pyx_t_4 < __pyx_v_limit);
 
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
     } else {
 
-      __pyx_t_2 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_5;
 
       goto __pyx_L5_bool_binop_done;
     }
-    __pyx_t_4 = (!__pyx_v_eof);
+    __pyx_t_5 = (!__pyx_v_eof);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
     } else {
 
-      __pyx_t_2 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_5;
 
       goto __pyx_L5_bool_binop_done;
     }
-    __pyx_t_4 = (!__pyx_v_lost);
+    __pyx_t_5 = (!__pyx_v_lost);
 
 
-    __pyx_t_2 = __pyx_t_4;
+    __pyx_t_2 = __pyx_t_5;
 
     __pyx_L5_bool_binop_done:;
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":293
+    /* "ivshmem/_wire.pyx":298
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -7558,7 +7640,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_wire.pyx":294
+    /* "ivshmem/_wire.pyx":299
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -7566,13 +7648,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *             iov[i].iov_len = MESSAGE
 */
 
-    __pyx_t_5 = __pyx_e_7ivshmem_4_fds_BATCH;
-    __pyx_t_6 = __pyx_t_5;
+    __pyx_t_6 = __pyx_e_7ivshmem_4_fds_BATCH;
+    __pyx_t_7 = __pyx_t_6;
 
-    for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
-      __pyx_v_i = __pyx_t_7;
+    for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
+      __pyx_v_i = __pyx_t_8;
 
-      /* "ivshmem/_wire.pyx":295
+      /* "ivshmem/_wire.pyx":300
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -7581,7 +7663,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)]));
 
-      /* "ivshmem/_wire.pyx":296
+      /* "ivshmem/_wire.pyx":301
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -7590,7 +7672,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":297
+      /* "ivshmem/_wire.pyx":302
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -7599,7 +7681,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":298
+      /* "ivshmem/_wire.pyx":303
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -7608,7 +7690,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":299
+      /* "ivshmem/_wire.pyx":304
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -7617,7 +7699,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":300
+      /* "ivshmem/_wire.pyx":305
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -7628,7 +7710,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
 
 
-    /* "ivshmem/_wire.pyx":301
+    /* "ivshmem/_wire.pyx":306
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -7636,25 +7718,29 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *         if n < 0:
 */
 
-    __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
+    __pyx_t_4 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
+    if (unlikely(__pyx_v_chunks == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
+      __PYX_ERR(0, 306, __pyx_L1_error)
+    }
+    __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
 
-    __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
+    __pyx_t_10 = (__pyx_v_limit - __pyx_t_9);
 
-    __pyx_t_2 = (__pyx_t_3 < __pyx_t_9);
+    __pyx_t_2 = (__pyx_t_4 < __pyx_t_10);
 
     if (__pyx_t_2) {
 
-      __pyx_t_8 = __pyx_t_3;
+      __pyx_t_9 = __pyx_t_4;
     } else {
 
-      __pyx_t_8 = __pyx_t_9;
+      __pyx_t_9 = __pyx_t_10;
     }
 
-    __pyx_v_want = ((int)__pyx_t_8);
+    __pyx_v_want = ((int)__pyx_t_9);
 
 
-    /* "ivshmem/_wire.pyx":302
+    /* "ivshmem/_wire.pyx":307
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -7663,7 +7749,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_wire.pyx":303
+    /* "ivshmem/_wire.pyx":308
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7675,7 +7761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":304
+      /* "ivshmem/_wire.pyx":309
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7687,7 +7773,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":305
+        /* "ivshmem/_wire.pyx":310
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -7696,7 +7782,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_wire.pyx":304
+        /* "ivshmem/_wire.pyx":309
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7705,46 +7791,48 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":306
+      /* "ivshmem/_wire.pyx":311
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
  *                 break
  *             fail()
 */
-      __pyx_t_4 = (errno == EAGAIN);
+      __pyx_t_5 = (errno == EAGAIN);
 
-      if (!__pyx_t_4) {
+      if (!__pyx_t_5) {
 
       } else {
 
-        __pyx_t_2 = __pyx_t_4;
+        __pyx_t_2 = __pyx_t_5;
 
         goto __pyx_L13_bool_binop_done;
       }
+      if (__pyx_v_chunks == Py_None) __pyx_t_5 = 0;
+      else
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 306, __pyx_L1_error)
-        __pyx_t_4 = (__pyx_temp != 0);
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 311, __pyx_L1_error)
+        __pyx_t_5 = (__pyx_temp != 0);
       }
 
 
-      __pyx_t_2 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_5;
 
       __pyx_L13_bool_binop_done:;
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":307
+        /* "ivshmem/_wire.pyx":312
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
  *             fail()
- *         for i in range(n):
+ *         came = _descriptors(messages, n)
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_wire.pyx":306
+        /* "ivshmem/_wire.pyx":311
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -7753,17 +7841,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":308
+      /* "ivshmem/_wire.pyx":313
  *             if errno == EAGAIN or chunks:
  *                 break
  *             fail()             # <<<<<<<<<<<<<<
+ *         came = _descriptors(messages, n)
  *         for i in range(n):
- *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
 
 
-      /* "ivshmem/_wire.pyx":303
+      /* "ivshmem/_wire.pyx":308
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7772,35 +7860,35 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     }
 
-    /* "ivshmem/_wire.pyx":309
+    /* "ivshmem/_wire.pyx":314
  *                 break
  *             fail()
- *         for i in range(n):             # <<<<<<<<<<<<<<
- *             fds = _descriptors(&messages[i])
+ *         came = _descriptors(messages, n)             # <<<<<<<<<<<<<<
+ *         for i in range(n):
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
 */
+    __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors(__pyx_v_messages, __pyx_v_n); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_XDECREF_SET(__pyx_v_came, ((PyObject*)__pyx_t_1));
+    __pyx_t_1 = 0;
 
-    __pyx_t_7 = __pyx_v_n;
-    __pyx_t_10 = __pyx_t_7;
-
-    for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
-      __pyx_v_i = __pyx_t_11;
-
-      /* "ivshmem/_wire.pyx":310
+    /* "ivshmem/_wire.pyx":315
  *             fail()
- *         for i in range(n):
- *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
+ *         came = _descriptors(messages, n)
+ *         for i in range(n):             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
-      __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":311
+    __pyx_t_8 = __pyx_v_n;
+    __pyx_t_11 = __pyx_t_8;
+
+    for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_11; __pyx_t_12+=1) {
+      __pyx_v_i = __pyx_t_12;
+
+      /* "ivshmem/_wire.pyx":316
+ *         came = _descriptors(messages, n)
  *         for i in range(n):
- *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
@@ -7811,16 +7899,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __pyx_t_2 = __pyx_v_lost;
         goto __pyx_L17_bool_binop_done;
       }
-      __pyx_t_4 = (((__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_flags & MSG_CTRUNC) != 0);
+      __pyx_t_5 = (((__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_flags & MSG_CTRUNC) != 0);
 
 
-      __pyx_t_2 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_5;
 
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":312
- *             fds = _descriptors(&messages[i])
+      /* "ivshmem/_wire.pyx":317
+ *         for i in range(n):
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
  *             if messages[i].msg_len:
@@ -7832,68 +7920,102 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __pyx_t_2 = __pyx_v_eof;
         goto __pyx_L19_bool_binop_done;
       }
-      __pyx_t_4 = ((__pyx_v_messages[__pyx_v_i]).msg_len == 0);
+      __pyx_t_5 = ((__pyx_v_messages[__pyx_v_i]).msg_len == 0);
 
 
-      __pyx_t_2 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_5;
 
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":313
+      /* "ivshmem/_wire.pyx":318
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
  *                 chunks.append(
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+ *                     (
 */
       __pyx_t_2 = ((__pyx_v_messages[__pyx_v_i]).msg_len != 0);
 
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":315
- *             if messages[i].msg_len:
- *                 chunks.append(
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
- *                 )
- *         if n < want:
-*/
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 315, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_12);
-        __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
-        __Pyx_INCREF(__pyx_v_fds);
-        __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
-        __pyx_t_1 = 0;
-
-        /* "ivshmem/_wire.pyx":314
+        /* "ivshmem/_wire.pyx":319
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+ *                     (
+ *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
+*/
+        if (unlikely(__pyx_v_chunks == Py_None)) {
+          PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
+          __PYX_ERR(0, 319, __pyx_L1_error)
+        }
+
+        /* "ivshmem/_wire.pyx":321
+ *                 chunks.append(
+ *                     (
+ *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),             # <<<<<<<<<<<<<<
+ *                         came[i],
+ *                     )
+*/
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+
+        /* "ivshmem/_wire.pyx":322
+ *                     (
+ *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
+ *                         came[i],             # <<<<<<<<<<<<<<
+ *                     )
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 314, __pyx_L1_error)
-        __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+        if (unlikely(__pyx_v_came == Py_None)) {
+          PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+          __PYX_ERR(0, 322, __pyx_L1_error)
+        }
+        __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_came, __pyx_v_i, int, 1, __Pyx_PyLong_From_int, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+
+        /* "ivshmem/_wire.pyx":321
+ *                 chunks.append(
+ *                     (
+ *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),             # <<<<<<<<<<<<<<
+ *                         came[i],
+ *                     )
+*/
+        __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 321, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_13);
+        __Pyx_GIVEREF(__pyx_t_1);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 321, __pyx_L1_error);
+        __Pyx_GIVEREF(__pyx_t_3);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_3) != (0)) __PYX_ERR(0, 321, __pyx_L1_error);
+        __pyx_t_1 = 0;
+        __pyx_t_3 = 0;
+
+        /* "ivshmem/_wire.pyx":319
+ *             eof = eof or messages[i].msg_len == 0
+ *             if messages[i].msg_len:
+ *                 chunks.append(             # <<<<<<<<<<<<<<
+ *                     (
+ *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
+*/
+        __pyx_t_14 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 319, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-        /* "ivshmem/_wire.pyx":313
+        /* "ivshmem/_wire.pyx":318
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
  *                 chunks.append(
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+ *                     (
 */
       }
     }
 
 
-    /* "ivshmem/_wire.pyx":317
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+    /* "ivshmem/_wire.pyx":325
+ *                     )
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
  *             break
@@ -7904,7 +8026,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":318
+      /* "ivshmem/_wire.pyx":326
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -7913,8 +8035,8 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_wire.pyx":317
- *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+      /* "ivshmem/_wire.pyx":325
+ *                     )
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
  *             break
@@ -7925,7 +8047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_wire.pyx":319
+  /* "ivshmem/_wire.pyx":327
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -7934,67 +8056,71 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_wire.pyx":320
+    /* "ivshmem/_wire.pyx":328
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
  *             for fd in fds:
- *                 c_close(fd)
+ *                 fd.close()
 */
-    __pyx_t_12 = __pyx_v_chunks; __Pyx_INCREF(__pyx_t_12);
-    __pyx_t_8 = 0;
+    if (unlikely(__pyx_v_chunks == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
+      __PYX_ERR(0, 328, __pyx_L1_error)
+    }
+    __pyx_t_13 = __pyx_v_chunks; __Pyx_INCREF(__pyx_t_13);
+    __pyx_t_9 = 0;
     for (;;) {
       {
-        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
+        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_13);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
         #endif
-        if (__pyx_t_8 >= __pyx_temp) break;
+        if (__pyx_t_9 >= __pyx_temp) break;
       }
-      __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
-      ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
-        PyObject* sequence = __pyx_t_1;
+      __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_13, __pyx_t_9, __Pyx_ReferenceSharing_OwnStrongReference);
+      ++__pyx_t_9;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      if ((likely(PyTuple_CheckExact(__pyx_t_3))) || (PyList_CheckExact(__pyx_t_3))) {
+        PyObject* sequence = __pyx_t_3;
         Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 320, __pyx_L1_error)
+          __PYX_ERR(0, 328, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
-          __pyx_t_14 = PyTuple_GET_ITEM(sequence, 0);
-          __Pyx_INCREF(__pyx_t_14);
+          __pyx_t_1 = PyTuple_GET_ITEM(sequence, 0);
+          __Pyx_INCREF(__pyx_t_1);
           __pyx_t_15 = PyTuple_GET_ITEM(sequence, 1);
           __Pyx_INCREF(__pyx_t_15);
         } else {
-          __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 320, __pyx_L1_error)
-          __Pyx_XGOTREF(__pyx_t_14);
+          __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+          __Pyx_XGOTREF(__pyx_t_1);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 320, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 328, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 320, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 320, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 328, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 320, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 328, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
-        index = 0; __pyx_t_14 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_14)) goto __pyx_L26_unpacking_failed;
-        __Pyx_GOTREF(__pyx_t_14);
+        index = 0; __pyx_t_1 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_1)) goto __pyx_L26_unpacking_failed;
+        __Pyx_GOTREF(__pyx_t_1);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -8002,64 +8128,64 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 320, __pyx_L1_error)
+        __PYX_ERR(0, 328, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
-      __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
-      __pyx_t_14 = 0;
+      __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_1);
+      __pyx_t_1 = 0;
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_wire.pyx":321
+      /* "ivshmem/_wire.pyx":329
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
- *                 c_close(fd)
- *         raise ProtocolError(
+ *                 fd.close()
+ *         chunks.clear()
 */
       if (likely(PyList_CheckExact(__pyx_v_fds)) || PyTuple_CheckExact(__pyx_v_fds)) {
-        __pyx_t_1 = __pyx_v_fds; __Pyx_INCREF(__pyx_t_1);
-        __pyx_t_3 = 0;
+        __pyx_t_3 = __pyx_v_fds; __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 321, __pyx_L1_error)
+        __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 329, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 329, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
-          if (likely(PyList_CheckExact(__pyx_t_1))) {
+          if (likely(PyList_CheckExact(__pyx_t_3))) {
             {
-              Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
+              Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 321, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 329, __pyx_L1_error)
               #endif
-              if (__pyx_t_3 >= __pyx_temp) break;
+              if (__pyx_t_4 >= __pyx_temp) break;
             }
-            __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
-            ++__pyx_t_3;
+            __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
+            ++__pyx_t_4;
           } else {
             {
-              Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
+              Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 321, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 329, __pyx_L1_error)
               #endif
-              if (__pyx_t_3 >= __pyx_temp) break;
+              if (__pyx_t_4 >= __pyx_temp) break;
             }
             #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-            __pyx_t_15 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_1, __pyx_t_3));
+            __pyx_t_15 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_3, __pyx_t_4));
             #else
-            __pyx_t_15 = __Pyx_PySequence_ITEM(__pyx_t_1, __pyx_t_3);
+            __pyx_t_15 = __Pyx_PySequence_ITEM(__pyx_t_3, __pyx_t_4);
             #endif
-            ++__pyx_t_3;
+            ++__pyx_t_4;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 321, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 329, __pyx_L1_error)
         } else {
-          __pyx_t_15 = __pyx_t_18(__pyx_t_1);
+          __pyx_t_15 = __pyx_t_18(__pyx_t_3);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 321, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 329, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -8069,72 +8195,91 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":322
+        /* "ivshmem/_wire.pyx":330
  *         for _, fds in chunks:
  *             for fd in fds:
- *                 c_close(fd)             # <<<<<<<<<<<<<<
+ *                 fd.close()             # <<<<<<<<<<<<<<
+ *         chunks.clear()
  *         raise ProtocolError(
- *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 322, __pyx_L1_error)
-        (void)(close(__pyx_t_7));
+        __pyx_t_1 = __pyx_v_fd;
+        __Pyx_INCREF(__pyx_t_1);
+        __pyx_t_19 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_1, NULL};
+          __pyx_t_15 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_19, (1-__pyx_t_19) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 330, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_15);
+        }
+        __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
-
-        /* "ivshmem/_wire.pyx":321
+        /* "ivshmem/_wire.pyx":329
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
- *                 c_close(fd)
- *         raise ProtocolError(
+ *                 fd.close()
+ *         chunks.clear()
 */
       }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/_wire.pyx":320
+      /* "ivshmem/_wire.pyx":328
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
  *             for fd in fds:
- *                 c_close(fd)
+ *                 fd.close()
 */
     }
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
-    /* "ivshmem/_wire.pyx":323
+    /* "ivshmem/_wire.pyx":331
  *             for fd in fds:
- *                 c_close(fd)
+ *                 fd.close()
+ *         chunks.clear()             # <<<<<<<<<<<<<<
+ *         raise ProtocolError(
+ *             "a descriptor from the server was lost: this process has too many open files"
+*/
+    __pyx_t_13 = __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyList_Type__clear, __pyx_v_chunks); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+
+    /* "ivshmem/_wire.pyx":332
+ *                 fd.close()
+ *         chunks.clear()
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
  *             "a descriptor from the server was lost: this process has too many open files"
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
-    __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 332, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_15))) {
-      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_15);
-      assert(__pyx_t_1);
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_15);
+      assert(__pyx_t_3);
       PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_15);
-      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
       __Pyx_DECREF_SET(__pyx_t_15, __pyx__function);
       __pyx_t_19 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_mstate_global->__pyx_kp_u_a_descriptor_from_the_server_was};
-      __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_descriptor_from_the_server_was};
+      __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 323, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_12);
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 332, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_13);
     }
-    __Pyx_Raise(__pyx_t_12, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 323, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_13, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __PYX_ERR(0, 332, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":319
+    /* "ivshmem/_wire.pyx":327
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8143,23 +8288,23 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   }
 
-  /* "ivshmem/_wire.pyx":327
+  /* "ivshmem/_wire.pyx":336
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 327, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_13);
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 327, __pyx_L1_error);
-  __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 327, __pyx_L1_error);
-  __pyx_t_12 = 0;
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 336, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_13);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 336, __pyx_L1_error);
+  __pyx_t_13 = 0;
   {
     PyObject *__pyx_temp;
     {
@@ -8174,7 +8319,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   /* "ivshmem/_wire.pyx":271
  * 
  * 
- * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
+ * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
@@ -8182,8 +8327,8 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_13);
   __Pyx_XDECREF(__pyx_t_15);
   __Pyx_XDECREF(__pyx_t_16);
   __Pyx_AddTraceback("ivshmem._wire.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -8197,205 +8342,418 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 
 
   __Pyx_XDECREF(__pyx_v_chunks);
+  __Pyx_XDECREF(__pyx_v_came);
 
 
-  __Pyx_XDECREF(__pyx_v_fds);
   __Pyx_XDECREF(__pyx_v__);
+  __Pyx_XDECREF(__pyx_v_fds);
   __Pyx_XDECREF(__pyx_v_fd);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":330
+/* "ivshmem/_wire.pyx":339
  * 
  * 
- * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
- *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)
- *     cdef int fd
+ * cdef list _descriptors(mmsghdr *messages, int count):             # <<<<<<<<<<<<<<
+ *     """A tuple of Fds for each message; if memory is short, all are closed."""
+ *     cdef cmsghdr *header
 */
 
-static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_message) {
+static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_messages, int __pyx_v_count) {
   struct cmsghdr *__pyx_v_header;
-  int __pyx_v_fd;
-  size_t __pyx_v_i;
+  int *__pyx_v_place;
+  int __pyx_v_i;
+  size_t __pyx_v_j;
+  int __pyx_v_short;
+  struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_fd = 0;
   PyObject *__pyx_v_fds = 0;
+  PyObject *__pyx_v_found = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
-  size_t __pyx_t_4;
-  size_t __pyx_t_5;
-  size_t __pyx_t_6;
-  int __pyx_t_7;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  size_t __pyx_t_7;
+  size_t __pyx_t_8;
+  size_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  size_t __pyx_t_14;
+  int __pyx_t_15;
+  int __pyx_t_16;
+  PyObject *__pyx_t_17 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_wire.pyx":331
- * 
- * cdef tuple _descriptors(mmsghdr *message):
- *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
- *     cdef int fd
- *     cdef size_t i
+  /* "ivshmem/_wire.pyx":345
+ *     cdef int i
+ *     cdef size_t j
+ *     cdef bint short = False             # <<<<<<<<<<<<<<
+ *     cdef Fd fd
+ *     cdef list fds
 */
-  __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
+  __pyx_v_short = 0;
 
-  /* "ivshmem/_wire.pyx":334
- *     cdef int fd
- *     cdef size_t i
- *     cdef list fds = []             # <<<<<<<<<<<<<<
- *     while header != NULL:
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+  /* "ivshmem/_wire.pyx":348
+ *     cdef Fd fd
+ *     cdef list fds
+ *     cdef list found = []             # <<<<<<<<<<<<<<
+ *     for i in range(count):
+ *         fds = []
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 348, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_fds = ((PyObject*)__pyx_t_1);
+  __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":335
- *     cdef size_t i
- *     cdef list fds = []
- *     while header != NULL:             # <<<<<<<<<<<<<<
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+  /* "ivshmem/_wire.pyx":349
+ *     cdef list fds
+ *     cdef list found = []
+ *     for i in range(count):             # <<<<<<<<<<<<<<
+ *         fds = []
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
 */
-  while (1) {
-    __pyx_t_2 = (__pyx_v_header != NULL);
 
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_3 = __pyx_t_2;
 
-    if (!__pyx_t_2) break;
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/_wire.pyx":336
- *     cdef list fds = []
- *     while header != NULL:
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
+    /* "ivshmem/_wire.pyx":350
+ *     cdef list found = []
+ *     for i in range(count):
+ *         fds = []             # <<<<<<<<<<<<<<
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
+ *         while header != NULL:
 */
-    __pyx_t_3 = (__pyx_v_header->cmsg_level == SOL_SOCKET);
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_XDECREF_SET(__pyx_v_fds, ((PyObject*)__pyx_t_1));
+    __pyx_t_1 = 0;
 
-    if (__pyx_t_3) {
-
-    } else {
-
-      __pyx_t_2 = __pyx_t_3;
-
-      goto __pyx_L6_bool_binop_done;
-    }
-    __pyx_t_3 = (__pyx_v_header->cmsg_type == SCM_RIGHTS);
-
-
-    __pyx_t_2 = __pyx_t_3;
-
-    __pyx_L6_bool_binop_done:;
-    if (__pyx_t_2) {
-
-
-      /* "ivshmem/_wire.pyx":337
- *     while header != NULL:
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
- *                 fds.append(fd)
+    /* "ivshmem/_wire.pyx":351
+ *     for i in range(count):
+ *         fds = []
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)             # <<<<<<<<<<<<<<
+ *         while header != NULL:
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-      __pyx_t_4 = (__pyx_v_header->cmsg_len - CMSG_LEN(0));
+    __pyx_v_header = CMSG_FIRSTHDR((&(__pyx_v_messages[__pyx_v_i]).msg_hdr));
 
-      __pyx_t_5 = (sizeof(int));
+    /* "ivshmem/_wire.pyx":352
+ *         fds = []
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
+ *         while header != NULL:             # <<<<<<<<<<<<<<
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+*/
+    while (1) {
+      __pyx_t_5 = (__pyx_v_header != NULL);
 
-      if (unlikely(__pyx_t_5 == 0)) {
-        PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 337, __pyx_L1_error)
+
+      if (!__pyx_t_5) break;
+
+      /* "ivshmem/_wire.pyx":353
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
+ *         while header != NULL:
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+*/
+      __pyx_t_6 = (__pyx_v_header->cmsg_level == SOL_SOCKET);
+
+      if (__pyx_t_6) {
+
+      } else {
+
+        __pyx_t_5 = __pyx_t_6;
+
+        goto __pyx_L8_bool_binop_done;
       }
-
-      __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
+      __pyx_t_6 = (__pyx_v_header->cmsg_type == SCM_RIGHTS);
 
 
       __pyx_t_5 = __pyx_t_6;
 
-      for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
-        __pyx_v_i = __pyx_t_4;
+      __pyx_L8_bool_binop_done:;
+      if (__pyx_t_5) {
 
-        /* "ivshmem/_wire.pyx":338
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
- *                 fds.append(fd)
- *         header = CMSG_NXTHDR(&message.msg_hdr, header)
+
+        /* "ivshmem/_wire.pyx":354
+ *         while header != NULL:
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+ *                     try:
 */
-        (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
+        __pyx_t_7 = (__pyx_v_header->cmsg_len - CMSG_LEN(0));
 
-        /* "ivshmem/_wire.pyx":339
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
- *                 fds.append(fd)             # <<<<<<<<<<<<<<
- *         header = CMSG_NXTHDR(&message.msg_hdr, header)
- *     return tuple(fds)
+        __pyx_t_8 = (sizeof(int));
+
+        if (unlikely(__pyx_t_8 == 0)) {
+          PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
+          __PYX_ERR(0, 354, __pyx_L1_error)
+        }
+
+        __pyx_t_9 = (__pyx_t_7 / __pyx_t_8);
+
+
+        __pyx_t_8 = __pyx_t_9;
+
+        for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_8; __pyx_t_7+=1) {
+          __pyx_v_j = __pyx_t_7;
+
+          /* "ivshmem/_wire.pyx":355
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))             # <<<<<<<<<<<<<<
+ *                     try:
+ *                         fd = Fd()
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L1_error)
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          __pyx_v_place = ((int *)(CMSG_DATA(__pyx_v_header) + (__pyx_v_j * (sizeof(int)))));
 
+          /* "ivshmem/_wire.pyx":356
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+ *                     try:             # <<<<<<<<<<<<<<
+ *                         fd = Fd()
+ *                         fds.append(fd)
+*/
+          {
+            __Pyx_PyThreadState_declare
+            __Pyx_PyThreadState_assign
+            __Pyx_ExceptionSave(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+            __Pyx_XGOTREF(__pyx_t_10);
+            __Pyx_XGOTREF(__pyx_t_11);
+            __Pyx_XGOTREF(__pyx_t_12);
+            /*try:*/ {
+
+              /* "ivshmem/_wire.pyx":357
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+ *                     try:
+ *                         fd = Fd()             # <<<<<<<<<<<<<<
+ *                         fds.append(fd)
+ *                         fd.number = place[0]
+*/
+              __pyx_t_13 = NULL;
+              __pyx_t_14 = 1;
+              {
+                PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
+                __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_callargs+__pyx_t_14, (1-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L12_error)
+                __Pyx_GOTREF((PyObject *)__pyx_t_1);
+              }
+              __Pyx_XDECREF_SET(__pyx_v_fd, ((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_t_1));
+              __pyx_t_1 = 0;
+
+              /* "ivshmem/_wire.pyx":358
+ *                     try:
+ *                         fd = Fd()
+ *                         fds.append(fd)             # <<<<<<<<<<<<<<
+ *                         fd.number = place[0]
+ *                     except MemoryError:
+*/
+              __pyx_t_15 = __Pyx_PyList_Append(__pyx_v_fds, ((PyObject *)__pyx_v_fd)); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L12_error)
+
+
+              /* "ivshmem/_wire.pyx":359
+ *                         fd = Fd()
+ *                         fds.append(fd)
+ *                         fd.number = place[0]             # <<<<<<<<<<<<<<
+ *                     except MemoryError:
+ *                         c_close(place[0])
+*/
+              __pyx_v_fd->number = (__pyx_v_place[0]);
+
+              /* "ivshmem/_wire.pyx":356
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+ *                     try:             # <<<<<<<<<<<<<<
+ *                         fd = Fd()
+ *                         fds.append(fd)
+*/
+            }
+            __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+            __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+            __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+            goto __pyx_L19_try_end;
+            __pyx_L12_error:;
+            __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+            __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+
+            /* "ivshmem/_wire.pyx":360
+ *                         fds.append(fd)
+ *                         fd.number = place[0]
+ *                     except MemoryError:             # <<<<<<<<<<<<<<
+ *                         c_close(place[0])
+ *                         short = True
+*/
+            __pyx_t_16 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+            if (__pyx_t_16) {
+              __Pyx_AddTraceback("ivshmem._wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
+              if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_13, &__pyx_t_17) < 0) __PYX_ERR(0, 360, __pyx_L14_except_error)
+              __Pyx_XGOTREF(__pyx_t_1);
+              __Pyx_XGOTREF(__pyx_t_13);
+              __Pyx_XGOTREF(__pyx_t_17);
+
+              /* "ivshmem/_wire.pyx":361
+ *                         fd.number = place[0]
+ *                     except MemoryError:
+ *                         c_close(place[0])             # <<<<<<<<<<<<<<
+ *                         short = True
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+*/
+              (void)(close((__pyx_v_place[0])));
+
+              /* "ivshmem/_wire.pyx":362
+ *                     except MemoryError:
+ *                         c_close(place[0])
+ *                         short = True             # <<<<<<<<<<<<<<
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+ *         found.append(tuple(fds))
+*/
+              __pyx_v_short = 1;
+              __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+              __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+              __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
+              goto __pyx_L13_exception_handled;
+            }
+            goto __pyx_L14_except_error;
+
+            /* "ivshmem/_wire.pyx":356
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+ *                     try:             # <<<<<<<<<<<<<<
+ *                         fd = Fd()
+ *                         fds.append(fd)
+*/
+            __pyx_L14_except_error:;
+            __Pyx_XGIVEREF(__pyx_t_10);
+            __Pyx_XGIVEREF(__pyx_t_11);
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            goto __pyx_L1_error;
+            __pyx_L13_exception_handled:;
+            __Pyx_XGIVEREF(__pyx_t_10);
+            __Pyx_XGIVEREF(__pyx_t_11);
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            __pyx_L19_try_end:;
+          }
+        }
+
+
+        /* "ivshmem/_wire.pyx":353
+ *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
+ *         while header != NULL:
+ *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
+ *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+ *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+*/
       }
 
-
-      /* "ivshmem/_wire.pyx":336
- *     cdef list fds = []
- *     while header != NULL:
- *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
- *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
+      /* "ivshmem/_wire.pyx":363
+ *                         c_close(place[0])
+ *                         short = True
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)             # <<<<<<<<<<<<<<
+ *         found.append(tuple(fds))
+ *     if short:
 */
+      __pyx_v_header = CMSG_NXTHDR((&(__pyx_v_messages[__pyx_v_i]).msg_hdr), __pyx_v_header);
     }
 
-    /* "ivshmem/_wire.pyx":340
- *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
- *                 fds.append(fd)
- *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
- *     return tuple(fds)
+    /* "ivshmem/_wire.pyx":364
+ *                         short = True
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+ *         found.append(tuple(fds))             # <<<<<<<<<<<<<<
+ *     if short:
+ *         raise MemoryError
 */
-    __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
+    __pyx_t_17 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 364, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __pyx_t_15 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_17); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+
   }
 
-  /* "ivshmem/_wire.pyx":341
- *                 fds.append(fd)
- *         header = CMSG_NXTHDR(&message.msg_hdr, header)
- *     return tuple(fds)             # <<<<<<<<<<<<<<
+
+  /* "ivshmem/_wire.pyx":365
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+ *         found.append(tuple(fds))
+ *     if short:             # <<<<<<<<<<<<<<
+ *         raise MemoryError
+ *     return found
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  if (unlikely(__pyx_v_short)) {
+
+    /* "ivshmem/_wire.pyx":366
+ *         found.append(tuple(fds))
+ *     if short:
+ *         raise MemoryError             # <<<<<<<<<<<<<<
+ *     return found
+*/
+    PyErr_NoMemory(); __PYX_ERR(0, 366, __pyx_L1_error)
+
+    /* "ivshmem/_wire.pyx":365
+ *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+ *         found.append(tuple(fds))
+ *     if short:             # <<<<<<<<<<<<<<
+ *         raise MemoryError
+ *     return found
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":367
+ *     if short:
+ *         raise MemoryError
+ *     return found             # <<<<<<<<<<<<<<
+*/
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = ((PyObject*)__pyx_t_1);
+      __Pyx_INCREF(__pyx_v_found);
+      __pyx_r = __pyx_v_found;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":330
+  /* "ivshmem/_wire.pyx":339
  * 
  * 
- * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
- *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)
- *     cdef int fd
+ * cdef list _descriptors(mmsghdr *messages, int count):             # <<<<<<<<<<<<<<
+ *     """A tuple of Fds for each message; if memory is short, all are closed."""
+ *     cdef cmsghdr *header
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_17);
   __Pyx_AddTraceback("ivshmem._wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
 
 
 
+
+
+  __Pyx_XDECREF((PyObject *)__pyx_v_fd);
   __Pyx_XDECREF(__pyx_v_fds);
+  __Pyx_XDECREF(__pyx_v_found);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
@@ -8706,6 +9064,15 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
@@ -8714,8 +9081,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 86, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
@@ -8724,8 +9091,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 109, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 109, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -8734,8 +9101,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 119, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 119, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -8744,8 +9111,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 126, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 126, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9197,7 +9564,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   /* "ivshmem/_wire.pyx":271
  * 
  * 
- * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
+ * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
@@ -9206,6 +9573,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
@@ -9264,6 +9632,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_pop.method_name = &__pyx_mstate->__pyx_n_u_pop;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
+  __pyx_mstate->__pyx_umethod_PyList_Type__clear.type = (PyObject*)(&PyList_Type);
+  __pyx_mstate->__pyx_umethod_PyList_Type__clear.method_name = &__pyx_mstate->__pyx_n_u_clear;
   return 0;
 }
 /* #### Code section: cached_constants ### */
@@ -9303,10 +9673,24 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+
+  /* "ivshmem/_wire.pyx":271
+ * 
+ * 
+ * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
+ *     """Take up to about `limit` messages off a socket without blocking.
+ * 
+*/
+  {
+    PyObject* __pyx_temp[1] = {Py_None};
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 271, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<2; ++i) {
+    for (Py_ssize_t i=0; i<3; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -9340,41 +9724,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{13},{15},{19},{4},{15},{1},{2},{1},{11},{124},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{6},{18},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{419},{161},{216},{309}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{13},{15},{19},{4},{15},{1},{2},{1},{179},{11},{124},{8},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{4},{6},{5},{18},{5},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{4},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{161},{440},{216},{309}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1354 bytes) */
-static const char cstring[] = "x\332uSMS\033G\020E c\221\340\030\314gp\022\217b\342\202\330VJ\004\007B*\225\222\"l\362Q\261\301\330\261SI\255G\273\263\322\024\253\031\2643\022R\222J8\3528\3079\356q\217{\334\243\216:r\324\221\237\300OH\317Z\002\\T\266\244\331\231\356\331\356\367\272_#\354\023t\310\205\240e\217\240r[\022\361\000a\217V\030qP\215\010\201+Dl!,Q\215\013\211\020w\321\212\364\tA\256\217+5\302\344j.\227\373\016\2432\226v\325x1r\210\260}z(\271\017\227x\r\311*A\202\370M\342\243#,\220\007q\266\300H\005:\364\271\r)P\025\314\222sT\303\254\215\370!a\310\245\036\021h\305\307T\020D%|EkT>@.\004\245LH\314l\202\216\250\254\2427\215\304\205\036\2627\253\230!\336\220e\336B\214\020G\\B\002{*0P$\314\254\025\033\342&;\2076E\265Fj9\342\373pmp\372\302:\242>\311\035\266[\214C\024\0277<\211,\313\047N\303&\226\205\234\006\001\300\210q\366P\372\264I\261\007^\2332*-\353\351\213\375\342\323WV\361\365\376\366\363\247\t\232\267k\356\374{\273-\253\234\301\315\241]\020\t\224\344\025\017`t.m-\311-\354y\003K\203\271\220PT\211\363\314\347\222\333\334\3336\024,\313z\326n\301\277Dmi\375BZr\217\270\226\205\031\343I\nx\334\006\263\315\2732L\013O\rS\226\274\271\323\360\022\013\303\265\344\rE\260\006\327\314\266)M\331\214\243\336\300\336\360\322\2602W8\236\033H\313\034\200\351y`q)\375\225\nX\026(\021\252iQa\331\334\207\266RF\260h3\233\362\334\271A\224\033\256K|\273\332`\007\302\366\300b\001\r\351c\233\224\261}`s\207\330\234I\237{\302\346\r&\035,\261\303A\034\334}\333o\327q\035X\204\305]\220\034\310\301\245\276\220\224\362&\225\2446\224C.\221\203GXEV\023\265\031\r\017\207\203\035\362C\237\330\204\202\300I\205r\3467\314O\010\342\271\246k\227:\007[\t\223\000r\001\276\003Y\tn\037$\177\340\357C\021\010\310Ub\357\242\273M8\220d\021G\230\311\243*\265\253\224I\264\002\313\352H\262kr\352\254\216\270\230z\226\231\211dw\234\352\247\337\353\334W\273\307\251\263\345\221k\213\252\336O\317\251\335~zV\025\214\347ng\267SUe=\256\235`9p\302\345\320\211\262\375\314\007\035\334\371S\317\350\047A\276\237\231\354l\2539\205\341\323\311\233\235\272""\032U\0174\3262\310\007\305\240\034\246\206\306\373z\267?\tQ\325\236j\351\277\302l\370e\210\303\372\205\351\237\360\222\377_\360\265\242z\234:7\235\334\311G\323\375\314\315N\033\260\224\2031\010\377C\370{<m\322\357\300\225\227z+x\031~\033\217\236l\375\334+\3643\357w\326:{\235\004RS=\327\251\376\324\364p\177]\213 \233\234\247T\352\035\370\267\022\350\365 \023\246Bp\317\250GzLo&L\252\341A|+\316\233;\313\312\326\213\301t\360) x\036%\004[\252\256G5\004\235W\025\3409\2273\334\242tT\210\366\"?^\352n\366\362\275b\357\340\344\365o\247\027\310n\364\323\327\217\353\006\300\367\235#\205\r\234qxM-@\260\224\251qMC\276\033g\343#\327&;\233*\177\\8\233\034\231X\322\263z?\230\017|@\230Y\324\251\323\314\047Io*\341n\210\r\357\365\216T_Ao\212\332\016f\203\375p>\024\321r\344\304YC(\377\366\206\257f\324\217\032\0336\237\353\202\376#\314\236\334\337\356\356v\261IK\324\232\372U\227\202tP\n\047\242\351\350^\234\212\347b\332\025\275l\322\016\323\005\251\326U{pc6\332\217\027\272\343]|\222^;Y+u\013ghd\"\033\000\262%\235=\315|\244\013@a\342F\347\261\312\252M\235\010\346\t\000I\312{]\267\002\001bX\007\220\331h=\022q6^\217E7\333\315\017\352\241\032\211\312\340pM\275\320Y\275\021\334\013GC(\365\254*\351\224\236K\304\260\031nD\237E\365\376\324\222i\302\214\332\320w\241\r\263\267\365\272n\006\273\201\033>\216V\240\000\263\037\033\353\002\204,\002\371\305;\272>0\001FS\030H3\247\366\365<H`\034>\332\211\022\256\365\223\364N/u6oH\031\335\025\022bI\361\007\313m\235\277\240\370\265\211\365\016\305v8\026\346\303R4\026\345\243R<\026\347\343Rw\254\233\357\026\376\207\3427\220\273\030V#7.\306n\267\010]\031\220\235\321;\301\223\360\021h\356\252!\2014\255\026\222\361\030\207\311\033\013\327`\244\200\325\206\272\013\023\rr\313L\\\344\310\033\255\232\314\333\240\344\2014\246o\031#\321k\303\332\375\r\260\037C_6\342{\335L/\325\233\276T\274\017\223\252\235\232\031R\311`6\325+\375\002\206\342\047h%H\346?\314<:z";
-    PyObject *data = __Pyx_DecompressString(cstring, 1354, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1500 bytes) */
+static const char cstring[] = "x\332uS\317s\0237\024\216\223\020\2226\024L~\220B[dH!\024p\307ihR:\235NB\302\257v \206@i\247\235E\336\325\332*k\311^i\035\273eZ\216>\352\250\343\036\367\270\307=\372\230c\216>\346O\310\237\320\047a\2070L=^\255\366\351\351\275\357{\357{\010\207\0045\270\020\264\022\020T\351H\"n \034\320*#\036\252\023!p\225\210\333\010KT\347B\"\304}\264$CB\220\037\342j\2350y\255X,\376\370\210K\202d\r\274\356td\2153D\005\362H@+$\304\222\004\035$dH]IB\343\304\320\366\326\366\315\225\265\025\204\231\207B\362\047q\245@\"\252\270\001\026\202\010\223\243\022\321@R\206d\247AD\021=\360Q\207G\210\021\000%9j\200\337\361\013\262F\030\022D\232\r\272\212\031\343\022K\312\231\003\327)\253^E\036\r!\tm\021s\373.\016\004)bT\301\322\255\231d\030\260\n7\244\r\311C\340\305\3536\216 a\013\000\357b\201\002\240~\033\214\300\252\021r\027\252\202j`\226\234\243:f\035\304\033\220\337\247\001@Y\n1\025\004Q`\024\320:\2257\220\017A)\023\0223\227\240]*k\350ed\217\320M\366\362\032\366<\007\340\022\250\n\217d\205\267-Iq\014\021\354\251\300\320\035\302\314Zu!\276\335y\264%juR/\2220\004\267\301\327\327\316.\220-6:m\306!\212\217\243@\"\307\t\211\027\271\304q\220\027\331\"0\316nBOZ\024\007p\352RF\245\343<~\266\263\361\370\205\263\361\353\316\326\323\307\026\315\333\265xt\337\265\355\005\317\241\035\252\016\324\344\007\047\200\321;\266u$wp\020\014,\021\363!\241\250\021o;\344\222\273<\3302\024\034\307\331\356\264\341\331\004\2558\217H[>!\276\343\014\372\t\340\035\307\217\230k\336\325aZ\370\3251e\366\315\275(\260\026\206\353\366\rEp\006nf\333\222\246l\346\240\031\341`\3504\254\314\007\034\217\014\244m>\200\351Q`q,\375\007\025p\034\030\"\250\246C\205\343\362\020\332J\031\301\242\303\\\312\213G\006Q\211|\237\204.Dtk\021{%\334\200\340\320\r\340\310\001>2\304.\251`\367\225\013\342#.\367\340a2\344\201py\304\244\207%\3668H\205\373o\273\357{\276\007\213p\270\017B\004q\3704\024\222R&9\345-*I}(\220\242\025H@XU\326\254\016\215\272\207\223\316\032\274\001\243B`TBR\205\021\n#\363\207)\013|\323\307c\275\204\255\204\031\241f\232\344@h""\202\273\257\354\003\025\t\241,\004\004,q\360\256\337-\370 v\021\273\230\311\335\032uk\200\021-\301rm\304\356Z\234z\327F|L\003\307L\213\335\275\311\365\307?\352^W\3457\353\207\323#S\347\365\254\336\211\347\3430\311\367\047\027t\356`\362\013\355\305\213q5)\047\270?\371qw\245+\325\267zFoh7\236\215w\222\371D\244\213\251\227\025\372\3233\252\364\326#T3\352\241\306\375\351\263\352+\275\256\377H\n\373\327\267z\345\036\004\370\244K\324\262\372Eo\306\343\361f2\225\346\323+Y.\233\313hO\354A\210Y\265\336\237<\r)VTg\3401\233\356d\347z\023=\274?\262\224\344\016o\214\234XP-\375,\276\034\377\2264\017\306\347T\271?n\256\001\213\313\335r\267\246*z\302B\366\222\305\304K\013&\047\356\376\005\220\357\305\200o\272\273\245\346\024V\315\376\364\351nS\215\252\033\032k\031\227\342\215\270\222\344\206\306\353\272l\301\250\047\252\255\377N\n\3117\tN\232\357L\377$\307\316\377\205\263v\332\314rG\246\375\213\2454o\210t\000K%\036\203\360\017\222\337\263\274I\177\037\\\236\353\333\361\363\344\207lt\377\366\317{\353\246h\313\335\047]\013\251\245\236\352\\\377L~\270?\251E\\\260\337gT\316\204|\255K\372a\214\337c2\243n\3511\275fY\324\222W\331\331\254d\212\277\250\\\275\020\347\343K\220\375ij\311\265US\217j\0108\257\252\272|\260\0008\323B\272\002\350G\263K\331\303^m\017\357\205\373\345\047\375\205\317\240s\345\303\211\221\251\351!\270S\375\361\223o\232&\361\235\356\256\302\006\321\004\274\316\234UW\0002\224\3317\335\373\244[\327\220\375\024\\=1\335]S\245\375\361\345\375\345\315\336\372!\032\231*\304\240\250\363\272p0\t\341M\360S\335\273\252\240\326\264\355\314=\020\220\345rR\267c\001U_\001q\031t\"+d+\231\350\025z\245AV\025\331v\302\307\t\365L\027\364j|%\031M\200\327\254\332\3249=g\253\276\226\254\246_\246\315\376\231\363\206\361\214Z\325\227\241\257\263\027\364\212n\305\345\330O\356\246K \334\331\317\215\365\034\204\334\000\321.\\\324\315\201\t0\232\336@\2329\265\243\347u3\236\200K\367S\253\321\346\376\370\375\275\334\341\274!e\032\274n\211\331\241\031,\027t\351\035\305\357L\254\367(v\222\261\244\224l""\246ci)\335\314\306\262R\266\331\033\353\225z\353\377C\361{\310\275\221\324R?\333\310\374\336\006L\323\200\354\214\276\037\337KnA\203?4XHyu\316\352p\002$>\226,\203v\201\325\252\272\014\243\003M\235\234z\227\243d\204a2o\201l\006#\235?k\214D/\017k\367\032`\337\205\276\254fWz\223{\271\275\374\261\342}j\253v`\304\252\354\004\264\324\013\030\326K\361O\320J\030\365\377\000}\375\216%";
+    PyObject *data = __Pyx_DecompressString(cstring, 1500, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1762 bytes) */
-static const char cstring[] = "\377 are pos\377sible by\377tes, ali\377gned mes\377sages: a\377t most  \377of (tree\377 fragmen\377t)...?a \337batch\032\001a \377descript\373or\"\000om th\377e server\277 was lE\000:\376\022\000is proc\366`\000 h\024\000too \377many ope\377n files \377(raise i\375t3\000imit, \375fR\000instan\377ce with \367`ul\027\001 -n`\377)an outb\377ox needs\334\177\010\t\000isa\340\000en\346\002\001gcU\000\005\002div\377shmem.er\357rors\007\004/_w\377ire.pyxn\375o\315\000fault \377__reduce\377__ due t\377o non-tr\337ivial\033\000ci\377nit__OUT\377BOX_BYTE\323SO\211\002\000\003.7\006cy\217thon\047\000\247\002\025\000s\273et\320\000te_\013\014s\347end6\004\007\001_to\357_allH\004unf\376n\000shedPro\277tocolE\277\001_\337__Pyx\001\000Di\377ct_NextR\377ef__anno\363ta`\000\035\000func\346$\000_go\0051\000mai\376\217\000__modul>\340\000__nam\003\002\202 5_\230\003_\007\001vt\303!;\001\017qual\035\005\222%\323\016\254&#exo\001\347\000P\006st\010\361\016\337__tes\313 _i\337s_cor\324@in\377easyncio\375.\010\006sbuffe\377rchunksc\365l \000_\304\000trac\377ebackcod\377econtrol\377scountdaotado\232`of\352C\337fdfds\000\000_o\375f\360`ledfir\377stiiovit\353em\207e.\212blen\307gth\351b\300\204\001\225\205\005np\377opreceiv\377eregionr\375u\000\000nsselfx\275A\257H\315@tser\254`\366\357@de\322bsock\276\000\001sstar\204`e\353pt\246@l\324Gval\373ue\000\002swant\377whichint\333 (\002\000)\000\005\002vo\377id)\000fail\371_\220\205\001\005\002\200\001\330\004\n\377\210+\220Q\200\001\360$\377\000\005\030\220q\330\004\025\177\220Q\330\004\024\220A\026\001\377#\210Q\210h\220b\230\377\006\230d\240$\240d\250\377$\250d\260!\330\010\016\377\210a\210z\230\023\230G\377\2401\330\010\014\210E\220\367\025\220a8\000\014\017\210q\377\220\002\220,\230a\230t\377\2401\240B\240b\250\001}\330\016\004+\230Q\330\014S\000\377\220R\220x\230{\250!\277\2503\250a\250q\t\007~\365\250\025\010\177\031\000x\260q\270\375\001*\006\320\0371\260\021\330\357\010\017\210y\211\000b\240\003\336\\\000I\250\\\270\020\000\014\210\377H""\220A\220V\230:\240\377V\250=\270\002\320:L\377\310A\330\010\013\2102\210\373R\210]\000\017\210v\220S\237\230\001\330\020\021\206\001\010\001\007\357\230s\240!\013\002\020\220\001\372\262\n\022\266\002q\240\010\250\001\375\250,\000\023\2205\230\003\230\3758\305\002h\250k\270\022\270\3771\330\014\022\220$\220c\377\230\030\240\021\240\"\240I\367\250S\260\334\002x\220q\230\273\002\230R\000\026\220g\345\000\025\375.\330\001\260\004\260A\260R\377\260r\270\032\3008\3101\377\310B\310k\320YZ\340~\220\007\r\330\004\007\200q\274!\377C\210w\220a\330\014\020\233\220\006\004\000\020\027J\000\225\000\016\367\210m\230m\000\r\360\006\000\377\005\014\2108\2201\200A\377\360\014\000\t\032\230\024\230\337T\240\026\240r\237\000\010\030\337\230\001\340\010\036\227Bg\250\367Q\250a\364\0014\210t\220\3756\231@B\230c\240\024\240\377T\250\026\250s\260$\260\377d\270!\330\014\023\2201~\034\003r\220\023\220J\230p\000\377\022\220*\230A\230]\250\177!\320+E\300Q\300>\000\377\016\210e\2202\220W\230\377D\240\004\240D\250\t\260\377\021\260&\270\001\270\025\270\237i\300s\310!\275B\202At\357\2204\220y\033\004\024\260T\377\270\027\300\006\300a\320\004\3772\3202D\300A\360 \357\000\t!\240\227\000\032\230!\337\340\010\034\230A\300\000\t\r\177\210F\220!\2208\230\254b\371G\206\000\213\0005\230\007\230x\353\240s\212`4\242\000!\2604\377\260s\270!\2704\270so\300!\3001\211$\220u\341b\376\232 \005\220U\230!\2307\337\240&\250\002\250\275@\024\220\277D\230\001\230\025\230\211a8\377\2507\260%\260q\330\020\376o\000\330\020\023\2207\230#\376\354`\024\033\2304\230v\240\177Q\240f\250F\260(\376\000\253\024\035\022\001\027P\000B\372\000\030\017\037\230q\330\r\003\241\000\257a\334@\377\025\220T\230\026\230q\240\355\0062\000H\260\306`\017\210q\177\320\004H\310\001\360\026\321\001N\364aA\340\010c\001\371!\330\000\002o\010\033\2301\331\0079\230\374`\373\014\210\330\010y\250\003\2501\377\250D\260\003\2601\260D\377\270\003\2701\270D\300\003\257\3001\300A\314\024;\256\000B\377\250h\260f\270B\270f\353\300B\223@\020\347\003\023""\230H\217\240G\2505\361`\000\016\365\002\010w\021\220\027\232\205\002\006\240bq\000\3672\250Q\205\205\0017\220#\220\377Q\330\014\r\330\010\t\330~\276&1\330\020\026\220a\332 oE\240\021\240\224d\021\022\021\001\327e\2302\264%|\264\000F\260\377!\2607\270&\300\010\310\337\001\310\021\330\024\264&\031\330\375\024\327@\340\014\020\220\001\220\376\224\206\002v\220X\230U\240\"\003\240K\355`\260`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1762, 2099);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1961 bytes) */
+static const char cstring[] = "\377 are pos\377sible by\377tes, ali\377gned mes\377sages: a\377t most  \377of (tree\377 fragmen\377t)...?No\337te th#\000Cy\377thon is \377delibera\377tely str\337icter!\001n \377PEP-484 \377and reje\377cts subc\277lasses`\001b\377uiltin t\377ypes. If\177 you ne\222\000\317to p%\000%\tth\277en set\200\000e\377 \047annota\337tion_<\000in\277g\047 dirb\000i\375v\242\000o Fals\377e.a batc\365h\315\001a\251\000scrioptor\325\000omC\002\357serv\256\000was\313 l\370\000:\335\000\323\000pr\333oc\223  h\024\000to\377o many o\335p}\000fil\271\000(r\277aise i\317\000l\177imit, fR\000\377instance\377 with `u\376\026\002 -n`)ad\373d_\254\000ean o_utbox\340\002s\207\010n\307 isa\233@en\002\001\363gc]\000\005\002divs\377hmem.errwors\007\004/_w\352\000\277.pyxno\201@f\377ault __r\377educe__ {du\200\"non-\221@\357vial\033\000cin\377it__OUTB\377OX_BYTES)O\211\002\000\003.7\006c\332B\047\000p\247\002\025\000\363 \330\000te_\013\014\317send6\004\007\001_t\337o_allH\004un\375fn\000shedPr\177otocolE\277\001\277___Pyx\001\000D\376\251`_NextRe\347f__\311D\272\000__f\367unc$\000_get\274q\0031\000main\020\001m\357odul!\002namd)\002\202 _ \004\007\001vt\303!\036;\001qual\035\005\222%\323\016\246\254&exo\001\335`_Q\005s|t\010\361\016__tes\313 \177_is_cor\324@\377ineasync\367io.\010\006sbuf\357ferc\250\000chu\377nksclear\353cl)\000_\315\000tra\177cebackc\372`\357ecod\001\000ntr\377olscount\377datadone\367eof\370Cfdfd\375s\000\000_offil\377ledfirst\377iintoiov\257item\231e.\234bl\037ength\236\204\002\332\204\001\342\206\005\377npoprece\377iveregio\367nru\000\000nsse\343lf\317A\301H\337@tse}r\276`setde\344b\357sock\000\001sst\373ar\237@eptot\253al\346Gv\n\000e\000\002s\377wantwhicmh\241\000 (\246\000)\000\005\002\377void)\000fa\347il_\252\205\001\005\002\200\001\330\377\004\n\210+\220Q\200A\377\360\014\000\t\032\230\024\230\377T\240\026\240r\250\021\330\377\010\030\230\001\340\010\036\230\377d\240$\240g\250Q\250\377a\330\010\013\2104\210t\377\2206\230\023\230B\230c\377\240\024\240T\250\026\250s""\377\260$\260d\270!\330\014\367\023\2201\034\003r\220\023\220\377J\230a\330\014\022\220*\377\230A\230]\250!\320+\357E\300Q\300>\000\016\210e\377\2202\220W\230D\240\004\377\240D\250\t\260\021\260&\377\270\001\270\025\270i\300s\375\310@\000\024\220A\330\010\017\356`\0004\220y\033\004\024\260T\377\270\027\300\006\300a\320\000\377(\250\001\360,\000\005\030\377\220v\230U\240#\240Z\377\250q\340\004\025\220Q\330\371\0043\001\303\000#\210Q\210h\357\220b\230\006\256\002d\250$\377\250d\260!\330\010\016\210\267a\210z\260\000G\240\235\000\014\377\210E\220\025\220a\220q\377\330\014\017\210q\220\002\220\377,\230a\230t\2401\240\337B\240b\250\001\r\005+\230\367Q\330\014\212\000\220R\220x\377\230{\250!\2503\250a[\250q\t\007~\250\025\010\177\031\000\337x\260q\270\001*\006\320\037\2731\260\275 \017\210y\211\000b{\240\003\\\000I\250\\\270\320 \377\014\210H\220A\220V\230\377:\240V\250=\270\002\320\367:L\310\357\000\013\2102\210\373R\210\216\002v\220S\230\001\347\330\020\021\233\001\010\001\007\230s\273\240!\013\002\020\220\001\230!|\237\2301\230J\240\211@\277\010\023\277\2205\230\003\2308\301\002h\277\250k\270\022\2701\371!$\377\220c\230\030\240\021\240\"\337\240I\250S\260\330\002x\220\357q\230\002\230N\000\026\220g\357\230Q\340\030\245\000\260!\260\3754\273\000\002\270\"\270J\300\377h\310a\310r\320QR\367\330\030\034\267@Q\360\006\000\373\t\014\225\005\r\330\004\007\200\377q\330\010\014\210C\210w\335\220\334@\020\220\006\004\000\020\022\323\220&\260\000\344 f\272A\016\210\353m\230{\000\r8\000\005\014\210\3778\2201\320\0042\3202\377D\300A\360 \000\t!}\240\317`\032\230!\340\010\\\000\376Y\001\r\210F\220!\2208\345\230\225BG\276`\303`5\230\007/\230x\240s\363 4\332`\232\001\377s\270!\2704\270s\300s!\300\325\000q\002\220u\230\313A\377\014\020\220\005\220U\230!\177\2307\240&\250\002\250\246 \377\024\220D\230\001\230\025\230\376\362!8\2507\260%\260q\373\330\020o\000\330\020\023\2207\373\230#\325@\024\033\2304\230\377v\240Q\240f\250F\260\277(\270!\330\024\035\022\001\027\376P\000B\230a\330\030""\037\230\341q\014\004\200 \357\204\001\311 \025\220T\277\230\026\230q\240\0062\000H\375\260\237\204\002q\320\004H\310\001s\360\026\321\001\335AA\340\010c\001|\261\205\001\265\205\002\330\010\033\2301\331\007\3479\230A\266!\330\010y\250\003\377\2501\250D\260\003\2601\377\260D\270\003\2701\270D\377\300\003\3001\300A\330\014\372\316\022;\256\000B\250h\260f\377\270B\270f\300B\300a\373\330\020\347\003\023\230H\240G\343\2505\336@\000\016\365\002\010\021\220\335\027\203\204\002\006\240bq\0002\250\375Q\305\206\0017\220#\220Q\330\277\014\r\330\010\t\330\276&1_\330\020\026\220a\332 E\264`v\314\206\004\021\022\021\001e\2302\264%\365|\264\000F\263`7\270&\300\177\010\310\001\310\021\330\024\264&\327\031\330\024\266`\340\225@\001\220\276\375\204\002v\220X\230U\377`K\003\250s\347\206\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1961, 2325);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2099 bytes) */
-static const char bytes[] = " are possible bytes, aligned messages: at most  of (tree fragment)...?a batch of a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)an outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbufferchunkscline_in_tracebackcodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330""\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\340\010\036\230d\240$\240g\250Q\250a\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\013\2104\210r\220\023\220J\230a\330\014\022\220*\230A\230]\250!\320+E\300Q\300a\330\010\016\210e\2202\220W\230D\240\004\240D\250\t\260\021\260&\270\001\270\025\270i\300s\310!\330\014\024\220A\330\010\017\210t\2204\220y\240\004\240D\250\t\260\024\260T\270\027\300\006\300a\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032""\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
+    #else /* compression: none (2325 bytes) */
+static const char bytes[] = " are possible bytes, aligned messages: at most  of (tree fragment)...?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a batch of a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)add_notean outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercamechunksclearcline_in_tracebackclosecodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiintoiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\340\010\036\230d\240$\240g\250Q\250a\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\013\2104\210r\220\023\220J\230a\330\014\022\220*\230A\230]\250!\320+E\300Q\300a\330\010\016\210e\2202\220W\230D\240\004\240D\250\t\260\021\260&\270\001\270\025\270i\300s\310!\330\014\024\220A\330\010\017\210t\2204\220y\240\004\240D\250\t\260\024\260T\270\027\300\006\300a\320\000(\250\001\360,\000\005\030\220v\230U\240#\240Z\250q\340\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,""\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\017\210|\2301\230J\240a\330\010\014\210E\220\025\220a\220q\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\340\0301\260\021\260!\2604\260q\270\002\270\"\270J\300h\310a\310r\320QR\330\030\034\230A\230Q\360\006\000\t\014\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\022\220&\230\001\330\010\016\210f\220A\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003""\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 92; i++) {
+    for (int i = 0; i < 98; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 19) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -9382,8 +9766,8 @@ static const char bytes[] = " are possible bytes, aligned messages: at most  of 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 92; i < 98; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-92].length;
+    for (int i = 98; i < 104; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-98].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9393,14 +9777,14 @@ static const char bytes[] = " are possible bytes, aligned messages: at most  of 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 98; i++) {
+    for (Py_ssize_t i = 0; i < 104; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 92;
+      PyObject **table = stringtab + 98;
       for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -9512,9 +9896,9 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 17, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_came, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_vU_Zq_Q_A_Qhb_d_d_d_az_G1_E_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -11957,6 +12341,69 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
+/* ArgTypeTestError (used by ArgTypeTest) */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
+{
+    __Pyx_TypeName type_name;
+    __Pyx_TypeName obj_type_name;
+    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
+    int from_annotation_subclass = 0;
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return;
+    } else if (exact == 2) {
+        if (__Pyx_TypeCheck(obj, type)) {
+            from_annotation_subclass = 1;
+            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
+        }
+    }
+    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
+    #endif
+    PyErr_Format(PyExc_TypeError,
+        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        "%s%U"
+#endif
+        , name, type_name, obj_type_name
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        , (from_annotation_subclass ? ". " : ""), extra_info
+#endif
+        );
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (exact == 2 && from_annotation_subclass) {
+        PyObject *res;
+        PyObject *vargs[2];
+        vargs[0] = PyErr_GetRaisedException();
+        vargs[1] = extra_info;
+        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
+        Py_XDECREF(res);
+        PyErr_SetRaisedException(vargs[0]);
+    }
+#endif
+    __Pyx_DECREF_TypeName(obj_type_name);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+obj_type_name_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name);
+    return;
+}
+
+/* ArgTypeTest */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
+    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
+        return 1;
+    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_ArgTypeError(obj, type, name, exact);
+    return 0;
+}
+
 /* ListAppendAndDecrefInternal (used by ListAppend) */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
@@ -12016,6 +12463,31 @@ static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected) {
     }
     return __Pyx_IterFinish();
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
 #if CYTHON_FAST_THREAD_STATE

@@ -3,6 +3,8 @@ from typing import Any, final
 
 from typing_extensions import Buffer
 
+from ._fds import Fd
+
 OUTBOX_BYTES: int
 
 @final
@@ -16,4 +18,6 @@ class Outbox:
     ) -> tuple[int, int, int, int]: ...
     def unfinished(self) -> tuple[int, int, int, int, int] | None: ...
 
-def receive(sock: int, limit: int) -> tuple[list[tuple[bytes, tuple[int, ...]]], bool]: ...
+Chunk = tuple[bytes, tuple[Fd, ...]]
+
+def receive(sock: int, limit: int, into: list[Chunk] | None = None) -> tuple[list[Chunk], bool]: ...

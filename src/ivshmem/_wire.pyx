@@ -16,7 +16,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from ._fds cimport BATCH, fail, fail_with, FdArray, length_of, place_of
+from ._fds cimport BATCH, fail, fail_with, Fd, FdArray, length_of, place_of
 from ._libc cimport (
     c_close, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, cmsghdr, EAGAIN, EINTR, errno, iovec,
     ivshmem_control, mlock, mmsghdr, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -268,16 +268,20 @@ cdef class Outbox:
                 return 0
 
 
-def receive(int sock, Py_ssize_t limit):
+def receive(int sock, Py_ssize_t limit, list into=None):
     """Take up to about `limit` messages off a socket without blocking.
 
+    Args:
+        into: an empty list, to which the chunks are added: so they are its owner's before the
+            handler of a signal can raise.
+
     Returns:
-        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that
-        came with them, which now belong to the caller. The kernel never reads past a byte that
+        (chunks, eof): chunks is `into`, or a new list, of (data, fds): at most 8 bytes and a tuple
+        with an Fd for each descriptor that came with them. The kernel never reads past a byte that
         carried descriptors, so they belong to the message that holds the chunk's last byte.
 
     Raises:
-        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.
+        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which nothing can repair.
         OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors
             of this call are closed.
     """
@@ -286,7 +290,8 @@ def receive(int sock, Py_ssize_t limit):
     cdef char data[BATCH * MESSAGE]
     cdef ivshmem_control controls[BATCH]
     cdef int n, i, want
-    cdef list chunks = []
+    cdef list chunks = [] if into is None else into
+    cdef list came
     cdef bint lost = False
     cdef bint eof = False
     while len(chunks) < limit and not eof and not lost:
@@ -306,20 +311,24 @@ def receive(int sock, Py_ssize_t limit):
             if errno == EAGAIN or chunks:
                 break
             fail()
+        came = _descriptors(messages, n)
         for i in range(n):
-            fds = _descriptors(&messages[i])
             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
             eof = eof or messages[i].msg_len == 0
             if messages[i].msg_len:
                 chunks.append(
-                    (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+                    (
+                        PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
+                        came[i],
+                    )
                 )
         if n < want:
             break
     if lost:
         for _, fds in chunks:
             for fd in fds:
-                c_close(fd)
+                fd.close()
+        chunks.clear()
         raise ProtocolError(
             "a descriptor from the server was lost: this process has too many open files"
             " (raise its limit, for instance with `ulimit -n`)"
@@ -327,15 +336,32 @@ def receive(int sock, Py_ssize_t limit):
     return chunks, eof
 
 
-cdef tuple _descriptors(mmsghdr *message):
-    cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)
-    cdef int fd
-    cdef size_t i
-    cdef list fds = []
-    while header != NULL:
-        if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
-            for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
-                memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
-                fds.append(fd)
-        header = CMSG_NXTHDR(&message.msg_hdr, header)
-    return tuple(fds)
+cdef list _descriptors(mmsghdr *messages, int count):
+    """A tuple of Fds for each message; if memory is short, all are closed."""
+    cdef cmsghdr *header
+    cdef int *place
+    cdef int i
+    cdef size_t j
+    cdef bint short = False
+    cdef Fd fd
+    cdef list fds
+    cdef list found = []
+    for i in range(count):
+        fds = []
+        header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
+        while header != NULL:
+            if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+                for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+                    place = <int *>(CMSG_DATA(header) + j * sizeof(int))
+                    try:
+                        fd = Fd()
+                        fds.append(fd)
+                        fd.number = place[0]
+                    except MemoryError:
+                        c_close(place[0])
+                        short = True
+            header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
+        found.append(tuple(fds))
+    if short:
+        raise MemoryError
+    return found

@@ -3,9 +3,11 @@
 Knows: setting up, and following who joins and leaves. Does not know: how a server works.
 
 Invariants:
-1. Every descriptor received is owned by the region, a doorbell or a vector, or is closed.
+1. Every descriptor received is owned by the region, a doorbell, a vector or an Fd, or is closed.
 2. After set-up nothing that the server does or sends raises: it is a ServerLost event.
 3. News that nobody asks for takes memory for at most two events per peer.
+4. The handler of a signal may raise between any two bytecodes, as Ctrl-C does: the next look at the
+   news continues where that one was, and no message is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import time
 from collections.abc import Iterable
 
 from . import _wire, sockets
+from ._fds import Fd
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
-from .protocol import Framer, GotLeave, GotMemory, GotVector, Session, State
+from .protocol import Framer, GotLeave, GotMemory, GotVector, Message, Session, State
 from .region import Region
 
 # How long a server must be silent after the memory before an only client takes its set-up to be
@@ -100,7 +103,11 @@ class Client(Endpoint):
         self._guess = vectors is None
         self._pid = os.getpid()
         self._session = Session(vectors)
-        self._framer = Framer()
+        self._chunks: list[_wire.Chunk] = []  # of the socket, and not taken in yet
+        # What the first of them made of the framer, and the messages that it ended.
+        self._framed: tuple[_wire.Chunk | None, Framer, list[Message]] = (None, Framer(), [])
+        self._unread: tuple[Message | None, bool] = (None, False)  # of a leave: was the join read?
+        self._losing: str | None = None  # why the connection is over, while `_lose` is at it
         self._lock = threading.RLock()  # one thread at a time reads the socket
         self._reading = False
         self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
@@ -200,14 +207,16 @@ class Client(Endpoint):
         with self._lock:
             if self._reading:
                 return  # a signal handler that interrupted the reader
-            self._reading = True
             try:
+                self._reading = True  # in the block, before which a handler could raise
                 self._take_news()
             finally:
                 self._reading = False
 
     def _take_news(self) -> None:
         try:
+            if self._losing is not None:
+                self._lose(self._losing)
             if self.connected:
                 self._receive()
         except ConnectionError:
@@ -225,57 +234,65 @@ class Client(Endpoint):
             ProtocolError, OSError: the connection is of no further use.
         """
         anything = False
+        self._take_in()  # what a signal interrupted
         for _ in range(_BATCHES):
             try:
-                chunks, eof = _wire.receive(self._socket.fileno(), _BATCH)
+                _, eof = _wire.receive(self._socket.fileno(), _BATCH, self._chunks)
             except ConnectionError as error:
                 self._lose(f"the connection to the server broke: {error.strerror}")
                 raise
-            anything = anything or bool(chunks)
-            self._take_in(chunks)
+            count = len(self._chunks)
+            anything = anything or count > 0
+            self._take_in()
             if eof:
-                cut = " in the middle of a message" if self._framer.partial else ""
+                cut = " in the middle of a message" if self._framed[1].partial else ""
                 self._lose(f"the server ended the connection{cut}")
-            if eof or len(chunks) < _BATCH:
+            if eof or count < _BATCH:
                 return anything, True
         return anything, False
 
-    def _take_in(self, chunks: list[tuple[bytes, tuple[int, ...]]]) -> None:
-        """Hand chunks through framing and session to where their descriptors belong."""
-        messages = [m for data, fds in chunks for m in self._framer.feed(data, fds)]
-        done = 0
-        try:
-            for message in messages:
-                event = self._session.receive(message)
-                done += 1
-                self._apply(event)
-        except BaseException:
-            for message in messages[done:]:
-                _close_all(message.fds)
-            raise
+    def _take_in(self) -> None:
+        """Hand chunks through framing and session to where their descriptors belong.
 
-    def _apply(self, event: GotMemory | GotVector | GotLeave | None) -> None:
+        Each step is one store, or does no harm if it is done again.
+        """
+        chunks = self._chunks
+        while chunks:
+            chunk = chunks[0]
+            if self._framed[0] is not chunk:
+                framer, messages = self._framed[1].after(*chunk)
+                self._framed = (chunk, framer, list(messages))
+            for message in self._framed[2]:  # one at most, since a chunk is not longer
+                self._session.again(message)
+                self._apply(message, self._session.receive(message))
+            chunks.pop(0)
+
+    def _apply(self, message: Message, event: GotMemory | GotVector | GotLeave | None) -> None:
         if isinstance(event, GotMemory):
             self.region = Region.from_fd(event.fd, readonly=self._readonly)
         elif isinstance(event, GotVector):
             if event.peer == self._session.id:
-                self._add_vector(event.fd)
+                if not event.fd.taken:
+                    self._add_vector(event.fd)
                 return
             try:
-                self._add_bell(event.peer, event.fd)
-            except BaseException:
+                if not event.fd.taken:
+                    self._add_bell(event.peer, event.fd)
+            except Exception:
                 self._session.refuse(event.peer)
                 raise
             if event.whole and self._session.state is State.READY:
                 self._tell(PeerJoined, event.peer, PeerJoined(event.peer))
         elif isinstance(event, GotLeave):
             self._drop_peer(event.peer)
-            unread = self._queue.pop((PeerJoined, event.peer), None)
-            if unread is not None and not self._queue:
-                self._set_queued(False)
+            if self._unread[0] is not message:
+                self._unread = (message, (PeerJoined, event.peer) in self._queue)
+            if self._unread[1]:
+                self._queue.pop((PeerJoined, event.peer), None)
+                if not self._queue:
+                    self._set_queued(False)
             # Who left during set-up was never there for who asks for events.
-            ready = self._session.state is State.READY
-            if event.whole and unread is None and ready:
+            elif event.whole and self._session.state is State.READY:
                 self._tell(PeerLeft, event.peer, PeerLeft(event.peer))
 
     def _tell(self, kind: type[Event], peer: int, event: Event) -> None:
@@ -284,9 +301,11 @@ class Client(Endpoint):
 
     def _lose(self, reason: str) -> None:
         """The connection is over; what it brought stays."""
+        self._losing = reason  # so that an interrupted end is completed, and told once
         self._tell(ServerLost, -1, ServerLost(reason))
         self._unwatch()
         self._hang_up()
+        self._losing = None
 
     def _hang_up(self) -> None:
         if os.getpid() == self._pid:
@@ -294,10 +313,15 @@ class Client(Endpoint):
             with contextlib.suppress(OSError):  # closed, or the server did the same
                 self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        _close_all(self._framer.held)
-        self._framer = Framer()
+        for _, fds in self._chunks:
+            _close_all(fds)
+        _close_all(self._framed[1].held)
+        self._chunks.clear()
+        self._framed = (None, Framer(), [])
 
     def _next_news(self) -> Event | None:
+        if (self._chunks or self._losing is not None) and not self.closed:
+            self._news()  # a look was interrupted, which may have queued the event already
         # Without the lock: a signal handler may be here, in the middle of _news. Each operation on
         # the dictionary is whole by itself.
         while self._queue:
@@ -352,6 +376,6 @@ _MISSING = {
 }
 
 
-def _close_all(fds: Iterable[int]) -> None:
+def _close_all(fds: Iterable[Fd]) -> None:
     for fd in fds:
-        os.close(fd)
+        fd.close()

@@ -46,7 +46,7 @@ class Message(NamedTuple):
     """One message: a value, and the descriptors that came with it (none or one, if all is well)."""
 
     value: int
-    fds: tuple[int, ...] = ()
+    fds: tuple[Any, ...] = ()
 
 
 def encode(value: int) -> bytes:
@@ -59,7 +59,7 @@ class Framer:
 
     def __init__(self) -> None:
         self._data = b""
-        self._fds: tuple[int, ...] = ()
+        self._fds: tuple[Any, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -67,11 +67,19 @@ class Framer:
         return bool(self._data)
 
     @property
-    def held(self) -> tuple[int, ...]:
+    def held(self) -> tuple[Any, ...]:
         """Descriptors that came with the message that has not ended."""
         return self._fds
 
-    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> Iterable[Message]:
+    def after(self, data: bytes, fds: tuple[Any, ...]) -> tuple[Framer, Iterable[Message]]:
+        """What `feed` does, but this stays as it is: the framer that it would be, and messages."""
+        if not self._data and len(data) == _MESSAGE.size:
+            return self, [Message(_MESSAGE.unpack(data)[0], fds)]
+        framer = Framer()
+        framer._data, framer._fds = self._data, self._fds
+        return framer, framer.feed(data, fds)
+
+    def feed(self, data: bytes, fds: tuple[Any, ...] = ()) -> Iterable[Message]:
         """Take a chunk and yield the messages that it ends.
 
         `fds` belong to the message that holds the chunk's last byte: the kernel never reads past a
@@ -115,7 +123,7 @@ _AFTER = {State.VERSION: State.ID, State.ID: State.MEMORY, State.MEMORY: State.S
 class GotMemory(NamedTuple):
     """The region's descriptor arrived; the receiver of this owns it."""
 
-    fd: int
+    fd: Any
 
 
 class GotVector(NamedTuple):
@@ -126,7 +134,7 @@ class GotVector(NamedTuple):
 
     peer: int
     vector: int
-    fd: int
+    fd: Any
     whole: bool
 
 
@@ -156,6 +164,8 @@ class Session:
         self._guessed = False  # the number of vectors follows from silence
         self._counts: dict[int, int] = {}  # vectors that each peer was announced with so far
         self._last = -1  # the id in the last message of the set-up
+        # The last message, and what it was received in: see `again`.
+        self._before: tuple[Any, ...] = (None,)
 
     @property
     def vectors(self) -> int | None:
@@ -179,11 +189,26 @@ class Session:
         if self.state is State.FAILED:
             raise ProtocolError("the session has failed before")
         before = self.state
+        count = self._counts.get(message.value)
+        self._before = (message, before, self.id, self._vectors, self._last, count)
         self.state = State.FAILED
         event = self._receive(before, message)
         if self.state is State.FAILED:
             self.state = _AFTER.get(before, before)
         return event
+
+    def again(self, message: Message) -> None:
+        """Be told that this message is received next, perhaps once more.
+
+        The handler of a signal can raise in the middle of `receive`, or before its caller has done
+        what follows. If this message was the last one, all is as it was before it.
+        """
+        if self._before[0] is message:
+            _, self.state, self.id, self._vectors, self._last, count = self._before
+            if count is None:
+                self._counts.pop(message.value, None)
+            else:
+                self._counts[message.value] = count
 
     def _receive(self, state: State, message: Message) -> GotMemory | GotVector | GotLeave | None:
         value, fds = message
@@ -215,7 +240,7 @@ class Session:
             return self._leave(value)
         return None
 
-    def _vector(self, state: State, peer: int, fd: int) -> GotVector:
+    def _vector(self, state: State, peer: int, fd: Any) -> GotVector:
         self._close_group(peer)
         number = self._counts.get(peer, 0)
         if self._guessed and peer == self.id and self._counts.keys() <= {peer}:

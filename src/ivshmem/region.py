@@ -365,7 +365,7 @@ class Region(Uncopied, _memory.Mapping):
     @classmethod
     def from_fd(
         cls,
-        fd: int,
+        fd: int | _fds.Fd,
         *,
         readonly: bool = False,
         source: Source = "descriptor",
@@ -385,8 +385,9 @@ class Region(Uncopied, _memory.Mapping):
             OSError: as of mmap(2).
         """
         file = _fds.FdArray()
-        if not keep_on_error:
+        if isinstance(fd, _fds.Fd) or not keep_on_error:
             file.take(fd)
+            fd = file[0]
         with safe_files.closed_on_error(file):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:

@@ -58,7 +58,7 @@ class _Honest:
                 return
             for data, fds in chunks:
                 for fd in fds:
-                    os.close(fd)
+                    fd.close()
                 for message in self._framer.feed(data, fds):
                     event = self.session.receive(message)
                     if isinstance(event, GotMemory | GotVector) and not message.fds:

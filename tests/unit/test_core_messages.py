@@ -10,16 +10,20 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from support.leaks import open_fds
 from support.limits import free_fds
 from support.peer import Eventfds, eventfd_id, send_raw
 
-from ivshmem import ProtocolError
+from ivshmem import ClosedError, ProtocolError
 from ivshmem._fds import FdArray
 from ivshmem._wire import Outbox, receive
 from ivshmem.protocol import encode
+
+if TYPE_CHECKING:
+    from ivshmem._wire import Chunk
 
 FULL = 278  # messages in a default socket buffer; other kernels may differ, so it is only a floor
 
@@ -37,13 +41,13 @@ def events() -> Iterator[Eventfds]:
         yield fds
 
 
-def close_all(chunks: list[tuple[bytes, tuple[int, ...]]]) -> list[tuple[int, list[int]]]:
+def close_all(chunks: list[Chunk]) -> list[tuple[int, list[int]]]:
     """Values and eventfd-ids; closes the descriptors."""
     found = []
     for data, fds in chunks:
-        found.append((struct.unpack("<q", data)[0], [eventfd_id(fd) for fd in fds]))
+        found.append((struct.unpack("<q", data)[0], [eventfd_id(fd.fileno()) for fd in fds]))
         for fd in fds:
-            os.close(fd)
+            fd.close()
     return found
 
 
@@ -62,7 +66,7 @@ def test_there_and_back(pair: Pair) -> None:
     chunks, eof = receive(theirs.fileno(), 100)
     assert not eof
     for _, got in chunks:
-        assert all(not os.get_inheritable(fd) for fd in got)
+        assert all(not os.get_inheritable(fd.fileno()) for fd in got)
     assert close_all(chunks) == [
         (0, []),
         (-1, [ids[0]]),
@@ -194,15 +198,38 @@ def test_partial_messages_keep_their_descriptors(pair: Pair, events: Eventfds) -
     chunks, _ = receive(theirs.fileno(), 10)
     assert [c[0] for c in chunks] == [data[:3]]
     (fd,) = chunks[0][1]
-    assert eventfd_id(fd) == eventfd_id(a)
-    os.close(fd)
+    assert eventfd_id(fd.fileno()) == eventfd_id(a)
+    assert not fd.taken
+    fd.close()
+    assert fd.taken
+    with pytest.raises(ClosedError):
+        fd.fileno()
     socket.send_fds(ours, [data[3:] + encode(6)], [b])
     chunks, _ = receive(theirs.fileno(), 10)
     assert b"".join(c[0] for c in chunks) == data[3:] + encode(6)
     got = [fd for _, fds in chunks for fd in fds]
-    assert [eventfd_id(fd) for fd in got] == [eventfd_id(b)]
-    for fd in got:
-        os.close(fd)
+    assert [eventfd_id(fd.fileno()) for fd in got] == [eventfd_id(b)]
+    del got, chunks  # what has no owner is closed
+
+
+def test_an_owner_takes_it_once(pair: Pair, events: Eventfds) -> None:
+    ours, theirs = pair
+    (a,) = events.make(1)
+    send_raw(ours, 5, a)
+    into: list[Chunk] = []
+    chunks, _ = receive(theirs.fileno(), 10, into)
+    assert chunks is into
+    ((_, (fd,)),) = into
+    number = fd.fileno()
+    owner = FdArray()
+    owner.take(fd)
+    assert fd.taken
+    assert owner[0] == number
+    with pytest.raises(ClosedError):
+        owner.take(fd)
+    fd.close()  # nothing is done: it has an owner
+    assert eventfd_id(owner[0]) == eventfd_id(a)
+    owner.close()
 
 
 def test_a_read_never_runs_past_a_descriptor(pair: Pair, events: Eventfds) -> None:
@@ -220,8 +247,8 @@ def test_a_read_never_runs_past_a_descriptor(pair: Pair, events: Eventfds) -> No
     for data, fds in chunks:
         ends += len(data)
         for fd in fds:
-            where[eventfd_id(fd)] = (ends - 1) // 8
-            os.close(fd)
+            where[eventfd_id(fd.fileno())] = (ends - 1) // 8
+            fd.close()
     assert where == {eventfd_id(a): 0, eventfd_id(b): 1}
 
 

@@ -1,0 +1,98 @@
+"""A Ctrl-C before each line, or each bytecode, of the package that a call comes to."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ivshmem
+
+from .leaks import open_fds, shared_mappings
+from .waiting import PATIENCE
+
+_HOME = str(Path(ivshmem.__file__).parent)
+_FILLERS = 8  # files that take the numbers which an interrupted call has freed
+
+
+class CtrlC:
+    """A trace function that raises KeyboardInterrupt once, at moment number `at`."""
+
+    def __init__(self, at: int, opcodes: bool) -> None:
+        self.left = at
+        self.opcodes = opcodes
+        self.where = "nowhere"
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        # What is raised in __del__ is ignored by the interpreter, and so would be this.
+        code = frame.f_code
+        if not code.co_filename.startswith(_HOME) or code.co_name == "__del__":
+            return None
+        frame.f_trace_opcodes = self.opcodes
+        if event == ("opcode" if self.opcodes else "line"):
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(call: Callable[[], object], at: int, opcodes: bool) -> tuple[bool, str]:
+    """Whether the call came to that moment, and where it was."""
+    ctrl_c = CtrlC(at, opcodes)
+    # The numbers of descriptors that a call has closed go to others while the frames of the
+    # exception live, with the owners that they hold: who closes twice closes one of these.
+    fillers: list[int] = []
+    try:
+        try:
+            sys.settrace(ctrl_c)
+            try:
+                call()
+            finally:
+                sys.settrace(None)
+        except KeyboardInterrupt:
+            fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(_FILLERS)]
+        for filler in fillers:
+            assert os.readlink(f"/proc/self/fd/{filler}") == os.devnull, ctrl_c.where
+    finally:
+        for filler in fillers:
+            os.close(filler)  # EBADF if it was closed for us
+    return ctrl_c.left <= 0, ctrl_c.where
+
+
+def ctrl_c_anywhere(
+    call: Callable[[], object], after: Callable[[str], object], *, opcodes: bool = False
+) -> int:
+    """Interrupt a call at each moment, and call `after` each time; returns how many there are.
+
+    No descriptor and no shared mapping is left, and no descriptor is closed twice.
+    """
+    gc.collect()
+    before = open_fds(), shared_mappings()
+
+    def clean() -> bool:
+        return (open_fds(), shared_mappings()) == before
+
+    for at in range(1, 100_000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # of objects that nobody was given
+            came, where = interrupted(call, at, opcodes)
+            if not clean():
+                gc.collect()  # an exception raised while another is handled is in a cycle
+        after(where)
+        give_up = time.monotonic() + PATIENCE / 10
+        while not clean() and time.monotonic() < give_up:
+            time.sleep(0.001)  # another thread is still closing, or other peers are to be told
+            after(where)
+        left = {fd: what for fd, what in open_fds().items() if before[0].get(fd) != what}
+        assert clean(), f"left by a Ctrl-C at {where}: {left or shared_mappings() - before[1]}"
+        if not came:
+            return at
+    raise AssertionError("it does not end")
