@@ -110,11 +110,16 @@ def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
     """What the arguments say; errors and help exit, also where nobody reads them."""
     open_standard_streams()
     try:
-        return parser.parse_args(arguments)
-    except SystemExit:
-        _drop(sys.stdout)
-        _drop(sys.stderr)
-        raise
+        try:
+            return parser.parse_args(arguments)
+        except SystemExit:
+            _drop(sys.stdout)
+            _drop(sys.stderr)
+            raise
+    except KeyboardInterrupt:  # perhaps while the help waited for its reader
+        _lose(sys.stdout)
+        _lose(sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _parser(given: Sequence[str]) -> Parser:
@@ -153,6 +158,15 @@ def open_standard_streams() -> None:
 
 def guarded(run: Callable[..., int | None], *arguments: object) -> int:
     """Call `run` and turn what users can cause into one line and an exit status."""
+    try:
+        return _guarded(run, *arguments)
+    except KeyboardInterrupt:  # while an error waited for its reader
+        _lose(sys.stdout)
+        _lose(sys.stderr)
+        return 130
+
+
+def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
     from ..errors import IvshmemError
 
     try:

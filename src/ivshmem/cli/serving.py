@@ -290,8 +290,14 @@ def _serve(
             handlers={"takeover": handing_over(service, given)},
         ):
             if not (kept and kept.announced):
-                with contextlib.suppress(*([OSError] if past else [])):
+                try:
                     show(banner(service, kept.parent if kept else os.getpid()))
+                except OSError as error:
+                    # A full disk, or a terminal that is gone, is no reason to leave guests alone.
+                    if past is None:
+                        _log.warning(
+                            "serving, but nothing can be shown: stdout: %s", one_line(error)
+                        )
             if kept:
                 kept.announce()
                 kept.reserve()
