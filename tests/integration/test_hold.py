@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import re
@@ -15,12 +16,15 @@ from pathlib import Path
 import pytest
 from support.peer import RawPeer
 from support.served import Served
-from support.waiting import PATIENCE, until
+from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 from ivshmem import control
 from ivshmem.control import ControlError
 from ivshmem.journal import Chapter, Journal
+from ivshmem.migration.model import Step
+from ivshmem.migration.plugging import Pending
+from ivshmem.migration.quiet import quiet
 
 VECTORS = 2
 LONG = 1e5  # seconds: it does not end by itself
@@ -312,3 +316,21 @@ def test_seconds_that_are_none(seconds: str) -> None:
     done = ivshmem_cli("hold", "0", f"--seconds={seconds}")
     assert done.returncode == 2
     assert "allowed are more than 0 and at most 1e+06 seconds" in done.stderr
+
+
+def test_a_guest_that_has_longer_is_held_longer(served: Served) -> None:
+    """`migrate --timeout 300`: its hold continues for as long, should the guest let go late."""
+    path = control.default_path(served.server().path)
+    with joined(served) as peer:
+        step = Step("unplug", control=path, region="default", pid=os.getpid())
+
+        async def unplug() -> None:
+            async with quiet(step, 300.0):
+                raise Pending("the guest has not let go of it")
+
+        migrating = Background(lambda: asyncio.run(unplug()))
+        until(lambda: held(served))
+        with pytest.raises(Pending):
+            migrating.result()
+        until(lambda: held(served)[peer.id] is not None)
+        assert 200 < (held(served)[peer.id] or 0) - time.time() <= 300

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
+from ivshmem.limits import LINGER, LONGEST_LINGER
 from ivshmem.migration import Options, Plan
+from ivshmem.migration.quiet import _linger
 
 from .test_migration_plan import Case
 
@@ -49,3 +53,11 @@ def test_a_plan_that_an_older_version_wrote_down() -> None:
     for step in written["steps"]:
         del step["pid"]
     assert Plan.from_json(written) == plan
+
+
+@pytest.mark.parametrize(
+    ("unplug", "hold"),
+    [(0.5, LINGER), (LINGER, LINGER), (300.0, 300.0), (float("inf"), LONGEST_LINGER)],
+)
+def test_a_hold_outlasts_the_unplug_that_it_protects(unplug: float, hold: float) -> None:
+    assert _linger(unplug) == hold

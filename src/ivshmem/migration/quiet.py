@@ -5,8 +5,9 @@ Does not know: how a device is unplugged.
 
 QEMU 10.0 and newer uses freed memory if any message comes between the moment when the guest lets go
 of the device and the device's end, and nobody can see when that begins. So all news are held from
-before device_del on. The server does so as long as we are connected, and LINGER seconds more: if
-this process is killed, or the guest has not let go yet, it still may.
+before device_del on. The server does so as long as we are connected, and then as long again as a
+guest has to let go (LINGER seconds at least): if this process is killed, or the guest has not let
+go yet, it still may.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from collections.abc import AsyncIterator
 
 from .. import control
 from ..emulators import is_qemu
-from ..engine import LINGER
+from ..limits import LINGER, LONGEST_LINGER
 from ..qemu.answers import Answer
 from .model import Step, StepFailed
 from .plugging import Pending
 
 
 @contextlib.asynccontextmanager
-async def quiet(step: Step) -> AsyncIterator[None]:
+async def quiet(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
     """While this lasts, the QEMU of an unplug step is told nothing by the step's server.
 
-    After Pending, which says that the guest may still let go, the server goes on with that for
-    LINGER seconds.
+    After Pending, which says that the guest may still let go, the server continues with that for
+    `unplug_seconds`, which a guest has to let go of the device, and for LINGER at least.
 
     Raises:
         StepFailed: a peer does not read what it was sent before.
@@ -39,7 +40,7 @@ async def quiet(step: Step) -> AsyncIterator[None]:
         return
     client = await asyncio.to_thread(control.Client, step.control)
     try:
-        peers = await asyncio.to_thread(_hold, client, step)
+        peers = await asyncio.to_thread(_hold, client, step, _linger(unplug_seconds))
         try:
             yield
         except Pending:
@@ -52,13 +53,18 @@ async def quiet(step: Step) -> AsyncIterator[None]:
         client.close()
 
 
-def _hold(client: control.Client, step: Step) -> list[int]:
+def _linger(unplug_seconds: float) -> float:
+    """How long a hold outlasts this process: no shorter than the unplug that it protects."""
+    return min(max(unplug_seconds, LINGER), LONGEST_LINGER)
+
+
+def _hold(client: control.Client, step: Step, linger: float) -> list[int]:
     reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
     found = [peer for region in reply.parts("regions") for peer in region.parts("peers")]
     peers = [peer.number("id") for peer in found if _is_its(peer, step.pid)]
     for peer in peers:
         try:
-            client.hold(peer, linger=LINGER, region=step.region)
+            client.hold(peer, linger=linger, region=step.region)
         except TimeoutError as error:
             raise StepFailed(f"{step.vm}: {step.control}: {error.strerror}") from None
         except control.ControlError:

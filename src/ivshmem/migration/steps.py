@@ -47,7 +47,7 @@ class Worker:
         assert step.device is not None
         if step.kind == "unplug":
             monitor = await self._crew.monitor(vm.name, "source")
-            async with quiet(step):
+            async with quiet(step, self._options.unplug_seconds):
                 await unplug(monitor, step.device, self._options.unplug_seconds)
         else:
             monitor = await self._crew.monitor(vm.name, "destination")
@@ -69,7 +69,7 @@ class Worker:
             assert step.device is not None
             assert vm is not None
             monitor = await self._crew.monitor(vm.name, "source")
-            async with quiet(step):
+            async with quiet(step, self._options.unplug_seconds):
                 await gone(monitor, step.device, seconds)
                 await plug(monitor, step.device, step.device.where)
         elif step.kind == "migrate":
