@@ -664,7 +664,7 @@ def connect_async(
 ) -> Opening[Client]:
     """Connect to the server at `path`: `async with connect_async(path) as client`, or `await` it.
 
-    The arguments, and what is raised, are those of `connect`. The loop goes on meanwhile, and what
+    The arguments, and what is raised, are those of `connect`. It does not block the loop. What
     is cancelled leaves no connection behind.
     """
 
@@ -720,7 +720,7 @@ def open_async(
 ) -> Opening[GuestDevice]:
     """Open a guest's device: `async with open_async() as device`, or `await` it.
 
-    The arguments, and what is raised, are those of `guest.open`. The loop goes on meanwhile; what
+    The arguments, and what is raised, are those of `guest.open`. It does not block the loop. What
     is cancelled is opened all the same, and then closed.
     """
     return Opening(lambda: _by_thread(lambda: guest.open(address, access=access, memory=memory)))

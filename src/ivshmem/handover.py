@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 SECONDS = 10.0  # for the whole of it, at the taking side
-# At the giving side nobody is served meanwhile. So it waits only for a process that makes progress:
-# one that is stopped (Ctrl-Z) is given up at the next look, and a silent one after this long, plus
-# what it needs to read a large state.
+# The giving side serves nobody during a takeover. So it waits only for a process that makes
+# progress: one that is stopped (Ctrl-Z) is given up at the next look, and a silent one after this
+# long, plus what it needs to read a large state.
 SILENCE = 1.0
 _LOOK = 0.05  # seconds between two looks at a process that is waited for
 _BYTES_A_SECOND = 1 << 20  # of a state; a slow machine reads 5 MiB of it in one

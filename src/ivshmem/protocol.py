@@ -175,7 +175,7 @@ class Session:
     @property
     def peers(self) -> list[int]:
         """Ids of the other peers that have joined, in ascending order."""
-        # A copy, since another thread may take in a message meanwhile.
+        # A copy, since another thread may take in a message at the same time.
         counts = list(self._counts.items())
         return sorted(p for p, n in counts if p != self.id and n == self._vectors)
 

@@ -579,7 +579,8 @@ class Region(Uncopied, _memory.Mapping):
     def extents(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """Where the memory has something: (start, end) in bytes; the rest is holes, and zero.
 
-        Others can fill holes and make them meanwhile. A file that knows no holes is one extent.
+        Other peers can fill holes, and make some, during the iteration. A file that knows no holes
+        is one extent.
 
         Raises:
             ClosedError: the region is closed.

@@ -16,6 +16,6 @@ its input is written to a file, too, which can be run alone.
 
 Mutations know the grammar of what they change, and keep most of its sense: in conversations with
 descriptors, cuts and turns that finds more than bytes at random. *Rejected:* Atheris, which knows
-bytes only, has a loop of its own that no count and no leak check fits into, and is not to be had
+bytes only, has a loop of its own that no count and no leak check fits into, and is not possible
 for every Python.
 """

@@ -412,7 +412,7 @@ def test_vectors_that_come_later(bare: AsyncEndpoint[Bare], run: Run[None]) -> N
 
 
 def test_events(server: MakeServer, socket_path: str, run: Run[None]) -> None:
-    """Each as it happens, and also what was taken in by something else meanwhile."""
+    """Each as it happens, and also what was taken in by something else before."""
     serving = server()
 
     async def main() -> None:

@@ -308,7 +308,7 @@ def test_ctrl_c(server: MakeServer, connect: Connect, timeout: float | None) -> 
 
 
 def test_news_come_in_while_waiting(server: MakeServer, connect: Connect) -> None:
-    """wait() is for interrupts; who joins meanwhile is known afterwards."""
+    """wait() is for interrupts; a peer that joins during it is known afterwards."""
     server()
     client = connect()
     waiting = Background(lambda: client.wait(timeout=PATIENCE))

@@ -581,7 +581,7 @@ def test_adopt_a_relative_path(
 
 
 def test_handed_over(socket_path: str) -> None:
-    """The old server lets go; who connects meanwhile waits, and the new one serves him."""
+    """The old server lets go; a client that connects then waits for the new one."""
     old = Listener(socket_path, mode=0o600)
     old.listen()
     fd = os.dup(old.socket.fileno())

@@ -380,7 +380,7 @@ def test_fileno_and_close(clients: Callable[[], ivshmem.Client], decoys: Decoys)
 
 
 def test_a_crowd_at_a_server(server: MakeServer, socket_path: str) -> None:
-    """Eight threads connect, look, ring and leave; others look at the server meanwhile."""
+    """Eight threads connect, look, ring and leave; others look at the server at the same time."""
     serving = server(vectors=VECTORS)
     done = False
 

@@ -118,7 +118,7 @@ def interrupt_when_asleep() -> contextlib.AbstractContextManager[None]:
 
 
 class Background:
-    """A call in a thread of its own, its result or error to be had later."""
+    """A call in a thread of its own, whose result or error can be asked for later."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._future: Future[object] = Future()

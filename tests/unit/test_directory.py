@@ -449,7 +449,7 @@ class TestLiving:
             assert table.lookup("a").alive
 
     def test_lost_and_found(self, region: Region) -> None:
-        """Somebody else got the name meanwhile; when that one goes, it comes back."""
+        """Somebody else has got the name; when that one goes, it comes back."""
         with Directory.create(region, beat=0.002, lease=5) as table:
             mine = table.publish("a", id=1)
             put(region, 0, bytes(128))

@@ -1,7 +1,7 @@
 """Finding devices and changing their drivers, over files that stand for sysfs.
 
 With what hardware and users bring about there: capability lists that are circles, devices that
-vanish meanwhile, drivers that do not take what they are told to.
+vanish during that, drivers that do not take what they are told to.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_memory_that_cannot_be_mapped(
     path = machine.add(A)
 
     def refuse(*_: object, **__: object) -> None:
-        machine.write(machine.root / "drivers" / "pci-stub" / "bind", A)  # meanwhile
+        machine.write(machine.root / "drivers" / "pci-stub" / "bind", A)  # while we look
         raise OSError(code, os.strerror(code))
 
     machine.add_driver("pci-stub", lambda _: True)

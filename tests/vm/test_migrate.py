@@ -366,7 +366,7 @@ def but_for_tcg(lines: Iterable[str]) -> list[str]:
 def test_hugepages_at_one_end(directory: Path, kind: str, huge: int) -> None:
     with ExitStack() as undo:
         if undo.enter_context(huge_pages(2 << 20, 1)) < 1:
-            pytest.skip("no huge page to be had")
+            pytest.skip("no huge page is free")
         mount = undo.enter_context(mounted("hugetlbfs", "pagesize=2M"))
         moving = Group(directory, kind, undo, size=2 << 20, mounts={huge: mount})
         moving.add_master()

@@ -91,7 +91,7 @@ class Echo:
             if self._fixed:
                 raise
             done = 0
-        # Who gets its answers is not left for somebody who has joined meanwhile.
+        # A peer that gets its answers is not left for one that has joined since.
         if done < wanted or time.monotonic() - start > wanted * _SLOW:
             self._at_once = 1
             try:

@@ -4,7 +4,7 @@ Knows: the accounts of processors, processes and threads in /proc. Does not know
 
 A thread of ours that could run and did not had to wait for somebody: the kernel accounts for that
 in nanoseconds (schedstat), and this is what decides; what one end waited for the other is no
-disturbance. Who took processor time meanwhile is told by process, and what the hypervisor took as
+disturbance. The processor time that others took is told by process, what the hypervisor took as
 steal. /proc/stat itself is a sample of a few ticks, good enough only to notice a large rest.
 """
 

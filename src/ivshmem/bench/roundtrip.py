@@ -168,7 +168,7 @@ class Pair(Uncopied):
         """The durations of so many round trips, in nanoseconds, in the order of happening.
 
         Raises:
-            EndFailed: an end died meanwhile. The pair is of no more use.
+            EndFailed: an end died during that. The pair is of no more use.
         """
         self._echo.tell(count)
         self._ping.tell(count)

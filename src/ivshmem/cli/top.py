@@ -12,7 +12,7 @@ from .. import control
 from ..errors import IvshmemError
 from . import asking, peers, screen
 
-_SECONDS = 3.0  # for an answer; the keys have to wait meanwhile
+_SECONDS = 3.0  # for an answer; the keys have to wait for it
 _RATES = ("joins", "leaves", "messages", "refused")
 
 

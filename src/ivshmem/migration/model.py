@@ -231,7 +231,7 @@ class Step:
         device: which, of unplug and plug.
         where: the file or socket that a plugged device is given.
         control, region: of the server, of hold, release and evict; of unplug, if the server holds
-            all news of the peer meanwhile.
+            all news of the peer until it is unplugged.
         pid: of the QEMU, whose peers these are (unplug); 0 if it is not known.
         peer: who has to go (evict).
         running: the guest runs (migrate).

@@ -45,7 +45,7 @@ class Progress:
 
     Attributes:
         transferred, remaining, total: bytes of RAM and of the shared memory; of what the guest
-            writes meanwhile, some is sent again.
+            writes during the migration, some is sent again.
         shared: how many of `total` are the shared memory.
         rate: bytes a second.
         passes: how often the memory was gone through.

@@ -382,8 +382,9 @@ class _Planner:
         for vm in self._vms:
             if self._forgets(vm):
                 yield (
-                    f"{vm.name}: {_FORGETFUL}: let it write little meanwhile, or, if nothing is"
-                    " unplugged from it, stop it before and let it go on there (cont)"
+                    f"{vm.name}: {_FORGETFUL}: let it write little during the"
+                    " migration, or, if nothing is unplugged from it, stop it before and let it go"
+                    " on there (cont)"
                 )
         for group in groups:
             there = self._arrival(group.master)

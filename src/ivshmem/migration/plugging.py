@@ -146,7 +146,7 @@ async def _remove_backend(monitor: Monitor, device: Device) -> None:
 async def _fence(monitor: Monitor, device: Device) -> None:
     """Wait until QEMU has let go of an unplugged device's memory.
 
-    It does that by RCU after DEVICE_DELETED, and tells nobody. Meanwhile it would migrate that
+    It does that by RCU after DEVICE_DELETED, and tells nobody. Until then it would migrate that
     memory, and QEMU 7.2 dies when a device comes. A device_add that fails waits for it: this one
     lacks its memory.
     """

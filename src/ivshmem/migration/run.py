@@ -240,7 +240,7 @@ class _Run:
 async def _wholly(
     work: Callable[..., _T], *arguments: object
 ) -> tuple[_T, asyncio.CancelledError | None]:
-    """Do in a thread what waits for a disk, to its end; and whether we were cancelled meanwhile.
+    """Do in a thread what waits for a disk, to its end; say whether we were cancelled during it.
 
     The disk can take seconds, in which the embedding program's other tasks go on.
     """

@@ -252,7 +252,7 @@ async def _within(seconds: float, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Do something short wholly; if this task is cancelled meanwhile, that comes after."""
+    """Do something short wholly; if this task is cancelled during it, that comes after."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task})
