@@ -87,13 +87,23 @@ def is_live(path: str) -> bool:
     Raises:
         OSError: EACCES and the like.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        code = probe.connect_ex(path)
+    code = _probe(path)
     if code in (errno.ECONNREFUSED, errno.ENOENT):
         return False
     if code in (0, errno.EPROTOTYPE):
         return True
     raise OSError(code, os.strerror(code), path)
+
+
+def takes_datagrams(path: str) -> bool:
+    """Whether some process holds a datagram socket bound to `path`: no server listens there."""
+    return _probe(path) == 0
+
+
+def _probe(path: str) -> int:
+    """Return the errno of connecting a datagram socket to `path`; 0: that worked."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(path)
 
 
 class Listener(Uncopied):

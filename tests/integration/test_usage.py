@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -90,3 +93,14 @@ def test_wrong_usage_of_the_example_servers_command_line() -> None:
     done = run("-Q", command=SERVER)
     assert done.returncode == 2
     assert done.stderr.endswith("(see ivshmem-server --help)\n")
+
+
+def test_doctor_knows_a_socket_for_datagrams(socket_path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(socket_path)
+        done = run("doctor", "--json", "-S", socket_path)
+        os.unlink(socket_path)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["socket"]["state"] == "failed"
+    assert "is a socket for datagrams" in checks["socket"]["found"]
+    assert f"serve --daemon --socket {socket_path}.2" in checks["socket"]["fix"]

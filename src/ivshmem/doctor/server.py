@@ -69,6 +69,11 @@ class ServerSteps:
                 return self._lost("is stale") or failed(
                     f"{path} is stale: nobody listens", self.wishes.serve()
                 )
+            if sockets.takes_datagrams(path):
+                return failed(
+                    f"{path} is a socket for datagrams: no server of ivshmem listens there",
+                    self._beside(),
+                )
         except PermissionError:
             return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         except FileNotFoundError:
