@@ -70,7 +70,7 @@ from . import __version__, logs, shapes, sockets
 from .accounts import user_name
 from .answering import LONGEST, Answering, Caller
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
-from .limits import LINGER, LONGEST_LINGER, MAX_ID, MAX_VECTORS
+from .limits import LINGER, LONGEST_LINGER, MAGIC, MAX_ID, MAX_VECTORS, SLOT_BYTES
 from .plain import plain
 from .uncopied import Uncopied
 
@@ -417,12 +417,13 @@ class Control(Uncopied):
         known = self._directories.get(id(region))
         if known is not None and known[1] is not None:
             return known[1]
-        from .directory import Directory
+        directory: Directory | None = None
+        with contextlib.suppress(NoDirectory, ClosedError):
+            if region.read(region.size - SLOT_BYTES, len(MAGIC)) == MAGIC:
+                # Not before: the import takes a while, and nobody is served then.
+                from .directory import Directory
 
-        try:
-            directory = Directory.open(region)
-        except (NoDirectory, ClosedError):
-            directory = None
+                directory = Directory.open(region)
         self._directories[id(region)] = (region, directory)
         return directory
 

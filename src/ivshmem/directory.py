@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 from . import _memory
 from .endpoint import Endpoint
 from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
+from .limits import MAGIC as MAGIC
 from .limits import MAX_SLOTS as MAX_SLOTS
 from .limits import SLOT_BYTES as SLOT_BYTES
 from .protocol import MAX_ID, MAX_VECTORS
@@ -52,7 +53,7 @@ LEASE = 5.0  # seconds without one, after which its owner is dead
 # package is for, so that _memory's atomics, which have the machine's order, need no conversion.
 NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
 DEFAULT_SLOTS = 63
-MAGIC, VERSION = b"IVSHNAME", 1
+VERSION = 1
 
 _SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
 _TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots

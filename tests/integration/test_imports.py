@@ -13,8 +13,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.peer import RawPeer
 from support.stopping import users_environment
 from support.waiting import PATIENCE, until
+
+from ivshmem import control
 
 IVSHMEM = [sys.executable, "-X", "importtime", "-m", "ivshmem"]
 SERVER = [
@@ -120,3 +123,29 @@ def test_a_command_imports_no_more(tmp_path: Path, name: str) -> None:
     others = {each.partition(".")[0] for each in found} & COSTLY
     assert "importlib.metadata" not in found
     assert others <= set(costly.split()), f"imported, too: {sorted(others - set(costly.split()))}"
+
+
+def test_a_server_that_is_asked_imports_nothing_more(tmp_path: Path) -> None:
+    """Nobody is served while a module is imported, and a watchdog's time goes by."""
+    path, log = tmp_path / "server", tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*IVSHMEM, "serve", "-q", "-S", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=users_environment(),
+        )
+    try:
+        until(lambda: Path(f"{path}.control").exists(), "a server")
+        with RawPeer(str(path)) as peer:
+            peer.set_up(1)
+            before = modules(log.read_text())
+            for _ in range(2):
+                request = {"do": "status", "peers": True}
+                (region,) = control.request(f"{path}.control", request, PATIENCE)["regions"]
+                assert len(region["peers"]) == 1
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+    asked = {each for each in modules(log.read_text()) - before if each.startswith("ivshmem")}
+    assert not asked

@@ -61,6 +61,23 @@ def status(path: str) -> dict[str, object]:
     return dict(region)
 
 
+def is_back(path: str) -> bool:
+    """Whether connecting succeeds. (A socket is live a moment before it listens.)"""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def newcomer(path: str) -> RawPeer:
+    """A peer that connects as soon as one can."""
+
+    def connected() -> RawPeer | None:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            return RawPeer(path)
+        return None
+
+    return until(connected)
+
+
 def stale(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(path)
@@ -83,8 +100,7 @@ class TestBoundAgain:
             for _ in range(3):
                 os.unlink(socket_path)
                 replace(socket_path)
-                until(lambda: sockets.is_live(socket_path))
-                with RawPeer(socket_path) as after:
+                with newcomer(socket_path) as after:
                     after.set_up(VECTORS)
                     assert before.drain() > 0
                     assert watched.service.regions["db"].listener.socket.fileno() == number
@@ -96,7 +112,7 @@ class TestBoundAgain:
         path = f"{socket_path}.control"
         with control.Client(path, PATIENCE) as before:
             os.unlink(path)
-            until(lambda: sockets.is_live(path))
+            until(lambda: is_back(path))
             assert stat.S_IMODE(os.stat(path).st_mode) == control.MODE
             assert status(socket_path)["name"] == "db"
             assert before.ask({"do": "version"})["protocol"] == control.PROTOCOL
@@ -113,7 +129,7 @@ class TestBoundAgain:
         with Watched(str(place / "s")):
             place.rename(directory / "moved")
             place.mkdir()
-            until(lambda: (place / "s").exists() and sockets.is_live(str(place / "s")))
+            until(lambda: is_back(str(place / "s")))
         assert list(place.iterdir()) == []
         for left in (directory / "moved").iterdir():
             left.unlink()
@@ -287,7 +303,7 @@ def test_a_supervised_child_and_its_successor(socket_path: str) -> None:
         child = int(children.read_text())
         os.kill(child, signal.SIGKILL)
         until(lambda: children.read_text().strip() not in ("", str(child)))
-        with RawPeer(socket_path) as second:
+        with newcomer(socket_path) as second:
             second.set_up(VECTORS)
             assert first.drain() > 0
             assert status(socket_path)["unreachable"] == ""
