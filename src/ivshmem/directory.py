@@ -270,7 +270,7 @@ class Directory(Uncopied):
 
     def _look_up(self, name: str, timeout: float | None) -> Generator[float, None, Entry]:
         """What `lookup` does; yields how many seconds to pause."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + _limit(timeout)
         pause, longest = _LOOKS
         while True:
             entries = self.entries()
@@ -362,7 +362,7 @@ class Directory(Uncopied):
         # It is decided within the lease, unless this process is stopped for a while, or somebody
         # does what only a hostile peer does.
         limit = 2 * self._lease
-        deadline = time.monotonic() + (limit if timeout is None else min(timeout, limit))
+        deadline = time.monotonic() + (limit if timeout is None else min(_limit(timeout), limit))
         while True:
             connected = self._connected()
             with self._lock:
@@ -819,6 +819,13 @@ def _copy(region: Region, offset: int) -> bytes:
     only, as device memory needs.
     """
     return region.read(offset, SLOT_BYTES)
+
+
+def _limit(timeout: float) -> float:
+    """A time limit in seconds that can be compared: one that is not a number would never end."""
+    if timeout != timeout:
+        raise ValueError("timeout is not a number")
+    return timeout
 
 
 def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
