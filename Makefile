@@ -154,6 +154,7 @@ $(VENV)/installed: $(SOURCES) | $(VENV)
 	@$(CAN_BUILD)
 	@echo "building and installing into $(VENV) ..."
 	@rm -rf build/wheel
+	@find build -path "build/lib*.py" -delete 2>/dev/null || true  # of modules that are gone
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	@touch $@

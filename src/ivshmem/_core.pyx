@@ -34,6 +34,7 @@ from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
 import contextlib
 from collections import namedtuple
 
+from .counting import counted
 from .errors import ClosedError, NoSuchVector, ProtocolError
 
 Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
@@ -666,7 +667,8 @@ cdef class Doorbells:
 
     cdef int check_vector(self, Py_ssize_t vector) except -1:
         if not 0 <= vector < length_of(self.own):
-            raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
+            there = counted(length_of(self.own), "vector")
+            raise NoSuchVector(f"vector {vector}: this endpoint has {there}")
         return 0
 
     cdef int attend(self, int64_t code) except -1:

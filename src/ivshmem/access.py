@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .accounts import group_id, user_id
+from .counting import counted
 from .named import NamedTuple
 from .sockets import Credentials
 
@@ -134,13 +135,13 @@ class Rules:
     def _over(self, uid: int, connected: int) -> str:
         """The limit that a user has reached, "" if none; then this is one join more."""
         if self.peers_per_uid is not None and connected >= self.peers_per_uid:
-            return f"uid {uid} has {connected} of {self.peers_per_uid} peers"
+            return f"uid {uid} has {connected} of {counted(self.peers_per_uid, 'peer')}"
         if self.joins_per_minute is not None:
             now = time.monotonic()
             share = _MINUTE / self.joins_per_minute
             paid = max(self._joins.get(uid, 0.0), now) + share
             if paid > now + _MINUTE + share / 100:  # a little for what floats lose
-                return f"uid {uid} has joined {self.joins_per_minute} times in a minute"
+                return f"uid {uid} has joined {counted(self.joins_per_minute, 'time')} in a minute"
             if len(self._joins) >= _MANY_USERS:
                 self._joins = {other: at for other, at in self._joins.items() if at > now}
             self._joins[uid] = paid

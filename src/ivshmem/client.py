@@ -22,6 +22,7 @@ from collections.abc import Iterable
 
 from . import _wire, sockets
 from ._fds import Fd
+from .counting import counted
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
 from .protocol import Framer, GotLeave, GotMemory, GotVector, Message, Session, State
@@ -342,7 +343,7 @@ class Client(Endpoint):
             others = ", ".join(map(str, self._session.peers)) or "nobody"
             raise NoSuchPeer(f"peer {peer} is not connected (connected: {others})")
         if not 0 <= vector < bells:
-            raise NoSuchVector(f"vector {vector}: peer {peer} has {bells} vectors")
+            raise NoSuchVector(f"vector {vector}: peer {peer} has {counted(bells, 'vector')}")
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -364,7 +365,7 @@ class Client(Endpoint):
         super().close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"id {self.id}, {self.vectors} vectors"
+        state = "closed" if self.closed else f"id {self.id}, {counted(self.vectors, 'vector')}"
         return f"<ivshmem.Client at {self.path}, {state}>"
 
 

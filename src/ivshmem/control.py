@@ -69,6 +69,7 @@ from functools import partial
 from . import __version__, logs, shapes, sockets
 from .accounts import user_name
 from .answering import LONGEST, Answering, Caller
+from .counting import counted
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
 from .limits import LINGER, LONGEST_LINGER, MAGIC, MAX_ID, MAX_VECTORS, SLOT_BYTES
 from .plain import plain
@@ -708,7 +709,7 @@ class Client(Uncopied):
             self._send(_line(message), deadline)
             reply = self._receive(deadline)
         except TimeoutError:
-            reason = f"no reply within {self._timeout:g} seconds: is the server stopped?"
+            reason = f"no reply within {counted(self._timeout, 'second')}: is the server stopped?"
             raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
         if reply.pop("ok"):
             try:

@@ -32,6 +32,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
 from . import _memory
+from .counting import counted
 from .endpoint import Endpoint
 from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
 from .limits import MAGIC as MAGIC
@@ -195,13 +196,17 @@ class Directory(Uncopied):
         region, _ = _found_in(place)
         wanted = None if slots is None else operator.index(slots)
         if wanted is not None and not 1 <= wanted <= MAX_SLOTS:
-            raise RegionError(f"a directory of {wanted} slots: allowed are 1 to {MAX_SLOTS}")
+            raise RegionError(
+                f"a directory of {counted(wanted, 'slot')}: allowed are 1 to {MAX_SLOTS}"
+            )
         there = _slots(region)
         if there is None:
             there = wanted or default_slots(region.size)
             _format(region, there)
         elif wanted not in (None, there):
-            raise RegionError(f"the region has a directory already, of {there} slots, not {wanted}")
+            raise RegionError(
+                f"the region has a directory already, of {counted(there, 'slot')}, not {wanted}"
+            )
         return cls(place, there, beat=beat, lease=lease)
 
     @classmethod
@@ -357,7 +362,7 @@ class Directory(Uncopied):
         if vectors is None:
             vectors = range(offered)
         elif offered and vectors.stop > offered:
-            raise ValueError(f"{vectors}: the endpoint has {offered} vectors")
+            raise ValueError(f"{vectors}: the endpoint has {counted(offered, 'vector')}")
         publication = Publication(self, peer, name, role, vectors, follows=number is None)
         # It is decided within the lease, unless this process is stopped for a while, or somebody
         # does what only a hostile peer does.
@@ -402,7 +407,7 @@ class Directory(Uncopied):
                 break
         else:
             error = DirectoryFull(
-                f"all {self.slots} slots of the directory are taken: make it with more of them"
+                f"the directory is full, with {counted(self.slots, 'slot')}: make it with more"
             )
             return _Refusal(error, all(slot.alive for slot in table))
         publication.number, publication.owner = slot.number, owner
@@ -623,7 +628,7 @@ class Directory(Uncopied):
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self.slots} slots from {self.start:#x}"
+        state = "closed" if self._closed else f"{counted(self.slots, 'slot')} from {self.start:#x}"
         return f"<ivshmem.Directory, {state}>"
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
@@ -784,8 +789,8 @@ def _format(region: Region, slots: int) -> None:
     """Make a directory where there is none. Valid entries, which lost their trailer, stay."""
     if not _fits(region.size, slots):
         raise RegionError(
-            f"a directory of {slots} slots takes {(slots + 1) * SLOT_BYTES} bytes at a multiple of"
-            f" {SLOT_BYTES}, and the region has {format_size(region.size)}"
+            f"a directory of {counted(slots, 'slot')} takes {(slots + 1) * SLOT_BYTES} bytes at a"
+            f" multiple of {SLOT_BYTES}, and the region has {format_size(region.size)}"
         )
     if region.readonly:
         raise RegionError("the region is mapped for reading only: no directory can be made in it")

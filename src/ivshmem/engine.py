@@ -39,6 +39,7 @@ from functools import partial
 
 from . import _fds, logs, sockets
 from .access import Verdict
+from .counting import counted
 from .emulators import is_qemu
 from .errors import NoSuchPeer
 from .journal import Chapter
@@ -557,8 +558,8 @@ class Engine(Uncopied):
         self._dirty_others()
         if self._roster.ids_left < _FEW_IDS:
             self._complain(
-                f"only {self._roster.ids_left} ids are left: those that a connected peer was told"
-                " of are not used again before it leaves",
+                f"only {counted(self._roster.ids_left, 'id')} left: those that a connected peer"
+                " was told of are not used again before it leaves",
                 "ids",
             )
 

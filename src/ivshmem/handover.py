@@ -28,6 +28,7 @@ from collections.abc import Mapping
 
 from . import shapes, snapshots, sockets
 from .accounts import user_name
+from .counting import counted
 from .errors import IvshmemError
 from .journal import Journal
 from .plain import plain
@@ -46,7 +47,6 @@ _LOOK = 0.05  # seconds between two looks at a process that is waited for
 _BYTES_A_SECOND = 1 << 20  # of a state; a slow machine reads 5 MiB of it in one
 
 _BATCH = 200  # descriptors in a message; the kernel takes 253
-_MOST_FDS = 1 << 20
 _LONGEST = 1 << 26  # bytes of an offer
 _NEXT, _MINE, _YOURS = b"n", b"m", b"y"
 _VERSION = 1  # raised when a state cannot be read by those who read the one before
@@ -57,7 +57,7 @@ _OFFER = shapes.record(
 )
 _NUMBERS = shapes.record(
     version=shapes.integer(),
-    numbers=shapes.array(shapes.integer(0, (1 << 31) - 1), _MOST_FDS),
+    numbers=shapes.array(shapes.integer(0, (1 << 31) - 1), snapshots.MOST_FDS),
 )
 
 
@@ -180,7 +180,8 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
             undo.pop_all()
     except TimeoutError:
         raise HandoverError(
-            f"nothing was taken over: no answer within {SECONDS:g} seconds: is the server stopped?"
+            f"nothing was taken over: no answer within {counted(SECONDS, 'second')}: is the server"
+            " stopped?"
         ) from None
     except (OSError, shapes.Misshapen) as error:
         raise HandoverError(f"nothing was taken over: {error}") from None

@@ -1,7 +1,7 @@
 """A region's bytes in a file: saved whole or not at all, checked before they are loaded.
 
 Knows: the file's form, sparse memory, checksums. Does not know: who shares a region, or how to stop
-them: what somebody writes meanwhile is saved or not, and read by others while it is loaded.
+them: what somebody writes during that is saved or not, and read by others while it is loaded.
 
 The form, numbers little-endian:
 
@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from . import drafts, safe_files
+from .counting import counted
 from .errors import ImageError
 from .pages import PAGE
 from .plain import plain
@@ -152,7 +153,7 @@ def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | mem
 
 
 def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryview]]:
-    """What is not zero, a copy at a time: for others may write to the region meanwhile."""
+    """Yield the parts that are not zero, each as a copy: other peers may write to the region."""
     buffer = bytearray(_BLOCK)
     zeros = bytes(_BLOCK)
     for start, end in region.extents():
@@ -316,7 +317,7 @@ def load(
         for _ in reader.pieces(lambda done, total: note(done, 2 * total)):
             pass
         reader.rewind()
-        reader.effect = "somebody changed it meanwhile; the region has a part of it"
+        reader.effect = "somebody changed it during the load; the region has a part of it"
         at = 0
         for offset, data in reader.pieces(lambda done, total: note(total + done, 2 * total)):
             _clear(region, at, offset)
@@ -381,7 +382,7 @@ class _Reader(Uncopied):
             raise self._damaged(0, "it ends in the header")
         (length,) = _LENGTH.unpack_from(head, len(_MAGIC))
         if length > _MOST_HEADER:
-            raise self._damaged(len(_MAGIC), f"a header of {length} bytes")
+            raise self._damaged(len(_MAGIC), f"a header of {counted(length, 'byte')}")
         header = self._file.read(length)
         end = self._file.read(_LENGTH.size)
         if len(end) < _LENGTH.size:
@@ -416,7 +417,7 @@ class _Reader(Uncopied):
         self._crc = self._seed
 
     def pieces(self, progress: Progress) -> Iterator[tuple[int, bytes]]:
-        """What is not zero, in ascending order, checked one by one.
+        """Yield the parts that are not zero, in ascending order, checked one by one.
 
         Raises:
             ImageError: where the next is not as it was written.
@@ -429,7 +430,7 @@ class _Reader(Uncopied):
                 raise self._damaged(where, "it ends too early")
             offset, length, stored = _RECORD.unpack_from(record)
             if stored > _BLOCK:
-                raise self._damaged(where, f"a record of {stored} bytes")
+                raise self._damaged(where, f"a record of {counted(stored, 'byte')}")
             data = self._file.read(stored)
             if len(data) < stored:
                 raise self._damaged(where, "it ends too early")

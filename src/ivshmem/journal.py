@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from . import _memory, _wire
+from .counting import counted
 from .errors import IvshmemError
 from .uncopied import Uncopied
 
@@ -130,7 +131,9 @@ class Journal(Uncopied):
         end = self._end.load()
         half, size = end >> _OFFSET_BITS & 1, end & ((1 << _OFFSET_BITS) - 1)
         if size > _HALF:
-            raise JournalError(f"the journal is damaged: it ends {size - _HALF} bytes too far")
+            raise JournalError(
+                f"the journal is damaged: it ends {counted(size - _HALF, 'byte')} too far"
+            )
         lines = self._memory.read(_START + half * _HALF, size).splitlines()
         try:
             read = [json.loads(line) for line in lines]

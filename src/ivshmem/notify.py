@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 
+from .counting import counted
 from .plain import plain
 from .uncopied import Uncopied
 
@@ -63,7 +64,8 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[tuple[str
     named = ["unknown"] * len(fds) if names is None else names.split(":") if fds else []
     if len(named) != len(fds):
         raise ValueError(
-            f"LISTEN_FDNAMES has {len(named)} names for {len(fds)} descriptors: who set it?"
+            f"LISTEN_FDNAMES has {counted(len(named), 'name')} for"
+            f" {counted(len(fds), 'descriptor')}: who set it?"
         )
     for fd in fds:
         try:

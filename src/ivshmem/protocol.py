@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
 
+from .counting import counted
 from .errors import NoFreeId, ProtocolError
 from .limits import MAX_ID as MAX_ID
 from .limits import MAX_VECTORS as MAX_VECTORS
@@ -246,7 +247,9 @@ class Session:
         if self._guessed and peer == self.id and self._counts.keys() <= {peer}:
             self._vectors = max(self._vectors or 0, number + 1)
         if self._vectors is not None and number >= self._vectors:
-            raise ProtocolError(f"peer {peer} was announced with more than {self._vectors} vectors")
+            raise ProtocolError(
+                f"peer {peer} was announced with more than {counted(self._vectors, 'vector')}"
+            )
         if number >= MAX_VECTORS:
             raise ProtocolError(f"peer {peer} was announced with more than {MAX_VECTORS} vectors")
         self._counts[peer] = number + 1
@@ -294,7 +297,9 @@ class Session:
         own = self._counts.get(self.id, 0)
         if self._expected not in (None, own):
             self.state = State.FAILED
-            raise ProtocolError(f"the server gave {own} vectors, {self._expected} were expected")
+            raise ProtocolError(
+                f"the server gave {counted(own, 'vector')}, {self._expected} were expected"
+            )
         if not guessed:
             self._vectors = own
         elif self._vectors is None:
@@ -464,7 +469,7 @@ class Roster:
             NoFreeId: there is none; nothing has changed.
         """
         if len(vectors) != self.vectors:
-            raise ValueError(f"{len(vectors)} vectors given, {self.vectors} wanted")
+            raise ValueError(f"{counted(len(vectors), 'vector')} given, {self.vectors} wanted")
         if self._shared_id is not None:
             return self._append(self._shared_id, vectors, memory, secret=True, holds=holds)
         if self.full:
@@ -491,7 +496,9 @@ class Roster:
         Whoever chooses the id sees to it that QEMU is no client, or that no id comes twice.
         """
         if self._shared_id is None or peer_id == self._shared_id or len(vectors) != self.vectors:
-            raise ValueError(f"peer {peer_id} with {len(vectors)} vectors cannot be admitted")
+            raise ValueError(
+                f"peer {peer_id} with {counted(len(vectors), 'vector')} cannot be admitted"
+            )
         member = self._append(peer_id, vectors, None)
         del self.others[member.serial]  # nobody here sends to it
         return member

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from . import _fds, sockets
+from .counting import counted
 from .engine import LINGER, Engine, Gate, Peer, PeerReport
 from .errors import ClosedError, ServerFailed
 from .journal import Chapter
@@ -600,7 +601,7 @@ class Server(Uncopied):
             raise self._failed() from self.error
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self.peers)} peers"
+        state = "closed" if self._closed else counted(len(self.peers), "peer")
         return f"<ivshmem.Server at {self.path}, {state}>"
 
     def __del__(self, _warn: Any = warnings.warn) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import re
 
+from .counting import counted
 from .errors import RegionError
 
 TYPE_CHECKING = False
@@ -63,13 +64,13 @@ def format_size(size: int) -> str:
         if thousandths >= 1000 and not odd:
             whole, rest = divmod(thousandths, 1000)
             return f"{whole}.{rest:03}".rstrip("0").rstrip(".") + _UNITS[power]
-    return f"{size} bytes"
+    return counted(size, "byte")
 
 
 def roughly(size: int) -> str:
     """About this size, with one decimal."""
     power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    return f"{size / 1024**power:.1f}{_UNITS[power]}" if power else f"{size} bytes"
+    return f"{size / 1024**power:.1f}{_UNITS[power]}" if power else counted(size, "byte")
 
 
 def check_size(size: int, page: int, *, what: str = "a region") -> None:

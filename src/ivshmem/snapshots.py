@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .journal import Record
     from .region import Source
 
-_MOST_FDS = 1 << 20
+MOST_FDS = 1 << 20
 
 _FD = shapes.integer(0, (1 << 31) - 1)
 _WORD = shapes.optional(shapes.text())

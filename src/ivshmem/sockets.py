@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from . import locks, shapes
 from .accounts import group_id, user_id
+from .counting import counted
 from .errors import ServerGone
 from .named import NamedTuple
 from .plain import NAME, plain
@@ -562,7 +563,7 @@ def connect(
         raise accepts_nobody(text, timeout or 0) from None
     except OSError as error:
         sock.close()
-        hint = _CONNECT_HINTS.get(error.errno or 0, error.strerror)
+        hint = CONNECT_HINTS.get(error.errno or 0, error.strerror)
         if error.errno == errno.ECONNREFUSED and not _is_socket(text):
             hint = "not a socket: no server listens here, choose another path"
         raise OSError(error.errno, hint, text) from None
@@ -626,21 +627,24 @@ def may_come(path: str | os.PathLike[str], error: OSError) -> bool:
 
 def nobody_came(path: str, timeout: float) -> TimeoutError:
     """What to raise when no server came for `timeout` seconds."""
-    reason = f"no server came in {timeout:g} seconds: start it (ivshmem serve), or wait longer"
+    reason = (
+        f"no server came in {counted(timeout, 'second')}: start it (ivshmem serve), or wait longer"
+    )
     return TimeoutError(errno.ETIMEDOUT, reason, path)
 
 
 def accepts_nobody(path: str, timeout: float) -> TimeoutError:
     """What to raise when a server's backlog was full for `timeout` seconds."""
-    reason = f"the server accepts nobody: no answer in {timeout:g} seconds"
+    reason = f"the server accepts nobody: no answer in {counted(timeout, 'second')}"
     return TimeoutError(errno.ETIMEDOUT, reason, path)
 
 
 _LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest
 
-_CONNECT_HINTS = {
-    errno.ENOENT: "no such socket: is the server running, and is this its path?",
-    errno.ECONNREFUSED: "nobody listens here: start the server (ivshmem serve)",
+_START = "start the server (ivshmem serve), or give the path of one that runs"
+CONNECT_HINTS = {
+    errno.ENOENT: f"no such socket: {_START}",
+    errno.ECONNREFUSED: f"nobody listens here: {_START}",
     errno.EPROTOTYPE: "a socket of another kind: this is no ivshmem server",
     errno.EACCES: "permission denied: the server's user must let you write to its socket",
 }

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 from . import _fds
+from .counting import counted
 from .journal import Journal, is_group
 from .notify import Notifier
 from .uncopied import Uncopied
@@ -143,7 +144,9 @@ class Store(Uncopied):
         if not self._queue:
             return
         if time.monotonic() > self._since + self._patience:
-            self._give_up(f"it does not read what it is told, for {self._patience:g} seconds")
+            self._give_up(
+                f"it does not read what it is told, for {counted(self._patience, 'second')}"
+            )
         else:
             self._timer.set(_PAUSE)
 

@@ -1162,7 +1162,7 @@ def threads() -> int:
 
 def test_what_connect_raises(directory: Path, socket_path: str, run: Run[None]) -> None:
     async def main() -> None:
-        with pytest.raises(FileNotFoundError, match="is the server running"):
+        with pytest.raises(FileNotFoundError, match="start the server"):
             await connect_async(socket_path)
         with pytest.raises(ServerGone, match="ended the connection before"):
             with FakeServer(socket_path, lambda _: None):

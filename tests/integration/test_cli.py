@@ -342,7 +342,7 @@ BAD = {
 def test_bad_input_gets_one_line(case: str, path: str) -> None:
     arguments, message = BAD[case]
     socket_option = [] if "-S" in arguments else ["-S", path]
-    before = shared_names()
+    before = shared_names(arguments)
     result = run("serve", *socket_option, *arguments, status=2 if message is None else 1)
     if message is None:
         assert len(result.stderr.splitlines()) == 1
@@ -351,12 +351,13 @@ def test_bad_input_gets_one_line(case: str, path: str) -> None:
     else:
         assert message in one_error_line(result)
     assert not os.path.exists(path)
-    assert shared_names() == before
+    assert shared_names(arguments) == before
 
 
-def shared_names() -> set[str]:
-    """What stands in /dev/shm, but for what other runs of these tests have there."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("ivshmem-test-")}
+def shared_names(arguments: list[str]) -> set[str]:
+    """Return what stands in /dev/shm under a name that the arguments have; others use it, too."""
+    words = [word.strip("/") for word in arguments if not word.startswith("-")]
+    return {name for name in os.listdir("/dev/shm") if any(word in name for word in words if word)}
 
 
 def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
@@ -478,7 +479,7 @@ class TestConnect:
         ("command", "message"),
         [
             ("wait 0 0.01", "no interrupt within 0.01 seconds"),
-            ("wait 7", "vector 7: this endpoint has 1 vectors"),
+            ("wait 7", "vector 7: this endpoint has 1 vector"),
             ("wait 99999999999999999999 1", "too large"),
             ("int 0 99999999999999999999", "too large"),
             ("int 9 0", "peer 9 is not connected"),
@@ -587,7 +588,10 @@ class TestConnect:
 
     def test_nobody_serves(self, path: str, tmp_path: Path) -> None:
         missing = run("connect", "-S", path, status=1)
-        assert "is the server running" in one_error_line(missing)
+        assert (
+            "start the server (ivshmem serve), or give the path of one that runs"
+            in one_error_line(missing)
+        )
         (tmp_path / "file").touch()
         file = run("connect", "-S", str(tmp_path / "file"), status=1)
         assert "not a socket: no server listens here, choose another" in one_error_line(file)

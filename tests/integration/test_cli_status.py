@@ -169,7 +169,7 @@ class TestNoControlSocket:
     def test_no_server(self, socket_path: str, command: list[str]) -> None:
         assert run(*command, "-S", socket_path, status=1) == (
             f"ivshmem: {socket_path}: no such socket: start the server (ivshmem serve), or give"
-            " -S PATH"
+            " the path of one that runs"
         )
 
     def test_a_server_that_was_killed(self, socket_path: str) -> None:

@@ -609,7 +609,7 @@ class TestLimits:
             checks = read(shell(f"{limit}; {command}"))
             assert failures(checks) == ["open files"]
             check = checks["open files"]
-            assert check.found == "QEMU opens 164 with 1 peers of 64 vectors, 150 are allowed"
+            assert check.found == "QEMU opens 164 with 1 peer of 64 vectors, 150 are allowed"
             assert failures(read(shell(f"{limit}; {check.fix}; {command}"))) == []
 
     @needs_root

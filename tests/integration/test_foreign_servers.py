@@ -327,7 +327,7 @@ def send_two_vectors(sock: socket.socket) -> None:
         (lambda sock: sock.sendall(b"\0\0\0"), "the server ended the connection"),
         (lambda _sock: None, "the server ended the connection"),
         (lambda sock: send_raw(sock, 9, 0, 1, 2), "descriptor"),
-        (send_two_vectors, "more than 1 vectors"),
+        (send_two_vectors, "more than 1 vector"),
     ],
     ids=["garbage", "memory", "own leave", "half a message", "end", "descriptors", "vectors"],
 )
@@ -576,7 +576,7 @@ def refused(path: str | os.PathLike[str]) -> OSError:
 def test_no_such_path(socket_path: str) -> None:
     error = refused(socket_path)
     assert isinstance(error, FileNotFoundError)
-    assert "no such socket: is the server running, and is this its path?" in str(error)
+    assert "no such socket: start the server (ivshmem serve), or give the path" in str(error)
 
 
 def test_stale_socket(socket_path: str) -> None:

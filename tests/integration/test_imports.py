@@ -40,15 +40,15 @@ START = "__init__ __main__ errors plain uncopied cli"
 OPTIONS = f"{START} limits runtime cli.arguments"
 PARENT = f"{OPTIONS} _fds keeper accounts drafts safe_files cli.serve cli.daemon cli.supervising"
 SERVES = (
-    f"{OPTIONS} _fds _memory _wire access accounts answering changes config control drafts"
+    f"{OPTIONS} _fds counting _memory _wire access accounts answering changes config control drafts"
     " emulators engine handover journal keeper locks logs loop named notify openers opening"
     " pages protocol qemu qemu.cmdline reachable region replay safe_files server service shapes"
     " sizes snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed"
     " cli.news cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (
-    f"{OPTIONS} _fds accounts answering control locks logs named shapes sizes sockets uncopied"
-    " cli.asking"
+    f"{OPTIONS} _fds counting accounts answering control locks logs named shapes sizes sockets"
+    " uncopied cli.asking"
 )
 COSTLY_TO_SERVE = "argparse dataclasses inspect json logging socket threading traceback zlib"
 COSTLY_TO_ASK = "argparse json socket"
@@ -66,8 +66,8 @@ TABLE = {
     "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli.reload", COSTLY_TO_ASK),
     "qemu": (
         [*IVSHMEM, "qemu", "-S", "PATH"],
-        f"{OPTIONS} _fds accounts locks named shapes sizes sockets cli.qemu qemu qemu.cmdline"
-        " qemu.old",
+        f"{OPTIONS} _fds counting accounts locks named shapes sizes sockets cli.qemu"
+        " qemu qemu.cmdline qemu.old",
         "argparse json socket zlib",
     ),
     "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli.serve", COSTLY_TO_SERVE),

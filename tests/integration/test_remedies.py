@@ -205,7 +205,7 @@ TYPED: dict[str, tuple[str, str, str]] = {
     ),
     "status of nobody": (
         "ivshmem status -S nobody",
-        "start the server (ivshmem serve), or give -S PATH",
+        "start the server (ivshmem serve), or give the path of one that runs",
         "ivshmem status -S ours",
     ),
     "a unit that is there": (

@@ -160,7 +160,7 @@ def test_more_joins_than_ids(tmp_path: Path) -> None:
                 with RawPeer(path) as newcomer:
                     if number == MAX_ID:
                         assert not newcomer.readable(0.5)
-                        assert b"only 4095 ids are left" in server.stderr.readline()
+                        assert b"only 4095 ids left" in server.stderr.readline()
                         assert b"every id is taken, or known" in server.stderr.readline()
                         stays.take_until(lambda: len(stays.left) == MAX_ID)  # each but once
                         stays.close()

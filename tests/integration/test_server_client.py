@@ -730,7 +730,7 @@ def test_close_with_a_view(server: MakeServer, connect: Connect) -> None:
 
 def test_forgotten_client(server: MakeServer, socket_path: str) -> None:
     server()
-    with pytest.warns(ResourceWarning, match=r"unclosed <ivshmem.Client at .*, id 0, 1 vectors>"):
+    with pytest.warns(ResourceWarning, match=r"unclosed <ivshmem.Client at .*, id 0, 1 vector>"):
         forget(ivshmem.connect(socket_path, timeout=PATIENCE))
 
 

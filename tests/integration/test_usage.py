@@ -44,7 +44,46 @@ def test_help_of_a_subcommand() -> None:
     assert run("help", "evict").stdout == run("evict", "--help").stdout != ""
 
 
+@pytest.mark.parametrize("group", ["guest", "systemd"])
+def test_a_group_of_commands_alone_prints_help(group: str) -> None:
+    wanted = run(group, "--help").stdout
+    for words in ([group], [group, "help"], ["help", group], ["--", group]):
+        done = run(*words)
+        assert (done.returncode, done.stdout) == (0, wanted), words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["help", "guest", "list"], ["guest", "help", "list"], ["guest", "list", "--help"]],
+)
+def test_help_of_a_command_below(words: list[str]) -> None:
+    assert run(*words).stdout.startswith("usage: ivshmem guest list ")
+
+
+@pytest.mark.parametrize("words", [["-h", "serve"], ["help", "help"], ["help", "--help"]])
+def test_help_of_the_whole(words: list[str]) -> None:
+    assert run(*words).stdout == run("--help").stdout
+
+
+@pytest.mark.parametrize(("columns", "most"), [("0", 80), ("-5", 80), ("x", 80), ("60", 60)])
+def test_help_is_as_wide_as_columns_says(
+    monkeypatch: pytest.MonkeyPatch, columns: str, most: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    done = run("evict", "--help")
+    assert most / 2 < max(map(len, done.stdout.splitlines())) <= most
+
+
+def test_a_command_of_the_shell_that_is_misspelt(socket_path: str) -> None:
+    with ivshmem.Server(socket_path, "64K").start():
+        done = run("connect", "-S", socket_path, "-c", "hlep")
+        assert done.stderr == "ivshmem: no command 'hlep': did you mean help?\n"
+        done = run("connect", "-S", socket_path, "-c", "zzz")
+        assert done.stderr == "ivshmem: no command 'zzz': help lists them\n"
+
+
 def test_version() -> None:
+    assert run("-V", command=SERVER).stdout == f"ivshmem {ivshmem.__version__}\n"
     for option in ("-V", "--version"):
         assert run(option).stdout == f"ivshmem {ivshmem.__version__}\n"
 
@@ -74,6 +113,8 @@ WRONG = {
     "before the subcommand": (["--versoin"], "did you mean --version?", "ivshmem --help"),
     "a choice": (["serve", "--existing", "growx"], "did you mean grow?", "ivshmem serve --help"),
     "a word too many": (["status", "now"], "arguments: now", "ivshmem status --help"),
+    "in capitals": (["SERVE"], "did you mean serve?", "ivshmem --help"),
+    "help of nothing below": (["help", "guest", "lst"], "mean list?", "ivshmem guest --help"),
     "help of nothing": (["help", "serv"], "did you mean serve?", "ivshmem --help"),
 }
 

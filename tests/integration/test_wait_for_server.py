@@ -157,7 +157,7 @@ def test_one_that_refuses_is_an_error(socket_path: str, connect: Way) -> None:
 
 
 def test_without_the_wish_nobody_waits(place: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is the server running"):
+    with pytest.raises(FileNotFoundError, match="start the server"):
         ivshmem.connect(str(place), timeout=PATIENCE)
     with pytest.raises(FileNotFoundError):
         asyncio.run(connect_async(str(place), timeout=PATIENCE).__aenter__())

@@ -325,7 +325,7 @@ class TestNames:
         with Directory.create(region, 2) as table:
             first = table.publish("a", id=1)
             table.publish("b", id=1)
-            with pytest.raises(ivshmem.DirectoryFull, match="all 2 slots"):
+            with pytest.raises(ivshmem.DirectoryFull, match="the directory is full, with 2 slots"):
                 table.publish("c", id=1)
             first.withdraw()
             table.publish("c", id=1)
@@ -663,10 +663,17 @@ def test_any_bytes_in_the_table(table_bytes: list[bytes]) -> None:
 @given(st.lists(slots, min_size=SLOTS, max_size=SLOTS))
 def test_publishing_among_any_bytes(table_bytes: list[bytes]) -> None:
     """They do not beat, so they go away."""
+
+    def enter(table: Directory) -> ivshmem.Publication | None:
+        # Where this process stands still for two leases, it cannot know yet who lives.
+        with contextlib.suppress(ivshmem.DirectoryFull, ivshmem.NameTaken):
+            return table.publish("mine", id=1)
+        return None
+
     with Region.create("4K") as region, Directory.create(region, SLOTS, **QUICK) as table:
         for number, data in enumerate(table_bytes):
             put(region, number, data, SLOTS)
-        table.publish("mine", id=1)
+        until(lambda: enter(table))
         until(lambda: [(e.name, e.id) for e in table.entries()] == [("mine", 1)])
 
 

@@ -128,7 +128,7 @@ def test_rings_since_the_last_look(
         assert wait(listener, PATIENCE) == result(times)
         assert wait(listener, 0) == result(0)
     assert listener.vectors == 1
-    with pytest.raises(NoSuchVector, match="vector 1: this endpoint has 1 vectors"):
+    with pytest.raises(NoSuchVector, match="vector 1: this endpoint has 1 vector"):
         listener.wait(1, 0)
 
 

@@ -17,7 +17,7 @@ HOME = Path(ivshmem.__file__).parent
 
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
-    ["errors", "named", "openers", "plain", "uncopied"],
+    ["counting", "errors", "named", "openers", "plain", "uncopied"],
     ["sizes", "limits", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns"],
     ["drafts"],

@@ -212,7 +212,7 @@ except (ValueError, OSError) as error:
         (
             "mine",
             {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "a"},
-            "LISTEN_FDNAMES has 1 names for 2 descriptors: who set it?\n",
+            "LISTEN_FDNAMES has 1 name for 2 descriptors: who set it?\n",
         ),
         (
             "mine",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from ivshmem import ProtocolError
+from ivshmem.counting import counted
 from ivshmem.protocol import (
     GotLeave,
     GotMemory,
@@ -101,17 +102,17 @@ ILLEGAL: list[tuple[str, list[Short], str]] = [
     (
         "more own vectors than a peer's",
         [*GREETING, (4, 51), (3, 52), (3, 53)],
-        "peer 3 was announced with more than 1 vectors",
+        "peer 3 was announced with more than 1 vector",
     ),
     (
         "a second peer with more",
         [*GREETING, (4, 51), (5, 52), (5, 53)],
-        "peer 5 was announced with more than 1 vectors",
+        "peer 5 was announced with more than 1 vector",
     ),
     (
         "a peer goes on after its group has ended",
         [*GREETING, (4, 51), (5, 52), (4, 53)],
-        "peer 4 was announced with more than 1 vectors",
+        "peer 4 was announced with more than 1 vector",
     ),
 ]
 
@@ -136,7 +137,7 @@ def test_illegal(shorts: list[Short], text: str) -> None:
 def test_more_than_were_promised(vectors: int) -> None:
     session = greeted(vectors)
     feed(session, *[(4, 60 + v) for v in range(vectors)])
-    with pytest.raises(ProtocolError, match=f"peer 4 .* more than {vectors} vectors"):
+    with pytest.raises(ProtocolError, match=f"peer 4 .* more than {counted(vectors, 'vector')}$"):
         feed(session, (4, 99))
 
 
@@ -265,7 +266,7 @@ def test_other_than_expected(own: int, guessed: bool) -> None:
     with pytest.raises(ProtocolError) as caught:
         feed(session, (3, 62)) if own > 2 else session.end_setup(guessed=guessed)
     assert str(caught.value) == (
-        f"the server gave {own} vectors, 2 were expected"
+        f"the server gave {counted(own, 'vector')}, 2 were expected"
         if own < 2
         else "peer 3 was announced with more than 2 vectors"
     )

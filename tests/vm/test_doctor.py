@@ -371,7 +371,7 @@ class TestFixedByQemu:
         assert (status, answer["side"]) == (1, "guest")
         args = shlex.split(check.fix.replace("/run/ivshmem.sock", server.path))
         b = Patient(guest(PROGRAM, args=args, iommu=True))
-        assert b.doctor()["self-interrupt"].found == "1 of 1 vectors"
+        assert b.doctor()["self-interrupt"].found == "1 of 1 vector"
         status, answer = b.call("doctor", "0000:00:1e.7")
         (check,) = checks_of(answer).values()
         assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"

@@ -126,7 +126,7 @@ def test_nobody_takes_the_driver_away(
         said = ivshmem_("guest", "measure")
         assert "\\nuio           read" in said and said.startswith("vfio          read"), said
         said = ivshmem_("doctor", "--guest", address)
-        assert "1 of 1 vectors" in said, said
+        assert "1 of 1 vector" in said, said
         """),
         argv=[str(driver)],
         args=doorbell(server),

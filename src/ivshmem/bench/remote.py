@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ..client import Client
+from ..counting import counted
 from ..endpoint import Endpoint
 from ..errors import IvshmemError
 from . import short
@@ -66,8 +67,8 @@ def knock(
         if elapsed >= timeout:
             option = f" --vector {vector}" if vector else ""
             raise NoAnswer(
-                f"peer {peer} did not answer for {timeout:g} seconds: is `ivshmem bench --echo"
-                f" {endpoint.id}{option}` running there?"
+                f"peer {peer} did not answer for {counted(timeout, 'second')}: is `ivshmem"
+                f" bench --echo {endpoint.id}{option}` running there?"
             )
         if elapsed >= _PATIENCE and not told:
             told = True

@@ -25,6 +25,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..counting import counted
 from ..uncopied import Uncopied
 from . import quiet
 
@@ -182,7 +183,7 @@ class Pair(Uncopied):
     def _hear(self) -> tuple[_Process, bytes]:
         ready = self._selector.select(PATIENCE)
         if not ready:
-            raise EndFailed(f"nothing came from either end for {PATIENCE:g} seconds")
+            raise EndFailed(f"nothing came from either end for {counted(PATIENCE, 'second')}")
         process: _Process = ready[0][0].data
         data = os.read(process.output, 1 << 16)
         if not data:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from argparse import Action, ArgumentError, ArgumentParser, HelpFormatter, Namespace
+from itertools import dropwhile
 
 from .. import __version__
 from ..plain import plain
@@ -54,11 +55,13 @@ class Help(HelpFormatter):
 
 
 def _columns() -> int:
+    columns = 0
     with contextlib.suppress(KeyError, ValueError):
-        return max(int(os.environ["COLUMNS"]), 20)
-    with contextlib.suppress(OSError):
-        return os.get_terminal_size(1).columns or 80
-    return 80
+        columns = int(os.environ["COLUMNS"])
+    if columns <= 0:
+        with contextlib.suppress(OSError):
+            columns = os.get_terminal_size(1).columns
+    return max(columns, 20) if columns > 0 else 80
 
 
 class Parser(ArgumentParser):
@@ -71,6 +74,9 @@ class Parser(ArgumentParser):
         self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Where a subcommand goes, no word at all and the word `help` ask what there is.
+        if self._subparsers is not None and (not args or args[0] == "help"):
+            args = [*dropwhile("help".__eq__, args or ()), "--help"]
         # Each parser refuses what it does not know: the outermost one would name the wrong help.
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -90,17 +96,18 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """ ": did you mean X?", if one of the known words is like this one."""
     import difflib  # here, since it is seldom needed
 
-    like = difflib.get_close_matches(word, list(known), 1)
-    return f": did you mean {like[0]}?" if like else ""
+    lower = {each.lower(): each for each in known}
+    like = difflib.get_close_matches(word.lower(), list(lower), 1)
+    return f": did you mean {lower[like[0]]}?" if like else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        if given[:1] == ["help"]:
-            given = [*given[1:2], "--help"]
-        options = parsed(_parser(given), given or ["--help"])
+        if given[:1] == ["--"]:
+            del given[0]  # it says that a subcommand follows, which goes without saying
+        options = parsed(_parser(given), given)
     except KeyboardInterrupt:
         return 130
     return guarded(options.run, options)
@@ -130,9 +137,9 @@ def _parser(given: Sequence[str]) -> Parser:
         epilog="Begin with `ivshmem serve`: it prints what QEMU needs to be told.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"ivshmem {__version__}")
-    named = next((word for word in given if not word.startswith("-")), None)
-    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=named is not None)
-    parser.set_defaults(run=lambda _options: parser.print_help())
+    words = [word for word in given if word != "help"]
+    named = words[0] if words else None  # an option before it asks about the whole
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=named in SUBCOMMANDS)
     if named in SUBCOMMANDS:
         home = SUBCOMMANDS[named][0]
         module = __import__(f"{__name__}.{home}", fromlist=("add_to",))

@@ -66,7 +66,5 @@ def _without_control(server: str) -> Exception:
             )
     except OSError as error:
         return error
-    there = os.path.lexists(server)
-    code = errno.ECONNREFUSED if there else errno.ENOENT
-    reason = "nobody listens here" if there else "no such socket"
-    return OSError(code, f"{reason}: start the server (ivshmem serve), or give -S PATH", server)
+    code = errno.ECONNREFUSED if os.path.lexists(server) else errno.ENOENT
+    return OSError(code, sockets.CONNECT_HINTS[code], server)

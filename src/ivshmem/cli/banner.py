@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from .. import qemu
 from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
+from ..counting import counted
 from ..limits import SLOT_BYTES
 from ..plain import command, plain
 from ..service import Served, Service
@@ -42,7 +43,7 @@ def banner(service: Service, pid: int) -> str:
     }
     arguments = command([*_IVSHMEM, "qemu", "--config", service.config.source])
     return (
-        f"serving {len(regions)} regions, pid {pid}\n{_table(rows)}\n"
+        f"serving {counted(len(regions), 'region')}, pid {pid}\n{_table(rows)}\n"
         f"  QEMU:    {arguments} --region NAME\n"
         f"  libvirt: {arguments} --region NAME --libvirt"
     )
@@ -111,10 +112,10 @@ def planned(config: ServiceConfig) -> str:
 
 
 def _table(rows: Mapping[str, Iterable[str]]) -> str:
+    from .columns import table  # here: most servers have one region
+
     lines = [[plain(cell) for cell in (name, *cells)] for name, cells in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [map(str.ljust, line, widths) for line in lines]
-    return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in padded)
+    return "\n".join(f"  {line}" for line in table(lines))
 
 
 def _size(region: RegionConfig) -> str:
@@ -155,14 +156,9 @@ def _access(region: RegionConfig) -> list[str]:
 def room(directory: Directory) -> str:
     """What a directory of names takes, and has to offer."""
     taken = format_size(directory.slots * SLOT_BYTES + SLOT_BYTES)
-    return f"{directory.slots} slots in the last {taken}, from {directory.start:#x} on"
+    return f"{counted(directory.slots, 'slot')} in the last {taken}, from {directory.start:#x} on"
 
 
 def count(vectors: int) -> str:
     """How many vectors there are, in words."""
     return counted(vectors, "vector")
-
-
-def counted(number: int, what: str) -> str:
-    """How many there are of something, in words."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

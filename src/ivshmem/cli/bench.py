@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import sys
 import textwrap
 import time
@@ -21,20 +19,22 @@ from ..bench.result import Group, Result, disturbers, machine
 from ..bench.roundtrip import EndFailed
 from ..bench.sample import PERCENTILES
 from ..client import connect
+from ..counting import counted
 from ..directory import Directory
 from ..endpoint import Endpoint
 from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
 from ..protocol import MAX_VECTORS
-from . import daemon
+from . import daemon, terminal
 from .arguments import server_of
-from .columns import MARK
+from .columns import MARK, cut
 from .progress import Progress
 from .shell import Shell
 
 _COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}
 _NAME, _NUMBER, _RATIO = 32, 8, 7  # widths
 _WIDTH = 79  # of lines where no terminal says how wide it is, and of longer text in any case
-_NARROWEST = 24
+_NARROWEST = 20
+_LEAST_NAME = 9
 # Left out on a narrow terminal, in this order.
 _EXPENDABLE = ("max", "p99.9", "GB/s", "p99", "ratio")
 _NAMED = 3  # of those who disturbed, at most
@@ -261,7 +261,9 @@ def _answer(echo: Echo, options: argparse.Namespace, stopped: Callable[[], bool]
         while left != 0 and not stopped():
             if limit is not None and time.monotonic() > since + limit:
                 if not answered:
-                    raise IvshmemError(f"nobody rang vector {options.vector} for {limit:g} seconds")
+                    raise IvshmemError(
+                        f"nobody rang vector {options.vector} for {counted(limit, 'second')}"
+                    )
                 break
             done = echo.step(left)
             if done:
@@ -302,9 +304,8 @@ def _print(groups: list[Group], seconds: float, *, as_json: bool) -> None:
         }
         print(json.dumps(values))
         return
-    terminal = sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if terminal else _WIDTH
-    bold = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    columns = terminal.columns() or _WIDTH
+    bold = terminal.coloured()
     for line in _lines(groups, seconds, columns):
         print(line)
     for line in _wrapped(verdict(groups), columns):
@@ -336,7 +337,7 @@ def verdict(groups: list[Group]) -> str:
 
 def _lines(groups: list[Group], seconds: float, columns: int = _WIDTH) -> Iterator[str]:
     values = machine()
-    cores = "1 core" if values["cores"] == 1 else f"{values['cores']} cores"
+    cores = counted(values["cores"], "core")
     yield from _wrapped(
         f"{values['processor']}, {cores}, Linux {values['kernel']}, Python {values['python']},"
         f" ivshmem {values['ivshmem']}, {seconds:.1f} s",
@@ -357,16 +358,25 @@ def _lines(groups: list[Group], seconds: float, columns: int = _WIDTH) -> Iterat
 def _table(group: Group, columns: int) -> Iterator[str]:
     sized = any(result.size for _, result in group.results)
     compared = any(yardstick for yardstick, _ in group.results)
+    # p50 is always shown; beside it a name has the room that is left.
+    room = max(min(_NAME, columns - _NUMBER - len(more := f"  {MARK}")), _LEAST_NAME)
     numbers = [*_COLUMNS, *(["ratio"] if compared else []), *(["GB/s"] if sized else [])]
-    more = ""
+    marked = False
     for name in _EXPENDABLE:
-        if _NAME + sum(map(_width_of, numbers)) + len(more) > columns and name in numbers:
+        needed = _NAME + sum(map(_width_of, numbers)) + (len(more) if marked else 0)
+        if needed > columns and name in numbers:
             numbers.remove(name)
-            more = f"  {MARK}"
-    titles = [f"{group.title:<{_NAME}}", *(f"{name:>{_width_of(name)}}" for name in numbers)]
-    yield "".join(titles).rstrip() + more if group.results else group.title
+            marked = True
+    titles = [
+        f"{cut(group.title, room):<{room}}",
+        *(f"{name:>{_width_of(name)}}" for name in numbers),
+    ]
+    if group.results:
+        yield "".join(titles).rstrip() + (more if marked else "")
+    else:
+        yield cut(group.title, max(columns, _NARROWEST))
     for yardstick, result in group.results:
-        yield _row(yardstick, result, numbers)
+        yield _row(yardstick, result, numbers, room)
     if group.note:
         yield from _wrapped(f"not here: {group.note}", columns, "  ")
 
@@ -375,7 +385,7 @@ def _width_of(number: str) -> int:
     return _NUMBER if number in _COLUMNS else _RATIO
 
 
-def _row(yardstick: Result | None, result: Result, numbers: list[str]) -> str:
+def _row(yardstick: Result | None, result: Result, numbers: list[str], room: int) -> str:
     sample = result.sample()
     summary = sample.summary()
     mark = "*" if result.spoilt else " "
@@ -386,7 +396,7 @@ def _row(yardstick: Result | None, result: Result, numbers: list[str]) -> str:
     cells["ratio"] = "1" if yardstick is None else _three_digits(result.ratio(yardstick))
     cells["GB/s"] = _three_digits(result.size / max(summary["p50"], 1)) if result.size else ""
     shown = "".join(f"{cells[name]:>{_width_of(name)}}" for name in numbers)
-    return f"{mark} {result.what:<{_NAME - 2}}{shown}".rstrip()
+    return f"{mark} {cut(result.what, room - 2):<{room - 2}}{shown}".rstrip()
 
 
 def _three_digits(value: float) -> str:

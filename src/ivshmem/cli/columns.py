@@ -8,34 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-MARK = ">"  # at the end of a head whose table has more columns than are shown
-_LEAST = 24  # columns that a paragraph gets in any case
+MARK = ">"  # at the end of a line, or of a table's head: there is more than is shown
 
 
 def width(text: str) -> int:
     """Return the columns of a text that is plain (see plain.py): wide characters take two."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import category, east_asian_width
 
+    # Not all that takes no column has a combining class: vowel signs of Thai have none, for one.
     return sum(
-        0 if combining(character) else 2 if east_asian_width(character) in "WF" else 1
+        0
+        if category(character) in ("Mn", "Me") or "\u1160" <= character <= "\u11ff"
+        else 2
+        if east_asian_width(character) in "WF"
+        else 1
         for character in text
     )
 
 
 def cut(text: str, columns: int) -> str:
-    """Return as much of a text as fits."""
+    """Return as much of a text as fits, with a mark at its end if that is not all."""
     if width(text) <= columns:
         return text
-    while width(text) > columns:
+    while text and width(text) > columns - len(MARK):
         text = text[:-1]
-    return text
+    return f"{text}{MARK}"[: max(columns, 0)]
 
 
 def wrapped(text: str, columns: int) -> list[str]:
     """Return a text as lines, broken between words; a word that is too long stays whole."""
-    columns = max(columns, _LEAST)
     lines = [""]
     for word in text.split(" "):
         line = f"{lines[-1]} {word}" if lines[-1] else word

@@ -10,7 +10,7 @@ import argparse
 import os
 from functools import partial
 
-from .. import runtime
+from .. import __version__, runtime
 from ..limits import DEFAULT_SIZE
 from . import Parser, guarded, parsed
 from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " the background; `ivshmem serve` has more to offer.",
         allow_abbrev=False,
     )
+    parser.add_argument("-V", "--version", action="version", version=f"ivshmem {__version__}")
     parser.add_argument("-v", action="store_true", dest="verbose", help="tell of joins and leaves")
     parser.add_argument("-F", action="store_true", dest="foreground", help="stay in the foreground")
     parser.add_argument(

@@ -9,6 +9,7 @@ import time
 
 from .. import sockets
 from ..client import connect
+from ..counting import counted
 from .arguments import OF_THE_SERVER, server_of, vectors
 from .shell import ClientShell
 
@@ -88,7 +89,9 @@ def _find(options: argparse.Namespace, timeout: float | None) -> str:
         except FileNotFoundError as error:
             failure = error
         time.sleep(pause)
-    raise TimeoutError(failure.errno, f"waited for {timeout:g} seconds: {failure.strerror}")
+    raise TimeoutError(
+        failure.errno, f"waited for {counted(timeout or 0, 'second')}: {failure.strerror}"
+    )
 
 
 def _edit_lines(shell: ClientShell) -> None:

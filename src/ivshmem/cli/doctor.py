@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
 from .. import doctor, runtime
+from ..counting import counted
+from . import terminal
 from .arguments import OF_THE_SERVER, add_accept_owner, is_name
-from .banner import counted
 from .columns import wrapped
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
 _NAME_WIDTH = 19  # of the longest name of a check
 _INDENT = 2 + 4 + 2 + _NAME_WIDTH + 2  # columns before what was found
+_NARROW_INDENT = 4
+_LEAST = 24  # columns that a paragraph gets beside a name
+_ANY = 1 << 20  # columns of what is no terminal
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -108,9 +109,11 @@ def _print_json(side: str, checks: Iterator[doctor.Check]) -> int:
 
 
 def _print(side: str, checks: Iterator[doctor.Check]) -> int:
-    terminal = sys.stdout.isatty()
-    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    columns = shutil.get_terminal_size().columns if terminal else 0
+    colour = terminal.coloured()
+    columns = terminal.columns()
+    # On a narrow terminal what was found stands below the check's name, not beside it.
+    beside = columns is None or columns >= _INDENT + _LEAST
+    indent = _INDENT if beside else _NARROW_INDENT
     subject: str | None = None
     states: Counter[str] = Counter()
     for check in checks:
@@ -120,17 +123,19 @@ def _print(side: str, checks: Iterator[doctor.Check]) -> int:
         mark = f"{_MARKS[check.state]:<4}"
         if colour:
             mark = f"\033[{_COLOURS[check.state]}m{mark}\033[0m"
-        found = wrapped(check.found, columns - _INDENT) if columns else [check.found]
-        print(f"  {mark}  {check.name:<{_NAME_WIDTH}}  {found[0]}")
-        for line in found[1:]:
-            print(f"{'':<{_INDENT}}{line}")
+        found = [check.found] if columns is None else wrapped(check.found, columns - indent)
+        first = f"  {found.pop(0)}" if beside else ""
+        print(f"  {mark}  {f'{check.name:<{_NAME_WIDTH}}' if beside else check.name}{first}")
+        for line in found:
+            print(f"{'':<{indent}}{line}")
         if check.fix:
             # Never wrapped: it is one line to paste. The indent goes where it would be split.
-            narrow = columns and len(check.fix) > columns - _INDENT - len("fix: ")
-            print(f"{'':<{2 if narrow else _INDENT}}fix: {check.fix}")
-        sys.stdout.flush()
+            long = columns is not None and len(check.fix) > columns - indent - len("fix: ")
+            print(f"{'':<{2 if long else indent}}fix: {check.fix}")
+        print(end="", flush=True)
         states[check.state] += 1
-    print(_verdict(states))
+    for line in wrapped(_verdict(states), columns or _ANY):
+        print(line)
     return 1 if states["failed"] else 0
 
 

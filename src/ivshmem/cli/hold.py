@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..counting import counted
 from ..limits import LINGER, LONGEST_LINGER
 from . import asking
 from .evict import peer_id
@@ -48,5 +49,5 @@ def run(options: argparse.Namespace) -> int:
     """Ask for it, and wait until the peer has read all."""
     with asking.connect(options) as client:
         client.hold(options.id, linger=options.seconds, region=options.region)
-    print(f"peer {options.id} is sent no news for {options.seconds:g} seconds")
+    print(f"peer {options.id} is sent no news for {counted(options.seconds, 'second')}")
     return 0

@@ -26,7 +26,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "save",
         description="Write a region's bytes to a file, which is replaced only when the new one is"
         " whole; only its owner can read it. Pages of zeros take no space. What peers write"
-        " meanwhile is saved or not: stop them first if that matters.",
+        " during that is saved or not: stop them first if that matters.",
     )
     _add_place(save)
     save.add_argument("--compress", action="store_true", help="by zlib")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from .. import _fds, notify, snapshots, store
 from ..config import ServiceConfig
+from ..counting import counted
 from ..journal import Journal, JournalError
 from ..service import Service
 from ..sockets import Listener
 from ..uncopied import Uncopied
-from .banner import counted
 from .succession import Past, stored_past
 
 _log = logging.getLogger("ivshmem.serve")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from .. import migration
+from ..counting import counted
 from ..migration import Member, Options, Plan, Refused, Step, Vm, groupfile
 from ..migration.discovery import Controls
 from ..plain import plain
@@ -117,7 +118,9 @@ def describe(plan: Plan) -> list[str]:
 
 def _member(member: Member, role: str) -> str:
     device = member.device
-    kind = f"doorbell, {device.vectors} vectors" if device.kind == "doorbell" else "plain"
+    kind = (
+        f"doorbell, {counted(device.vectors, 'vector')}" if device.kind == "doorbell" else "plain"
+    )
     return f"  {member.vm}: {device.name} ({kind}) at {device.bus_name} {device.slot}: {role}"
 
 

@@ -20,6 +20,7 @@ import time
 from collections import deque
 
 from .. import keeper, logs
+from ..counting import counted
 from ..plain import paragraph, plain
 from ..uncopied import Uncopied
 
@@ -166,7 +167,7 @@ def say_as(form: str, text: str) -> None:
 
 def tell_peer(news: News, verb: str, peer: Peer, region: str = "") -> None:
     """Say that a peer "joined" or "left"; `region`: which one, where there are several."""
-    vectors = "1 vector" if peer.vectors == 1 else f"{peer.vectors} vectors"
+    vectors = counted(peer.vectors, "vector")
     where = f"{region}: " if region else ""
     stayed = None if verb == "joined" else round(time.time() - peer.since, 3)
     news.tell(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from .. import control
+from ..counting import counted
 from ..plain import NAME, plain
 from ..qemu.processes import guest_of
 from ..sizes import format_size
@@ -25,6 +26,7 @@ HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STAT
 _RIGHT = {0, 1, 2, 6}  # columns of numbers
 # Left out on a narrow terminal, in this order: VECTORS, FOR, UID, INTERRUPTS, PROCESS, PID.
 _EXPENDABLE = (6, 5, 2, 8, 3, 1)
+_COUNTED = ("join", "leave", "message")  # since the start, each under its plural
 _MOST_NAMES = 3
 _MOST_CALLED = 4 * NAME  # characters of a guest and its names
 _MOST_INTERRUPTS = 8
@@ -75,7 +77,7 @@ def server_line(server: Status) -> str:
 def region_line(region: Status) -> str:
     """What is served, and where."""
     where = " ".join(filter(None, (region["source"], region["memory"])))
-    vectors = "1 vector" if region["vectors"] == 1 else f"{region['vectors']} vectors"
+    vectors = counted(region["vectors"], "vector")
     return (
         f"region {region['name']}: {format_size(region['size'])} ({where}), {vectors}, on"
         f" {region['socket']}{_LOST.get(region.get('memory_leads_to', ''), '')}"
@@ -85,15 +87,13 @@ def region_line(region: Status) -> str:
 def counts_line(region: Status) -> str:
     """How many there are, and what there was since the start."""
     counts = region["counts"]
-    since = ", ".join(
-        f"{counts.get(name, 0)} {name}" for name in ("joins", "leaves", "messages", "refused")
-    )
+    since = ", ".join(counted(counts.get(f"{what}s", 0), what) for what in _COUNTED)
+    since += f", {counts.get('refused', 0)} refused"
     return f"{number_of_peers(region)}; since the start {since}"
 
 
 def number_of_peers(region: Status) -> str:
-    peers = len(region["peers"])
-    return "1 peer" if peers == 1 else f"{peers} peers"
+    return counted(len(region["peers"]), "peer")
 
 
 def peer_row(peer: Status, now: float) -> list[str]:
@@ -153,7 +153,7 @@ def _state(peer: Status, now: float) -> str:
         until = peer["held_until"]
         parts.append("held" if until is None else f"held for {duration(until - now)}")
     if peer.get("leaves_held"):
-        parts.append(f"{peer['leaves_held']} leaves held back")
+        parts.append(f"{counted(peer['leaves_held'], 'leave')} held back")
     return ", ".join(parts) or "told all"
 
 

@@ -19,6 +19,7 @@ from functools import partial
 
 from .. import _fds, control, keeper, logs, snapshots
 from ..config import ServiceConfig
+from ..counting import counted
 from ..engine import Peer
 from ..errors import IvshmemError
 from ..journal import Journal
@@ -407,9 +408,9 @@ def _tell_fd_limit(config: ServiceConfig) -> None:
     peers = free // (1 + vectors)
     _log.log(
         logging.WARNING if peers < _FEW_PEERS else logging.DEBUG,
-        "RLIMIT_NOFILE is %d: enough for about %d peers of %s",
+        "RLIMIT_NOFILE is %d: enough for about %s of %s",
         limit,
-        peers,
+        counted(peers, "peer"),
         count(vectors),
         extra=logs.fields("limit", limit=limit, peers=peers, vectors=vectors),
     )

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 from .._core import Interrupt
 from ..client import Client
+from ..counting import counted
 from ..directory import Directory
 from ..endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError, NoDirectory
 from ..plain import plain
 from ..sizes import format_size, parse_size
+from . import suggestion
 from .banner import count
 
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
@@ -101,7 +103,8 @@ class Shell(cmd.Cmd):
         word = line.split()[0]
         if word == "EOF":
             word = "an end of file"
-        raise CommandError(f"no command {word!r}: help lists them")
+        known = (name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
+        raise CommandError(f"no command {word!r}{suggestion(word, known) or ': help lists them'}")
 
     def _tell(self, text: str, **values: Any) -> None:
         print(json_module.dumps(values) if self.json else text, flush=True)
@@ -218,7 +221,7 @@ class Shell(cmd.Cmd):
         for peer, vector in doorbells:
             self.endpoint.ring(peer, vector)
             total += 1
-        self._tell(f"rang {total} doorbell{'' if total == 1 else 's'}", rang=total)
+        self._tell(f"rang {counted(total, 'doorbell')}", rang=total)
 
     def do_wait(self, rest: str) -> None:
         """wait [VECTOR|any [SECONDS]]: wait for an interrupt; fails when the time is over."""
@@ -231,7 +234,7 @@ class Shell(cmd.Cmd):
             rings = self.endpoint.wait(vector, timeout)
             event = Interrupt(vector, rings) if rings else None
         if event is None:
-            raise CommandError(f"no interrupt within {timeout:g} seconds")
+            raise CommandError(f"no interrupt within {counted(timeout or 0, 'second')}")
         self._show_interrupt(event)
 
     # -- memory -----------------------------------------------------------------------------------
@@ -270,7 +273,9 @@ class Shell(cmd.Cmd):
             raise CommandError("the memory is mapped for reading only")
         with memoryview(self.endpoint.region) as memory:
             memory[start : start + len(data)] = data
-        self._tell(f"wrote {len(data)} bytes at {start:#x}", wrote=len(data), address=start)
+        self._tell(
+            f"wrote {counted(len(data), 'byte')} at {start:#x}", wrote=len(data), address=start
+        )
 
     def do_hexdump(self, rest: str) -> None:
         """hexdump [ADDRESS [LENGTH]]: bytes and characters, 256 from the start if not told."""
@@ -292,7 +297,9 @@ class Shell(cmd.Cmd):
         start = parse_size(address)
         size = self.endpoint.region.size
         if start + length > size:
-            raise CommandError(f"{start:#x} + {length} bytes is beyond the region of {size} bytes")
+            raise CommandError(
+                f"{start:#x} + {counted(length, 'byte')} is beyond the region of {size} bytes"
+            )
         return start
 
     def _bytes(self, address: str, length: int) -> bytes:

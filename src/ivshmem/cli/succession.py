@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from .. import control, handover, keeper, logs, snapshots, sockets, store
 from ..answering import Caller
 from ..config import ConfigError, RegionConfig, ServiceConfig
+from ..counting import counted
 from ..journal import Journal
 from ..service import Find, Service
 from .supervising import Kept
@@ -56,7 +57,7 @@ class Past:
             service.take_stray(fd)
         peers = sum(len(served.server.peers) for served in service.regions.values())
         told = logs.fields("takeover", pid=os.getpid(), reason=self.end)
-        _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
+        _log.warning("pid %d goes on with %s", os.getpid(), counted(peers, "peer"), extra=told)
         try:
             wanted = self._wanted(service)
             changes = [] if wanted is None else service.change(wanted)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import openers, qemu, runtime
+from ..counting import counted
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
 from ..guest.device import Access, GuestDevice, best_way, open_device
@@ -371,9 +372,11 @@ class DeviceSteps:
             return skipped("not opened")
         total, silent = self._vectors, self._silent
         if not silent:
-            return ok(f"{total} of {total} vectors")
+            return ok(f"{total} of {counted(total, 'vector')}")
         heard = total - len(silent)
-        what = f"{heard} of {total} vectors: nothing on {', '.join(map(str, silent[:8]))}"
+        what = (
+            f"{heard} of {counted(total, 'vector')}: nothing on {', '.join(map(str, silent[:8]))}"
+        )
         if heard and silent == list(range(heard, total)):
             # A server gives the same number to everybody; QEMU leaves the rest unconnected.
             return failed(

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..counting import counted
 from ..sizes import format_size, parse_size
 from . import access
 from .check import Check, Finding, Step, as_root, failed, ok, run, skipped, warning
@@ -144,7 +145,7 @@ class HostSteps:
                 check=False,
             ).stdout
         except subprocess.TimeoutExpired:
-            raise TimeoutError(None, f"no answer in {_SECONDS:g} seconds") from None
+            raise TimeoutError(None, f"no answer in {counted(_SECONDS, 'second')}") from None
 
     # -- limits -----------------------------------------------------------------------------------
 
@@ -170,7 +171,8 @@ class HostSteps:
         peers, number = self.answer["peers"] + 1, self.answer["vectors"]
         needed = peers * number + _QEMU_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        what = f"QEMU opens {needed} with {peers} peers of {number} vectors, {soft} are allowed"
+        who = f"{counted(peers, 'peer')} of {counted(number, 'vector')}"
+        what = f"QEMU opens {needed} with {who}, {soft} are allowed"
         if soft not in range(needed):
             return ok(what)
         if hard in range(needed):

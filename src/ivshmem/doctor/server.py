@@ -18,6 +18,7 @@ import stat
 from dataclasses import replace
 
 from .. import control, sockets
+from ..counting import counted
 from ..pages import PAGE
 from ..plain import NAME, plain, quoted
 from ..shapes import Misshapen
@@ -128,8 +129,8 @@ class ServerSteps:
         except Misshapen:
             return self._stranger(who, said, join)
         size, vectors, peers = (answer[key] for key in ("size", "vectors", "peers"))
-        what = f"{who}: {format_size(size)}, {_counted(vectors, 'vector')},"
-        what += f" {_counted(peers, 'peer')}"
+        what = f"{who}: {format_size(size)}, {counted(vectors, 'vector')},"
+        what += f" {counted(peers, 'peer')}"
         if self.wishes.size and size != parse_size(self.wishes.size):
             return failed(f"{what}, not the {self.wishes.size} asked for", self._beside())
         if self.wishes.hugepages and answer["page_size"] == PAGE:
@@ -159,10 +160,6 @@ class ServerSteps:
     def _beside(self) -> str:
         """The command that serves what is wished for at a path that is free."""
         return replace(self.wishes, socket=access.free_beside(self.socket)).serve()
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _may_be_ours(holder: holders.Holder) -> bool:

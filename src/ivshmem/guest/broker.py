@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from .. import _core, _fds, sockets
+from ..counting import counted
 from ..directory import Directory
 from ..endpoint import Endpoint
 from ..engine import Peer
@@ -131,7 +132,9 @@ class Broker(Server):
         published = self._published()
         room = max(_BELLS // max(self.vectors, 1) - len(self._fixed), 1)
         if len(published) > room:
-            self._complain(f"the directory has {len(published)} peers, room is for {room}")
+            self._complain(
+                f"the directory has {counted(len(published), 'peer')}, room is for {room}"
+            )
         wanted = self._fixed.union(published[:room]) - {self._shared_id}
         self._dismiss([peer for peer in self._remote if peer not in wanted])
         for peer in sorted(wanted - self._remote.keys()):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn, TypeAlias
 
 from .. import _fds, _memory, openers, safe_files
+from ..counting import counted
 from ..endpoint import Endpoint, Event, IdChanged
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
@@ -297,8 +298,9 @@ class GuestDevice(Endpoint):
             raise NoInterrupts(_PLAIN)
         if not 0 <= peer <= MAX_ID:
             raise NoSuchPeer(f"peer {peer}: ids are 0 to {MAX_ID}")
-        there = self.device.vectors or f"at most {MAX_VECTORS}"
-        raise NoSuchVector(f"vector {vector}: the device has {there} vectors")
+        there = counted(self.device.vectors or MAX_VECTORS, "vector")
+        most = "" if self.device.vectors else "at most "
+        raise NoSuchVector(f"vector {vector}: the device has {most}{there}")
 
     def close(self) -> None:
         """Give the device back: unmap, close, restore the driver. May be called twice.
@@ -317,7 +319,7 @@ class GuestDevice(Endpoint):
         self._resources.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"id {self.id}, {self.vectors} vectors"
+        state = "closed" if self.closed else f"id {self.id}, {counted(self.vectors, 'vector')}"
         device = getattr(self, "device", None)  # a constructor that failed did not come to it
         where = f" at {device.address} by {self.access}" if isinstance(device, pci.Device) else ""
         return f"<ivshmem.guest.GuestDevice{where}, {state}>"

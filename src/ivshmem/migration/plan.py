@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from ..counting import counted
 from ..sizes import format_size
 from .model import (
     Device,
@@ -204,8 +205,8 @@ class _Planner:
             )
         if there.vectors != mine.vectors:
             yield (
-                f"{who}: it has {mine.vectors} vectors, at the destination {there.vectors}: make"
-                " them the same"
+                f"{who}: it has {counted(mine.vectors, 'vector')}, at the destination"
+                f" {there.vectors}: make them the same"
             )
         if mine.kind == "plain" and there.backend != mine.backend:
             yield (

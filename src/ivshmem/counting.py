@@ -1,0 +1,12 @@
+"""One and many, in words.
+
+Knows: English plurals as far as messages need them. Does not know: what is counted.
+"""
+
+from __future__ import annotations
+
+
+def counted(number: float, what: str) -> str:
+    """Say how many there are of something: 1 peer, 0 peers, 2.5 seconds."""
+    shown = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}" if number == 1 else f"{shown} {what}s"
