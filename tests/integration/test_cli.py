@@ -296,13 +296,24 @@ class TestServe:
             wait_until(lambda: not file.exists())
 
     def test_stdout_that_nobody_reads(self, path: str) -> None:
+        """It serves all the same, as `serve | head -1` asks for, and says so."""
         read, write = os.pipe()
         os.close(read)
         with open(write, "w") as closed:
             process = subprocess.Popen(
                 [*IVSHMEM, "serve", "-S", path], stdout=closed, stderr=subprocess.PIPE, text=True
             )
+        try:
+            assert process.stderr is not None
+            assert (
+                "serving, but nothing can be shown: stdout: broken pipe"
+                in process.stderr.readline()
+            )
+            ivshmem.connect(path, timeout=TIMEOUT).close()
+        finally:
+            process.terminate()
         _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0
         assert "Traceback" not in errors
         assert not os.path.exists(path)
 
