@@ -165,7 +165,7 @@ def test_what_is_not_a_doorbell(
                 ready.set()
                 event = client.next_event(PATIENCE)
                 assert isinstance(event, ServerLost)
-                assert "vectors" in event.reason or "is not an eventfd" in event.reason
+                assert "more than 1 vector" in event.reason or "is not an eventfd" in event.reason
                 assert client.vectors_of(7) == 0
                 with pytest.raises(ivshmem.NoSuchPeer):
                     client.ring(7)
