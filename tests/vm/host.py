@@ -3,7 +3,7 @@
 import ivshmem
 from ivshmem import qemu
 
-TIMEOUT = 60.0  # for what takes milliseconds, on a machine that may be busy with other things
+TIMEOUT = 120.0  # for what takes milliseconds, on a machine that may be busy with other things
 SLOW = 400.0  # for programs that start a dozen others: a second each in a guest on a quiet machine
 
 
