@@ -104,9 +104,9 @@ class Client(Endpoint):
         self._guess = vectors is None
         self._pid = os.getpid()
         self._session = Session(vectors)
-        self._chunks: list[_wire.Chunk] = []  # of the socket, and not taken in yet
+        self._chunks: list[_wire._Chunk] = []  # of the socket, and not taken in yet
         # What the first of them made of the framer, and the messages that it ended.
-        self._framed: tuple[_wire.Chunk | None, Framer, list[Message]] = (None, Framer(), [])
+        self._framed: tuple[_wire._Chunk | None, Framer, list[Message]] = (None, Framer(), [])
         self._unread: tuple[Message | None, bool] = (None, False)  # of a leave: was the join read?
         self._losing: str | None = None  # why the connection is over, while `_lose` is at it
         self._lock = threading.RLock()  # one thread at a time reads the socket

@@ -23,7 +23,7 @@ from ivshmem._wire import Outbox, receive
 from ivshmem.protocol import encode
 
 if TYPE_CHECKING:
-    from ivshmem._wire import Chunk
+    from ivshmem._wire import _Chunk
 
 FULL = 278  # messages in a default socket buffer; other kernels may differ, so it is only a floor
 
@@ -41,7 +41,7 @@ def events() -> Iterator[Eventfds]:
         yield fds
 
 
-def close_all(chunks: list[Chunk]) -> list[tuple[int, list[int]]]:
+def close_all(chunks: list[_Chunk]) -> list[tuple[int, list[int]]]:
     """Values and eventfd-ids; closes the descriptors."""
     found = []
     for data, fds in chunks:
@@ -216,7 +216,7 @@ def test_an_owner_takes_it_once(pair: Pair, events: Eventfds) -> None:
     ours, theirs = pair
     (a,) = events.make(1)
     send_raw(ours, 5, a)
-    into: list[Chunk] = []
+    into: list[_Chunk] = []
     chunks, _ = receive(theirs.fileno(), 10, into)
     assert chunks is into
     ((_, (fd,)),) = into
