@@ -1,6 +1,6 @@
 """One and many, in words.
 
-Knows: English plurals as far as messages need them. Does not know: what is counted.
+Knows: the regular plural of an English noun. Does not know: what is counted.
 """
 
 from __future__ import annotations

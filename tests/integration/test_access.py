@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.children import NOBODY, python
+from support.children import NOBODY, needs_root, python
 from support.mounts import huge_pages
 from support.peer import RawPeer
 from support.waiting import PATIENCE, in_child, until
@@ -23,8 +23,6 @@ from support.waiting import PATIENCE, in_child, until
 import ivshmem
 from ivshmem.access import Rules
 from ivshmem.sockets import Listener, ask, credentials
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 
 MIB = 1 << 20
 MakeServer = Callable[..., ivshmem.Server]

@@ -296,7 +296,7 @@ class TestServe:
             wait_until(lambda: not file.exists())
 
     def test_stdout_that_nobody_reads(self, path: str) -> None:
-        """It serves all the same, as `serve | head -1` asks for, and says so."""
+        """As in `serve | head -1`: the server continues to serve, and says so."""
         read, write = os.pipe()
         os.close(read)
         with open(write, "w") as closed:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.children import NOBODY, python
+from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
 from support.peer import FakeServer, RawPeer, send_raw, until_closed
 from support.running import Running
@@ -331,7 +331,7 @@ class TestWhoIsHeard:
             made.close()
         assert not os.path.exists(unstarted.path)
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+    @needs_root
     def test_another_user(self, controlled: Controlled) -> None:
         code = """
             sock = socket.socket(socket.AF_UNIX)

@@ -94,15 +94,8 @@ def no_reader(place: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def dev_full(_place: Path) -> Iterator[int]:
-    fd = os.open("/dev/full", os.O_WRONLY)
-    yield fd
-    os.close(fd)
-
-
-@contextlib.contextmanager
-def read_only(_place: Path) -> Iterator[int]:
-    fd = os.open("/dev/null", os.O_RDONLY)
+def opened(path: str, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags)
     yield fd
     os.close(fd)
 
@@ -122,8 +115,8 @@ OUTPUTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[int]]] = {
     "Ctrl-S": stopped_terminal,
     "terminal gone": gone_terminal,
     "no reader": no_reader,
-    "/dev/full": dev_full,
-    "for reading": read_only,
+    "/dev/full": lambda _: opened("/dev/full", os.O_WRONLY),
+    "for reading": lambda _: opened("/dev/null", os.O_RDONLY),
 }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.children import NOBODY, python
+from support.children import NOBODY, needs_root, python
 from support.limits import free_fds
 from support.peer import Eventfds, FakeServer, memory_fd, send_raw, until_closed
 from support.waiting import PATIENCE, Background, until
@@ -614,7 +614,7 @@ def test_path_that_cannot_be(path: str) -> None:
         assert "a socket path has at most 107 bytes, this one 108: use a shorter one" in str(error)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@needs_root
 def test_no_permission(server: Callable[..., object], socket_path: str) -> None:
     server()
     os.chmod(socket_path, 0o600)

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import IO
 
 import pytest
-from support.children import Child, python
+from support.children import Child, needs_root, python
 from support.hostile import (
     ATTACKS,
     CLEARS_NONBLOCK,
@@ -36,8 +36,6 @@ from support.waiting import PATIENCE, Background, sleeps_in_read_of, until
 import ivshmem
 from ivshmem.access import Rules
 from ivshmem.sockets import Listener
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 
 VECTORS = 2
 SIZE = 64 * 1024

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.children import NOBODY
+from support.children import NOBODY, needs_root
 from support.isolated import environment
 from support.peer import RawPeer
 from support.running import Running
@@ -149,7 +149,7 @@ class TestBoundAgain:
             assert listener.astray() == ""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@needs_root
 def test_a_socket_that_this_user_may_not_connect_to(directory: Path) -> None:
     """A service manager binds it for others, and passes it to a server with a user of its own."""
     directory.chmod(0o755)

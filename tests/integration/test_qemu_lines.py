@@ -26,7 +26,7 @@ from ivshmem.plain import command
 from ivshmem.qemu import old
 
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])
-QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
+QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 # It sets up all devices, runs no guest, and ends by itself.
 START = f"{QEMU} -machine q35 -accel tcg -S -display none -nodefaults -monitor stdio"
 

@@ -4,13 +4,12 @@ served in the end, and the server does not burn the processor while it waits.
 
 from __future__ import annotations
 
-import os
 import resource
 import threading
 from contextlib import ExitStack
 
 import pytest
-from support.children import NOBODY, Child, python
+from support.children import NOBODY, Child, needs_root, python
 from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
@@ -112,7 +111,7 @@ def end(child: Child) -> str:
 
 
 @each_way
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@needs_root
 def test_too_many_descriptors_in_flight(socket_path: str, program: str) -> None:
     """Without privileges only so many may be in flight as may be open; later the rest is sent."""
     vectors, count = 1, 100  # a small buffer holds a handful of messages

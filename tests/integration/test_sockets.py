@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.children import NOBODY, python
+from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
 from support.peer import RawPeer, memory_fd
 from support.waiting import PATIENCE, in_child, until
@@ -24,8 +24,6 @@ from support.waiting import PATIENCE, in_child, until
 import ivshmem
 from ivshmem import Server
 from ivshmem.sockets import Listener, check_path, credentials, is_live
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 
 SERVE = """
     import sys, ivshmem

@@ -12,9 +12,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from .waiting import PATIENCE
 
 NOBODY = 65534
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 
 _BECOME = """\
 import ctypes, fcntl, logging, mmap, os, resource, selectors, signal, socket, struct, sys

@@ -30,7 +30,7 @@ def mounted(kind: str, options: str) -> Iterator[Path]:
 def huge_pages(size: int, count: int) -> Iterator[int]:
     """Reserve `count` more pages of `size` bytes; yields how many of them there are.
 
-    Other programs may reserve some during that: what is put back is the difference.
+    Other programs may reserve pages at the same time, so only the difference is put back.
     """
     knob = HUGE / f"hugepages-{size // 1024}kB" / "nr_hugepages"
     if not knob.exists():

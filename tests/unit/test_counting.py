@@ -42,7 +42,7 @@ def test_reprs(tmp_path: Path) -> None:
             client.ring(0, 1)
 
 
-# In an f-string: what is in the braces, and the noun behind them.
+# In an f-string: the expression in the braces, and the noun after them.
 _PLURAL = re.compile(
     r"\{([^{}]*)\} (vectors|peers|joins|leaves|slots|regions|descriptors|doorbells|ids)\b"
 )

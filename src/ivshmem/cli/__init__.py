@@ -120,12 +120,10 @@ def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
         try:
             return parser.parse_args(arguments)
         except SystemExit:
-            _drop(sys.stdout)
-            _drop(sys.stderr)
+            _drop_output()
             raise
     except KeyboardInterrupt:  # perhaps while the help waited for its reader
-        _lose(sys.stdout)
-        _lose(sys.stderr)
+        _lose_output()
         raise SystemExit(130) from None
 
 
@@ -168,8 +166,7 @@ def guarded(run: Callable[..., int | None], *arguments: object) -> int:
     try:
         return _guarded(run, *arguments)
     except KeyboardInterrupt:  # while an error waited for its reader
-        _lose(sys.stdout)
-        _lose(sys.stderr)
+        _lose_output()
         return 130
 
 
@@ -185,29 +182,32 @@ def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
         status = 1  # the reader of our output has seen enough
     except KeyboardInterrupt:
         status = 130
-        _lose(sys.stdout)
-        _lose(sys.stderr)
+        _lose_output()
     except SystemExit:  # by a signal
-        _lose(sys.stdout)
-        _lose(sys.stderr)
+        _lose_output()
         raise
     except (IvshmemError, OSError, ValueError, OverflowError) as error:
         status = fail(error)
-    _drop(sys.stdout)
-    _drop(sys.stderr)
+    _drop_output()
     return int(status or 0)
 
 
-def _drop(stream: Any) -> None:
+def _drop_output() -> None:
     """Lose what cannot be written: at its exit Python would try it again, and complain."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _lose(stream)
+
+
+def _lose_output() -> None:
+    """Lose what was not written yet, so that the exit waits for no reader."""
+    for stream in (sys.stdout, sys.stderr):
         _lose(stream)
 
 
 def _lose(stream: Any) -> None:
-    """Lose what was not written yet, so that the exit waits for no reader."""
     with contextlib.suppress(OSError, ValueError):
         fd = stream.fileno()  # first: what stands for a stream may have none
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -36,7 +36,7 @@ def banner(service: Service, pid: int) -> str:
         name: [
             format_size(served.region.size),
             served.region.source + (f" {served.region.name}" if served.region.name else ""),
-            count(served.server.vectors),
+            counted(served.server.vectors, "vector"),
             served.listener.path,
         ]
         for name, served in regions.items()
@@ -56,8 +56,8 @@ def _whole(served: Served, several: bool, pid: int) -> str:
     xml = qemu.libvirt_doorbell(server.path, server.vectors)
     return (
         f"{f'{served.name}: ' if several else ''}serving {format_size(region.size)}"
-        f" ({where}, in pages of {format_size(region.page_size)}) with {count(server.vectors)}"
-        f" on {plain(server.path)}, pid {pid}\n"
+        f" ({where}, in pages of {format_size(region.page_size)})"
+        f" with {counted(server.vectors, 'vector')} on {plain(server.path)}, pid {pid}\n"
         f"  QEMU:    {qemu.shell_lines(qemu.doorbell(server.path, server.vectors), _INDENT)}\n"
         f"  libvirt: {xml.replace('><', f'>{chr(10)}{_INDENT}<')}\n"
         f"{_for_libvirt(served)}"
@@ -95,7 +95,7 @@ def planned(config: ServiceConfig) -> str:
         name: [
             _size(region),
             _memory(region),
-            count(region.vectors),
+            counted(region.vectors, "vector"),
             region.socket,
             ", ".join(_access(region)) or "whoever may open the socket",
         ]
@@ -157,8 +157,3 @@ def room(directory: Directory) -> str:
     """What a directory of names takes, and has to offer."""
     taken = format_size(directory.slots * SLOT_BYTES + SLOT_BYTES)
     return f"{counted(directory.slots, 'slot')} in the last {taken}, from {directory.start:#x} on"
-
-
-def count(vectors: int) -> str:
-    """How many vectors there are, in words."""
-    return counted(vectors, "vector")

@@ -21,7 +21,7 @@ _NAME_WIDTH = 19  # of the longest name of a check
 _INDENT = 2 + 4 + 2 + _NAME_WIDTH + 2  # columns before what was found
 _NARROW_INDENT = 4
 _LEAST = 24  # columns that a paragraph gets beside a name
-_ANY = 1 << 20  # columns of what is no terminal
+_UNLIMITED = 1 << 20  # columns, where standard output is not a terminal
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -110,9 +110,9 @@ def _print_json(side: str, checks: Iterator[doctor.Check]) -> int:
 
 def _print(side: str, checks: Iterator[doctor.Check]) -> int:
     colour = terminal.coloured()
-    columns = terminal.columns()
+    columns = terminal.columns() or _UNLIMITED
     # On a narrow terminal what was found stands below the check's name, not beside it.
-    beside = columns is None or columns >= _INDENT + _LEAST
+    beside = columns >= _INDENT + _LEAST
     indent = _INDENT if beside else _NARROW_INDENT
     subject: str | None = None
     states: Counter[str] = Counter()
@@ -123,18 +123,18 @@ def _print(side: str, checks: Iterator[doctor.Check]) -> int:
         mark = f"{_MARKS[check.state]:<4}"
         if colour:
             mark = f"\033[{_COLOURS[check.state]}m{mark}\033[0m"
-        found = [check.found] if columns is None else wrapped(check.found, columns - indent)
+        found = wrapped(check.found, columns - indent)
         first = f"  {found.pop(0)}" if beside else ""
         print(f"  {mark}  {f'{check.name:<{_NAME_WIDTH}}' if beside else check.name}{first}")
         for line in found:
             print(f"{'':<{indent}}{line}")
         if check.fix:
             # Never wrapped: it is one line to paste. The indent goes where it would be split.
-            long = columns is not None and len(check.fix) > columns - indent - len("fix: ")
+            long = len(check.fix) > columns - indent - len("fix: ")
             print(f"{'':<{2 if long else indent}}fix: {check.fix}")
         print(end="", flush=True)
         states[check.state] += 1
-    for line in wrapped(_verdict(states), columns or _ANY):
+    for line in wrapped(_verdict(states), columns):
         print(line)
     return 1 if states["failed"] else 0
 

@@ -14,13 +14,13 @@ from dataclasses import asdict
 from functools import partial
 
 from .. import guest, runtime, sockets
+from ..counting import counted
 from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..guest.device import RESOURCE
 from ..protocol import MAX_ID
 from ..sizes import format_size, parse_size
 from . import daemon, guarded
-from .banner import count
 from .news import News, show, tell_peer
 from .shell import Shell
 
@@ -167,7 +167,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _described(device: guest.Device) -> dict[str, str]:
-    vectors = "? vectors" if device.vectors is None else count(device.vectors)
+    vectors = "? vectors" if device.vectors is None else counted(device.vectors, "vector")
     group = "no IOMMU group" if device.iommu_group is None else f"IOMMU group {device.iommu_group}"
     if device.noiommu_group is not None:
         group = f"no IOMMU (vfio's group {device.noiommu_group})"
@@ -185,7 +185,7 @@ def _info(options: argparse.Namespace) -> int:
         bits = pci.command(device.device)
         try:
             device.fileno()
-            interrupts = count(device.vectors)
+            interrupts = counted(device.vectors, "vector")
         except NoInterrupts as error:
             interrupts = str(error)
         values = {
@@ -316,7 +316,7 @@ def _banner(broker: guest.Broker, device: guest.GuestDevice) -> str:
     whom = ", ".join(map(str, broker.remote)) or "nobody yet (--peers, or a directory of names)"
     return (
         f"sharing {device.device.address}, id {device.id}, {format_size(device.region.size)},"
-        f" {count(device.vectors)}, on {broker.path}, pid {os.getpid()}\n"
+        f" {counted(device.vectors, 'vector')}, on {broker.path}, pid {os.getpid()}\n"
         f"  clients can ring: {whom}"
     )
 

@@ -28,7 +28,7 @@ from ..service import Service
 from ..sockets import Listener
 from . import daemon, one_line
 from .arguments import check_no_region, region_of
-from .banner import banner, count, planned
+from .banner import banner, planned
 from .managed import Manager, keeping, telling
 from .news import News, say_as, show, tell_peer
 from .obstacles import obstacles
@@ -294,7 +294,7 @@ def _serve(
                 try:
                     show(banner(service, kept.parent if kept else os.getpid()))
                 except OSError as error:
-                    # A full disk, or a terminal that is gone, is no reason to leave guests alone.
+                    # The server serves also if stdout is a full disk or a terminal that is gone.
                     if past is None:
                         _log.warning(
                             "serving, but nothing can be shown: stdout: %s", one_line(error)
@@ -411,6 +411,6 @@ def _tell_fd_limit(config: ServiceConfig) -> None:
         "RLIMIT_NOFILE is %d: enough for about %s of %s",
         limit,
         counted(peers, "peer"),
-        count(vectors),
+        counted(vectors, "vector"),
         extra=logs.fields("limit", limit=limit, peers=peers, vectors=vectors),
     )

@@ -23,7 +23,6 @@ from ..errors import ClosedError, IvshmemError, NoDirectory
 from ..plain import plain
 from ..sizes import format_size, parse_size
 from . import suggestion
-from .banner import count
 
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 
@@ -86,7 +85,9 @@ class Shell(cmd.Cmd):
     def greeting(self) -> str:
         """Who one is here, and what is shared."""
         end = self.endpoint
-        return f"id {end.id}, {count(end.vectors)}; region {format_size(end.region.size)}"
+        return (
+            f"id {end.id}, {counted(end.vectors, 'vector')}; region {format_size(end.region.size)}"
+        )
 
     def _ask(self) -> bool:
         try:
@@ -354,13 +355,13 @@ class ClientShell(Shell):
         peers = client.peers
         info = client.region.info()
         lines = [
-            f"id {client.id}, {count(client.vectors)}",
+            f"id {client.id}, {counted(client.vectors, 'vector')}",
             f"region {format_size(info.size)}, {format_size(info.resident)} in memory"
             + (", sealed" if info.sealed else "")
             + (", read-only" if info.readonly else ""),
             f"server {plain(client.path)}" + ("" if client.connected else " (lost)"),
         ]
-        lines += [f"peer {peer}, {count(self.vectors_of(peer))}" for peer in peers]
+        lines += [f"peer {peer}, {counted(self.vectors_of(peer), 'vector')}" for peer in peers]
         self._tell(
             "\n".join(lines),
             id=client.id,
