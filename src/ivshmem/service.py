@@ -452,7 +452,7 @@ class Service(Loop):
         here, shared = find(record.listener), find(record.memory)
         listener = self._listeners.pop(config.socket, None)
         if listener is None and here is not None:
-            listener = Listener.adopt(here, unlink=record.unlinks, file=record.file)
+            listener = Listener.adopt(here, unlink=record.unlinks, file=record.file, begin=True)
         elif listener is not None and here not in (None, listener.socket.fileno()):
             os.close(here)  # a copy of it
             closed.add(here)

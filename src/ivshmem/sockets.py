@@ -165,7 +165,14 @@ class Listener(Uncopied):
             raise
 
     @classmethod
-    def adopt(cls, fd: int, *, unlink: bool = False, file: Iterable[int] | None = None) -> Listener:
+    def adopt(
+        cls,
+        fd: int,
+        *,
+        unlink: bool = False,
+        file: Iterable[int] | None = None,
+        begin: bool = False,
+    ) -> Listener:
         """Take over a listening socket, and own `fd`, also when this fails.
 
         It was inherited, from systemd for instance, or handed over by another server.
@@ -173,13 +180,15 @@ class Listener(Uncopied):
         Args:
             unlink: remove its path at the end; otherwise whoever made it does.
             file: what the former owner knew by that name, see `file`; None: what is there now.
+            begin: listen on one that is bound and does not listen yet, because its former owner was
+                killed in between.
 
         Raises:
             OSError: it is no listening Unix stream socket.
         """
         self = cls.__new__(cls)
         self._pid = os.getpid()
-        self.socket = _adopted(fd)
+        self.socket = _adopted(fd, begin)
         self.path = _path_of(self.socket)
         self.unlinks = unlink
         self._file = None if file is None else _pair(file)
@@ -377,7 +386,7 @@ def _permit_hint(error: OSError, uid: int, gid: int) -> str:
     return error.strerror or "permissions cannot be set"
 
 
-def _adopted(fd: int) -> socket.socket:
+def _adopted(fd: int, begin: bool) -> socket.socket:
     """The listening socket that `fd` is, or an error that says what else it is; `fd` is closed."""
 
     def refuse(code: int, what: str) -> OSError:
@@ -395,6 +404,9 @@ def _adopted(fd: int) -> socket.socket:
             raise refuse(errno.EAFNOSUPPORT, "is a socket of another family")
         if sock.type != socket.SOCK_STREAM:
             raise refuse(errno.EPROTOTYPE, "is a Unix socket of another type")
+        if begin:
+            with contextlib.suppress(OSError):  # it is not bound, or is a connection
+                sock.listen(socket.SOMAXCONN)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise refuse(errno.EINVAL, "does not listen")
         sock.setblocking(False)

@@ -228,6 +228,17 @@ def run(tmp_path: Path, lives: contextlib.ExitStack, case: tuple[str, str, int])
     check(life, who, number)
 
 
+def test_killed_before_it_listens(tmp_path: Path, lives: contextlib.ExitStack) -> None:
+    """Its socket is bound and noted down; the successor has to let others connect."""
+    life = Life(tmp_path, "binding", launched=False, place="sockets.py:listen")
+    lives.callback(life.close)
+    life.arrive()
+    os.kill(life.stopped, signal.SIGKILL)
+    assert life.outcome(end_is_wanted=False) == "service"
+    life.leave()
+    assert not os.path.lexists(life.path)
+
+
 @pytest.mark.parametrize("case", FEW, ids=words)
 def test_a_signal(tmp_path: Path, lives: contextlib.ExitStack, case: tuple[str, str, int]) -> None:
     run(tmp_path, lives, case)
