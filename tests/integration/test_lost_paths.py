@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ VECTORS = 2
 
 
 class Counting(reachable.Reachable):
-    """Counts its looks."""
+    """Counts its looks, and makes none while a test has the lock."""
 
     looks = 0
+    lock = threading.Lock()
 
     def step(self) -> None:
-        super().step()
+        with self.lock:
+            super().step()
         self.looks += 1
 
 
@@ -98,8 +101,9 @@ class TestBoundAgain:
             before.set_up(VECTORS)
             number = watched.service.regions["db"].listener.socket.fileno()
             for _ in range(3):
-                os.unlink(socket_path)
-                replace(socket_path)
+                with watched.paths.lock:
+                    os.unlink(socket_path)
+                    replace(socket_path)
                 with newcomer(socket_path) as after:
                     after.set_up(VECTORS)
                     assert before.drain() > 0
@@ -120,7 +124,7 @@ class TestBoundAgain:
     def test_its_permissions(self, socket_path: str) -> None:
         with Watched(socket_path, mode=0o640):
             os.unlink(socket_path)
-            until(lambda: sockets.is_live(socket_path))
+            until(lambda: is_back(socket_path))
             assert stat.S_IMODE(os.stat(socket_path).st_mode) == 0o640
 
     def test_its_directory(self, directory: Path) -> None:
@@ -174,15 +178,16 @@ class TestLeftAlone:
         kind: str,
     ) -> None:
         path = Path(socket_path)
-        path.unlink()
-        if kind == "file":
-            path.touch()
-        elif kind == "directory":
-            path.mkdir()
-        elif kind == "fifo":
-            os.mkfifo(path)
-        else:
-            path.symlink_to("/etc/passwd")
+        with watched.paths.lock:
+            path.unlink()
+            if kind == "file":
+                path.touch()
+            elif kind == "directory":
+                path.mkdir()
+            elif kind == "fifo":
+                os.mkfifo(path)
+            else:
+                path.symlink_to("/etc/passwd")
         before = path.lstat()
         until(lambda: "nobody can connect" in caplog.text)
         assert status(socket_path)["unreachable"] == "leads to a file that is not a socket"
