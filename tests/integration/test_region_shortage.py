@@ -19,7 +19,10 @@ from ivshmem import Region, RegionError
 from ivshmem.pages import huge_page_sizes, page_size_of
 from ivshmem.sizes import format_size
 
-pytestmark = pytest.mark.skipif(not root, reason="needs root to mount and to reserve huge pages")
+pytestmark = [
+    pytest.mark.serial,  # it counts the machine's huge pages, which other tests reserve
+    pytest.mark.skipif(not root, reason="needs root to mount and to reserve huge pages"),
+]
 
 MIB, GIB = 1 << 20, 1 << 30
 
