@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.leaks import names_in
 from support.mounts import HUGE, mounted, root
 
 import ivshmem
@@ -189,11 +190,11 @@ class TestWell:
         assert checks["memory"].found == f"{path}, 1M"
 
     def test_nothing_is_changed(self, here: Host, served: ivshmem.Server) -> None:
-        before = sorted(here.directory.rglob("*")), sorted(os.listdir("/dev/shm"))
+        before = sorted(here.directory.rglob("*")), names_in()
         here.examine(name="ivshmem-doctor-none")
         here.examine(directory=str(here.directory))
         here.examine(path=str(here.directory / "none"))
-        assert (sorted(here.directory.rglob("*")), sorted(os.listdir("/dev/shm"))) == before
+        assert (sorted(here.directory.rglob("*")), names_in()) == before
 
 
 class TestProgram:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from support.children import NOBODY
+from support.leaks import names_in
 
 import ivshmem
 from ivshmem import cli, image, safe_files
@@ -363,10 +364,10 @@ def test_directory_on_the_way(
 def _judge(command: Command, path: Path, outside: Outside, directory: Path, *, fine: bool) -> None:
     own = list(path.parent.glob(f"{path.name}-own"))
     before = outside.state(), list(map(_file_state, own))
-    names = sorted(os.listdir(path.parent))
+    names = names_in(path.parent)
     status, errors = command.run(path, directory)
     assert (outside.state(), list(map(_file_state, own))) == before
-    assert sorted(os.listdir(path.parent)) == names
+    assert names_in(path.parent) == names
     if fine:
         assert (status, errors) == (0, "")
         assert path.lstat().st_uid == 0
@@ -425,7 +426,7 @@ def test_call(
     path = place(False)
     trap(path, outside)
     before = outside.state()
-    names = sorted(os.listdir(path.parent))
+    names = names_in(path.parent)
     if trap in HARMLESS.get(call.__name__, []):
         call(path)
     else:
@@ -433,7 +434,7 @@ def test_call(
             call(path)
         assert str(path) in str(caught.value)
     assert outside.state() == before
-    assert sorted(os.listdir(path.parent)) == names
+    assert names_in(path.parent) == names
 
 
 # -- at the names that drafts have, where a file cannot be made without a name ---------------------
@@ -450,13 +451,13 @@ def test_draft(
     for number in range(3):
         trap(path.with_name(f".{path.name}.ivshmem-{number}"), outside)
     before = outside.state()
-    names = sorted(os.listdir(path.parent))
+    names = names_in(path.parent)
     with ivshmem.Region.attach(path=directory / "memory") as region:
         image.save(region, path)
     assert image.check(path).size == SIZE
     assert outside.state() == before
     if trap not in (hard_link, hard_link_to_empty):  # a draft of root's, for all one can see
-        assert sorted(os.listdir(path.parent)) == names
+        assert names_in(path.parent) == names
     for each in path.parent.iterdir():
         if each != path:
             each.rmdir() if each.is_dir() and not each.is_symlink() else each.unlink()

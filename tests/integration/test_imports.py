@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.leaks import OWN
 from support.peer import RawPeer
 from support.stopping import users_environment
 from support.waiting import PATIENCE, until
@@ -72,7 +73,7 @@ TABLE = {
     ),
     "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli.serve", COSTLY_TO_SERVE),
     "ivshmem-server": (
-        [*SERVER, "-F", "-M", "ivshmem-imports", "-S", "NEW"],
+        [*SERVER, "-F", "-M", f"{OWN}imports", "-S", "NEW"],
         f"{SERVES} cli.compat",
         COSTLY_TO_SERVE,
     ),

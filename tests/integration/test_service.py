@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.leaks import names_in
 from support.peer import RawPeer
 from support.serving import Running, running
 from support.waiting import PATIENCE, until
@@ -240,7 +241,7 @@ BROKEN = ["no directory", "a live server", "no memory", "another size", "no room
 def test_all_or_nothing_at_start(make: Make, shm_name: str, how: str) -> None:
     with contextlib.ExitStack() as stack:
         bad, message = broken(make, how, stack)
-        before = set(os.listdir(SHM)), set(os.listdir(os.path.dirname(make("a").socket)))
+        before = names_in(), set(os.listdir(os.path.dirname(make("a").socket)))
         config = ServiceConfig(
             {"a": make("a", name=True), "b": make("b"), "bad": bad}, source="FILE"
         )
@@ -251,7 +252,7 @@ def test_all_or_nothing_at_start(make: Make, shm_name: str, how: str) -> None:
             assert "Errno" not in str(caught.value)
             assert isinstance(caught.value.__cause__, OSError | ValueError)
             assert not served.regions
-        after = set(os.listdir(SHM)), set(os.listdir(os.path.dirname(make("a").socket)))
+        after = names_in(), set(os.listdir(os.path.dirname(make("a").socket)))
         assert before == after
 
 
@@ -335,7 +336,7 @@ def test_nothing_is_applied_half(make: Make, how: str) -> None:
         stack.enter_context(undisturbed(a))
         stack.enter_context(undisturbed(b))
         bad, message = broken(make, how, stack)
-        before = set(os.listdir(SHM)), set(os.listdir(os.path.dirname(a.socket)))
+        before = names_in(), set(os.listdir(os.path.dirname(a.socket)))
         wanted = {  # `a` is altered, `b` is removed, `new` is added, and `bad` fails
             "a": dataclasses.replace(a, mode=0o666, deny=("all",)),
             "new": make("new", name=True),
@@ -345,7 +346,7 @@ def test_nothing_is_applied_half(make: Make, how: str) -> None:
             runs.change(ServiceConfig(wanted, source="FILE"))
         assert str(caught.value).startswith("FILE: region.bad: ")
         assert message in str(caught.value)
-        after = set(os.listdir(SHM)), set(os.listdir(os.path.dirname(a.socket)))
+        after = names_in(), set(os.listdir(os.path.dirname(a.socket)))
         assert before == after
         assert os.stat(a.socket).st_mode & 0o777 == 0o600
         assert runs.service.config == config

@@ -56,6 +56,15 @@ def shared_mappings() -> Counter[str]:
     return found
 
 
+def names_in(directory: str | os.PathLike[str] = SHM) -> list[str]:
+    """Names in a directory, in order, less those that other processes with tests have made there.
+
+    Such a name has another process's number behind its first words, as OWN has this one's.
+    """
+    others = re.compile(rf"\.?iv(?:shmem|t)\b[a-z-]*-(?!{os.getpid()}\b)\d+")
+    return sorted(name for name in os.listdir(directory) if not others.match(name))
+
+
 def _names() -> Counter[str]:
     """What this process has made in /dev/shm: such a name has the process's number in it."""
     ours = re.compile(rf"ivshmem\b.*(?<!\d){os.getpid()}(?!\d)")
