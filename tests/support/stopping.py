@@ -98,15 +98,17 @@ class Stop:
 
 
 def _environment(process: Path) -> bytes:
-    """Read a process's environment; wait for one that is in the middle of execve(2).
+    """Read a process's environment, also of one that is in the middle of execve(2).
 
-    Such a process has a program, and neither arguments nor an environment yet.
+    Such a process has a program, and no environment for some microseconds. One that still has none
+    after so many milliseconds was started without.
     """
-    while not (found := (process / "environ").read_bytes()):
-        if (process / "cmdline").read_bytes() or not os.readlink(process / "exe"):
-            break
+    for _ in range(20):
+        if found := (process / "environ").read_bytes():
+            return found
+        os.readlink(process / "exe")  # OSError: a thread of the kernel
         time.sleep(0.001)
-    return found
+    return b""
 
 
 def state(pid: int) -> str:
