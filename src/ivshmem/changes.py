@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 from .config import CHANGEABLE, RegionConfig, ServiceConfig, conflicts, places
+from .named import NamedTuple
 from .sizes import format_size, parse_size
 
 _OF_THE_SERVICE = ("control", "metrics", "log_format")
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(NamedTuple):
     """What is to be done.
 
     Attributes:
@@ -86,9 +85,9 @@ def plan(old: ServiceConfig, served: Mapping[str, RegionConfig], new: ServiceCon
 def _differences(served: RegionConfig, new: RegionConfig) -> frozenset[str]:
     """The settings of a region that are others now."""
     keys = {
-        each.name
-        for each in fields(RegionConfig)
-        if getattr(served, each.name) != getattr(new, each.name)
+        key
+        for key, before, after in zip(RegionConfig._fields, served, new, strict=True)
+        if before != after
     }
     if new.size is None or parse_size(new.size) == served.size:
         keys.discard("size")

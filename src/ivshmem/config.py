@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 
 from .access import Rules
 from .errors import IvshmemError
@@ -16,6 +16,7 @@ from .limits import DEFAULT_SIZE as DEFAULT_SIZE
 from .limits import EXISTING as EXISTING
 from .limits import LOG_FORMATS as LOG_FORMATS
 from .limits import SLOT_BYTES
+from .named import NamedTuple
 from .pages import huge_page_size
 from .region import posix_path
 from .sizes import check_size, format_size, parse_size
@@ -29,8 +30,7 @@ class ConfigError(IvshmemError, ValueError):
     """A configuration that cannot be served; nothing was done."""
 
 
-@dataclass(frozen=True)
-class RegionConfig:
+class RegionConfig(NamedTuple):
     """One region: its socket, its memory, and who may have it.
 
     Attributes:
@@ -95,8 +95,7 @@ RULES = frozenset({"allow", "deny", "readonly_for", "peers_per_uid", "joins_per_
 CHANGEABLE = RULES | {"mode", "owner", "group", "accept_owner", "keep", "hold_leaves"}
 
 
-@dataclass(frozen=True)
-class ServiceConfig:
+class ServiceConfig(NamedTuple):
     """Regions by name, and what concerns all of them.
 
     Attributes:
@@ -106,11 +105,11 @@ class ServiceConfig:
         source: the file that says so, if there is one.
     """
 
-    regions: Mapping[str, RegionConfig] = field(default_factory=dict)
+    regions: Mapping[str, RegionConfig] = MappingProxyType({})
     control: str | None = None
     metrics: str | None = None
     log_format: str = "text"
-    source: str | None = field(default=None, compare=False)
+    source: str | None = None
 
     def error(self, text: str) -> ConfigError:
         """What is wrong with it, and in which file."""
@@ -118,12 +117,13 @@ class ServiceConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All of it in what JSON can hold."""
-        return asdict(self)
+        regions = {name: region._asdict() for name, region in self.regions.items()}
+        return {**self._asdict(), "regions": regions}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ServiceConfig:
         """What `to_json` gave, also that of an older or a newer version: what is unknown goes."""
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        known = {key: values[key] for key in cls._fields if key in values}
         regions = {name: from_json(each) for name, each in known.pop("regions").items()}
         return cls(regions, **known)
 
@@ -177,10 +177,10 @@ def conflicts(config: ServiceConfig) -> list[str]:
 
 
 def from_json(values: Mapping[str, Any]) -> RegionConfig:
-    """A region's settings from what `dataclasses.asdict` and JSON made of them.
+    """A region's settings from what `_asdict` and JSON made of them.
 
     What this version does not know goes.
     """
-    known = {each.name for each in fields(RegionConfig)}
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return RegionConfig(**{k: v for k, v in {**values, **lists}.items() if k in known})
+    known = {key: values[key] for key in RegionConfig._fields if key in values}
+    lists = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+    return RegionConfig(**known | lists)

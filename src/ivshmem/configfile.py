@@ -29,7 +29,6 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from . import safe_files
@@ -325,7 +324,7 @@ _REGION: dict[str, Callable[[object], Any]] = {
     "joins_per_minute": _number(1, 1 << 31),
     "hold_leaves": _flag,
 }
-assert list(_REGION) == [each.name for each in fields(RegionConfig)]
+assert list(_REGION) == [*RegionConfig._fields]
 
 _SERVICE: dict[str, Callable[[object], Any]] = {
     "control": _socket,

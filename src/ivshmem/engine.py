@@ -34,7 +34,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 
 from . import _fds, logs, sockets
@@ -44,6 +43,7 @@ from .emulators import is_qemu
 from .errors import NoSuchPeer
 from .journal import Chapter
 from .limits import LINGER as LINGER
+from .named import NamedTuple
 from .protocol import Member, Roster
 from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
 from .uncopied import Uncopied
@@ -78,8 +78,7 @@ _SIOCOUTQ = 0x5411  # sockios.h; of a Unix socket: the memory that unread messag
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # capabilities(7): either lifts that limit
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """A peer as the server sees it.
 
     Attributes:
@@ -99,8 +98,7 @@ class Peer:
     since: float
 
 
-@dataclass(frozen=True)
-class PeerReport:
+class PeerReport(NamedTuple):
     """How a peer stands at the moment.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Tuples with named fields, made as by `typing.NamedTuple`, without an import of typing.
 
 Knows: how such a class is made. Does not know: any of them. typing would cost each start of a
-command 4 ms, and each process that waits 1.7 MiB.
+command 4 ms, and each process that waits 1.7 MiB; dataclasses (with inspect) 10 ms and 2 MiB.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ know: who serves it, other regions.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 
 from . import openers, pages, safe_files
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from .directory import Directory
 
 
-@dataclasses.dataclass
 class Opened(Uncopied):
     """What was opened for a region.
 
@@ -34,10 +32,13 @@ class Opened(Uncopied):
         directory: the names in it, if there are to be any.
     """
 
-    listener: Listener
-    region: Region
-    created: bool
-    directory: Directory | None = None
+    def __init__(
+        self, listener: Listener, region: Region, created: bool, directory: Directory | None
+    ) -> None:
+        self.listener = listener
+        self.region = region
+        self.created = created
+        self.directory = directory
 
     def close(self, *, keep: bool = False) -> None:
         """Close all of it; a POSIX name that was made here goes, unless it is to be kept.
@@ -95,7 +96,7 @@ def open_memory(config: RegionConfig) -> tuple[Region, bool]:
     """
     if config.existing == "grow" and config.name is not None:
         size = _at_least(config, parse_size(config.size or DEFAULT_SIZE))
-        config = dataclasses.replace(config, size=size, existing="attach")
+        config = config._replace(size=size, existing="attach")
     named = config.name is not None or config.file is not None
     if config.readonly or config.existing == "require":
         if not named:

@@ -20,10 +20,10 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from . import _fds, _memory, drafts, locks, pages, safe_files
 from .errors import ClosedError, RegionError
+from .named import NamedTuple
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
 from .uncopied import Uncopied
@@ -46,8 +46,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PATIENCE = 2.0  # seconds that another process may take to make a region in an empty file
 
 
-@dataclass(frozen=True)
-class RegionInfo:
+class RegionInfo(NamedTuple):
     """What a region is made of, at one moment.
 
     Attributes:

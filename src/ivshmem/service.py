@@ -15,7 +15,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
@@ -86,7 +85,7 @@ class Served(Uncopied):
             "region",
             self.number,
             self.name,
-            dataclasses.asdict(self.config),
+            self.config._asdict(),
             self.fds[0],
             self.listener.unlinks,
             self.fds[1],
@@ -345,7 +344,7 @@ class Service(Loop):
                 served.server.admit_by(gates[name])
             if "hold_leaves" in changes.altered[name]:
                 served.server.hold_leaves(region.hold_leaves)
-            self._chapter.note("config", served.number, dataclasses.asdict(region))
+            self._chapter.note("config", served.number, region._asdict())
         for name in changes.removed:
             if name in self.regions:
                 self._end(self.regions[name])
@@ -355,7 +354,7 @@ class Service(Loop):
 
     def _as_served(self) -> dict[str, RegionConfig]:
         return {
-            name: dataclasses.replace(served.config, size=served.region.size)
+            name: served.config._replace(size=served.region.size)
             for name, served in self.regions.items()
         }
 
@@ -433,8 +432,8 @@ class Service(Loop):
                 self._adopt(served)
         if not self.config.regions:
             self.config = history.config
-        self.config = dataclasses.replace(
-            self.config, regions={name: served.config for name, served in self.regions.items()}
+        self.config = self.config._replace(
+            regions={name: served.config for name, served in self.regions.items()}
         )
         if self._journal is not None:
             self._journal.rewrite(self.snapshot())

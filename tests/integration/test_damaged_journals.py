@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,7 +204,7 @@ def test_nothing_is_opened_by_a_damaged_one(told: tuple[Any, list[Any]], directo
 
 def test_an_offer_with_every_setting_wrong(told: tuple[Any, list[Any]]) -> None:
     """No setting of a region passes unchecked, also one that is added later."""
-    wrong: dict[str, Any] = {each.name: 0.5 for each in fields(RegionConfig)}
+    wrong: dict[str, Any] = dict.fromkeys(RegionConfig._fields, 0.5)
     for name, value in wrong.items():
         state = copy.deepcopy(told[0])
         state["regions"][0][0][2][name] = value

@@ -51,7 +51,14 @@ ASKS = (
     f"{OPTIONS} _fds counting accounts answering control locks logs named shapes sizes sockets"
     " uncopied cli.asking"
 )
-COSTLY_TO_SERVE = "argparse dataclasses inspect json logging socket threading traceback zlib"
+LISTENS = (
+    f"{OPTIONS} _fds _memory _wire access accounts changes config counting drafts emulators engine"
+    " journal keeper locks logs loop named notify opening openers pages protocol region replay"
+    " safe_files server service shapes sizes snapshots sockets store turns cli.daemon cli.managed"
+    " cli.news cli.serve cli.serving"
+)
+COSTLY_TO_LISTEN = "argparse json logging socket threading traceback"
+COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} zlib"
 COSTLY_TO_ASK = "argparse json socket"
 
 # The command, ivshmem's own modules, costly ones.
@@ -150,3 +157,37 @@ def test_a_server_that_is_asked_imports_nothing_more(tmp_path: Path) -> None:
         process.wait(PATIENCE)
     asked = {each for each in modules(log.read_text()) - before if each.startswith("ivshmem")}
     assert not asked
+
+
+_LISTENING = """
+import os, sys
+from ivshmem import sockets
+def listen(listener, *_):
+    os.unlink(listener.path)
+    print(*sys.modules, flush=True)
+    os._exit(0)
+sockets.Listener.listen = listen
+from ivshmem.cli import main
+main(["serve", "-S", sys.argv[1]])
+"""
+
+
+def test_a_server_imports_no_more_before_it_listens(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTENING, str(tmp_path / "socket")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=users_environment(),
+        timeout=PATIENCE,
+        check=True,
+    )
+    found = set(done.stdout.split())
+    own = {
+        each.removeprefix("ivshmem").lstrip(".") or "__init__"
+        for each in found
+        if "ivshmem" in each
+    }
+    assert own
+    assert own <= set(LISTENS.split()), f"imported, too: {sorted(own - set(LISTENS.split()))}"
+    others = {each.partition(".")[0] for each in found} & COSTLY
+    assert others <= set(COSTLY_TO_LISTEN.split()), sorted(others)

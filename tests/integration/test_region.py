@@ -5,7 +5,6 @@ Huge pages and a lack of space are test_region_shortage's.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import mmap
 import os
@@ -47,7 +46,7 @@ def test_anonymous() -> None:
     with Region.create("1M") as region:
         use(region)
         info = region.info()
-        assert dataclasses.astuple(info) == (
+        assert info == (
             MIB, PAGE, "anonymous", None, MIB, 0, False, True, None,
         )  # fmt: skip
         assert repr(region) == "<ivshmem.Region anonymous, 1M>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pwd
@@ -338,7 +337,7 @@ def test_nothing_is_applied_half(make: Make, how: str) -> None:
         bad, message = broken(make, how, stack)
         before = names_in(), set(os.listdir(os.path.dirname(a.socket)))
         wanted = {  # `a` is altered, `b` is removed, `new` is added, and `bad` fails
-            "a": dataclasses.replace(a, mode=0o666, deny=("all",)),
+            "a": a._replace(mode=0o666, deny=("all",)),
             "new": make("new", name=True),
             "bad": bad,
         }
@@ -368,8 +367,8 @@ def test_permissions_that_cannot_be_given(make: Make, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(listener, "permit", refuse)
         wanted = {
-            "a": dataclasses.replace(a, mode=0o644),
-            "b": dataclasses.replace(b, mode=0o666),
+            "a": a._replace(mode=0o644),
+            "b": b._replace(mode=0o666),
             "c": make("c"),
         }
         with pytest.raises(ConfigError, match=r"region\.b: .*/b: only root can do that"):
@@ -381,7 +380,7 @@ def test_permissions_that_cannot_be_given(make: Make, monkeypatch: pytest.Monkey
 
 def test_who_may_connect_is_changed_in_place(make: Make) -> None:
     a = make("a", mode=0o600)
-    closed = dataclasses.replace(a, deny=("all",), mode=0o660, keep=True)
+    closed = a._replace(deny=("all",), mode=0o660, keep=True)
     with running(ServiceConfig({"a": a})) as runs, undisturbed(a) as bystanders:
         changes = runs.change(ServiceConfig({"a": closed}))
         assert changes == ["region a: deny, keep, mode changed"]
@@ -420,7 +419,7 @@ def test_a_new_group_never_has_the_old_mode(make: Make, monkeypatch: pytest.Monk
     real = os.chown
     with running(ServiceConfig({"a": a})) as runs:
         monkeypatch.setattr(os, "chown", look)
-        runs.change(ServiceConfig({"a": dataclasses.replace(a, mode=0o600, group=65534)}))
+        runs.change(ServiceConfig({"a": a._replace(mode=0o600, group=65534)}))
         assert seen == [(65534, 0o600)]
         status = os.stat(a.socket)
         assert (status.st_mode & 0o777, status.st_gid) == (0o600, 65534)
@@ -433,10 +432,10 @@ def test_joins_are_counted_on(make: Make) -> None:
         for _ in range(2):
             with RawPeer(a.socket) as peer:
                 peer.set_up(1)
-        runs.change(ServiceConfig({"a": dataclasses.replace(a, mode=0o600)}))
+        runs.change(ServiceConfig({"a": a._replace(mode=0o600)}))
         with RawPeer(a.socket) as peer:
             assert peer.take() is None
-        runs.change(ServiceConfig({"a": dataclasses.replace(a, joins_per_minute=3)}))
+        runs.change(ServiceConfig({"a": a._replace(joins_per_minute=3)}))
         with RawPeer(a.socket) as peer:
             peer.set_up(1)
 
@@ -459,7 +458,7 @@ REFUSED = {
 def test_what_cannot_change(make: Make, settings: dict[str, Any], message: str) -> None:
     a = make("a")
     with running(ServiceConfig({"a": a})) as runs, undisturbed(a):
-        wanted = {"a": dataclasses.replace(a, **settings), "b": make("b")}
+        wanted = {"a": a._replace(**settings), "b": make("b")}
         with pytest.raises(ConfigError) as caught:
             runs.change(ServiceConfig(wanted, source="FILE"))
         assert str(caught.value).startswith(f"FILE: {message}")
@@ -470,9 +469,9 @@ def test_the_size_that_it_has_is_no_change(make: Make) -> None:
     a = make("a", size=None)
     with running(ServiceConfig({"a": a})) as runs, undisturbed(a):
         for size in ("4M", 4 << 20, None):
-            assert runs.change(ServiceConfig({"a": dataclasses.replace(a, size=size)})) == []
+            assert runs.change(ServiceConfig({"a": a._replace(size=size)})) == []
         with pytest.raises(ConfigError, match="cannot change from"):
-            runs.change(ServiceConfig({"a": dataclasses.replace(a, size="8M")}))
+            runs.change(ServiceConfig({"a": a._replace(size="8M")}))
 
 
 @pytest.mark.parametrize("key", ["control", "metrics", "log_format"])
@@ -480,7 +479,7 @@ def test_what_is_the_service_s_cannot_change(make: Make, key: str) -> None:
     config = ServiceConfig({"a": make("a")})
     with running(config) as runs:
         with pytest.raises(ConfigError, match=rf"service\.{key} = \"x\": it cannot change from"):
-            runs.change(dataclasses.replace(config, **{key: "x"}))  # type: ignore[arg-type]
+            runs.change(config._replace(**{key: "x"}))  # type: ignore[arg-type]
 
 
 def test_another_name_for_a_served_socket(make: Make) -> None:
@@ -547,7 +546,7 @@ def test_a_failure_at_the_last_moment(make: Make, monkeypatch: pytest.MonkeyPatc
     with running(ServiceConfig({"a": a})) as runs, undisturbed(a):
         monkeypatch.setattr(Listener, "listen", listen)
         new = {"b": make("b", name=True), "c": make("c", name=True)}
-        wanted = {"a": dataclasses.replace(a, mode=0o600), **new}
+        wanted = {"a": a._replace(mode=0o600), **new}
         mode = os.stat(a.socket).st_mode
         with pytest.raises(OSError, match="Cannot allocate memory"):
             runs.change(ServiceConfig(wanted))

@@ -152,8 +152,7 @@ def region_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of a region, by RegionConfig's names."""
     from ..config import RegionConfig
 
-    known = RegionConfig.__dataclass_fields__
-    return {key: value for key, value in vars(options).items() if key in known}
+    return {key: value for key, value in vars(options).items() if key in RegionConfig._fields}
 
 
 def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from .. import _fds, notify, snapshots, store
 from ..config import ServiceConfig
@@ -19,7 +18,10 @@ from ..journal import Journal, JournalError
 from ..service import Service
 from ..sockets import Listener
 from ..uncopied import Uncopied
-from .succession import Past, stored_past
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .succession import Past
 
 _log = logging.getLogger("ivshmem.serve")
 
@@ -27,7 +29,6 @@ _PATIENCE = 5.0  # for the manager, seconds
 _SECONDS = 5.0  # between two words about the service, if no watchdog wants more
 
 
-@dataclass
 class Manager(Uncopied):
     """Whoever started this process; most often somebody who wants to hear nothing.
 
@@ -38,11 +39,18 @@ class Manager(Uncopied):
         keeps: has it keep what is in a journal, from `keep` on.
     """
 
-    notifier: notify.Notifier
-    listeners: dict[str, Listener] = field(default_factory=dict)
-    journal: int | None = None
-    groups: store.Groups = field(default_factory=dict)
-    keeps: store.Store | None = None
+    def __init__(
+        self,
+        notifier: notify.Notifier,
+        listeners: dict[str, Listener] | None = None,
+        journal: int | None = None,
+        groups: store.Groups | None = None,
+    ) -> None:
+        self.notifier = notifier
+        self.listeners = listeners or {}
+        self.journal = journal
+        self.groups = groups or {}
+        self.keeps: store.Store | None = None
 
     @classmethod
     def from_environment(cls) -> Manager:
@@ -96,6 +104,8 @@ class Manager(Uncopied):
         Raises:
             OSError: as of Journal.
         """
+        from .succession import stored_past  # here: few servers have a manager that keeps
+
         fd, self.journal = self.journal, None
         groups, self.groups = self.groups, {}
         journal = None if fd is None else _readable(fd)

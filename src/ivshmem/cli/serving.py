@@ -7,38 +7,35 @@ know: how options are written.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
-from .. import _fds, control, keeper, logs, snapshots
+from .. import _fds, keeper, logs, snapshots
 from ..config import ServiceConfig
 from ..counting import counted
 from ..engine import Peer
 from ..errors import IvshmemError
 from ..journal import Journal
+from ..named import NamedTuple
 from ..opening import holders_of_removed
 from ..service import Service
 from ..sockets import Listener
 from . import daemon, one_line
 from .arguments import check_no_region, region_of
-from .banner import banner, planned
 from .managed import Manager, keeping, telling
 from .news import News, say_as, show, tell_peer
-from .obstacles import obstacles
-from .seen import seen
-from .succession import Past, handing_over, past_of, replacing, take_over
-from .supervising import Kept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+
+    from .succession import Past
+    from .supervising import Kept
 
 _log = logging.getLogger("ivshmem.serve")
 
@@ -69,7 +66,7 @@ def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig
         "metrics": options.metrics,
         "log_format": options.log_format,
     }
-    return dataclasses.replace(found, **{k: v for k, v in given.items() if v is not None})
+    return found._replace(**{k: v for k, v in given.items() if v is not None})
 
 
 def planned_by(options: argparse.Namespace) -> Plan | None:
@@ -86,6 +83,9 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
         going_on = options.fd_store and manager.journal is not None
         plan = planned_again(load) if going_on else Plan(load(), load)
         if options.check:
+            from .banner import planned
+            from .obstacles import obstacles
+
             print(planned(plan.config))
             if wrong := list(obstacles(plan.config)):
                 raise ValueError("; ".join(wrong))
@@ -99,16 +99,17 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
 
 
 def _completed(plan: Plan, options: argparse.Namespace, manager: Manager) -> Plan:
-    plan.controlled = not options.no_control
-    plan.metrics_peers = options.metrics_peers
-    plan.metrics_hosts = tuple(options.metrics_host)
-    plan.pid_file = options.pid_file
-    plan.quiet = options.quiet
-    plan.level = logging.DEBUG if options.verbose else logging.INFO
-    plan.manager = manager
-    plan.fd_store = options.fd_store
-    plan.takeover = options.takeover
-    return plan
+    return plan._replace(
+        controlled=not options.no_control,
+        metrics_peers=options.metrics_peers,
+        metrics_hosts=tuple(options.metrics_host),
+        pid_file=options.pid_file,
+        quiet=options.quiet,
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        manager=manager,
+        fd_store=options.fd_store,
+        takeover=options.takeover,
+    )
 
 
 def _load(options: argparse.Namespace) -> ServiceConfig:
@@ -121,8 +122,7 @@ def _load(options: argparse.Namespace) -> ServiceConfig:
 # -- serving --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What is to be served, and how the process is to be."""
 
     config: ServiceConfig
@@ -156,6 +156,8 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
     with daemon.signals_held(for_good=True), plan.manager or Manager.from_environment() as manager:
         past = None
         if plan.takeover:
+            from .succession import Past, take_over
+
             journal, _ = take_over(plan.config)
             past = Past(journal, "asked for", config=plan.config, partly=plan.load is None)
         with (
@@ -180,6 +182,8 @@ def serve_kept(
     Args:
         deaths: what became of the earlier ones.
     """
+    from .succession import past_of
+
     if not (deaths and kept.announced):
         return _serve_kept_first(options, kept, Journal(kept.fd), deaths, ready)
     journal = Journal(kept.fd)
@@ -187,8 +191,7 @@ def serve_kept(
     config = snapshots.read(journal).config
     load = None if options.config is None else partial(_load, options)
     plan = Plan(config) if load is None else planned_again(load)
-    plan.config = config
-    _completed(plan, options, Manager.of_successor())
+    plan = _completed(plan._replace(config=config), options, Manager.of_successor())
     return _serve_child(plan, kept, journal, past, deaths, ready)
 
 
@@ -200,14 +203,16 @@ def _serve_kept_first(
     ready: Callable[[], None],
 ) -> int:
     """The same, where no child has opened all that is to be served."""
+    from .succession import Past, past_of
+
     past = past_of(kept, journal) if deaths else None
     plan = planned_by(options)
     assert plan is not None
     if past is not None and not snapshots.read(journal).descriptors:
         past = None
     if past is not None:
-        past.config = plan.config  # the regions that were not open yet
-        past.partly = options.takeover and plan.load is None
+        # The regions that were not open yet.
+        past = past._replace(config=plan.config, partly=options.takeover and plan.load is None)
     elif options.takeover and not deaths:
         past = Past(journal, "asked for", config=plan.config, partly=plan.load is None)
     elif len(deaths) >= _TRIES:
@@ -240,6 +245,8 @@ def _serve_child(
 
 def _remove_stale(config: ServiceConfig) -> None:
     """Leave no socket where children were killed that had bound some."""
+    from .. import control
+
     paths = [region.socket for region in config.regions.values()]
     paths += [config.control or control.default_path(path) for path in paths[:1]]
     for path in paths:
@@ -271,6 +278,14 @@ def _serve(
         _unharmed(plan, service, past, kept),
     ):
         _tell_fd_limit(plan.config)
+        if past is None:
+            service.open()
+        # Somebody can connect from now on, and need not wait for the rest to be imported. (Where
+        # there is a past, its peers' descriptors can leave none to read modules by: import first.)
+        from .banner import banner
+        from .seen import seen
+        from .succession import handing_over, replacing
+
         if past:
             expected = bool(snapshots.read(past.journal).descriptors)
             past.go_on(service)
@@ -279,8 +294,6 @@ def _serve(
             if kept and not service.regions:
                 _log.warning("there is nothing to go on with")
                 return 1 if expected else 0  # else another process goes on, which asked for it
-        else:
-            service.open()
         with seen(
             service,
             needed=past is None,

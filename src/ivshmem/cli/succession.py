@@ -7,26 +7,24 @@ whose service manager kept what it had. Does not know: options, what is served.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from .. import control, handover, keeper, logs, snapshots, sockets, store
 from ..answering import Caller
 from ..config import ConfigError, RegionConfig, ServiceConfig
 from ..counting import counted
 from ..journal import Journal
+from ..named import NamedTuple
 from ..service import Find, Service
 from .supervising import Kept
 
 _log = logging.getLogger("ivshmem.serve")
 
 
-@dataclass
-class Past:
+class Past(NamedTuple):
     """What another process left.
 
     Attributes:
@@ -41,7 +39,7 @@ class Past:
     journal: Journal
     end: str
     find: Find = lambda fd: fd
-    strays: Collection[int] = field(default_factory=tuple)
+    strays: Collection[int] = ()
     config: ServiceConfig | None = None
     partly: bool = False
 
@@ -79,13 +77,13 @@ class Past:
             return self.config
         (given,) = self.config.regions.values()
         blank = RegionConfig(given.socket)
-        said = {key: v for key, v in vars(given).items() if v != getattr(blank, key)}
+        said = {key: v for key, v in given._asdict().items() if v != getattr(blank, key)}
         found = {name: served.config for name, served in service.regions.items()}
         if said and found.keys() != self.config.regions.keys():
             # To serve one region instead would be the end for the peers of all of these.
             raise ConfigError(f"give the --config FILE that has region {', '.join(found)}")
-        regions = {name: dataclasses.replace(each, **said) for name, each in found.items()}
-        return dataclasses.replace(self.config, regions=regions)
+        regions = {name: each._replace(**said) for name, each in found.items()}
+        return self.config._replace(regions=regions)
 
 
 # -- a child of the same parent -------------------------------------------------------------------

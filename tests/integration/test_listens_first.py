@@ -1,0 +1,121 @@
+"""A server listens before it has imported all that serves: what happens in between.
+
+The import of ivshmem.cli.seen, the first one after that, is where these tests stop the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.peer import RawPeer
+from support.stopping import users_environment
+from support.waiting import PATIENCE, until
+
+_STOPPED = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "ivshmem.cli.seen":
+            {here}
+sys.meta_path.insert(0, Stop())
+from ivshmem.cli import main
+sys.exit(main(["serve", "-q", "-l", "64K", "-S", *sys.argv[1:]]))
+"""
+WAIT, FAIL = "sys.stdin.readline()", "raise ImportError('broken')"
+
+
+@contextlib.contextmanager
+def stopped(path: Path, here: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that does this as soon as it listens."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _STOPPED.format(here=here), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=users_environment(),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_who_connects_before_the_rest_is_imported_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with stopped(path, WAIT) as process:
+        until(lambda: listens(path), "a server that listens")
+        assert not Path(f"{path}.control").exists(), "the rest has not begun"
+        with RawPeer(str(path)) as early:
+            go_on(process)
+            early.set_up(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_end_while_the_rest_is_imported(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "socket"
+    with stopped(path, WAIT) as process:
+        until(lambda: listens(path), "a server that listens")
+        process.send_signal(number)
+        go_on(process)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (0, "")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_while_the_rest_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with stopped(path, WAIT) as process:
+        until(lambda: listens(path), "a server that listens")
+        process.kill()
+        process.wait(PATIENCE)
+    assert not listens(path)
+    with stopped(path, WAIT) as process:  # the path that was left is no obstacle
+        until(lambda: listens(path), "another server")
+        go_on(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_import_that_fails_leaves_no_socket(tmp_path: Path) -> None:
+    with stopped(tmp_path / "socket", FAIL) as process:
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "ImportError: broken" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_control_path_that_is_taken_leaves_no_socket(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(f"{path}.control")
+        other.listen()
+        with stopped(path, "pass") as process:
+            _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert said.count("\n") == 1
+    assert "--control PATH" in said
+    assert os.listdir(tmp_path) == ["socket.control"], "only the other one's"
