@@ -10319,7 +10319,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now
 */
     {
       PyObject *__pyx_temp;
@@ -10344,7 +10344,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
 */
   while (1) {
@@ -10352,7 +10352,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     /* "ivshmem/_core.pyx":393
  *             return
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
@@ -10363,7 +10363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       /* "ivshmem/_core.pyx":394
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -10375,7 +10375,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __pyx_v_found = __pyx_t_10;
 
       /* "ivshmem/_core.pyx":395
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -10412,7 +10412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
         /* "ivshmem/_core.pyx":395
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -10436,7 +10436,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       /* "ivshmem/_core.pyx":393
  *             return
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
+ *             if ivshmem_is_only_thread():  # so nobody can close anything now             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
@@ -13874,7 +13874,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46wait, "wait($self, vector=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any; several: any of these, the first that is ready.\n    spin: seconds to look again and again before sleeping. To be woken takes ten times as\n        long as all else, so a spin that succeeds is worth much; one that keeps the peer\n        from running costs more. \"auto\": a short while (20 to 50 microseconds), if that\n        brought something of late. A given time is spun under the same condition: where two\n        spins in a row brought nothing, it sleeps at once for a while (see _spin).\n\nReturns:\n    For one vector: how often it was rung since the last look, 0 when the time is over.\n    Else: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46wait, "wait($self, vector=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any; several: any of these, the first that is ready.\n    spin: seconds to look again and again before sleeping. To be woken takes ten times as\n        long as all else, so a spin that succeeds is worth much; one that keeps the peer\n        from running costs more. \"auto\": a short while (20 to 50 microseconds), if that\n        brought something of late. A given time is spun under the same condition: where two\n        spins in a row brought nothing, it sleeps at once for a while (see _spin).\n\nReturns:\n    For one vector: how often it was rung since the last look, 0 when the time is over.\n    Else: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread during the call.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -14012,7 +14012,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("wait", 0);
 
   /* "ivshmem/_core.pyx":609
- *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+ *             ClosedError: the endpoint is closed, or was closed by another thread during the call.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
  *         self.enter()
@@ -16924,7 +16924,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory is not `old` any more, at most `timeout` seconds.\n\nIt looks at the word, spins on it, which costs no system call, and then sleeps until\n`vector` is rung; so who changes the word has to ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also\n        if the region is closed meanwhile.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who\n        changes `word`, and then loads this one, both with order=\"seq_cst\", has to ring only\n        if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)\n        Each waiter needs one of its own.\n\nReturns:\n    The value; what its writer stored before is seen, too (acquire). None when the time is\n    over. Rings of `vector` that came meanwhile are taken, or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: `old` is no number that the word can have.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory is not `old` any more, at most `timeout` seconds.\n\nIt looks at the word, spins on it, which costs no system call, and then sleeps until\n`vector` is rung; so who changes the word has to ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also\n        if the region is closed during the call.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who\n        changes `word`, and then loads this one, both with order=\"seq_cst\", has to ring only\n        if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)\n        Each waiter needs one of its own.\n\nReturns:\n    The value; what its writer stored before is seen, too (acquire). None when the time is\n    over. Rings of `vector` that came in that time are taken, or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: `old` is no number that the word can have.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49wait_word(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -17979,7 +17979,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 
   /* "ivshmem/_core.pyx":868
  *     ) noexcept nogil:
- *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
+ *         """sleep_for, unless the word changes first, which is as good as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -17987,7 +17987,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   __pyx_v_n = 1;
 
   /* "ivshmem/_core.pyx":869
- *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
+ *         """sleep_for, unless the word changes first, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -18008,7 +18008,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
     /* "ivshmem/_core.pyx":869
- *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
+ *         """sleep_for, unless the word changes first, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -20126,7 +20126,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile\n        peer did to its eventfd. Each answer then costs about half a microsecond more.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile\n        peer did to its eventfd. Each answer then costs about half a microsecond more.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread during the call.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_53echo = {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52echo};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53echo(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -20275,7 +20275,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_INCREF(__pyx_v_answer);
 
   /* "ivshmem/_core.pyx":1042
- *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+ *             ClosedError: the endpoint is closed, or was closed by another thread during the call.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds

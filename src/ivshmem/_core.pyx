@@ -390,7 +390,7 @@ cdef class Doorbells:
             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
             return
         while True:
-            if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+            if ivshmem_is_only_thread():  # so nobody can close anything now
                 found = PyDict_GetItemWithError(self.bells, peer)
                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -604,7 +604,7 @@ cdef class Doorbells:
 
         Raises:
             NoSuchVector: this endpoint has no such vector.
-            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+            ClosedError: the endpoint is closed, or was closed by another thread during the call.
         """
         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
         self.enter()
@@ -793,7 +793,7 @@ cdef class Doorbells:
 
         Args:
             word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also
-                if the region is closed meanwhile.
+                if the region is closed during the call.
             spin: as of `wait`.
             sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who
                 changes `word`, and then loads this one, both with order="seq_cst", has to ring only
@@ -802,7 +802,7 @@ cdef class Doorbells:
 
         Returns:
             The value; what its writer stored before is seen, too (acquire). None when the time is
-            over. Rings of `vector` that came meanwhile are taken, or left for the next call.
+            over. Rings of `vector` that came in that time are taken, or left for the next call.
 
         Raises:
             NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.
@@ -864,7 +864,7 @@ cdef class Doorbells:
     cdef int64_t sleep_at_word(
         self, Watched *watched, Py_ssize_t vector, int64_t deadline, bint plainly
     ) noexcept nogil:
-        """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
+        """sleep_for, unless the word changes first, which is as good as a ring."""
         cdef int64_t n = 1
         if watched.sleeping != NULL:
             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -1037,7 +1037,7 @@ cdef class Doorbells:
         Raises:
             NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this
                 endpoint knows it: nothing here takes in news, but another thread may.
-            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+            ClosedError: the endpoint is closed, or was closed by another thread during the call.
         """
         cdef int64_t nanoseconds = -1
         cdef int64_t limit = INT64_MAX if rounds is None else rounds

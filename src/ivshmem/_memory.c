@@ -3694,7 +3694,7 @@ int __pyx_module_is_main_ivshmem___memory = 0;
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_map;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Memory_at_C_speed_mappings_words[] = "Memory at C speed: mappings, words and copies in them, and the registers of a device.\n\nKnows: mmap, and what the processor guarantees. Does not know: where memory comes from.\n\nInvariants:\n1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its\n   `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a\n   call is counted, and so is one that waits for a word: the last unmaps what was closed meanwhile.\n2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.\n\n(`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)\n";
+static const char __pyx_k_Memory_at_C_speed_mappings_words[] = "Memory at C speed: mappings, words and copies in them, and the registers of a device.\n\nKnows: mmap, and what the processor guarantees. Does not know: where memory comes from.\n\nInvariants:\n1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its\n   `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a\n   call is counted, and so is one that waits for a word: the last unmaps what was closed before.\n2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.\n\n(`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
@@ -6289,7 +6289,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self, offset=0, size=None)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).\n\nOf `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is\nnothing but holes. Other threads run meanwhile, and signals are handled.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self, offset=0, size=None)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).\n\nOf `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is\nnothing but holes. Other threads run in that time, and signals are handled.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_5resident(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6423,7 +6423,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   __Pyx_RefNannySetupContext("resident", 0);
 
   /* "ivshmem/_memory.pyx":153
- *         nothing but holes. Other threads run meanwhile, and signals are handled.
+ *         nothing but holes. Other threads run in that time, and signals are handled.
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
@@ -6906,7 +6906,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_6read, "read($self, offset, size)\n--\n\nA copy of `size` bytes at `offset`.\n\nOne copy, as memcpy(3) makes it; nothing orders it, so what another peer writes meanwhile\nmay be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares\nthe new object, whose pages, if it is large, take longer than the copy.\n\nRaises:\n    ValueError: they do not all lie in the memory.\n    ClosedError: the memory is closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_6read, "read($self, offset, size)\n--\n\nA copy of `size` bytes at `offset`.\n\nOne copy, as memcpy(3) makes it; nothing orders it, so what another peer writes at that time\nmay be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares\nthe new object, whose pages, if it is large, take longer than the copy.\n\nRaises:\n    ValueError: they do not all lie in the memory.\n    ClosedError: the memory is closed.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7read(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds

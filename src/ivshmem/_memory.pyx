@@ -7,7 +7,7 @@ Knows: mmap, and what the processor guarantees. Does not know: where memory come
 Invariants:
 1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its
    `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a
-   call is counted, and so is one that waits for a word: the last unmaps what was closed meanwhile.
+   call is counted, and so is one that waits for a word: the last unmaps what was closed before.
 2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.
 
 (`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)
@@ -148,7 +148,7 @@ cdef class Mapping:
         """Bytes of the file that are in memory now, whoever brought them there (mincore(2)).
 
         Of `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is
-        nothing but holes. Other threads run meanwhile, and signals are handled.
+        nothing but holes. Other threads run in that time, and signals are handled.
         """
         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
@@ -181,7 +181,7 @@ cdef class Mapping:
     def read(self, offset, size):
         """A copy of `size` bytes at `offset`.
 
-        One copy, as memcpy(3) makes it; nothing orders it, so what another peer writes meanwhile
+        One copy, as memcpy(3) makes it; nothing orders it, so what another peer writes at that time
         may be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares
         the new object, whose pages, if it is large, take longer than the copy.
 

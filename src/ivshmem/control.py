@@ -72,7 +72,7 @@ from .answering import LONGEST, Answering, Caller
 from .counting import counted
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
 from .limits import LINGER, LONGEST_LINGER, MAGIC, MAX_ID, MAX_VECTORS, SLOT_BYTES
-from .plain import plain
+from .plain import command, plain
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
@@ -273,7 +273,7 @@ class Control(Uncopied):
     def _evict(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer = _id(message)
         name, served = self._named(message)
-        with _known(name):
+        with self._known(name):
             served.server.evict(peer)
         by = _who(caller)
         told = logs.fields("evicted", peer=peer, region=name, **by)
@@ -303,7 +303,7 @@ class Control(Uncopied):
                 f" {LONGEST_LINGER:g} seconds"
             )
         name, served = self._named(message)
-        with _known(name):
+        with self._known(name):
             read = served.server.hold(peer, linger=float(linger), asker=caller)
         caller.at_end = functools.partial(self._asker_is_gone, caller)
         asked = self._askers.setdefault(caller, set())
@@ -320,7 +320,7 @@ class Control(Uncopied):
     def _release(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer = _id(message)
         name, served = self._named(message)
-        with _known(name):
+        with self._known(name):
             held = served.server.release(peer)
         if held:
             by = _who(caller)
@@ -362,6 +362,15 @@ class Control(Uncopied):
         if name is None:
             raise ControlError(f'there is not just one region: "region" has to be one of {known}')
         raise ControlError(f"no region {_shown(name)} is served here: there are {known}")
+
+    @contextlib.contextmanager
+    def _known(self, name: str) -> Iterator[None]:
+        """Say of a peer that is not there of which region it is not."""
+        try:
+            yield
+        except NoSuchPeer as error:
+            listing = command(["ivshmem", "status", "--control", os.path.abspath(self.path)])
+            raise ControlError(f"region {name}: {error} (`{listing}` lists who is)") from None
 
     # -- the state --------------------------------------------------------------------------------
 
@@ -467,15 +476,6 @@ def _id(message: Mapping[str, Any]) -> int:
     if not isinstance(peer, int) or isinstance(peer, bool):
         raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
     return peer
-
-
-@contextlib.contextmanager
-def _known(name: str) -> Iterator[None]:
-    """Say of a peer that is not there of which region it is not."""
-    try:
-        yield
-    except NoSuchPeer as error:
-        raise ControlError(f"region {name}: {error} (`ivshmem status` lists who is)") from None
 
 
 def _log() -> logging.Logger:

@@ -63,7 +63,7 @@ class Loop(Uncopied):
         """Let a step do this when `fd` is readable, or its other end is gone.
 
         Args:
-            nests: it can be begun again while it is under way; see `meanwhile`.
+            nests: it can be begun again while it is under way; see `to_thread`.
         """
         self._epoll.add(fd, self._next, _fds.EPOLLIN)
         self._acts[self._next] = act
@@ -132,7 +132,7 @@ class Loop(Uncopied):
         self._soon.append(act)
         self.wake()
 
-    def meanwhile(self, call: Callable[[], _T]) -> _T:
+    def to_thread(self, call: Callable[[], _T]) -> _T:
         """Do what takes long in a thread of its own; until it returns, the loop does all the rest.
 
         The rest is what is watched, except for acts that are under way, of which this call is a

@@ -180,7 +180,7 @@ class Service(Loop):
             with _told(config, name):
                 opening = partial(open_region, region, self._listeners.get(region.socket))
                 # To have memory at hand (prealloc) can take minutes.
-                opened = self.meanwhile(opening) if self.regions else opening()
+                opened = self.to_thread(opening) if self.regions else opening()
                 undo.callback(opened.close)
                 served = self._serve(name, region, self._next_number, opened, _gate(region))
             undo.callback(served.close)
