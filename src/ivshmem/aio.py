@@ -679,7 +679,7 @@ def connect_async(
 
         def join() -> Client:
             try:
-                return Client(sock, os.fspath(path), deadline, vectors, readonly)
+                return Client(sock, os.fsdecode(path), deadline, vectors, readonly)
             except BaseException:
                 sock.close()
                 raise
@@ -702,17 +702,18 @@ async def _knock(
 ) -> socket.socket:
     """A connection to the server, which may not have been accepted yet."""
     give_up = sockets.accepts_nobody
+    awaited = sockets.Awaited(path)
     for pause in sockets.pauses(deadline):
         try:
             return sockets.connect(path, 0)
         except TimeoutError:  # the backlog is full
             give_up = sockets.accepts_nobody
         except OSError as error:
-            if not wait_for_server or not sockets.may_come(path, error):
+            if not wait_for_server or not awaited.may_come(error):
                 raise
             give_up = sockets.nobody_came
         await asyncio.sleep(pause)
-    raise give_up(os.fspath(path), timeout or 0)
+    raise give_up(os.fsdecode(path), timeout or 0)
 
 
 def open_async(

@@ -57,7 +57,8 @@ def connect(
         readonly: map the memory for reading only.
         wait_for_server: if the server is not there yet (no directory, no socket, or a socket that
             a dead server left), wait until it is; so it does not matter which is started first. A
-            server that refuses this process, or ends during set-up, is an error as ever.
+            server that refuses this process, or ends during set-up, is an error as ever. So is a
+            socket or a directory whose permissions shut this process out for a second.
 
     Raises:
         TimeoutError: no server came in time, or set-up was not complete in time.
@@ -73,7 +74,7 @@ def connect(
     else:
         sock = sockets.connect(path, timeout)
     try:
-        return Client(sock, os.fspath(path), deadline, vectors, readonly)
+        return Client(sock, os.fsdecode(path), deadline, vectors, readonly)
     except BaseException:
         sock.close()
         raise

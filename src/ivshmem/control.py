@@ -449,7 +449,7 @@ def listen(path: str | os.PathLike[str]) -> sockets.Listener:
 
 def default_path(server: str | os.PathLike[str]) -> str:
     """Where the control socket of a server is, if nobody said otherwise."""
-    return os.path.abspath(os.fspath(server)) + SUFFIX
+    return os.path.abspath(os.fsdecode(server)) + SUFFIX
 
 
 def _cut_line(buffer: bytearray) -> bytes | None:
@@ -677,7 +677,7 @@ class Client(Uncopied):
         *,
         users: Collection[int] | None = None,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self._timeout = timeout
         # From this address a server would take us for somebody with a question, not for a peer, if
         # this should be its other socket.

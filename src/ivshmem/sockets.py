@@ -65,7 +65,7 @@ def check_path(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: ENAMETOOLONG, it does not fit into a socket address; EINVAL, it is empty.
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     length = len(os.fsencode(text))
     if length > MAX_PATH:
         raise OSError(
@@ -518,7 +518,8 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
         return answer_in(data)
     except shapes.Misshapen as error:
         why = f": its answer makes no sense ({error})" if data[:1] == b"{" else ""
-        raise ServerGone(f"{os.fspath(path)}: this server does not answer questions{why}") from None
+        where = os.fsdecode(path)
+        raise ServerGone(f"{where}: this server does not answer questions{why}") from None
 
 
 _ANSWER = shapes.record(
@@ -600,17 +601,18 @@ def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> 
         OSError: as of connect(2), where waiting would not help.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    awaited = Awaited(path)
     for pause in pauses(deadline):
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
         try:
             return connect(path, left)
         except TimeoutError:
-            raise accepts_nobody(os.fspath(path), timeout or 0) from None
+            raise accepts_nobody(os.fsdecode(path), timeout or 0) from None
         except OSError as error:
-            if not may_come(path, error):
+            if not awaited.may_come(error):
                 raise
         time.sleep(pause)
-    raise nobody_came(os.fspath(path), timeout or 0)
+    raise nobody_came(os.fsdecode(path), timeout or 0)
 
 
 def pauses(deadline: float | None) -> Iterator[float]:
@@ -628,13 +630,29 @@ def pauses(deadline: float | None) -> Iterator[float]:
         pause = min(pause * 2, longest)
 
 
-def may_come(path: str | os.PathLike[str], error: OSError) -> bool:
-    """Whether a connect that failed so can succeed as soon as a server starts there."""
-    if error.errno == errno.ENOENT:
-        return True
-    if error.errno != errno.ECONNREFUSED:
-        return False
-    return _is_socket(os.fspath(path))  # a stale one; any other file is in the way
+class Awaited:
+    """Tells whether a server may still come to a path, from why a connect to it failed."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fsdecode(path)
+        self._denied: float | None = None  # since when
+
+    def may_come(self, error: OSError) -> bool:
+        """Whether a connect that failed so can succeed as soon as a server starts there.
+
+        Also for a second after the first EACCES: a server binds its socket first, and then lets
+        others in, and a service manager does the same with a directory.
+        """
+        now = time.monotonic()
+        if error.errno == errno.EACCES:
+            self._denied = self._denied or now
+            return now < self._denied + _PERMITTED
+        self._denied = None
+        if error.errno == errno.ENOENT:
+            return True
+        if error.errno != errno.ECONNREFUSED:
+            return False
+        return _is_socket(self._path)  # a stale one; any other file is in the way
 
 
 def nobody_came(path: str, timeout: float) -> TimeoutError:
@@ -652,6 +670,7 @@ def accepts_nobody(path: str, timeout: float) -> TimeoutError:
 
 
 _LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest
+_PERMITTED = 1.0  # seconds from a server's bind to the permissions that its socket is to have
 
 _START = "start the server (ivshmem serve), or give the path of one that runs"
 CONNECT_HINTS = {

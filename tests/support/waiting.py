@@ -36,6 +36,8 @@ def until(condition: Callable[[], T | None], what: str = "condition") -> T:
 _POLL = {"x86_64": {7, 271, 232, 281, 441}, "aarch64": {73, 22, 441}}
 _READ = {"x86_64": {0}, "aarch64": {63}}
 _WRITE = {"x86_64": {1}, "aarch64": {64}}
+# nanosleep, clock_nanosleep, and select, pselect6, which time.sleep() may use; connect.
+_PAUSE = {"x86_64": {35, 230, 23, 270, 42}, "aarch64": {101, 115, 72, 203}}
 
 
 def sleeps(thread_id: int) -> bool:
@@ -44,6 +46,17 @@ def sleeps(thread_id: int) -> bool:
     Which of these a wait chooses is its own affair.
     """
     return _sleeps_in(thread_id, _POLL) or _sleeps_in(thread_id, _READ)
+
+
+def pauses(thread_id: int) -> bool:
+    """Whether a thread of any process sleeps as `sleeps` says, for a while, or in connect(2)."""
+    try:
+        number = Path(f"/proc/{thread_id}/syscall").read_text().split()[0]
+    except (OSError, IndexError):
+        return False
+    machine = platform.machine()
+    calls = _POLL[machine] | _READ[machine] | _PAUSE[machine]
+    return number.isdigit() and int(number) in calls
 
 
 def sleeps_in_read(thread_id: int) -> bool:
