@@ -5,7 +5,6 @@ Knows: which settings can change while a region is served. Does not know: how it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from .config import CHANGEABLE, RegionConfig, ServiceConfig, conflicts, places
@@ -110,6 +109,9 @@ def _check_places(
 
 def _shown(value: object, key: str = "") -> str:
     """A value as it stands in a file."""
+    import json  # here: a server needs it only when it changes
+
     if isinstance(value, int) and key == "size":
         value = format_size(value)
+
     return "nothing" if value is None else json.dumps(value)

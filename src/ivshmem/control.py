@@ -77,13 +77,13 @@ from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import logging
     from typing import Any, Protocol, TypeAlias
 
     from .directory import Directory
     from .engine import PeerReport
     from .region import Region
 
+_log = logs.log_of("ivshmem.control")
 
 PROTOCOL = 1
 SUFFIX = ".control"
@@ -249,7 +249,7 @@ class Control(Uncopied):
         except (IvshmemError, OSError, ValueError) as error:
             return _line(_refusal(_one_line(error)))
         except Exception as error:
-            _log().exception("a request to the control socket failed")
+            _log.exception("a request to the control socket failed")
             return _line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
 
     # -- requests ---------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Control(Uncopied):
             served.server.evict(peer)
         by = _who(caller)
         told = logs.fields("evicted", peer=peer, region=name, **by)
-        _log().info(
+        _log.info(
             "peer %d of %s was evicted, as uid %d asked", peer, name, by["by_uid"], extra=told
         )
         return {"region": name}
@@ -291,7 +291,7 @@ class Control(Uncopied):
         by = _who(caller)
         told = logs.fields("held", on=on, region=name, **by)
         what = "is told of no leaves" if on else "is told of leaves if it connects later"
-        _log().info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
+        _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
 
     def _hold(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -312,7 +312,7 @@ class Control(Uncopied):
             by = _who(caller)
             told = logs.fields("holding", peer=peer, region=name, linger=linger, **by)
             by_uid = by["by_uid"]
-            _log().info(
+            _log.info(
                 "peer %d of %s is sent no news, as uid %d asked", peer, name, by_uid, extra=told
             )
         return {"region": name, "read": read}
@@ -326,7 +326,7 @@ class Control(Uncopied):
             by = _who(caller)
             told = logs.fields("released", peer=peer, region=name, **by)
             by_uid = by["by_uid"]
-            _log().info(
+            _log.info(
                 "peer %d of %s is sent news again, as uid %d asked", peer, name, by_uid, extra=told
             )
         return {"region": name, "held": held}
@@ -344,10 +344,10 @@ class Control(Uncopied):
         except (IvshmemError, OSError, ValueError) as error:
             reason = _one_line(error)
             told = logs.fields("unreloaded", reason=reason, **by)
-            _log().warning("nothing was reloaded: %s", reason, extra=told)
+            _log.warning("nothing was reloaded: %s", reason, extra=told)
             raise
         told = logs.fields("reloaded", changes=changes, **by)
-        _log().info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
+        _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
         return {"changes": changes}
 
     def _named(self, message: Mapping[str, Any]) -> tuple[str, Served]:
@@ -476,13 +476,6 @@ def _id(message: Mapping[str, Any]) -> int:
     if not isinstance(peer, int) or isinstance(peer, bool):
         raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
     return peer
-
-
-def _log() -> logging.Logger:
-    # Imported here: the commands that only ask have nothing to log, and it would cost them 10 ms.
-    import logging
-
-    return logging.getLogger("ivshmem.control")
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

@@ -23,8 +23,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
-import logging
 import math
 import os
 import select
@@ -52,7 +50,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_log = logging.getLogger("ivshmem.server")
+_log = logs.log_of("ivshmem.server")
 
 # Tokens of the epoll object: a peer's is its serial number after these; those of other descriptors
 # that somebody wants watched are beyond all peers'.
@@ -523,6 +521,8 @@ class Engine(Uncopied):
 
     def _tell(self, sock: socket.socket) -> None:
         """Answer somebody who does not want to be a peer."""
+        import json  # here: see import_the_rest
+
         with sock, contextlib.suppress(OSError):
             sock.send(json.dumps({**self._answer(), "peers": len(self._connections)}).encode())
 
@@ -884,7 +884,7 @@ class Engine(Uncopied):
             if len(self._complaints) > _COMPLAINTS:
                 self._complaints.clear()
             self._complaints[kind or text] = now
-            level = logging.WARNING if error is None else logging.ERROR
+            level = logs.WARNING if error is None else logs.ERROR
             self.say(partial(_log.log, level, text, extra=extra, exc_info=error))
 
     # -- a successor ------------------------------------------------------------------------------
@@ -1006,6 +1006,17 @@ class Engine(Uncopied):
         if self._spare is not None:
             self._spare.close()
         self._undo.close()
+
+
+def import_the_rest() -> None:
+    """Import what a server needs only when it listens. It listens the sooner, and calls this then.
+
+    It must not be left to when it is needed: a server that has no descriptor left says so in the
+    log, and no module can be read then.
+    """
+    import json  # noqa: F401
+
+    logs.load()
 
 
 def _is_gone(sock: socket.socket) -> bool:

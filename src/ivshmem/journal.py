@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -38,6 +37,8 @@ assert _wire.OUTBOX_BYTES <= _ABOUT
 # `end`: the upper half counts the rewritings, whose lowest bit says which half of the file is
 # meant; the lower half is an offset in it.
 _OFFSET_BITS = 32
+
+OF_THE_SERVICE = 0  # the number of the chapter that is about regions; theirs begin at 1
 
 _LONG = 1 << 20  # bytes of records from which on a state is written anew, if they are more than it
 
@@ -98,14 +99,14 @@ class Journal(Uncopied):
             OSError: ENOSPC, there is no room before the next `rewrite`.
         """
         end = self._end.load()
-        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        data = _line(record)
         self._put(end, data)
         self._end.store(end + len(data))
 
     def rewrite(self, state: object) -> None:
         """Put a state in the place of all records."""
         generation = (self._end.load() >> _OFFSET_BITS) + 1
-        data = json.dumps(state, separators=(",", ":")).encode() + b"\n"
+        data = _line(state)
         self._put(generation << _OFFSET_BITS, data)
         self._end.store(generation << _OFFSET_BITS | len(data))
         self._rewritten = len(data)
@@ -128,6 +129,8 @@ class Journal(Uncopied):
         Raises:
             JournalError: they are not lines of JSON.
         """
+        import json
+
         end = self._end.load()
         half, size = end >> _OFFSET_BITS & 1, end & ((1 << _OFFSET_BITS) - 1)
         if size > _HALF:
@@ -156,6 +159,12 @@ class Journal(Uncopied):
             self._memory.close()
             os.close(self._fd)
             self._fd = -1
+
+
+def _line(value: object) -> bytes:
+    import json  # here: most servers have no journal, and would listen later
+
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 class Chapter:

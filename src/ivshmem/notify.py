@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import select
 import socket
@@ -21,6 +20,7 @@ import time
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 
+from . import logs
 from .counting import counted
 from .plain import plain
 from .uncopied import Uncopied
@@ -29,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_log = logging.getLogger("ivshmem.server")
+_log = logs.log_of("ivshmem.server")
 
 _FIRST = 3  # the first descriptor passed, SD_LISTEN_FDS_START
 _MOST = 253  # descriptors in a message, SCM_MAX_FD

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import operator
 import os
 import socket
@@ -24,9 +23,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from . import _fds, sockets
+from . import _fds, logs, sockets
 from .counting import counted
-from .engine import LINGER, Engine, Gate, Peer, PeerReport
+from .engine import LINGER, Engine, Gate, Peer, PeerReport, import_the_rest
 from .errors import ClosedError, ServerFailed
 from .journal import Chapter
 from .loop import woken_by_signals
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     _S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
     _T = TypeVar("_T")
 
-_log = logging.getLogger("ivshmem.server")
+_log = logs.log_of("ivshmem.server")
 
 
 class Server(Uncopied):
@@ -186,6 +185,7 @@ class Server(Uncopied):
             self._turns.wake = self._engine.wake
             if listen:
                 listener.listen()
+                import_the_rest()
             self._resources = undo.pop_all()
         if isinstance(path, sockets.Listener):
             self._resources.callback(listener.close)

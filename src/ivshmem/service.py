@@ -15,7 +15,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import stat
@@ -23,18 +22,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from . import snapshots
+from . import logs
 from .access import Verdict
 from .changes import plan
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
-from .engine import Gate, Peer
+from .engine import Gate, Peer, import_the_rest
 from .errors import NoDirectory
-from .journal import Chapter, Journal
+from .journal import OF_THE_SERVICE, Chapter, Journal
 from .loop import Loop
 from .opening import Opened, open_region
 from .region import Region
 from .server import Server
-from .snapshots import OF_THE_SERVICE, Past
 from .sockets import Credentials, Listener
 from .turns import is_mine
 from .uncopied import Uncopied
@@ -44,8 +42,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .journal import Record
+    from .snapshots import Past
 
-_log = logging.getLogger("ivshmem.service")
+_log = logs.log_of("ivshmem.service")
 
 _OF_THE_FILE = frozenset({"mode", "owner", "group"})
 
@@ -165,6 +164,7 @@ class Service(Loop):
         with contextlib.ExitStack() as undo:
             self._begin(self._open_all(self.config, self.config.regions, undo), undo)
             undo.pop_all()
+        import_the_rest()
 
     # -- regions ----------------------------------------------------------------------------------
 
@@ -418,6 +418,9 @@ class Service(Loop):
         Raises:
             JournalError: it is damaged, or of another version; nothing was done.
         """
+        from . import snapshots  # here: a service that begins would listen later
+
+        import_the_rest()
         history = snapshots.read(journal)
         snapshots.rehearse(history)
         self._next_number = history.next_number

@@ -16,7 +16,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -44,6 +43,8 @@ def loads(data: bytes | bytearray | str) -> Any:
     Raises:
         Misshapen: it is not JSON, or too deep for this Python.
     """
+    import json  # here: a server that begins has none to read
+
     try:
         return json.loads(data, parse_constant=_no_number, parse_int=_integer, parse_float=_number)
     except RecursionError:
@@ -246,6 +247,8 @@ def _shown(value: Any) -> str:
 
 def shown(value: object) -> str:
     """Return a stranger's scalar for a message: as JSON, printable, and short."""
+    import json
+
     return _cut(json.dumps(value))
 
 

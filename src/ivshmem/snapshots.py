@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from . import shapes, sockets
 from .config import EXISTING, LOG_FORMATS, ServiceConfig, from_json
 from .errors import IvshmemError
-from .journal import Journal, JournalError, group
+from .journal import OF_THE_SERVICE, Journal, JournalError, group
 from .named import NamedTuple
 from .protocol import MAX_VECTORS, Roster
 from .region import posix_path
@@ -102,7 +102,6 @@ _SNAPSHOT = shapes.record(
     regions=shapes.array(shapes.tuple_of(_RECORD, _STATE)),
 )
 
-OF_THE_SERVICE = 0  # the number of a journal's chapter that is about regions; theirs begin at 1
 
 # Records by what they say.
 _NUMBER = shapes.integer(1)

@@ -13,20 +13,19 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from . import _fds
+from . import _fds, logs
 from .counting import counted
 from .journal import Journal, is_group
 from .notify import Notifier
 from .uncopied import Uncopied
 
-_log = logging.getLogger("ivshmem.server")
+_log = logs.log_of("ivshmem.server")
 
 _JOURNAL = "journal"
 

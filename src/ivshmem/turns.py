@@ -21,10 +21,11 @@ who has it would be two steps, with room for a signal handler in between.)
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+
+from . import logs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-_log = logging.getLogger("ivshmem.server")
+_log = logs.log_of("ivshmem.server")
 
 _PATIENCE = 0.2  # seconds until a command is not left to a thread that is kept from it
 

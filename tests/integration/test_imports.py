@@ -45,7 +45,7 @@ SERVES = (
     " emulators engine handover journal keeper locks logs loop named notify openers opening"
     " pages protocol qemu qemu.cmdline reachable region replay safe_files server service shapes"
     " sizes snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed"
-    " cli.news cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
+    " cli.hearing cli.news cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
 )
 ASKS = (
     f"{OPTIONS} _fds counting accounts answering control locks logs named shapes sizes sockets"
@@ -54,11 +54,11 @@ ASKS = (
 LISTENS = (
     f"{OPTIONS} _fds _memory _wire access accounts changes config counting drafts emulators engine"
     " journal keeper locks logs loop named notify opening openers pages protocol region replay"
-    " safe_files server service shapes sizes snapshots sockets store turns cli.daemon cli.managed"
+    " safe_files server service shapes sizes sockets store turns cli.daemon cli.managed"
     " cli.news cli.serve cli.serving"
 )
-COSTLY_TO_LISTEN = "argparse json logging socket threading traceback"
-COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} zlib"
+COSTLY_TO_LISTEN = "argparse socket threading"
+COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} json logging traceback zlib"
 COSTLY_TO_ASK = "argparse json socket"
 
 # The command, ivshmem's own modules, costly ones.

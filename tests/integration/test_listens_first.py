@@ -6,6 +6,7 @@ The import of ivshmem.cli.seen, the first one after that, is where these tests s
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -106,6 +107,59 @@ def test_an_import_that_fails_leaves_no_socket(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "ImportError: broken" in said
     assert os.listdir(tmp_path) == []
+
+
+_AT_LISTEN = """
+import sys
+from ivshmem import logs, sockets
+listen = sockets.Listener.listen
+def warn(listener):
+    sockets.Listener.listen = listen
+    listen(listener)
+    assert "logging" not in sys.modules
+    logs.log_of("ivshmem.serve").warning("early", extra=logs.fields("limit"))
+    assert "logging" in sys.modules
+sockets.Listener.listen = warn
+from ivshmem.cli import main
+sys.exit(main(["serve", "-q", "-l", "64K", "-S", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_of_the_log_that_comes_before_logging_is_imported(tmp_path: Path, form: str) -> None:
+    """It is written as all others are, once; and so are those that come later."""
+    path = tmp_path / "socket"
+    with subprocess.Popen(
+        [sys.executable, "-c", _AT_LISTEN, str(path), "--log-format", form, "-v"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=users_environment(),
+    ) as process:
+        until(Path(f"{path}.control").exists, "a server")
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    early, limit = said.splitlines()[:2]
+    if form == "text":
+        assert early == "ivshmem: early"
+        assert limit.startswith("ivshmem: RLIMIT_NOFILE is")
+    else:
+        assert json.loads(early).items() >= {"level": "warning", "text": "early"}.items()
+        assert json.loads(limit)["event"] == "limit"
+    assert said.count("early") == 1
+
+
+def test_a_server_of_a_program_has_what_it_needs_to_log_and_to_answer() -> None:
+    """A server that has no descriptor left logs that, and can read no module then."""
+    program = """
+import sys, tempfile
+import ivshmem
+assert "logging" not in sys.modules
+with tempfile.TemporaryDirectory() as place, ivshmem.Server(place + "/socket", 4096):
+    assert {"logging", "json"} <= sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=users_environment())
 
 
 def test_a_control_path_that_is_taken_leaves_no_socket(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from support.waiting import PATIENCE
 
 from ivshmem import control, errors, logs, metrics, notify, qemu, sockets
 from ivshmem.bench import quiet
-from ivshmem.cli import asking, banner, evict, main, migrating, news, one_line, reload
+from ivshmem.cli import asking, banner, evict, hearing, main, migrating, news, one_line, reload
 from ivshmem.cli import shell as shells
 from ivshmem.cli import status as status_command
 from ivshmem.cli import top as top_command
@@ -242,7 +242,7 @@ class Ways:
     def _logged(self, form: str, record: logging.LogRecord) -> str:
         with tempfile.TemporaryFile("w+") as stream:
             with news.News(stream, logging.INFO, form) as told:
-                told.handle(record)
+                hearing.Handler(told, logging.INFO).handle(record)
             stream.seek(0)
             return stream.read()
 

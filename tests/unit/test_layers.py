@@ -17,8 +17,8 @@ HOME = Path(ivshmem.__file__).parent
 
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
-    ["counting", "errors", "named", "openers", "plain", "uncopied"],
-    ["sizes", "limits", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
+    ["counting", "errors", "logs", "named", "openers", "plain", "uncopied"],
+    ["sizes", "limits", "locks", "accounts", "emulators", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns"],
     ["drafts"],
     ["_wire", "_memory", "_spin"],

@@ -7,11 +7,10 @@ been there before, what is served.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterable, Iterator
 
-from .. import _fds, notify, snapshots, store
+from .. import _fds, logs, notify, store
 from ..config import ServiceConfig
 from ..counting import counted
 from ..journal import Journal, JournalError
@@ -23,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .succession import Past
 
-_log = logging.getLogger("ivshmem.serve")
+_log = logs.log_of("ivshmem.serve")
 
 _PATIENCE = 5.0  # for the manager, seconds
 _SECONDS = 5.0  # between two words about the service, if no watchdog wants more
@@ -196,6 +195,8 @@ def _status(service: Service) -> str:
 
 def _readable(fd: int) -> Journal | None:
     """The journal that the manager kept, if a successor can continue by it; `fd` is owned."""
+    from .. import snapshots
+
     journal = None
     try:
         journal = Journal(fd)

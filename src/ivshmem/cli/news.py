@@ -12,8 +12,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import threading
 import time
@@ -26,6 +24,7 @@ from ..uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Mapping
     from typing import TextIO
 
@@ -35,25 +34,26 @@ _LINES = 1000  # kept for a reader that does not read
 _SECONDS = 1.0  # that the end waits for one
 
 
-class News(Uncopied, logging.Handler):
+class News(Uncopied):
     """Writes lines to the descriptor of `stream` by a thread of its own; a context manager.
 
     A terminal that was stopped with Ctrl-S, or a pipe that nobody reads, costs lines and not the
     server's time; how many were lost is said when the reader is back. The package's log, from
-    `level` on, comes here, too.
+    `level` on, comes here, too, from its first line on.
 
     Args:
         form: "text", or "json": an object on each line, which logs.py explains.
     """
 
     def __init__(self, stream: TextIO, level: int, form: str = "text") -> None:
-        super().__init__(level)
+        self._level = level
         self._fd = stream.fileno()
         self._json = form == "json"
         self._lines: deque[str] = deque()
         self._lost = 0
         self._changed = threading.Condition()
         self._ended = False
+        self._handler: logging.Handler | None = None
         self._thread = threading.Thread(target=self._write, name="ivshmem-news", daemon=True)
 
     def tell(self, line: str, event: str = logs.DEFAULT_EVENT, **fields: object) -> None:
@@ -61,22 +61,15 @@ class News(Uncopied, logging.Handler):
         line = plain(line)
         if self._json:
             found = logs.fields_in(logs.fields(event, **fields))
-            line = json_line(time.time(), logging.INFO, line, found)
+            line = json_line(time.time(), logs.INFO, line, found)
         self._put(line)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self._text(record)
+    def tell_logged(self, when: float, level: int, text: str, fields: Mapping[str, object]) -> None:
+        """Write a line of the log; `text` is plain, or a paragraph."""
         if self._json:
-            self._put(json_line(record.created, record.levelno, text, logs.fields_of(record)))
+            self._put(json_line(when, level, text, fields))
         else:
             self._put(f"ivshmem: {text}")
-
-    def _text(self, record: logging.LogRecord) -> str:
-        """The message on one line, and a traceback below it, which cannot be taken for messages."""
-        text = plain(record.getMessage())
-        if not record.exc_info:
-            return text
-        return paragraph(f"{text}\n{logging.Formatter().formatException(record.exc_info)}")
 
     def _put(self, line: str) -> None:
         with self._changed:
@@ -104,17 +97,22 @@ class News(Uncopied, logging.Handler):
         text = f"{lines} lines were lost: nobody read them"
         if not self._json:
             return f"ivshmem: {text}"
-        return json_line(time.time(), logging.WARNING, text, {"event": "lost", "lines": lines})
+        return json_line(time.time(), logs.WARNING, text, {"event": "lost", "lines": lines})
 
     def __enter__(self) -> News:
-        logger = logging.getLogger("ivshmem")
-        logger.addHandler(self)
-        logger.setLevel(self.level)
+        logs.when_loaded(self._hear)
         self._thread.start()
         return self
 
+    def _hear(self) -> None:
+        from .hearing import hear  # here, since it imports logging
+
+        self._handler = hear(self, self._level)
+
     def __exit__(self, *error: object) -> None:
-        logging.getLogger("ivshmem").removeHandler(self)
+        logs.no_more(self._hear)
+        if self._handler is not None:
+            logs.load().getLogger("ivshmem").removeHandler(self._handler)
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -160,7 +158,7 @@ def say_as(form: str, text: str) -> None:
     """Write a line to stderr where there is no News, in the same form, if that is not to wait."""
     if form == "json":
         fields = logs.fields_in({})
-        keeper.say(json_line(time.time(), logging.ERROR, paragraph(text[-2000:]), fields))
+        keeper.say(json_line(time.time(), logs.ERROR, paragraph(text[-2000:]), fields))
     else:
         keeper.say(f"ivshmem: {text}")
 
@@ -190,10 +188,12 @@ def json_line(when: float, level: int, text: str, fields: Mapping[str, object]) 
 
     JSON itself writes out whatever is not ASCII, but a program that reads it prints the text.
     """
+    import json  # here: most logs are for people
+
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
     head = {
         "time": f"{moment}.{int(when * 1000) % 1000:03}Z",
-        "level": logging.getLevelName(level).lower(),
+        "level": logs.LEVELS.get(level, str(level)),
         **{
             name: plain(value) if isinstance(value, str) else value
             for name, value in fields.items()

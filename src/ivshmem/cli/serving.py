@@ -7,7 +7,6 @@ know: how options are written.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import resource
 import socket
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from .. import _fds, keeper, logs, snapshots
+from .. import _fds, keeper, logs
 from ..config import ServiceConfig
 from ..counting import counted
 from ..engine import Peer
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from .succession import Past
     from .supervising import Kept
 
-_log = logging.getLogger("ivshmem.serve")
+_log = logs.log_of("ivshmem.serve")
 
 _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # that are no peer's, about
 _FEW_PEERS = 100
@@ -105,7 +104,7 @@ def _completed(plan: Plan, options: argparse.Namespace, manager: Manager) -> Pla
         metrics_hosts=tuple(options.metrics_host),
         pid_file=options.pid_file,
         quiet=options.quiet,
-        level=logging.DEBUG if options.verbose else logging.INFO,
+        level=logs.DEBUG if options.verbose else logs.INFO,
         manager=manager,
         fd_store=options.fd_store,
         takeover=options.takeover,
@@ -133,7 +132,7 @@ class Plan(NamedTuple):
     metrics_hosts: tuple[str, ...] = ()
     pid_file: str | None = None
     quiet: bool = False
-    level: int = logging.INFO
+    level: int = logs.INFO
     manager: Manager | None = None
     fd_store: bool = False
     takeover: bool = False
@@ -182,6 +181,7 @@ def serve_kept(
     Args:
         deaths: what became of the earlier ones.
     """
+    from .. import snapshots
     from .succession import past_of
 
     if not (deaths and kept.announced):
@@ -203,6 +203,7 @@ def _serve_kept_first(
     ready: Callable[[], None],
 ) -> int:
     """The same, where no child has opened all that is to be served."""
+    from .. import snapshots
     from .succession import Past, past_of
 
     past = past_of(kept, journal) if deaths else None
@@ -277,7 +278,6 @@ def _serve(
         ) as service,
         _unharmed(plan, service, past, kept),
     ):
-        _tell_fd_limit(plan.config)
         if past is None:
             service.open()
         # Somebody can connect from now on, and need not wait for the rest to be imported. (Where
@@ -286,7 +286,10 @@ def _serve(
         from .seen import seen
         from .succession import handing_over, replacing
 
+        _tell_fd_limit(plan.config)
         if past:
+            from .. import snapshots
+
             expected = bool(snapshots.read(past.journal).descriptors)
             past.go_on(service)
             if past.journal is not journal:
@@ -420,7 +423,7 @@ def _tell_fd_limit(config: ServiceConfig) -> None:
     free = max(limit - _FDS_OF_THE_SERVICE - _FDS_OF_A_REGION * len(config.regions), 0)
     peers = free // (1 + vectors)
     _log.log(
-        logging.WARNING if peers < _FEW_PEERS else logging.DEBUG,
+        logs.WARNING if peers < _FEW_PEERS else logs.DEBUG,
         "RLIMIT_NOFILE is %d: enough for about %s of %s",
         limit,
         counted(peers, "peer"),
