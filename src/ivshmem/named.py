@@ -20,8 +20,10 @@ else:
                 return super().__new__(meta, name, bases, body)
             fields = list(body.get("__annotations__", ()))
             defaults = [body.pop(field) for field in fields if field in body]
-            base = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
-            return type(name, (base,), {"__slots__": (), **body})
+            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
+            for key, value in body.items():  # no class on top of this one: that costs 0.1 ms
+                setattr(made, key, value)
+            return made
 
     class NamedTuple(metaclass=_Making):
         """The base to name in a class statement; the class that is made has tuple as its base."""
