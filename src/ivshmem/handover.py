@@ -168,10 +168,11 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
     """
     who = sockets.credentials(sock)
     if who.uid not in {0, os.geteuid()}:
+        trusted = " and ".join(user_name(uid) for uid in sorted({0, os.geteuid()}))
         raise HandoverError(
             f"nothing was taken over: {user_name(who.uid)} offers it (pid {who.pid}), and this"
-            f" process trusts only root and {user_name(os.geteuid())}: if that is your server, take"
-            " over as its user; if not, use a directory where only you can write (-S PATH)"
+            f" process trusts only {trusted}: if that is your server, take over as its user; if"
+            " not, use a directory where only you can write (-S PATH)"
         )
     deadline = time.monotonic() + SECONDS
     try:

@@ -82,7 +82,6 @@ CONNECTS: dict[str, Callable[[Scene], object]] = {
     "timeout": lambda scene: connect(scene.path, timeout=20).close(),
     "vectors": lambda scene: connect(scene.path, vectors=2).close(),
     "readonly": lambda scene: connect(scene.path, readonly=True).close(),
-    "bytes": lambda scene: connect(os.fsencode(scene.path)).close(),  # type: ignore[arg-type]
     "wait": lambda scene: connect(scene.path, wait_for_server=True, timeout=20).close(),
     "wait in vain": lambda scene: refused(
         lambda: connect(scene.new, wait_for_server=True, timeout=0)

@@ -157,6 +157,32 @@ COMMANDS = {
 }
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_what_else_breaks_is_said(read: bool) -> None:
+    """Only when standard output is unread is a broken pipe no news: others break, too."""
+    code = (
+        "import errno, sys; from ivshmem.cli import guarded\n"
+        "def run(): raise BrokenPipeError(errno.EPIPE, 'the server has closed the connection')\n"
+        "sys.stdin.read(); raise SystemExit(guarded(run))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=users_environment(),
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if not read:
+            process.stdout.close()
+        process.stdin.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == (b"ivshmem: the server has closed the connection\n" if read else b"")
+
+
 @pytest.mark.parametrize("where", ["closed pipe", "/dev/full"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_whose_reader_is_gone(tmp_path: Path, command: str, where: str) -> None:

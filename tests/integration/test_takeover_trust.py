@@ -75,7 +75,7 @@ def test_root_does_not_take_over_from_a_user() -> None:
         assert (status, out, err.count("\n")) == (1, "", 1)
         assert err.startswith(
             f"ivshmem: nothing was taken over: nobody (uid {NOBODY}) offers it (pid {first.pid}),"
-            " and this process trusts only root and root (uid 0): if that is your server, take over"
+            " and this process trusts only root (uid 0): if that is your server, take over"
             " as its user"
         )
         assert run("status", "-S", SOCKET)[0] == 0, "it serves on"

@@ -30,18 +30,26 @@ class CtrlC:
         self.where = "nowhere"
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        # What is raised in __del__ is ignored by the interpreter, and so would be this.
         code = frame.f_code
-        if not code.co_filename.startswith(_HOME) or code.co_name == "__del__":
+        if not code.co_filename.startswith(_HOME) or _finalizes(frame):
             return None
         frame.f_trace_opcodes = self.opcodes
-        if event == ("opcode" if self.opcodes else "line"):
+        # Bytecodes without a line enter and leave exception handlers. The interpreter looks for
+        # signals at calls and loops, never there: it would keep the exception for ever.
+        if event == ("opcode" if self.opcodes else "line") and frame.f_lineno is not None:
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
                 self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
                 raise KeyboardInterrupt
         return self
+
+
+def _finalizes(frame: FrameType | None) -> bool:
+    """Whether this is a part of __del__: the interpreter ignores what is raised there."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def interrupted(call: Callable[[], object], at: int, opcodes: bool) -> tuple[bool, str]:

@@ -177,9 +177,8 @@ def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
         status = run(*arguments)
         sys.stdout.flush()
     except BrokenPipeError as error:
-        if error.filename is not None:
-            return fail(error)
-        status = 1  # the reader of our output has seen enough
+        # The reader of our output has seen enough; or a process that was asked something is gone.
+        status = 1 if error.filename is None and _is_unread() else fail(error)
     except KeyboardInterrupt:
         status = 130
         _lose_output()
@@ -190,6 +189,18 @@ def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
         status = fail(error)
     _drop_output()
     return int(status or 0)
+
+
+def _is_unread() -> bool:
+    """Whether nobody can read standard output any more."""
+    import select  # rarely needed
+
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return True  # it is closed
+    return bool(poll.poll(0))
 
 
 def _drop_output() -> None:

@@ -153,7 +153,8 @@ def take_over(config: ServiceConfig) -> Taken:
     if path is None:
         path = control.default_path(next(iter(config.regions.values())).socket)
     with sockets.connect(path, handover.SECONDS) as sock:
-        sock.sendall(b'{"do": "takeover"}\n')
+        with contextlib.suppress(ConnectionError):  # if it refused us first, it said why
+            sock.sendall(b'{"do": "takeover"}\n')
         return handover.take(sock)
 
 
