@@ -243,9 +243,10 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                     f"{self!r} belongs to another event loop: each needs an endpoint of its own"
                 )
             self._readers.close()
-        self._loop = get_running_loop()
-        self._readers = _Readers(self._loop, self.endpoint)
+        loop = get_running_loop()
+        self._readers = _Readers(loop, self.endpoint)
         self._queues = self._readers.queues
+        self._loop = loop  # last: where it is set, there are readers to close
 
     def close(self) -> None:
         """Close the endpoint; waiting tasks get ClosedError. May be called twice.

@@ -47,11 +47,13 @@ class Draft(Uncopied):
     Attributes:
         place: where it is to be.
         file: its descriptor, which the caller may keep after the block if it was published.
+        published: whether it has its name.
+        replaced: whether `publish` took the name from another file, or was about to.
     """
 
     _name: str | None = None  # what it is called, if it must have a name
     _status: os.stat_result | None = None  # of the file, also when the caller has closed it
-    _claiming = False  # whether an interrupted `publish` may have given it the target's name
+    _claiming = False  # whether an interrupted `publish` may have given it the target's free name
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Draft(Uncopied):
         mode: int = 0o600,
     ) -> None:
         self.published = False
+        self.replaced = False
         self.file = _fds.FdArray()
         self._given = isinstance(where, safe_files.Place)
         self.place = where if isinstance(where, safe_files.Place) else safe_files.find(where)
@@ -140,7 +143,6 @@ class Draft(Uncopied):
             FileExistsError: something has the name and `replace` is false; the draft stays.
             OSError: as of linkat(2) or rename(2), with the path.
         """
-        self._claiming = not replace
         try:
             self._publish(replace)
         except OSError as error:
@@ -154,14 +156,18 @@ class Draft(Uncopied):
     def _publish(self, replace: bool) -> None:
         place = self.place
         if self._name is None:
+            self._claiming = True
             try:
                 self._link(place.name)
                 return
             except FileExistsError:
                 if not replace:
                     raise
+                self._claiming = False
         name = self._name or self._linked()
+        self._claiming = not replace
         if replace:
+            self.replaced = True
             os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
         else:
             self._rename_exclusive(name)

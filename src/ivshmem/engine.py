@@ -238,7 +238,7 @@ class Engine(Uncopied):
         self.gate = gate
         self._holds = False
         self._journal = journal or Chapter()
-        self._nobody = _fds.FdArray()  # an eventfd that nobody reads
+        self._nobody = _fds.FdArray.eventfds(1)  # one that nobody reads
         self._roster = Roster(vectors, memory, self._nobody, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}  # by serial number
         self._of_user: Counter[int] = Counter()  # how many are connected
@@ -271,7 +271,6 @@ class Engine(Uncopied):
             self._clock = _fds.Timer()
             undo.callback(self._clock.close)
             undo.callback(self._nobody.close)
-            self._nobody.take(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._epoll.add(self._clock.fileno(), _EXPIRY, _fds.EPOLLIN)
             self._epoll.add(self._wake[0], _WAKE, _fds.EPOLLIN)
             self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)

@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Iterator
 
+from . import _fds
+
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
@@ -21,12 +23,13 @@ def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     Raises:
         OSError: the directory cannot be opened.
     """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    file = _fds.FdArray()  # it owns the descriptor, whenever a signal handler raises
     try:
-        _wait_for(fd, seconds)
+        file.open(os.fsdecode(directory), os.O_RDONLY | os.O_DIRECTORY)
+        _wait_for(file[0], seconds)
         yield
     finally:
-        os.close(fd)
+        file.close()
 
 
 @contextlib.contextmanager

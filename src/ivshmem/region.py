@@ -177,7 +177,9 @@ class Region(Uncopied, _memory.Mapping):
         except FileNotFoundError as error:
             missing = target if source == "directory" else os.path.dirname(target)
             raise FileNotFoundError(error.errno, error.strerror, missing) from None
-        with place:
+        # Without `with`: a signal handler that raises in an __exit__ would lose a region that has
+        # its name already. A place that is not closed here goes with this frame.
+        try:
             page = pages.page_size_of(place.fd)
             if hugepages and pages.huge_page_size(hugepages) != page:
                 raise RegionError(
@@ -201,6 +203,9 @@ class Region(Uncopied, _memory.Mapping):
             if found is not None and not replace:
                 raise _exists(target)
             return cls._publish(place, mode, parts, target, prealloc, replace)
+        except BaseException:
+            place.close()
+            raise
 
     @classmethod
     def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
@@ -251,7 +256,7 @@ class Region(Uncopied, _memory.Mapping):
             return region
         except BaseException as error:
             if region is not None:
-                if draft.published and not replace:  # what was replaced is gone: the new one stays
+                if draft.published and not draft.replaced:  # else what was there is gone
                     region.unlink()
                 region.close()
             if isinstance(error, FileExistsError):

@@ -159,9 +159,8 @@ class Server(Uncopied):
 
                 self.directory = Directory.create(self.region, slots)
                 undo.callback(self.directory.close)
-            shared = _fds.FdArray()
+            shared = _fds.FdArray.copy(self.region.fileno())
             undo.callback(shared.close)
-            shared.take(os.dup(self.region.fileno()))
             readonly = _fds.FdArray()
             undo.callback(readonly.close)
             if isinstance(path, sockets.Listener):

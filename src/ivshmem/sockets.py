@@ -21,7 +21,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from . import locks, shapes
+from . import _fds, locks, shapes
 from .accounts import group_id, user_id
 from .counting import counted
 from .errors import ServerGone
@@ -160,9 +160,19 @@ class Listener(Uncopied):
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, self.path) from None
                 self._file = _permit(self.path, mode, uid, gid)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, OSError):  # by a signal handler, perhaps right after bind(2)
+                self._remove_bound()
             self.socket.close()
             raise
+
+    def _remove_bound(self) -> None:
+        """Remove the path if the socket has been bound to it, also if `_file` does not know yet."""
+        with contextlib.suppress(OSError):
+            if self.socket.getsockname() == self.path:
+                status = os.lstat(self.path)
+                if status.st_uid == os.geteuid():
+                    _unlink_same(self.path, self._file or (status.st_dev, status.st_ino))
 
     @classmethod
     def adopt(
@@ -215,8 +225,10 @@ class Listener(Uncopied):
         """
         uid = -1 if owner is None else user_id(owner)
         gid = -1 if group is None else group_id(group)
-        fd = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = _fds.FdArray()
+        file.open(self.path, os.O_PATH | os.O_NOFOLLOW)
         try:
+            fd = file[0]
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) != self._file:
                 raise OSError(errno.ENOENT, "the socket is not there any more", self.path)
@@ -230,9 +242,9 @@ class Listener(Uncopied):
         except OSError as error:
             raise OSError(error.errno, _permit_hint(error, uid, gid), self.path) from None
         finally:
-            os.close(fd)
+            file.close()
 
-    _file: tuple[int, int] | None  # what is removed in the end: (st_dev, st_ino)
+    _file: tuple[int, int] | None = None  # what is removed in the end: (st_dev, st_ino)
 
     @property
     def file(self) -> tuple[int, int] | None:
@@ -332,6 +344,11 @@ class Listener(Uncopied):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # A signal handler can raise when it is made, and nobody has it yet: no stale path is left.
+        with contextlib.suppress(AttributeError):  # it never had a socket
+            self.close()
+
 
 def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
     """Give the socket that was bound to `path` just now its owner and mode: (st_dev, st_ino).
@@ -345,13 +362,15 @@ def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
         return status.st_dev, status.st_ino
     try:
         # O_PATH opens what cannot be opened, a socket.
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = _fds.FdArray()
+        file.open(path, os.O_PATH | os.O_NOFOLLOW)
     except OSError:  # EMFILE
         os.unlink(path)
         raise
     try:
+        fd = file[0]
         status = os.fstat(fd)
-        file = status.st_dev, status.st_ino
+        found = status.st_dev, status.st_ino
         expected = stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
         if not expected or (mode is not None and status.st_mode & 0o777):
             raise OSError(
@@ -367,11 +386,11 @@ def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
             if mode is not None:
                 os.chmod(made, mode)
         except OSError as error:
-            _unlink_same(path, file)
+            _unlink_same(path, found)
             raise OSError(error.errno, _permit_hint(error, uid, gid), path) from None
     finally:
-        os.close(fd)
-    return file
+        file.close()
+    return found
 
 
 def _permit_hint(error: OSError, uid: int, gid: int) -> str:

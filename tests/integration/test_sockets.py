@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
+from support.limits import free_fds
 from support.peer import RawPeer, memory_fd
 from support.waiting import PATIENCE, in_child, until
 
@@ -507,17 +508,9 @@ def test_a_swapped_path_harms_nobody(
 
 
 def test_out_of_descriptors_just_after_binding(socket_path: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        real = os.open
-
-        def fail(path: str, flags: int, *rest: object, **names: object) -> int:
-            if flags & os.O_PATH:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-            return real(path, flags, *rest, **names)  # type: ignore[arg-type]
-
-        patch.setattr(os, "open", fail)
-        with pytest.raises(OSError, match="Too many open files"):
-            Listener(socket_path, mode=0o600)
+    # One is for the socket and one for the lock of its directory: none is left to set the mode.
+    with free_fds(2), pytest.raises(OSError, match="Too many open files"):
+        Listener(socket_path, mode=0o600)
 
 
 # -- handing over ---------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""A Ctrl-C before each line, or each bytecode, of the package that a call comes to."""
+"""A Ctrl-C before each line or bytecode of the package that a call comes to, or at its calls."""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 import time
@@ -52,19 +53,51 @@ def _finalizes(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def interrupted(call: Callable[[], object], at: int, opcodes: bool) -> tuple[bool, str]:
+class CtrlCAtCalls:
+    """A profile function that raises KeyboardInterrupt once, at moment number `at`.
+
+    The moments are those at which CPython 3.11 and newer run signal handlers: where a function of
+    the package begins, and where one in C has returned to it, before its result is stored. (The
+    others are the backward jumps of loops.) At a line, CtrlC also comes between a block and the
+    __exit__ that belongs to it, where a signal does not.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+        self.where = "nowhere"
+
+    def __call__(self, frame: FrameType, event: str, what: Any) -> None:
+        code = frame.f_code
+        if event not in ("call", "c_return") or not code.co_filename.startswith(_HOME):
+            return
+        # A generator is also resumed to be closed, where what is raised is ignored.
+        resumed = event == "call" and code.co_flags & inspect.CO_GENERATOR and frame.f_lasti > 8
+        if resumed or _finalizes(frame):
+            return
+        self.left -= 1
+        if self.left == 0:
+            sys.setprofile(None)
+            after = f", after {what.__name__}" if event == "c_return" else ""
+            self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name}{after})"
+            raise KeyboardInterrupt
+
+
+def interrupted(
+    call: Callable[[], object], at: int, opcodes: bool, calls: bool = False
+) -> tuple[bool, str]:
     """Whether the call came to that moment, and where it was."""
-    ctrl_c = CtrlC(at, opcodes)
+    ctrl_c = CtrlCAtCalls(at) if calls else CtrlC(at, opcodes)
+    begin = sys.setprofile if calls else sys.settrace
     # The numbers of descriptors that a call has closed go to others while the frames of the
     # exception live, with the owners that they hold: who closes twice closes one of these.
     fillers: list[int] = []
     try:
         try:
-            sys.settrace(ctrl_c)
+            begin(ctrl_c)
             try:
                 call()
             finally:
-                sys.settrace(None)
+                begin(None)
         except KeyboardInterrupt:
             fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(_FILLERS)]
         for filler in fillers:
@@ -76,7 +109,11 @@ def interrupted(call: Callable[[], object], at: int, opcodes: bool) -> tuple[boo
 
 
 def ctrl_c_anywhere(
-    call: Callable[[], object], after: Callable[[str], object], *, opcodes: bool = False
+    call: Callable[[], object],
+    after: Callable[[str], object],
+    *,
+    opcodes: bool = False,
+    calls: bool = False,
 ) -> int:
     """Interrupt a call at each moment, and call `after` each time; returns how many there are.
 
@@ -91,7 +128,7 @@ def ctrl_c_anywhere(
     for at in range(1, 100_000):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # of objects that nobody was given
-            came, where = interrupted(call, at, opcodes)
+            came, where = interrupted(call, at, opcodes, calls)
             if not clean():
                 gc.collect()  # an exception raised while another is handled is in a cycle
         after(where)

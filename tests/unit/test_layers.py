@@ -18,8 +18,8 @@ HOME = Path(ivshmem.__file__).parent
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["counting", "errors", "logs", "named", "openers", "plain", "uncopied"],
-    ["sizes", "limits", "locks", "accounts", "emulators", "notify", "shapes", "_fds"],
-    ["keeper", "safe_files", "turns"],
+    ["sizes", "limits", "accounts", "emulators", "notify", "shapes", "_fds"],
+    ["keeper", "locks", "safe_files", "turns"],
     ["drafts"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
