@@ -291,7 +291,7 @@ class Shell(cmd.Cmd):
     def do_info(self, rest: str) -> None:
         """info: what the region is made of."""
         _words(rest, 0, "info")
-        values = self.endpoint.region.info().__dict__
+        values = self.endpoint.region.info()._asdict()
         self._tell("\n".join(plain(f"{key} {value}") for key, value in values.items()), **values)
 
     def _range(self, address: str, length: int) -> int:
