@@ -22,7 +22,6 @@ import operator
 import os
 import socket
 import threading
-import time
 from asyncio import get_running_loop
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
@@ -670,7 +669,7 @@ def connect_async(
     """
 
     async def opener() -> AsyncEndpoint[Client]:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = sockets.deadline_of(timeout)
         sock = await _knock(path, timeout, deadline, wait_for_server)
         try:
             plug = sock.dup()  # the thread may close its own at any time

@@ -68,7 +68,7 @@ def connect(
         OSError: nobody listens there, no permission, out of descriptors. Whatever was opened is
             closed.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = sockets.deadline_of(timeout)
     if wait_for_server:
         sock = sockets.connect_when_served(path, timeout)
     else:

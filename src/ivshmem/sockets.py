@@ -565,7 +565,7 @@ def connect(
         OSError: as of connect(2), with what to do where that is known.
     """
     text = check_path(path)
-    deadline = None if timeout is None else time.monotonic() + min(timeout, _LONGEST)
+    deadline = deadline_of(None if timeout is None else min(timeout, _LONGEST))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if address is not None:
@@ -619,7 +619,7 @@ def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> 
         TimeoutError: it did not come within `timeout` seconds, or did not make room in its backlog.
         OSError: as of connect(2), where waiting would not help.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_of(timeout)
     awaited = Awaited(path)
     for pause in pauses(deadline):
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -632,6 +632,19 @@ def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> 
                 raise
         time.sleep(pause)
     raise nobody_came(os.fsdecode(path), timeout or 0)
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """When `timeout` seconds are over, by time.monotonic(); None: never.
+
+    Raises:
+        ValueError: it is not a number. No time is later than that, so nothing would ever end.
+    """
+    if timeout is None:
+        return None
+    if timeout != timeout:
+        raise ValueError("timeout is not a number")
+    return time.monotonic() + timeout
 
 
 def pauses(deadline: float | None) -> Iterator[float]:

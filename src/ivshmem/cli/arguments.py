@@ -225,6 +225,17 @@ def mode(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    """A time limit from the command line; `inf` is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{text}: 0 seconds or more are wanted, such as 2.5")
+    return number
+
+
 def _number(text: str, least: int, most: int, what: str = "") -> int:
     try:
         number = int(text, 0)

@@ -10,7 +10,7 @@ import time
 from .. import sockets
 from ..client import connect
 from ..counting import counted
-from .arguments import OF_THE_SERVER, server_of, vectors
+from .arguments import OF_THE_SERVER, seconds, server_of, vectors
 from .shell import ClientShell
 
 _TIMEOUT = 10.0  # seconds for a server that is there
@@ -36,7 +36,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--readonly", action="store_true", help="map the memory for reading only")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="for the server to answer (default: 10; with --wait, as long as it takes)",
     )
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _find(options: argparse.Namespace, timeout: float | None) -> str:
     """The path that the options name, or else that of the first server that comes."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = sockets.deadline_of(timeout)
     for pause in sockets.pauses(deadline):
         try:
             return server_of(options)

@@ -17,7 +17,7 @@ from ..plain import plain
 from ..region import Region
 from ..sizes import format_size
 from . import daemon
-from .arguments import OF_THE_SERVER, add_accept_owner, server_of
+from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of
 from .progress import Progress
 
 
@@ -54,7 +54,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     place.add_argument("-f", "--file", metavar="PATH", help="the region's file, likewise")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="for the server to answer (default: %(default)s)",
