@@ -43,6 +43,12 @@ __all__ = [
 ]
 
 
+def reason_of(error: OSError) -> str:
+    """Say what the operating system refuses, without the number that str() puts before it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason[:1].lower()}{reason[1:]}"
+
+
 class IvshmemError(Exception):
     """The root: catches whatever this package raises of its own."""
 

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from . import shapes, snapshots, sockets
 from .accounts import user_name
 from .counting import counted
-from .errors import IvshmemError
+from .errors import IvshmemError, reason_of
 from .journal import Journal
 from .plain import plain
 from .service import Service
@@ -184,7 +184,9 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
             f"nothing was taken over: no answer within {counted(SECONDS, 'second')}: is the server"
             " stopped?"
         ) from None
-    except (OSError, shapes.Misshapen) as error:
+    except OSError as error:
+        raise HandoverError(f"nothing was taken over: {reason_of(error)}") from None
+    except shapes.Misshapen as error:
         raise HandoverError(f"nothing was taken over: {error}") from None
     return journal, fds
 

@@ -18,10 +18,11 @@ import select
 import socket
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from . import logs
 from .counting import counted
+from .errors import reason_of
 from .plain import plain
 from .uncopied import Uncopied
 
@@ -90,6 +91,10 @@ def check_name(name: str) -> str:
     return name
 
 
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
+
+
 class Notifier(Uncopied):
     """Tells the service manager how the service is, and stores descriptors there.
 
@@ -129,18 +134,26 @@ class Notifier(Uncopied):
         self._socket = sock
 
     @classmethod
-    def from_environment(cls, environ: MutableMapping[str, str] = os.environ) -> Notifier:
+    def from_environment(
+        cls,
+        environ: MutableMapping[str, str] = os.environ,
+        warn: Callable[[str], object] = _warn,
+    ) -> Notifier:
         """As NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID say.
 
         An address where nobody is gives one that does nothing, and a warning in the log: the
         variable can come from far above, and be meant for somebody in another container.
+
+        Args:
+            warn: takes the warning in the log's place.
         """
         address = environ.pop("NOTIFY_SOCKET", None) or None
         watchdog = _watchdog_seconds(environ)
         try:
             return cls(address, watchdog_seconds=watchdog)
         except OSError as error:
-            _log.warning("the service manager cannot be told anything: %s", error)
+            text = f"the service manager cannot be told anything: {address}: {reason_of(error)}"
+            warn(text)
             return cls(None)
 
     @property

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from . import shapes, sockets
 from .config import EXISTING, LOG_FORMATS, ServiceConfig, from_json
-from .errors import IvshmemError
+from .errors import IvshmemError, reason_of
 from .journal import OF_THE_SERVICE, Journal, JournalError, group
 from .named import NamedTuple
 from .protocol import MAX_VECTORS, Roster
@@ -254,7 +254,7 @@ def _examine_listener(fd: int, path: str, whose: str) -> None:
         if uid not in {0, os.geteuid()}:
             raise Misshapen(f"{whose}: its socket was made by uid {uid}")
     except OSError as error:
-        raise Misshapen(f"{whose}: its socket cannot be examined ({error})") from None
+        raise Misshapen(f"{whose}: its socket cannot be examined ({reason_of(error)})") from None
     finally:
         sock.detach()
 

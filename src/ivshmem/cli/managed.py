@@ -20,6 +20,8 @@ from ..uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .succession import Past
 
 _log = logs.log_of("ivshmem.serve")
@@ -36,6 +38,7 @@ class Manager(Uncopied):
         listeners: sockets that it passed, by path.
         journal, groups: what it had stored.
         keeps: has it keep what is in a journal, from `keep` on.
+        warning: why it cannot be told anything; "": it can, or nobody is there.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Manager(Uncopied):
         self.journal = journal
         self.groups = groups or {}
         self.keeps: store.Store | None = None
+        self.warning = ""
 
     @classmethod
     def from_environment(cls) -> Manager:
@@ -59,18 +63,21 @@ class Manager(Uncopied):
             ValueError, OSError: what was passed is no socket that a server can listen on.
         """
         journal, groups, others = store.sort_out(notify.listen_fds())
-        listeners = map(Listener.adopt, others)
-        return cls(
-            notify.Notifier.from_environment(),
-            {listener.path: listener for listener in listeners},
-            journal,
-            groups,
-        )
+        listeners = {each.path: each for each in map(Listener.adopt, others)}
+        return cls._notifying(listeners, journal, groups)
 
     @classmethod
     def of_successor(cls) -> Manager:
         """The same for a process that goes on where one was that had got the sockets."""
-        return cls(notify.Notifier.from_environment())
+        return cls._notifying()
+
+    @classmethod
+    def _notifying(cls, *what: Any) -> Manager:
+        # The options that say what form a log has are read later: the warning waits for that.
+        warnings: list[str] = []
+        self = cls(notify.Notifier.from_environment(warn=warnings.append), *what)
+        self.warning = "".join(warnings)
+        return self
 
     def only_path(self) -> str | None:
         """The path of the socket that was passed, if that is one and has one."""

@@ -266,6 +266,8 @@ def _serve(
     kept: Kept | None = None,
 ) -> int:
     """Serve; `past`: what another process was serving."""
+    if manager.warning:
+        _log.warning("%s", manager.warning)
     given: list[socket.socket] = []
     with (
         Service(
