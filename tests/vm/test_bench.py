@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import ivshmem
 from ivshmem import qemu
 
@@ -54,6 +56,7 @@ def told(process: subprocess.Popen[str], start: str) -> str:
     return line
 
 
+@pytest.mark.nightly
 def test_host_and_guest(guest: MakeGuest, server: ivshmem.Server) -> None:
     a = guest(PROGRAM, args=qemu.doorbell(server.path, 4), iommu=True)
     common = ["--vector", "2", "--timeout", str(TIMEOUT)]

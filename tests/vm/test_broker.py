@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import ivshmem
 from ivshmem import qemu
 
@@ -56,6 +58,7 @@ THREE_CLIENTS = """
     """
 
 
+@pytest.mark.nightly
 def test_three_clients_one_of_which_crashes(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:

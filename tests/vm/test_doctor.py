@@ -237,6 +237,7 @@ class TestFixed:
         assert failure.name == "bus master"
         assert failure.fix == f"setpci -s {a.address} COMMAND=4:4"
 
+    @pytest.mark.nightly
     def test_driver(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
         vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, modules=["drivers"])
         a, b = Patient(vm), Patient(vm, 1)
@@ -265,6 +266,7 @@ class TestFixed:
             assert checks["opening"].found == "by vfio, id 0, 1M"
             assert patient.state() == before
 
+    @pytest.mark.nightly
     def test_held_by_another_process(self, guest: MakeGuest, doorbell: list[str]) -> None:
         a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
         # `guest serve` holds it, too, but for others.
@@ -287,6 +289,7 @@ class TestFixed:
         a.call("stop", pid)
         assert a.doctor()["self-interrupt"].found == SELF
 
+    @pytest.mark.nightly
     def test_permission_and_modules(self, guest: MakeGuest, doorbell: list[str]) -> None:
         a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
         user = f"setpriv --reuid 1000 --regid 1000 --clear-groups {DOCTOR}"
@@ -341,6 +344,7 @@ class TestFixed:
 class TestHost:
     """What needs more power than tests have outside."""
 
+    @pytest.mark.nightly
     def test_hard_limits(self, guest: MakeGuest) -> None:
         a = Patient(guest(PROGRAM))
         a.sh(f"{sys.executable} -m ivshmem serve --daemon --size 1M --vectors 64")
@@ -377,6 +381,7 @@ class TestFixedByQemu:
         assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"
         assert b.sh(check.fix).splitlines()[-1].startswith("all is well")
 
+    @pytest.mark.nightly
     def test_no_iommu_and_one_too_weak(self, guest: MakeGuest, doorbell: list[str]) -> None:
         weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]
         on = ["intel_iommu=on"]

@@ -63,6 +63,7 @@ PROGRAM = """
     """
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)  # some twenty interpreters start in an emulated guest
 def test_every_command(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client) -> None:
     with memoryview(host.region) as memory:

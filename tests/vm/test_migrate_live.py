@@ -57,8 +57,10 @@ def device(kind: str, where: str, options: str = "") -> list[str]:
     [
         ("plain", "tcp:127.0.0.1:{2}", 1, Options()),
         ("doorbell", "unix:{1}/{0}", -1, Options()),
-        ("plain", "file:{1}/{0}", 0, Options()),
-        ("plain", "tcp:127.0.0.1:{2}", -1, Options(multifd=True)),
+        pytest.param("plain", "file:{1}/{0}", 0, Options(), marks=pytest.mark.nightly),
+        pytest.param(
+            "plain", "tcp:127.0.0.1:{2}", -1, Options(multifd=True), marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_group_moves_while_one_writes(
