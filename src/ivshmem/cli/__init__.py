@@ -110,12 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parsed(_parser(given), given)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return ran_short(error)
     return guarded(options.run, options)
 
 
 def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
     """What the arguments say; errors and help exit, also where nobody reads them."""
-    open_standard_streams()
+    try:
+        open_standard_streams()
+    except OSError as error:  # too many open files
+        raise SystemExit(fail(error)) from None
     try:
         try:
             return parser.parse_args(arguments)
@@ -168,6 +173,38 @@ def guarded(run: Callable[..., int | None], *arguments: object) -> int:
     except KeyboardInterrupt:  # while an error waited for its reader
         _lose_output()
         return 130
+    except Exception as error:
+        return ran_short(error)
+
+
+def ran_short(error: Exception) -> int:
+    """Print one line if the error means that memory or descriptors ran short, else raise it.
+
+    Imports meet such a shortage too, since a command imports what it needs while it runs.
+    """
+    if not isinstance(error, OSError) and not (lack := _lack(error)):
+        raise error
+    status = fail(error) if isinstance(error, OSError) else _complain(lack)
+    _drop_output()
+    return status
+
+
+def _lack(error: Exception) -> str:
+    """What was short, and what to do, where the error is not an OSError; "": nothing was."""
+    text = str(error)
+    if isinstance(error, RuntimeError):  # Python drops the errno of pthread_create(3)
+        return _NO_THREAD if text.startswith("can't start new thread") else ""
+    if isinstance(error, ImportError) and "Too many open files" in text:  # of dlopen(3)
+        return f"too many open files{_HINTS[24]}"
+    unmapped = isinstance(error, ImportError) and ("map segment" in text or "allocate" in text)
+    # Some of Python's own code tells of no memory by an error without an exception.
+    lost = isinstance(error, SystemError) and "without" in text and "exception" in text
+    return _NO_MEMORY if unmapped or lost or isinstance(error, MemoryError) else ""
+
+
+_REMEDY = "raise the limit with `ulimit -v unlimited`, or for a service with LimitAS=infinity"
+_NO_MEMORY = f"this process may not have more memory: {_REMEDY}"
+_NO_THREAD = f"no thread can be started, for lack of memory or processes: {_REMEDY}; or `ulimit -u`"
 
 
 def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
@@ -228,8 +265,12 @@ def _lose(stream: Any) -> None:
 
 def fail(error: BaseException) -> int:
     """Print the one line that an error is worth, and return exit status 1."""
+    return _complain(one_line(error))
+
+
+def _complain(line: str) -> int:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        print(f"ivshmem: {one_line(error)}", file=sys.stderr)
+        print(f"ivshmem: {line}", file=sys.stderr)
     return 1
 
 
@@ -252,9 +293,12 @@ def _sentence(error: BaseException) -> str:
 _HINTS = {
     1: ": run as a user who may, or choose another path",  # EPERM
     2: ": create it first, or choose another path",  # ENOENT
+    12: f": {_REMEDY}",  # ENOMEM
     13: ": run as a user who may, or choose another path",  # EACCES
     20: ": a part of the path is a file: choose another path",  # ENOTDIR
     21: ": name a file in it, or use --directory",  # EISDIR
     24: ": raise the limit with `ulimit -n`",  # EMFILE
+    27: ": raise the limit with `ulimit -f unlimited`, or choose another file system",  # EFBIG
+    28: ": make room there, or choose another file system",  # ENOSPC
     30: ": choose a path on a file system that can be written",  # EROFS
 }

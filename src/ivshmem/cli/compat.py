@@ -12,7 +12,7 @@ from functools import partial
 
 from .. import __version__, runtime
 from ..limits import DEFAULT_SIZE
-from . import Parser, guarded, parsed
+from . import Parser, guarded, parsed, ran_short
 from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
 
 TYPE_CHECKING = False
@@ -27,6 +27,14 @@ DEFAULT_NAME = "ivshmem"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ivshmem-server` and return the exit status."""
+    try:
+        options = parsed(_parser(), arguments)
+    except Exception as error:
+        return ran_short(error)
+    return guarded(_run, options)
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="ivshmem-server",
         description="An ivshmem server with the command line of QEMU's example server. It goes into"
@@ -83,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="interrupts of each peer (default: %(default)s)",
     )
     add_accept_owner(parser)
-    return guarded(_run, parsed(parser, arguments))
+    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
