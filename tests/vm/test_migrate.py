@@ -598,6 +598,19 @@ def test_killed_and_resumed_through_a_file(group: MakeGroup, command: str, count
     moving.check_there()
 
 
+@pytest.mark.qemu
+def test_killed_while_the_destination_waits_for_a_file(group: MakeGroup) -> None:
+    """QEMU was told to read it, and says that it does nothing until the first bytes come."""
+    moving = pair(group, "doorbell")
+    killed_after(moving, "migrate", uris="file")
+    file = moving.folder / "a.uri"
+    until(file.exists)
+    reader = f"exec:sleep 2; cat {file} && rm -f {file}"
+    moving.destination["a"].qmp("migrate-incoming", uri=reader)
+    asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
 def test_killed_and_put_back_from_a_file(group: MakeGroup) -> None:
     """All was written, and nobody has read it yet."""
     moving = pair(group, "doorbell")

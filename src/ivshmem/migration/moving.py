@@ -214,7 +214,7 @@ class Mover:
     async def _read(self, destination: Monitor) -> None:
         try:
             if await _status(destination) in ("", "none"):
-                await destination.execute("migrate-incoming", uri=self._reader)
+                await self._ask_to_read(destination)
             while (status := await _status(destination)) != "completed":
                 # QEMU 7.2 has no status yet while the shell waits for the file.
                 if status not in ("", "none") and not is_under_way(status):
@@ -225,6 +225,15 @@ class Mover:
                 f"{self._vm.name}: its destination refused what is in {self._file}: its QEMU's log"
                 " says why"
             ) from None
+
+    async def _ask_to_read(self, destination: Monitor) -> None:
+        try:
+            await destination.execute("migrate-incoming", uri=self._reader)
+        except QemuGone:
+            raise
+        except QmpError as error:
+            if "already" not in str(error):  # by an interrupted run, and its shell still waits
+                raise
 
     # -- and back ---------------------------------------------------------------------------------
 
