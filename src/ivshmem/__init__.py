@@ -104,6 +104,13 @@ def __getattr__(name: str) -> object:
     # What importlib.import_module does, without importlib.
     module = __import__(f"{__name__}.{home}", fromlist=(name,))
     value = globals()[name] = getattr(module, name)
+    if name == "Server":
+        # The command line listens first, and imports the rest then. A program may have given up its
+        # rights by then, and can read no more modules.
+        from . import directory  # noqa: F401
+        from .engine import import_the_rest
+
+        import_the_rest()
     return value
 
 

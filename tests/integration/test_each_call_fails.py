@@ -21,12 +21,12 @@ VECTORS = 2
 
 SERVER = """
 import os, signal, sys
-import ivshmem, ivshmem.server
+from ivshmem import Server
 if sys.argv[2] == "unprivileged":
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
-with ivshmem.Server(sys.argv[1], "64K", vectors=2) as server:
+with Server(sys.argv[1], "64K", vectors=2) as server:
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     print("READY", flush=True)
     server.serve_forever()

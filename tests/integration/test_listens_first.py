@@ -150,16 +150,28 @@ def test_a_line_of_the_log_that_comes_before_logging_is_imported(tmp_path: Path,
     assert said.count("early") == 1
 
 
-def test_a_server_of_a_program_has_what_it_needs_to_log_and_to_answer() -> None:
-    """A server that has no descriptor left logs that, and can read no module then."""
-    program = """
+_IMPORTS_NO_MORE = """
 import sys, tempfile
-import ivshmem
-assert "logging" not in sys.modules
-with tempfile.TemporaryDirectory() as place, ivshmem.Server(place + "/socket", 4096):
-    assert {"logging", "json"} <= sys.modules.keys()
+from ivshmem import Server
+from support.peer import RawPeer
+sys.meta_path.clear()
+with tempfile.TemporaryDirectory() as place:
+    with Server(place + "/socket", 65536, 2, names=True).start() as server:
+        with RawPeer(server.path) as stays:
+            stays.set_up(2)
+            with RawPeer(server.path) as peer:
+                peer.set_up(2)
+                assert len(server.report()) == 2
+                server.hold(stays.id)
+                server.release(stays.id)
+            server.evict(stays.id)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, env=users_environment())
+
+
+def test_a_program_that_gives_up_its_rights_after_its_imports() -> None:
+    """It can read no module any more, and neither can a server that has no descriptor left."""
+    environment = users_environment(PYTHONPATH=str(Path(__file__).parents[1]))
+    subprocess.run([sys.executable, "-c", _IMPORTS_NO_MORE], check=True, env=environment)
 
 
 def test_a_control_path_that_is_taken_leaves_no_socket(tmp_path: Path) -> None:
