@@ -617,10 +617,23 @@ class Region(Uncopied, _memory.Mapping):
         fd = self.fileno()
         try:
             place = safe_files.find(self._path, links=self.source != "posix")
-        except OSError:  # it is not there, or nobody we trust has put it there
-            return False
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self.source == "posix":
+                return self._unlink_name(fd)
+            return False  # it is not there, or nobody we trust has put it there
         with place:
             return place.remove(fd)
+
+    def _unlink_name(self, fd: int) -> bool:
+        """Remove it without a descriptor for /dev/shm, where nobody else may rename our files."""
+        assert self._path is not None
+        try:
+            if not os.path.samestat(os.lstat(self._path), os.fstat(fd)):
+                return False
+            os.unlink(self._path)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Unmap and close; may be called twice.

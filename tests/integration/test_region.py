@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from support.children import python
 from support.leaks import SHM, open_fds, resources
+from support.limits import free_fds
 from support.peer import memory_fd
 from support.waiting import PATIENCE
 
@@ -90,6 +91,17 @@ def test_posix_name_with_a_slash(shm_name: str) -> None:
         with Region.attach(name=shm_name) as again:
             assert os.path.sameopenfile(region.fileno(), again.fileno())
         assert region.unlink()
+
+
+def test_unlink_without_a_free_descriptor(shm_name: str) -> None:
+    with Region.create(PAGE, name=shm_name) as region:
+        with free_fds(0):
+            assert region.unlink()
+        assert not (SHM / shm_name).exists()
+        (SHM / shm_name).write_bytes(b"another's")
+        with free_fds(0):
+            assert not region.unlink()
+        (SHM / shm_name).unlink()
 
 
 def test_file(directory: Path) -> None:
