@@ -179,7 +179,7 @@ def test_a_time_that_is_not_allowed(served: Served, asker: control.Client, linge
 @pytest.mark.parametrize("peer", [7, 65536, -1])
 @pytest.mark.parametrize("do", ["hold", "release"])
 def test_a_peer_that_is_not_there(asker: control.Client, do: str, peer: int) -> None:
-    with pytest.raises(ControlError, match=f"peer {peer} is not connected .*`ivshmem status`"):
+    with pytest.raises(ControlError, match=f"peer {peer} is not connected .*`ivshmem status --con"):
         asker.ask({"do": do, "id": peer})
 
 

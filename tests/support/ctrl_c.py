@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +33,7 @@ class CtrlC:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        if not code.co_filename.startswith(_HOME) or _finalizes(frame):
+        if not code.co_filename.startswith(_HOME) or finalizes(frame):
             return None
         frame.f_trace_opcodes = self.opcodes
         # Bytecodes without a line enter and leave exception handlers. The interpreter looks for
@@ -46,7 +47,7 @@ class CtrlC:
         return self
 
 
-def _finalizes(frame: FrameType | None) -> bool:
+def finalizes(frame: FrameType | None) -> bool:
     """Whether this is a part of __del__: the interpreter ignores what is raised there."""
     while frame is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
@@ -72,7 +73,7 @@ class CtrlCAtCalls:
             return
         # A generator is also resumed to be closed, where what is raised is ignored.
         resumed = event == "call" and code.co_flags & inspect.CO_GENERATOR and frame.f_lasti > 8
-        if resumed or _finalizes(frame):
+        if resumed or finalizes(frame):
             return
         self.left -= 1
         if self.left == 0:
@@ -80,6 +81,19 @@ class CtrlCAtCalls:
             after = f", after {what.__name__}" if event == "c_return" else ""
             self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name}{after})"
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def finalizing_quietly() -> Iterator[None]:
+    """Drop what a finalizer, or a generator that is closed, raises, as the interpreter does.
+
+    pytest keeps it, and by its traceback all that its frames hold.
+    """
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def interrupted(
@@ -126,7 +140,7 @@ def ctrl_c_anywhere(
         return (open_fds(), shared_mappings()) == before
 
     for at in range(1, 100_000):
-        with warnings.catch_warnings():
+        with finalizing_quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # of objects that nobody was given
             came, where = interrupted(call, at, opcodes, calls)
             if not clean():

@@ -17,6 +17,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
+from support.ctrl_c import finalizes, finalizing_quietly
 from support.leaks import open_fds
 
 import ivshmem
@@ -51,8 +52,7 @@ class Interrupter:
         self.left = at
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        # What is raised in __del__ is ignored by the interpreter.
-        if frame.f_code.co_filename not in FILES or frame.f_code.co_name == "__del__":
+        if frame.f_code.co_filename not in FILES or finalizes(frame):
             return None
         if event in ("call", "line"):
             self.left -= 1
@@ -89,7 +89,7 @@ def at_each_line(call: Callable[[], object], after: Callable[[], object]) -> int
     gc.collect()
     before = open_fds()
     for at in range(1, 20_000):
-        with warnings.catch_warnings():
+        with finalizing_quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # of a region nobody was given
             again = interrupted(call, at)
         for filler in kept:  # the exception is gone, and so are its frames
@@ -169,7 +169,7 @@ def test_from_a_descriptor() -> None:
     os.ftruncate(memory, SIZE)
     for at in range(1, 1000):
         copy = os.dup(memory)
-        with warnings.catch_warnings():
+        with finalizing_quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             again = interrupted(lambda: Region.from_fd(copy).close(), at)  # noqa: B023
         for filler in kept:
