@@ -520,10 +520,12 @@ class TestShortages:
                 (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
                 return str(region["paused"])
 
-            until(lambda: bool(peers.enter_context(RawPeer(socket_path)) and paused()))
-            # Each question takes a descriptor, which a newcomer may get when it is answered: the
-            # server pauses again then.
-            until(lambda: paused() == "Too many open files")
+            def is_short() -> bool:
+                """One more newcomer, since the last may have got what a question had taken."""
+                peers.enter_context(RawPeer(socket_path))
+                return paused() == "Too many open files"
+
+            until(is_short)
             for _ in range(3):
                 (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
                 assert len(region["peers"]) > 5
@@ -533,7 +535,7 @@ class TestShortages:
             with ExitStack() as idle:  # who goes makes room again
                 for _ in range(10):
                     idle.enter_context(raw(path))
-            until(lambda: paused() == "Too many open files")
+            until(is_short)
             peers.close()
             until(lambda: paused() == "")
             child.process.terminate()
