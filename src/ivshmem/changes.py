@@ -113,5 +113,4 @@ def _shown(value: object, key: str = "") -> str:
 
     if isinstance(value, int) and key == "size":
         value = format_size(value)
-
     return "nothing" if value is None else json.dumps(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.children import python
-from support.ctrl_c import ctrl_c_anywhere, interrupted
+from support.ctrl_c import SERVER, ctrl_c_anywhere, interrupted
 from support.waiting import Background, until
 
 import ivshmem
@@ -25,17 +25,6 @@ from ivshmem.protocol import encode
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SIZE = 1 << 16
-
-
-# In a process of its own, since a server keeps eventfds ready for who comes next.
-SERVER = """
-import sys
-from ivshmem import Server
-with Server(sys.argv[1], int(sys.argv[2]), 2, names=True) as server:
-    server.start()
-    print("READY")
-    sys.stdin.read()
-"""
 
 
 class Scene:

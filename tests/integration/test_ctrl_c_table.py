@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.children import python
-from support.ctrl_c import ctrl_c_anywhere
+from support.ctrl_c import SERVER, ctrl_c_anywhere
 from support.waiting import until
 
 import ivshmem
@@ -190,7 +190,7 @@ def serves(made: Callable[[], Server], *calls: Callable[[Server], object]) -> No
 
 
 def over_a_stale_one(at: ServerPlace) -> None:
-    """It may be gone afterwards, which is no loss."""
+    """An interrupted call may have removed the stale socket."""
     serves(lambda: Server(str(at.stale), SIZE))
 
 
@@ -277,15 +277,6 @@ def test_server(server_place: ServerPlace, way: str) -> None:
 
 
 # -- asyncio --------------------------------------------------------------------------------------
-
-SERVER = """
-import sys
-from ivshmem import Server
-with Server(sys.argv[1], int(sys.argv[2]), 2, names=True) as server:
-    server.start()
-    print("READY")
-    sys.stdin.read()
-"""
 
 
 class Served:

@@ -93,7 +93,7 @@ def test_a_kill_while_the_rest_is_imported(tmp_path: Path) -> None:
         process.kill()
         process.wait(PATIENCE)
     assert not listens(path)
-    with stopped(path, WAIT) as process:  # the path that was left is no obstacle
+    with stopped(path, WAIT) as process:  # although the path was left
         until(lambda: listens(path), "another server")
         go_on(process)
         process.send_signal(signal.SIGTERM)

@@ -2,8 +2,8 @@
 
 Each works, or says in one line what is short and what fixes that. It leaves nothing behind.
 
-A limit begins when the command's first module is imported: what is too little for Python itself
-says nothing about this package.
+A limit begins when Python imports the command's first module: a limit under which Python itself
+cannot start says nothing about this package.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def test_few_descriptors(place: Place, command: str, limit: int) -> None:
     assert place.things() - before <= {"saved", "memory"}
 
 
-# Processes under RLIMIT_AS are no cases here: at some limits Python cannot even print a line.
+# No process runs under RLIMIT_AS here: at some limits Python cannot even print a line.
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [

@@ -1,4 +1,4 @@
-"""Who starts first: what is at a path, what comes there, and how those fare who wait for it."""
+"""Who starts first: what is at a path, what comes there, and what a client that waits gets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.children import NOBODY, needs_root
 from support.leaks import open_fds
 from support.peer import memory_fd, send_raw
 from support.stopping import state, users_environment
-from support.waiting import PATIENCE, Background, pauses, until
+from support.waiting import PATIENCE, Background, interrupt_when_asleep, pauses, until
 
 import ivshmem
 from ivshmem.aio import connect_async
@@ -729,7 +729,7 @@ def test_with_other_options(place: Path, more: dict[str, Any], way: str) -> None
     ],
 )
 def test_several_wait(place: Path, ways: str) -> None:
-    """All get in. Who has joined leaves at once, so ids may come again."""
+    """Every client joins. Each leaves at once, so an id may be given again."""
     waiters = [WAYS[way](str(place)) for way in ways.split()]
     try:
         for waiter in waiters:
@@ -841,26 +841,6 @@ def test_a_signal_ends_the_command(place: Path, stage: str, number: signal.Signa
     assert command.process.returncode in (-number, 128 + number)
 
 
-@contextlib.contextmanager
-def ctrl_c_when_paused() -> Iterator[None]:
-    """A Ctrl-C for this (main) thread as soon as it sleeps."""
-    me, ident, done = threading.get_native_id(), threading.get_ident(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            if pauses(me):
-                signal.pthread_kill(ident, signal.SIGINT)
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 IN_MAIN: dict[str, Callable[[Path], object]] = {
     "sync": lambda place: ivshmem.connect(str(place), wait_for_server=True),
     "asyncio": lambda place: asyncio.run(joined(str(place), None)),
@@ -879,7 +859,7 @@ def test_ctrl_c_in_the_library(place: Path, stage: str, way: str) -> None:
     with contextlib.closing(STAGES[stage](place)) as run:  # type: ignore[type-var]
         next(run)
         begun = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), ctrl_c_when_paused():
+        with pytest.raises(KeyboardInterrupt), interrupt_when_asleep(pauses):
             IN_MAIN[way](place)
         assert time.monotonic() - begun < 10
     tidy(place)

@@ -20,6 +20,16 @@ from .leaks import open_fds, shared_mappings
 from .waiting import PATIENCE
 
 _HOME = str(Path(ivshmem.__file__).parent)
+# In a process of its own, since a server keeps eventfds ready for the next peer.
+SERVER = """
+import sys
+from ivshmem import Server
+with Server(sys.argv[1], int(sys.argv[2]), 2, names=True) as server:
+    server.start()
+    print("READY")
+    sys.stdin.read()
+"""
+
 _FILLERS = 8  # files that take the numbers which an interrupted call has freed
 
 

@@ -103,14 +103,16 @@ def signals(number: int = signal.SIGUSR1, interval: float = 0.005) -> Iterator[l
 
 
 @contextlib.contextmanager
-def once_asleep(action: Callable[[], object]) -> Iterator[None]:
-    """Do something from another thread as soon as this one sleeps in poll."""
+def once_asleep(
+    action: Callable[[], object], asleep: Callable[[int], bool] = sleeps
+) -> Iterator[None]:
+    """Do something from another thread as soon as this one sleeps in poll, or as `asleep` says."""
     me = threading.get_native_id()
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            if sleeps(me):
+            if asleep(me):
                 action()
                 return
             time.sleep(0.001)
@@ -124,10 +126,12 @@ def once_asleep(action: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def interrupt_when_asleep() -> contextlib.AbstractContextManager[None]:
-    """A real Ctrl-C for this (main) thread as soon as it sleeps."""
+def interrupt_when_asleep(
+    asleep: Callable[[int], bool] = sleeps,
+) -> contextlib.AbstractContextManager[None]:
+    """A real Ctrl-C for this (main) thread as soon as it sleeps, as of `once_asleep`."""
     target = threading.get_ident()
-    return once_asleep(lambda: signal.pthread_kill(target, signal.SIGINT))
+    return once_asleep(lambda: signal.pthread_kill(target, signal.SIGINT), asleep)
 
 
 class Background:
