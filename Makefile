@@ -12,8 +12,8 @@ export QEMU
 JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
-CYTHON := _fds _wire _memory _spin _bell _core
-SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*/*)
+CYTHON := $(addprefix native/,descriptors wire mapping spin bell) _core
+SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* systemd/*/*)
 
 .PHONY: help serve test test-newest-qemu nightly check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
@@ -66,10 +66,10 @@ nightly: lint
 lint: $(VENV)/tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.pyx src/ivshmem/*.pxd
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest $(CYTHON:%=ivshmem.%) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 	@for name in $(CYTHON); do \
 	    (cd src && ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ../build/fresh.c 2>../build/said || \
 	        { cat ../build/said; false; }) && \

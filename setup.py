@@ -9,15 +9,17 @@ import os
 
 from setuptools import Extension, setup
 
+NATIVE = ("descriptors", "wire", "mapping", "spin", "bell")
+
 
 def extensions(suffix: str) -> list[Extension]:
     return [
         Extension(
-            f"ivshmem.{name}",
+            f"ivshmem.{name.replace('/', '.')}",
             [f"src/ivshmem/{name}{suffix}"],
             extra_compile_args=["-O2", "-fvisibility=hidden"],
         )
-        for name in ("_fds", "_wire", "_memory", "_spin", "_bell", "_core")
+        for name in (*(f"native/{name}" for name in NATIVE), "_core")
     ]
 
 

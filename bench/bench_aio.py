@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import ivshmem
 from ivshmem.aio import AsyncEndpoint
 from ivshmem.bench.cores import Pinning, cores_for
-from ivshmem.bench.sample import Sample
+from ivshmem.bench.percentiles import Sample
 
 from .conftest import Build
 

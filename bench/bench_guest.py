@@ -21,7 +21,7 @@ from vm import image
 from vm.harness import Guest
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .conftest import HERE, Build
 
@@ -182,7 +182,7 @@ def boot(server: ivshmem.Server) -> Iterator[MakeGuest]:
     with ExitStack() as guests:
 
         def make(name: str) -> Guest:
-            args = qemu.doorbell(server.path, server.vectors)
+            args = cmdline.doorbell(server.path, server.vectors)
             return guests.enter_context(Guest(RUNNER, args=args, name=name, iommu=True))
 
         yield make

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ivshmem import _wire
+from ivshmem.native import wire
 
 from .conftest import Baseline
 
@@ -40,7 +40,7 @@ class Listener:
     def take(self, count: int) -> None:
         """Read so many messages and close what comes with them."""
         while count:
-            chunks, eof = _wire.receive(self.socket.fileno(), count)
+            chunks, eof = wire.receive(self.socket.fileno(), count)
             assert not eof
             for data, fds in chunks:
                 self.told[int.from_bytes(data, "little", signed=True)] += len(fds)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ivshmem import Region, pages
-from ivshmem._memory import AtomicU64
+from ivshmem import Region
+from ivshmem.memory import pages
+from ivshmem.native.mapping import AtomicU64
 
 from .conftest import Build
 

@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ivshmem.bench.quiet import LIMIT
+from ivshmem.bench.noise import LIMIT
+from ivshmem.bench.percentiles import Sample
 from ivshmem.bench.roundtrip import Measured
-from ivshmem.bench.sample import Sample
 
 Results: TypeAlias = dict[str, Any]  # as pytest-benchmark writes it
 

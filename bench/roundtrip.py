@@ -16,7 +16,7 @@ import ivshmem
 import ivshmem.guest
 
 if TYPE_CHECKING:
-    from ivshmem.endpoint import Endpoint
+    from ivshmem.peer.endpoint import Endpoint
 
 WARM_UP, KNOCK = 200, 0.1
 

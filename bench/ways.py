@@ -25,8 +25,8 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ivshmem.bench.end import Steps
 from ivshmem.bench.roundtrip import End, python_end
+from ivshmem.bench.worker import Steps
 
 ROOT = Path(__file__).parent.parent  # where the ends find this module
 

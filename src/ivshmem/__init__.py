@@ -18,14 +18,7 @@ files (setuid, chroot) says before that what it needs: `from ivshmem import Serv
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself costs 1.7 MiB
 if TYPE_CHECKING:
-    from ._bell import Doorbell
     from ._core import Interrupt
-    from ._memory import Atomic, AtomicU32, AtomicU64
-    from .access import Rules, Verdict
-    from .client import Client, connect
-    from .directory import Directory, Entry, Publication
-    from .endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
-    from .engine import Peer, PeerReport
     from .errors import (
         ClosedError,
         DeviceGone,
@@ -45,31 +38,25 @@ if TYPE_CHECKING:
         ServerFailed,
         ServerGone,
     )
-    from .image import ImageInfo, load, save
-    from .region import Region, RegionInfo
-    from .server import Server
-    from .sizes import parse_size
+    from .memory.image import ImageInfo, load, save
+    from .memory.region import Region, RegionInfo
+    from .memory.sizes import parse_size
+    from .native.bell import Doorbell
+    from .native.mapping import Atomic, AtomicU32, AtomicU64
+    from .peer.client import Client, connect
+    from .peer.directory import Directory, Publication
+    from .peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
+    from .peer.names_table import Entry
+    from .server.access import Rules, Verdict
+    from .server.report import Peer, PeerReport
+    from .server.server import Server
 
 __version__ = "0.1.0"  # pyproject.toml and the command line read it here
 
 # Where each public name is defined. Its module is imported when the name is first used: a server
 # needs a third of them, and `ivshmem status` hardly any.
 _HOMES = {
-    "_bell": ("Doorbell",),
     "_core": ("Interrupt",),
-    "_memory": ("Atomic", "AtomicU32", "AtomicU64"),
-    "access": ("Rules", "Verdict"),
-    "client": ("Client", "connect"),
-    "directory": ("Directory", "Entry", "Publication"),
-    "endpoint": (
-        "Endpoint",
-        "Event",
-        "IdChanged",
-        "PeerJoined",
-        "PeerLeft",
-        "ServerLost",
-    ),
-    "engine": ("Peer", "PeerReport"),
     "errors": (
         "ClosedError",
         "DeviceGone",
@@ -89,10 +76,18 @@ _HOMES = {
         "ServerFailed",
         "ServerGone",
     ),
-    "image": ("ImageInfo", "load", "save"),
-    "region": ("Region", "RegionInfo"),
-    "server": ("Server",),
-    "sizes": ("parse_size",),
+    "memory.image": ("ImageInfo", "load", "save"),
+    "memory.region": ("Region", "RegionInfo"),
+    "memory.sizes": ("parse_size",),
+    "native.bell": ("Doorbell",),
+    "native.mapping": ("Atomic", "AtomicU32", "AtomicU64"),
+    "peer.client": ("Client", "connect"),
+    "peer.directory": ("Directory", "Publication"),
+    "peer.endpoint": ("Endpoint", "Event", "IdChanged", "PeerJoined", "PeerLeft", "ServerLost"),
+    "peer.names_table": ("Entry",),
+    "server.access": ("Rules", "Verdict"),
+    "server.report": ("Peer", "PeerReport"),
+    "server.server": ("Server",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -107,8 +102,8 @@ def __getattr__(name: str) -> object:
     if name == "Server":
         # The command line listens first, and imports the rest then. A program may have given up its
         # rights by then, and can read no more modules.
-        from . import directory  # noqa: F401
-        from .engine import import_the_rest
+        from .peer import directory  # noqa: F401
+        from .server.engine import import_the_rest
 
         import_the_rest()
     return value

@@ -18,10 +18,10 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ._bell cimport Doorbell, Handler
-from ._fds cimport deadline_in, Epoll, FdArray, Relay, Signaller
-from ._memory cimport Registers
-from ._spin cimport Spinner, Turn
+from .native.bell cimport Doorbell, Handler
+from .native.descriptors cimport deadline_in, Epoll, FdArray, Relay, Signaller
+from .native.mapping cimport Registers
+from .native.spin cimport Spinner, Turn
 
 cdef enum:
     # What wait_nogil returns, beside -errno, when `attend` has something to do.

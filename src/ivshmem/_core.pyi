@@ -3,9 +3,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 from typing_extensions import disjoint_base
 
-from ._bell import Doorbell
-from ._fds import Fd, Relay
-from ._memory import Atomic, Registers
+from .native.bell import Doorbell
+from .native.descriptors import Fd, Relay
+from .native.mapping import Atomic, Registers
 
 class Interrupt(NamedTuple):
     vector: int

@@ -13,28 +13,27 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport INT64_MAX, int64_t, UINT32_MAX, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from ._bell cimport Bell, Doorbell, ring_bell
-from ._fds cimport (
+from .native.bell cimport Bell, Doorbell, ring_bell
+from .native.descriptors cimport (
     add_one, add_one_if_room, add_one_nowait, BATCH, count_of, deadline_in, deadline_of, Epoll,
     epoll_sleep, fail_with, FdArray, is_eventfd, length_of, look, now, place_of, Relay,
     shared_signaller, Signaller, take_count, taken, time_left,
 )
-from ._libc cimport (
+from .native.syscalls cimport (
     c_read, EAGAIN, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
     c_close, getpid, IVSHMEM_CLOSING, ivshmem_and, ivshmem_count, ivshmem_enter,
     ivshmem_is_only_thread, ivshmem_leave, ivshmem_load, ivshmem_or, ivshmem_pause, ivshmem_shut,
     ivshmem_state, ivshmem_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
     SEQ_CST, timespec,
 )
-from ._libc cimport EPOLLIN as _EPOLLIN
-from ._libc cimport POLLIN as _POLLIN
-from ._memory cimport Atomic, Registers
-from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
+from .native.syscalls cimport EPOLLIN as _EPOLLIN
+from .native.syscalls cimport POLLIN as _POLLIN
+from .native.mapping cimport Atomic, Registers
+from .native.spin cimport HABITS, Probe, spin_of, Spinner, Turn
 
 import contextlib
 from collections import namedtuple
 
-from .counting import counted
 from .errors import ClosedError, NoSuchVector, ProtocolError
 
 Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
@@ -667,7 +666,7 @@ cdef class Doorbells:
 
     cdef int check_vector(self, Py_ssize_t vector) except -1:
         if not 0 <= vector < length_of(self.own):
-            there = counted(length_of(self.own), "vector")
+            there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"
             raise NoSuchVector(f"vector {vector}: this endpoint has {there}")
         return 0
 

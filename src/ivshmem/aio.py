@@ -28,17 +28,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from contextvars import Context
 from typing import Any, Generic, Literal, SupportsIndex, TypeVar, cast, overload
 
-from . import guest, sockets
-from ._bell import Doorbell
+from . import guest
 from ._core import Interrupt
-from .client import Client
-from .directory import Directory, Entry, Publication
-from .endpoint import Endpoint, Event
 from .errors import ClosedError
 from .guest import GuestDevice
 from .guest.device import Access, Memory
-from .region import Region
-from .uncopied import Uncopied
+from .memory.region import Region
+from .native.bell import Doorbell
+from .peer.client import Client
+from .peer.directory import Directory, Publication
+from .peer.endpoint import Endpoint, Event
+from .peer.names_table import Entry
+from .system import sockets
+from .system.uncopied import Uncopied
 
 __all__ = [
     "AsyncEndpoint",

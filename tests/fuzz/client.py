@@ -24,10 +24,10 @@ from typing import NamedTuple
 from unittest import mock
 
 import ivshmem
-from ivshmem import _fds
-from ivshmem import client as module
-from ivshmem.endpoint import Event
-from ivshmem.protocol import MAX_ID, MAX_VECTORS
+from ivshmem.native import descriptors
+from ivshmem.peer import client as module
+from ivshmem.peer.endpoint import Event
+from ivshmem.protocol.limits import MAX_ID, MAX_VECTORS
 
 from .script import Grammar, Op
 from .target import Finding, Scripted
@@ -82,7 +82,7 @@ def _file(size: int) -> int:
 
 
 def _timer() -> int:
-    timer = _fds.Timer()
+    timer = descriptors.Timer()
     try:
         timer.set(1e-9)
         return os.dup(timer.fileno())
@@ -564,7 +564,13 @@ class ClientTarget(Scripted):
     """What servers send."""
 
     name = "client"
-    modules = ("client", "endpoint", "protocol", "region")
+    modules = (
+        "peer/client",
+        "peer/endpoint",
+        "protocol/framing",
+        "protocol/session",
+        "memory/region",
+    )
     share = 5
     grammar = Grammar(
         FORMS,

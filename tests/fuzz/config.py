@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ivshmem import configfile
+from ivshmem import config as ivshmem_config
 from ivshmem.config import ConfigError, ServiceConfig
 
 from .target import Finding, Textual
@@ -51,7 +51,14 @@ class ConfigTarget(Textual):
     """What stands in configuration files."""
 
     name = "config"
-    modules = ("configfile", "config", "access", "accounts", "sizes", "pages")
+    modules = (
+        "service/config_file",
+        "service/config",
+        "server/access",
+        "system/accounts",
+        "memory/sizes",
+        "memory/pages",
+    )
     share = 8
     tokens = (
         *(b"true", b"false", b"0", b"-1", b"1e999", b"nan", b"9" * 30, b"9" * 5000, b"0x7f"),
@@ -69,7 +76,7 @@ class ConfigTarget(Textual):
 
     def run(self, data: bytes) -> None:
         try:
-            config = configfile.parse(data, "/etc/fuzz.toml")
+            config = ivshmem_config.parse(data, "/etc/fuzz.toml")
         except ConfigError as error:
             text = str(error)
             if not text.startswith("/etc/fuzz.toml: ") or not text.isprintable():

@@ -13,10 +13,10 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
-from ivshmem import control
-from ivshmem.answering import LONGEST
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
-from ivshmem.service import Service
+from ivshmem.service import control
+from ivshmem.service.service import Service
+from ivshmem.system.requests import LONGEST
 
 from .script import Grammar, Op
 from .target import Finding, Scripted
@@ -198,7 +198,7 @@ class ControlTarget(Scripted):
     """What callers of the control socket send."""
 
     name = "control"
-    modules = ("control", "answering", "service", "changes")
+    modules = ("service/control", "system/requests", "service/service", "service/reload_plan")
     share = 1
     grammar = Grammar(
         FORMS,

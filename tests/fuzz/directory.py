@@ -19,22 +19,14 @@ from typing import Any, cast
 from unittest import mock
 
 import ivshmem
-from ivshmem import directory as module
-from ivshmem.directory import (
-    DEFAULT_SLOTS,
-    MAGIC,
-    MAX_SLOTS,
-    NAME_BYTES,
-    ROLE_BYTES,
-    SLOT_BYTES,
-    VERSION,
-    Directory,
-    Entry,
-    Publication,
-)
-from ivshmem.endpoint import Endpoint
-from ivshmem.protocol import MAX_ID, MAX_VECTORS
-from ivshmem.region import Region
+from ivshmem.memory.region import Region
+from ivshmem.peer import directory as module
+from ivshmem.peer import names_table
+from ivshmem.peer.directory import Directory, Publication
+from ivshmem.peer.endpoint import Endpoint
+from ivshmem.peer.limits import MAGIC, MAX_SLOTS, SLOT_BYTES
+from ivshmem.peer.names_table import DEFAULT_SLOTS, NAME_BYTES, ROLE_BYTES, VERSION, Entry
+from ivshmem.protocol.limits import MAX_ID, MAX_VECTORS
 
 from .script import Grammar, Op
 from .target import Finding, Scripted
@@ -193,7 +185,7 @@ class Player:
 
     @contextlib.contextmanager
     def _instead(self) -> Iterator[None]:
-        copy = module._copy
+        copy = names_table.copy_slot
 
         def copied(region: Region, offset: int) -> bytes:
             self.copies += 1
@@ -211,7 +203,7 @@ class Player:
             current_thread=lambda: None,
         )
         with (
-            mock.patch.object(module, "_copy", copied),
+            mock.patch.object(module, "copy_slot", copied),
             mock.patch.object(module, "os", system),
             mock.patch.object(module, "time", self.clock),
             mock.patch.object(module, "threading", threads),
@@ -394,7 +386,7 @@ class DirectoryTarget(Scripted):
     """What peers write into a directory of names."""
 
     name = "directory"
-    modules = ("directory",)
+    modules = ("peer/directory", "peer/names_table")
     share = 4
     grammar = Grammar(
         FORMS,

@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Sequence
 
 import ivshmem
-from ivshmem import _wire
-from ivshmem.protocol import Framer, GotMemory, GotVector, Session
+from ivshmem.native import wire
+from ivshmem.protocol.framing import Framer
+from ivshmem.protocol.session import GotMemory, GotVector, Session
 
 from .client import KINDS
 from .script import Grammar, Op
@@ -52,7 +53,7 @@ class _Honest:
     def read(self) -> None:
         while not self._gone:
             try:
-                chunks, self._gone = _wire.receive(self.socket.fileno(), 64)
+                chunks, self._gone = wire.receive(self.socket.fileno(), 64)
             except ConnectionError:
                 self._gone = True
                 return
@@ -185,7 +186,7 @@ class ServerTarget(Scripted):
     """What peers send."""
 
     name = "server"
-    modules = ("server", "engine", "protocol")
+    modules = ("server/server", "server/engine", "protocol/roster")
     share = 2
     grammar = Grammar(
         FORMS,

@@ -21,8 +21,10 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, in_child, until
 
 import ivshmem
-from ivshmem.access import Rules
-from ivshmem.sockets import Listener, ask, credentials
+from ivshmem.peer.inquiry import ask
+from ivshmem.server.access import Rules
+from ivshmem.system.credentials import credentials
+from ivshmem.system.sockets import Listener
 
 MIB = 1 << 20
 MakeServer = Callable[..., ivshmem.Server]

@@ -25,7 +25,7 @@ from support.peer import FakeServer
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import cli
+from ivshmem.cli import main as cli
 from ivshmem.doctor import server
 
 IVSHMEM = [sys.executable, "-m", "ivshmem"]

@@ -35,10 +35,10 @@ from ivshmem import (
     PeerLeft,
     ServerGone,
     ServerLost,
-    _fds,
 )
 from ivshmem.aio import AsyncEndpoint, connect_async, open_async
-from ivshmem.endpoint import Endpoint, Event
+from ivshmem.native import descriptors
+from ivshmem.peer.endpoint import Endpoint, Event
 
 T = TypeVar("T")
 
@@ -113,16 +113,16 @@ class Bare(Endpoint):
 
     def __init__(self, vectors: int = 2, *, relay: bool | None = None) -> None:
         """With `relay`, it can be unplugged; True: as a device that listens alone."""
-        self.removal = _fds.FdArray.eventfds(1)
+        self.removal = descriptors.FdArray.eventfds(1)
         fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(vectors)]
         for fd in fds:
             self._add_vector(fd)
         self._ring_self(0)
-        self.relay: _fds.Relay | None = None
+        self.relay: descriptors.Relay | None = None
         if relay is not None:
             self._watch(self.removal[0], urgent=True)
         if relay:
-            self.relay = _fds.Relay(self.removal[0], fds)
+            self.relay = descriptors.Relay(self.removal[0], fds)
             self._listen_alone(self.relay)
 
     def unplug(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 
 DEEP = b"[" * 60000
 LONG = b'{"ok":true,"regions":[' + b"{}," * 20000 + b"{}]}"

@@ -19,7 +19,7 @@ from support.waiting import PATIENCE
 import ivshmem
 from ivshmem import ClosedError, Directory, Interrupt, NameTaken, NoSuchName, NoSuchVector, Region
 from ivshmem.aio import AsyncEndpoint, connect_async, lookup_async, publish_async
-from ivshmem.endpoint import Endpoint, Event
+from ivshmem.peer.endpoint import Endpoint, Event
 
 MakeServer = Callable[..., ivshmem.Server]
 FULL = (1 << 64) - 2

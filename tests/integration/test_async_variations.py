@@ -16,9 +16,9 @@ import pytest
 from support.waiting import PATIENCE
 
 from ivshmem import ClosedError, Region
-from ivshmem._fds import FdArray
 from ivshmem.aio import AsyncEndpoint
-from ivshmem.endpoint import Endpoint, Event
+from ivshmem.native.descriptors import FdArray
+from ivshmem.peer.endpoint import Endpoint, Event
 
 FULL = (1 << 64) - 2
 OTHER = 1

@@ -66,7 +66,7 @@ def test_what_statements_assign_lives_on(directory: Path) -> None:
     """An end that counts must not begin anew: the other may be a turn ahead by then."""
     (directory / "counting.py").write_text(
         "import contextlib, os\n"
-        "from ivshmem.bench.end import Steps\n"
+        "from ivshmem.bench.worker import Steps\n"
         "@contextlib.contextmanager\n"
         "def end(role, there, here):\n"
         "    names = dict(write=os.eventfd_write, read=os.eventfd_read, there=there, here=here)\n"

@@ -17,8 +17,8 @@ from support.children import NOBODY, Child, python
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem._fds import FdArray
 from ivshmem.guest import Broker
+from ivshmem.native.descriptors import FdArray
 
 VECTORS = 2
 

@@ -19,7 +19,7 @@ from support.waiting import Background, in_child
 
 from ivshmem import ClosedError, Server
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.service import Service
+from ivshmem.service.service import Service
 
 CALLS: dict[str, Callable[[Server], object]] = {
     "fileno": lambda server: server.fileno(),

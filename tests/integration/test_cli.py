@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 import ivshmem
-from ivshmem import qemu, sockets
+from ivshmem.peer import inquiry
+from ivshmem.qemu import cmdline
 
 TIMEOUT = 30.0
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -105,7 +106,7 @@ class TestServe:
         lines = [server.process.stdout.readline()]
         while not lines[-1].startswith("  host:"):
             lines.append(server.process.stdout.readline())
-        ident = qemu.ident_of(path)
+        ident = cmdline.ident_of(path)
         assert lines[0] == f"  QEMU:    -chardev socket,path={path},id={ident} \\\n"
         assert lines[1].strip() == f"-device ivshmem-doorbell,vectors=3,chardev={ident}"
         assert lines[2].startswith("  libvirt: <shmem name=")
@@ -382,8 +383,8 @@ def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
 # What is used is imported first: the interpreter may be in a home of root's.
 AS_NOBODY = """
 import os, sys
-import ivshmem.cli.serving
-from ivshmem.cli import SUBCOMMANDS, main
+import ivshmem.cli.serve_process
+from ivshmem.cli.main import SUBCOMMANDS, main
 for home, _ in SUBCOMMANDS.values():
     __import__(f"ivshmem.cli.{home}")
 os.setgroups([])
@@ -647,8 +648,8 @@ class TestQemu:
     def test_from_a_server(self, serve: Serve, path: str) -> None:
         serve("--vectors", "5")
         expected = (
-            f"-chardev socket,path={path},id={qemu.ident_of(path)}"
-            f" -device ivshmem-doorbell,vectors=5,chardev={qemu.ident_of(path)}"
+            f"-chardev socket,path={path},id={cmdline.ident_of(path)}"
+            f" -device ivshmem-doorbell,vectors=5,chardev={cmdline.ident_of(path)}"
         )
         assert run("qemu", "-S", path).stdout == expected + "\n"
         assert run("qemu", "-S", path, "--master").stdout == expected + ",master=on\n"
@@ -661,7 +662,7 @@ class TestQemu:
         server = serve("--vectors", "3", "--size", "1M")
         with ivshmem.connect(path, timeout=TIMEOUT) as client:
             told = {"protocol": 0, "vectors": 3, "size": 1 << 20, "page_size": 4096, "peers": 1}
-            assert sockets.ask(path, TIMEOUT).items() >= told.items()
+            assert inquiry.ask(path, TIMEOUT).items() >= told.items()
             assert "vectors=3" in run("qemu", "-S", path).stdout
             assert client.news() == []
         assert server.news().startswith("peer 0 joined")
@@ -685,7 +686,7 @@ class TestQemu:
         file = tmp_path / "a,b c"
         with ivshmem.Region.create("64K", path=file):
             arguments = json.loads(run("qemu", "--file", str(file), "--json", "--master").stdout)
-        ident = qemu.ident_of(str(file))
+        ident = cmdline.ident_of(str(file))
         assert arguments == [
             "-object",
             f"memory-backend-file,size=64K,share=on,mem-path={tmp_path}/a,,b c,id={ident}",

@@ -23,8 +23,8 @@ from support.fake_pci import FakePci
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import cli
 from ivshmem.bench import remote
+from ivshmem.cli import main as cli
 
 BENCH = [sys.executable, "-W", "error", "-m", "ivshmem", "bench"]
 

@@ -22,7 +22,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 IVSHMEM = [sys.executable, "-W", "error", "-m", "ivshmem"]
 
@@ -368,13 +368,13 @@ def test_few_descriptors_are_told(file: Path) -> None:
 def test_arguments_of_one_region(file: Path) -> None:
     a = f"{file.parent}/a"
     assert run("qemu", "--config", str(file), "--region", "a").stdout == (
-        f"-chardev socket,path={a},id={qemu.ident_of(a)} -device"
-        f" ivshmem-doorbell,vectors=2,chardev={qemu.ident_of(a)}\n"
+        f"-chardev socket,path={a},id={cmdline.ident_of(a)} -device"
+        f" ivshmem-doorbell,vectors=2,chardev={cmdline.ident_of(a)}\n"
     )
     assert run("qemu", "--config", str(file), "--region", "a", "--libvirt", "--master").stdout == (
         f"<shmem name=\"a\" role='master'><model type='ivshmem-doorbell'/><server path=\"{a}\"/>"
         "<msi vectors='2' ioeventfd='on'/>"
-        f"<address type='pci' domain='0' bus='0' slot='{qemu.slot_of('a'):#04x}' function='0'/>"
+        f"<address type='pci' domain='0' bus='0' slot='{cmdline.slot_of('a'):#04x}' function='0'/>"
         "</shmem>\n"
     )
 
@@ -382,10 +382,10 @@ def test_arguments_of_one_region(file: Path) -> None:
 def test_arguments_of_all_regions(file: Path) -> None:
     arguments = json.loads(run("qemu", "--config", str(file), "--json").stdout)
     paths = [f"{file.parent}/{name}" for name in "ab"]
-    assert arguments[1::4] == [f"socket,path={path},id={qemu.ident_of(path)}" for path in paths]
+    assert arguments[1::4] == [f"socket,path={path},id={cmdline.ident_of(path)}" for path in paths]
     assert arguments[3::4] == [
-        f"ivshmem-doorbell,vectors=2,chardev={qemu.ident_of(paths[0])}",
-        f"ivshmem-doorbell,vectors=1,chardev={qemu.ident_of(paths[1])}",
+        f"ivshmem-doorbell,vectors=2,chardev={cmdline.ident_of(paths[0])}",
+        f"ivshmem-doorbell,vectors=1,chardev={cmdline.ident_of(paths[1])}",
     ]
     lines = run("qemu", "--config", str(file), "--libvirt").stdout.splitlines()
     assert [line.partition(">")[0] for line in lines] == ['<shmem name="a"', '<shmem name="b"']

@@ -38,13 +38,13 @@ VECTORS = 2
 SERVE = """
     import logging, signal, sys
     sys.path.insert(0, sys.argv[2])
-    from ivshmem import control, stalls
-    from ivshmem.cli.news import News, tell_peer
-    from ivshmem.config import RegionConfig, ServiceConfig
-    from ivshmem.service import Service
+    from ivshmem.service import control, stall_log
+    from ivshmem.cli.log_writer import LogWriter, tell_peer
+    from ivshmem.service.config import RegionConfig, ServiceConfig
+    from ivshmem.service.service import Service
     path, config = sys.argv[1], ServiceConfig({"default": RegionConfig(sys.argv[1], 4096, 2)})
     with (
-        News(sys.stderr, logging.INFO, sys.argv[3]) as news,
+        LogWriter(sys.stderr, logging.INFO, sys.argv[3]) as news,
         Service(
             config,
             on_join=lambda region, peer: tell_peer(news, "joined", peer),
@@ -52,7 +52,7 @@ SERVE = """
             load=lambda: config,
         ) as service,
         control.Control(control.listen(path + ".control"), service) as made,
-        stalls.Stalls(service, 0.05) as watcher,
+        stall_log.StallLog(service, 0.05) as watcher,
     ):
         service.open()
         for part in (made, watcher):

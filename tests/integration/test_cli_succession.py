@@ -24,8 +24,9 @@ from support.faults import Faults
 from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
-from ivshmem import handover
-from ivshmem.journal import Journal
+from ivshmem.lasting import handover
+from ivshmem.lasting.journal import Journal
+from ivshmem.service import snapshots
 
 VECTORS = 2
 
@@ -303,7 +304,7 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
         sock.sendall(b'{"do": "takeover"}\n')
         with RawPeer(path) as newcomer:
             taken: list[tuple[Journal, set[int]]] = []
-            taking = Background(lambda: taken.append(handover.take(sock)))
+            taking = Background(lambda: taken.append(handover.take(sock, snapshots)))
             os.kill(serving.process.pid, signal.SIGCONT)
             taking.result()
             ((journal, fds),) = taken
@@ -447,7 +448,7 @@ def test_killed_when_it_had_let_go(serve: Serve, peers: list[RawPeer]) -> None:
             sock.settimeout(PATIENCE)
             sock.victim = serving.child()
             sock.sendall(b'{"do": "takeover"}\n')
-            journal, fds = handover.take(sock)
+            journal, fds = handover.take(sock, snapshots)
         assert serving.process.wait(PATIENCE) == 0
     journal.close()
     for fd in fds:
@@ -505,7 +506,7 @@ def test_what_cannot_be_understood_is_not_taken(
         sock.connect(f"{path}.control")
         sock.sendall(b'{"do": "takeover"}\n')
         with pytest.raises(handover.HandoverError):
-            handover.take(sock)
+            handover.take(sock, snapshots)
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)
 

@@ -22,8 +22,10 @@ from support.running import Running
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
-from ivshmem import answering, control
+from ivshmem import control
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.service import control as service_control
+from ivshmem.system import requests
 
 VECTORS = 2
 
@@ -35,7 +37,7 @@ class Controlled(Running):
         super().__init__(sockets, VECTORS, self._load)
         self.path = path
         self.config: ServiceConfig | Exception = self.service.config
-        self.control: control.Control
+        self.control: service_control.Control
 
     def _load(self) -> ServiceConfig:
         if isinstance(self.config, Exception):
@@ -43,8 +45,8 @@ class Controlled(Running):
         return self.config
 
     def begin(self, **kwargs: Any) -> Controlled:
-        listener = control.listen(self.path)
-        self.control = self.add(control.Control(listener, self.service, **kwargs))
+        listener = service_control.listen(self.path)
+        self.control = self.add(service_control.Control(listener, self.service, **kwargs))
         self.start()
         return self
 
@@ -294,7 +296,7 @@ class TestWhatItDoes:
     def test_a_handler_can_take_the_connection(self, unstarted: Controlled) -> None:
         taken: list[tuple[socket.socket, bytes]] = []
 
-        def take(caller: answering.Caller, message: Mapping[str, Any]) -> None:
+        def take(caller: requests.Caller, message: Mapping[str, Any]) -> None:
             taken.append(caller.detach())
 
         controlled = unstarted.begin(handlers={"take": take})
@@ -313,7 +315,7 @@ class TestWhatItDoes:
     def test_a_handler_that_fails(
         self, unstarted: Controlled, caplog: pytest.LogCaptureFixture
     ) -> None:
-        def fail(caller: answering.Caller, message: Mapping[str, Any]) -> None:
+        def fail(caller: requests.Caller, message: Mapping[str, Any]) -> None:
             raise ZeroDivisionError("oh\nno")
 
         controlled = unstarted.begin(handlers={"fail": fail})
@@ -327,7 +329,9 @@ class TestWhoIsHeard:
         assert stat.S_IMODE(os.stat(controlled.path).st_mode) == 0o600
 
     def test_it_goes(self, unstarted: Controlled) -> None:
-        with control.Control(control.listen(unstarted.path), unstarted.service) as made:
+        with service_control.Control(
+            service_control.listen(unstarted.path), unstarted.service
+        ) as made:
             made.close()
         assert not os.path.exists(unstarted.path)
 
@@ -421,11 +425,11 @@ class TestHostileCallers:
             for _ in range(300):
                 idle.enter_context(raw(controlled.path))
             assert controlled.ask("version")
-            assert len(open_fds()) - before - 300 <= answering.CALLERS
+            assert len(open_fds()) - before - 300 <= requests.CALLERS
         until(lambda: controlled.ask("version") is not None and len(open_fds()) <= before + 1)
 
     def test_the_busy_keep_their_place(self, controlled: Controlled) -> None:
-        with control.Client(controlled.path, PATIENCE) as busy, ExitStack() as idle:
+        with control.ControlClient(controlled.path, PATIENCE) as busy, ExitStack() as idle:
             for _ in range(200):
                 idle.enter_context(raw(controlled.path))
                 assert busy.ask({"do": "version"})
@@ -434,7 +438,7 @@ class TestHostileCallers:
         """Every caller asks for a lot and reads nothing; what waits for them stays bounded."""
         size = 1 << 20
 
-        def much(caller: answering.Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        def much(caller: requests.Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
             return {"much": "x" * size}
 
         controlled = unstarted.begin(handlers={"much": much})
@@ -444,8 +448,8 @@ class TestHostileCallers:
             for sock in socks:
                 sock.sendall(b'{"do":"much"}\n' * 100)
                 assert controlled.ask("version")
-                assert inside._unread <= answering.UNREAD
-            assert inside._unread > answering.UNREAD // 2
+                assert inside._unread <= requests.UNREAD
+            assert inside._unread > requests.UNREAD // 2
             # The last one's reply is still there, and whole.
             assert len(line(socks[-1])["much"]) == size
 
@@ -497,7 +501,7 @@ SHORT = """
     import resource, signal, sys
     sys.path.insert(0, sys.argv[2])
     from support.running import Running
-    from ivshmem import control
+    from ivshmem.service import control
     path = sys.argv[1]
     with Running({"default": path}) as running:
         running.add(control.Control(control.listen(path + ".control"), running.service))
@@ -583,7 +587,7 @@ class TestTheClient:
             control.request(socket_path, {"do": "status"}, PATIENCE)
 
     def test_one_that_does_not_answer(self, unstarted: Controlled) -> None:
-        with control.Control(control.listen(unstarted.path), unstarted.service):
+        with service_control.Control(service_control.listen(unstarted.path), unstarted.service):
             with pytest.raises(TimeoutError, match=r"no reply within 0\.05 seconds"):
                 control.request(unstarted.path, {"do": "status"}, 0.05)
 

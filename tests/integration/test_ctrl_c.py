@@ -17,9 +17,9 @@ from support.waiting import Background, until
 
 import ivshmem
 from ivshmem import PeerJoined, Region, ServerLost, connect
-from ivshmem._fds import FdArray
-from ivshmem.client import Client
-from ivshmem.protocol import encode
+from ivshmem.native.descriptors import FdArray
+from ivshmem.peer.client import Client
+from ivshmem.protocol.framing import encode
 
 # The interpreter ignores what is raised while it finalizes an object.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

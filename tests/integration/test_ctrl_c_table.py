@@ -16,8 +16,9 @@ from support.ctrl_c import SERVER, ctrl_c_anywhere
 from support.waiting import until
 
 import ivshmem
-from ivshmem import Region, Server, connect, sockets
+from ivshmem import Region, Server, connect
 from ivshmem.aio import connect_async
+from ivshmem.system import sockets
 
 # The interpreter ignores what is raised while it finalizes an object.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -20,11 +20,12 @@ import pytest
 from support.manager import Manager
 from support.waiting import until
 
-from ivshmem import connect, snapshots
+from ivshmem import connect
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.journal import Journal, JournalError
-from ivshmem.service import Service
-from ivshmem.shapes import Misshapen
+from ivshmem.lasting.journal import Journal, JournalError
+from ivshmem.service import snapshots
+from ivshmem.service.service import Service
+from ivshmem.system.json_shapes import Misshapen
 
 RECORDS = 0x10000 + (1 << 28)  # where the first ones are
 WRONG: list[Any] = [None, True, -1, 1 << 70, 0.5, float("nan"), "x", [], [[]], {}, {"a": 1}]
@@ -216,7 +217,7 @@ def test_an_offer_with_every_setting_wrong(told: tuple[Any, list[Any]]) -> None:
 
 _DAMAGE = """
 import sys
-from ivshmem.journal import Journal
+from ivshmem.lasting.journal import Journal
 j = Journal(int(sys.argv[1]))
 j.append([1, "leave", 77])
 """

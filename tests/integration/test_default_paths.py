@@ -20,7 +20,7 @@ from _pytest.mark import ParameterSet
 from support.isolated import NOBODY, OTHER, environment, isolated, needs_root, run, squatting, start
 from support.waiting import until
 
-from ivshmem import sockets
+from ivshmem.system import sockets
 
 pytestmark = needs_root
 

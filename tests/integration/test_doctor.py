@@ -23,9 +23,13 @@ from support.leaks import names_in
 from support.mounts import HUGE, mounted, root
 
 import ivshmem
-from ivshmem import doctor, sockets
-from ivshmem.doctor import Check, guest, host, memory, side
+import ivshmem.memory.sizes
+import ivshmem.qemu.cmdline
+from ivshmem.doctor import guest, guest_or_host, host, memory, request
+from ivshmem.doctor import host as doctor_host
+from ivshmem.doctor.check import Check
 from ivshmem.guest import pci
+from ivshmem.peer import inquiry
 
 TIMEOUT = 60.0
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -38,7 +42,7 @@ NAMES = [
 # What is imported here, only root may be able to read.
 AS_NOBODY = """
 import os, sys
-from ivshmem.cli import SUBCOMMANDS, main
+from ivshmem.cli.main import SUBCOMMANDS, main
 for home, _ in SUBCOMMANDS.values():
     __import__(f"ivshmem.cli.{home}")
 os.setgroups([])
@@ -103,8 +107,8 @@ class Host:
         self.qemu.chmod(0o755)
 
     def examine(self, **wishes: Any) -> dict[str, Check]:
-        wished = doctor.Wishes(qemu=str(self.qemu), **{"socket": self.socket, **wishes})
-        return by_name(list(doctor.examine_host(wished)))
+        wished = request.Request(qemu=str(self.qemu), **{"socket": self.socket, **wishes})
+        return by_name(list(doctor_host.examine_host(wished)))
 
     def failure(self, **wishes: Any) -> Check:
         """What fails alone."""
@@ -265,7 +269,7 @@ class TestServer:
     def test_none(self, here: Host) -> None:
         check = here.fix("socket", size="64K")
         assert check.found == f"no {here.socket}: no server listens there"
-        assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 16
+        assert inquiry.ask(here.socket, TIMEOUT)["size"] == 1 << 16
 
     def test_a_stale_socket(self, here: Host) -> None:
         with socket.socket(socket.AF_UNIX) as stale:
@@ -301,7 +305,7 @@ class TestServer:
         check = here.failure(size="128K")
         assert "64K, 1 vector, 0 peers, not the 128K asked for" in check.found
         here.run(check.fix)
-        assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 16  # others may use it
+        assert inquiry.ask(here.socket, TIMEOUT)["size"] == 1 << 16  # others may use it
         here.socket += ".2"
         assert failures(here.examine(size="128K")) == []
 
@@ -410,7 +414,7 @@ class TestPermission:
     def test_for_libvirt(
         self, here: Host, served: ivshmem.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ivshmem.doctor.access.LIBVIRT_USERS", ("no-such-user", "nobody"))
+        monkeypatch.setattr("ivshmem.doctor.permissions.LIBVIRT_USERS", ("no-such-user", "nobody"))
         os.chmod(here.socket, 0o700)
         checks = here.examine()
         assert failures(checks) == []
@@ -470,7 +474,9 @@ class TestMemory:
         check = here.fix("memory", socket=None, path=str(path), size=wanted)
         assert path.read_bytes()[:size] == b"x" * size
         grown = path.stat().st_size
-        assert grown == ivshmem.sizes.parse_size(larger) or (size == 3000 and grown == 4096), check
+        assert grown == ivshmem.memory.sizes.parse_size(larger) or (
+            size == 3000 and grown == 4096
+        ), check
         assert path.stat().st_blocks * 512 >= path.stat().st_size
 
     def test_too_large(self, here: Host) -> None:
@@ -480,7 +486,7 @@ class TestMemory:
         check = here.failure(socket=None, path=str(path), size="64K")
         assert check.name == "memory"
         assert check.found == f"{path} has 1M, not the 64K asked for: give QEMU its size"
-        assert shlex.split(check.fix) == ivshmem.qemu.plain(str(path), 1 << 20)
+        assert shlex.split(check.fix) == ivshmem.qemu.cmdline.plain(str(path), 1 << 20)
 
     def test_no_file(self, here: Host) -> None:
         path = here.directory / "memory"
@@ -501,7 +507,7 @@ class TestMemory:
         assert "a region cannot have 3M: it must be a power of two" in check.found
         here.run(check.fix)
         assert failures(here.examine()) == []
-        assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 22
+        assert inquiry.ask(here.socket, TIMEOUT)["size"] == 1 << 22
 
     def test_more_than_the_machine_has(self, here: Host) -> None:
         checks = here.examine(size="1P")
@@ -735,15 +741,15 @@ class TestCommandLine:
 
     def test_which_side(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         vendor = here.directory / "sys_vendor"
-        monkeypatch.setattr(side, "DMI_VENDOR", vendor)
+        monkeypatch.setattr(guest_or_host, "DMI_VENDOR", vendor)
         monkeypatch.setattr(pci, "devices", list)
         vendor.write_text("QEMU\n")
-        assert doctor.is_guest("/none", "/none")
-        assert not doctor.is_guest("/none", str(here.qemu))
-        assert not doctor.is_guest(str(here.directory), "/none")
+        assert guest_or_host.is_guest("/none", "/none")
+        assert not guest_or_host.is_guest("/none", str(here.qemu))
+        assert not guest_or_host.is_guest(str(here.directory), "/none")
         vendor.write_text("Dell Inc.\n")
-        assert not doctor.is_guest("/none", "/none")
+        assert not guest_or_host.is_guest("/none", "/none")
         vendor.unlink()
-        assert not doctor.is_guest("/none", "/none")
+        assert not guest_or_host.is_guest("/none", "/none")
         monkeypatch.setattr(pci, "devices", lambda: ["one"])
-        assert doctor.is_guest(str(here.directory), str(here.qemu))
+        assert guest_or_host.is_guest(str(here.directory), str(here.qemu))

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 from support.peer import FakeServer
 
-from ivshmem import doctor
-from ivshmem.doctor import Check, holders, server
-from ivshmem.doctor.check import run
+from ivshmem.doctor import holders, host, request, server
+from ivshmem.doctor.check import Check, run
 
 
 def looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
     """The checks of a server; what is here runs in a Python, so it might be ours, and is asked."""
     monkeypatch.setattr(server, "_SECONDS", 0.3)
-    steps = server.ServerSteps(doctor.Wishes(str(path), qemu="/bin/true")).steps()
+    steps = server.ServerSteps(request.Request(str(path), qemu="/bin/true")).steps()
     return {check.name: check for check in run("host", steps)}
 
 
@@ -89,8 +88,8 @@ def test_what_is_no_memory(kind: str, tmp_path: Path) -> None:
         "device": lambda: path.symlink_to("/dev/null"),
     }
     make[kind]()
-    wishes = doctor.Wishes(path=str(path), qemu="/bin/true")
-    (check,) = (check for check in doctor.examine_host(wishes) if check.name == "memory")
+    wishes = request.Request(path=str(path), qemu="/bin/true")
+    (check,) = (check for check in host.examine_host(wishes) if check.name == "memory")
     assert check.state == "failed"
     assert "not a regular file" in check.found
     assert not any(word in check.fix for word in ("mv ", "rm ", "chmod"))

@@ -13,10 +13,10 @@ import pytest
 from support.mounts import mounted, root
 
 import ivshmem
-from ivshmem import image
 from ivshmem.cli import daemon
+from ivshmem.memory import image
 from ivshmem.migration.model import MigrationError, Options, Plan
-from ivshmem.migration.state import State
+from ivshmem.migration.state_file import StateFile
 
 pytestmark = pytest.mark.skipif(not root, reason="mounts file systems: needs root")
 
@@ -72,17 +72,17 @@ def test_all_at_once() -> None:
             image.save(region, place / "image")
             image.save(region, place / "image")
             image.load(place / "image", region)
-        with State.create(place / "state", PLAN):
+        with StateFile.create(place / "state", PLAN):
             pass
         assert sorted(os.listdir(place)) == ["image", "it", "state"]
 
 
 def test_fat(fat: Path) -> None:
-    with State.create(fat / "state", PLAN):
+    with StateFile.create(fat / "state", PLAN):
         with pytest.raises(MigrationError, match="was begun before"):
-            State.create(fat / "state", PLAN)
+            StateFile.create(fat / "state", PLAN)
         assert os.listdir(fat) == ["state"]
-    with State.load(fat / "state") as state:
+    with StateFile.load(fat / "state") as state:
         state.remove()
     assert os.listdir(fat) == []
     with ivshmem.Region.create("64K") as region:

@@ -20,10 +20,10 @@ import ivshmem
 SOURCE = """
 # cython: language_level=3
 from libc.stdint cimport int64_t
-from ivshmem._bell cimport Doorbell
+from ivshmem.native.bell cimport Doorbell
 from ivshmem._core cimport begin_wait, Doorbells, Wait
-from ivshmem._memory cimport AtomicU32
-from ivshmem._spin cimport SPIN_AUTO
+from ivshmem.native.mapping cimport AtomicU32
+from ivshmem.native.spin cimport SPIN_AUTO
 
 
 def echo(Doorbells endpoint, peer, int rounds, bint spin):
@@ -188,5 +188,6 @@ def test_a_word(embedded: Any, pair: Pair) -> None:
 
 def test_what_is_needed_is_installed() -> None:
     home = Path(ivshmem.__file__).parent
-    for name in ("_bell", "_core", "_fds", "_libc", "_memory", "_spin"):
+    parts = "bell", "descriptors", "syscalls", "mapping", "spin"
+    for name in ("_core", *(f"native/{n}" for n in parts)):
         assert os.path.exists(home / f"{name}.pxd"), name

@@ -25,9 +25,9 @@ VECTORS = 2
 
 # Where a process stops itself to get its signal.
 STAGES = {
-    "launching": "supervising.py:supervise",  # the parent has no child yet
+    "launching": "supervise.py:supervise",  # the parent has no child yet
     "starting": "service.py:open",  # the child has nothing yet
-    "opened": "supervising.py:announce",  # all is open and noted down; nobody was told
+    "opened": "supervised.py:announce",  # all is open and noted down; nobody was told
     "serving": "",
     "reloading": "service.py:reload",
     "ending": "service.py:close",
@@ -297,14 +297,14 @@ def _is_pending(pid: int, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", ["keeper.py:start_anew", "supervising.py:supervise"])
+@pytest.mark.parametrize("place", ["supervisor.py:start_anew", "supervise.py:supervise"])
 def test_told_to_end_while_it_takes_the_parents_place(
     tmp_path: Path, lives: contextlib.ExitStack, place: str, number: int
 ) -> None:
     """Before it begins anew, and after, when no handler is set yet."""
     life = Life(tmp_path, "serving", launched=False, place=place)
     lives.callback(life.close)
-    if place == "supervising.py:supervise":  # the parent itself stops there first
+    if place == "supervise.py:supervise":  # the parent itself stops there first
         first = life.stop.reached()
         life.stop.again()
         os.kill(first, signal.SIGCONT)

@@ -23,11 +23,13 @@ from support.children import NOBODY
 from support.leaks import names_in
 
 import ivshmem
-from ivshmem import cli, image, safe_files
 from ivshmem.cli import daemon
+from ivshmem.cli import main as cli
 from ivshmem.errors import IvshmemError
+from ivshmem.memory import image
 from ivshmem.migration.model import MigrationError, Options, Plan
-from ivshmem.migration.state import State
+from ivshmem.migration.state_file import StateFile
+from ivshmem.system import safe_files
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
 
@@ -401,7 +403,7 @@ def _nameless(path: Path) -> None:
 
 
 def _begin(path: Path) -> None:
-    with State.create(path, PLAN):
+    with StateFile.create(path, PLAN):
         pass
 
 

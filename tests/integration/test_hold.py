@@ -19,12 +19,13 @@ from support.served import Served
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
+import ivshmem.system.sockets
 from ivshmem import control
 from ivshmem.control import ControlError
-from ivshmem.journal import Chapter, Journal
+from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.migration.held_news import news_held
+from ivshmem.migration.hotplug import Pending
 from ivshmem.migration.model import Step
-from ivshmem.migration.plugging import Pending
-from ivshmem.migration.quiet import quiet
 
 VECTORS = 2
 LONG = 1e5  # seconds: it does not end by itself
@@ -37,8 +38,8 @@ def served(socket_path: str) -> Iterator[Served]:
 
 
 @pytest.fixture
-def asker(served: Served) -> Iterator[control.Client]:
-    with control.Client(control.default_path(served.server().path), PATIENCE) as client:
+def asker(served: Served) -> Iterator[control.ControlClient]:
+    with control.ControlClient(control.default_path(served.server().path), PATIENCE) as client:
         yield client
 
 
@@ -57,7 +58,7 @@ def silent(peer: RawPeer, served: Served) -> bool:
         return not peer.readable(0)
 
 
-def test_nothing_is_sent_until_it_is_released(served: Served, asker: control.Client) -> None:
+def test_nothing_is_sent_until_it_is_released(served: Served, asker: control.ControlClient) -> None:
     with joined(served) as peer, joined(served) as other:
         peer.take_until(lambda: peer.counts.get(other.id) == VECTORS)
         asker.hold(peer.id)
@@ -75,7 +76,7 @@ def test_nothing_is_sent_until_it_is_released(served: Served, asker: control.Cli
 def test_it_answers_when_all_was_read(served: Served) -> None:
     path = control.default_path(served.server().path)
     with joined(served) as peer, joined(served):
-        with control.Client(path, timeout=0.2) as hasty:
+        with control.ControlClient(path, timeout=0.2) as hasty:
             with pytest.raises(TimeoutError, match="has not read all that it was sent"):
                 hasty.hold(peer.id)
             assert set(held(served)) == {peer.id}, "it is held all the same"
@@ -88,17 +89,17 @@ def test_it_answers_when_all_was_read(served: Served) -> None:
         assert not held(served)
 
 
-def test_a_set_up_is_completed(served: Served, asker: control.Client) -> None:
+def test_a_set_up_is_completed(served: Served, asker: control.ControlClient) -> None:
     """It may not fit into the buffer of the socket: QEMU, which is starting, waits for the rest."""
     with Served(f"{served.server().path}2", 200, size=4096) as wide:
         path = control.default_path(wide.server().path)
         with RawPeer(wide.server().path) as first, RawPeer(wide.server().path) as peer:
             until(lambda: len(wide.server().peers) == 2)
-            with control.Client(path, timeout=0.1) as hasty, pytest.raises(TimeoutError):
+            with control.ControlClient(path, timeout=0.1) as hasty, pytest.raises(TimeoutError):
                 hasty.hold(1)
             with RawPeer(wide.server().path) as later:
                 peer.set_up(200)
-                with control.Client(path, PATIENCE) as client:
+                with control.ControlClient(path, PATIENCE) as client:
                     client.hold(1)
                     assert set(peer.counts) == {0, 1}
                     client.release(1)
@@ -110,7 +111,10 @@ def test_a_set_up_is_completed(served: Served, asker: control.Client) -> None:
 def test_it_lasts_as_long_as_its_asker_and_the_time_after(served: Served) -> None:
     path = control.default_path(served.server().path)
     with joined(served) as peer:
-        with control.Client(path, PATIENCE) as first, control.Client(path, PATIENCE) as second:
+        with (
+            control.ControlClient(path, PATIENCE) as first,
+            control.ControlClient(path, PATIENCE) as second,
+        ):
             first.hold(peer.id, linger=0.05)
             second.hold(peer.id, linger=0.05)
             first.close()
@@ -127,8 +131,8 @@ def test_it_lasts_as_long_as_its_asker_and_the_time_after(served: Served) -> Non
 def test_an_asker_that_is_killed_is_gone(served: Served) -> None:
     path = control.default_path(served.server().path)
     program = (
-        "import sys; from ivshmem import control\n"
-        "client = control.Client(sys.argv[1]); client.hold(0, linger=0.1)\n"
+        "import sys; from ivshmem.service import control\n"
+        "client = control_client.ControlClient(sys.argv[1]); client.hold(0, linger=0.1)\n"
         "print('held', flush=True); sys.stdin.read()"
     )
     with joined(served) as peer:
@@ -144,7 +148,7 @@ def test_an_asker_that_is_killed_is_gone(served: Served) -> None:
             peer.take_until(lambda: peer.counts.get(other.id) == VECTORS)
 
 
-def test_it_ends_when_the_peer_disconnects(served: Served, asker: control.Client) -> None:
+def test_it_ends_when_the_peer_disconnects(served: Served, asker: control.ControlClient) -> None:
     with joined(served) as peer:
         asker.hold(peer.id)
     until(lambda: not served.server().peers)
@@ -155,7 +159,7 @@ def test_it_ends_when_the_peer_disconnects(served: Served, asker: control.Client
             again.take_until(lambda: again.counts.get(other.id) == VECTORS)
 
 
-def test_one_that_is_evicted_is_not_held(served: Served, asker: control.Client) -> None:
+def test_one_that_is_evicted_is_not_held(served: Served, asker: control.ControlClient) -> None:
     with joined(served) as peer:
         asker.hold(peer.id)
         served.server().evict(peer.id)
@@ -163,13 +167,15 @@ def test_one_that_is_evicted_is_not_held(served: Served, asker: control.Client) 
             asker.release(peer.id)
 
 
-def test_releasing_what_is_not_held(served: Served, asker: control.Client) -> None:
+def test_releasing_what_is_not_held(served: Served, asker: control.ControlClient) -> None:
     with joined(served) as peer:
         assert asker.release(peer.id) is False
 
 
 @pytest.mark.parametrize("linger", [0, -1, True, "60", None, 1e7, [1]])
-def test_a_time_that_is_not_allowed(served: Served, asker: control.Client, linger: object) -> None:
+def test_a_time_that_is_not_allowed(
+    served: Served, asker: control.ControlClient, linger: object
+) -> None:
     with joined(served) as peer:
         with pytest.raises(ControlError, match=r'"linger" is .*: allowed are more than 0 and'):
             asker.ask({"do": "hold", "id": peer.id, "linger": linger})
@@ -178,14 +184,14 @@ def test_a_time_that_is_not_allowed(served: Served, asker: control.Client, linge
 
 @pytest.mark.parametrize("peer", [7, 65536, -1])
 @pytest.mark.parametrize("do", ["hold", "release"])
-def test_a_peer_that_is_not_there(asker: control.Client, do: str, peer: int) -> None:
+def test_a_peer_that_is_not_there(asker: control.ControlClient, do: str, peer: int) -> None:
     with pytest.raises(ControlError, match=f"peer {peer} is not connected .*`ivshmem status --con"):
         asker.ask({"do": do, "id": peer})
 
 
 @pytest.mark.parametrize("peer", [None, "0", True, [0], 0.0])
 @pytest.mark.parametrize("do", ["hold", "release"])
-def test_what_is_no_peer(asker: control.Client, do: str, peer: object) -> None:
+def test_what_is_no_peer(asker: control.ControlClient, do: str, peer: object) -> None:
     with pytest.raises(ControlError, match=r'"id" is .*the number of a peer is wanted'):
         asker.ask({"do": do, "id": peer})
 
@@ -236,7 +242,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
     """By the journal; whoever asked for it is gone then, so the time begins to run."""
     journal = Journal()
     region = ivshmem.Region.create("4K")
-    listener = ivshmem.sockets.Listener(tmp_path / "s")
+    listener = ivshmem.system.sockets.Listener(tmp_path / "s")
     listener.unlinks = False
     with ivshmem.Server(listener, region, 1, journal=Chapter(journal, 1)) as former:
         peer, other = RawPeer(former.path), RawPeer(former.path)
@@ -254,7 +260,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
         listening = listener.socket.dup()
         former.abandon()
     state, records = journal.read()
-    again = ivshmem.sockets.Listener(tmp_path / "s2")
+    again = ivshmem.system.sockets.Listener(tmp_path / "s2")
     with listening, ivshmem.Server(again, region, 1, journal=Chapter(journal, 1)) as server:
         server.resume(state, [record[1:] for record in records], None, copies.get)
         (one, two) = server.report()
@@ -325,7 +331,7 @@ def test_a_guest_that_has_longer_is_held_longer(served: Served) -> None:
         step = Step("unplug", control=path, region="default", pid=os.getpid())
 
         async def unplug() -> None:
-            async with quiet(step, 300.0):
+            async with news_held(step, 300.0):
                 raise Pending("the guest has not let go of it")
 
         migrating = Background(lambda: asyncio.run(unplug()))

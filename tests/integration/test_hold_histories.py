@@ -29,8 +29,8 @@ SECONDS = 1000.0  # that the test may take in between
 
 _ASKER = """
 import sys, time
-from ivshmem import control
-client = control.Client(sys.argv[1], 60)
+from ivshmem.service import control_client
+client = control_client.ControlClient(sys.argv[1], 60)
 client.hold(int(sys.argv[2]), linger=float(sys.argv[3]))
 print("HELD", flush=True)
 time.sleep(600)
@@ -47,7 +47,7 @@ class History:
         self.path = path
         self.me = self._joined()
         self.others: dict[str, RawPeer] = {}
-        self.askers: dict[str, control.Client] = {}
+        self.askers: dict[str, control.ControlClient] = {}
         self.lasts = False  # whether nothing has ended it
         self.asked: dict[str, float] = {}  # the time that each asker named, since it began
 
@@ -86,7 +86,7 @@ class History:
 
     def hold(self, who: str, linger: float = LONG) -> None:
         if who not in self.askers:
-            client = self._undo.enter_context(control.Client(self.control, PATIENCE))
+            client = self._undo.enter_context(control.ControlClient(self.control, PATIENCE))
             self.askers[who] = client
         if not self.held:
             self.reads()
@@ -112,7 +112,7 @@ class History:
 
     def release(self, who: str) -> None:
         client = self.askers.get(who) or self._undo.enter_context(
-            control.Client(self.control, PATIENCE)
+            control.ControlClient(self.control, PATIENCE)
         )
         assert client.release(self.me.id) is self.lasts
         self.lasts = False

@@ -34,8 +34,8 @@ from support.peer import RawPeer, eventfd_id
 from support.waiting import PATIENCE, Background, sleeps_in_read_of, until
 
 import ivshmem
-from ivshmem.access import Rules
-from ivshmem.sockets import Listener
+from ivshmem.server.access import Rules
+from ivshmem.system.sockets import Listener
 
 VECTORS = 2
 SIZE = 64 * 1024

@@ -20,7 +20,8 @@ from support.mounts import huge_pages, mounted, root
 from support.waiting import in_child, until
 
 import ivshmem
-from ivshmem import ImageError, Region, image
+from ivshmem import ImageError, Region
+from ivshmem.memory import image
 
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 SIZE = 4 << 20

@@ -37,25 +37,49 @@ COSTLY = {
     *("pathlib", "threading", "argparse", "prometheus_client", "qemu"),
 }
 
-START = "__init__ __main__ errors plain uncopied cli"
-OPTIONS = f"{START} limits runtime cli.arguments"
-PARENT = f"{OPTIONS} _fds keeper accounts drafts safe_files cli.serve cli.daemon cli.supervising"
+START = "system __init__ __main__ errors system.text system.uncopied cli cli.main cli.run"
+OPTIONS = (
+    f"{START} protocol protocol.limits peer peer.limits server server.limits service "
+    "service.limits peer.default_paths cli cli.arguments"
+)
+PARENT = (
+    f"{OPTIONS} native native.descriptors lasting lasting.supervisor system "
+    "system.accounts qemu qemu.accounts system.new_files system.safe_files cli cli.serve "
+    "cli.daemon cli.supervise lasting.supervised"
+)
 SERVES = (
-    f"{OPTIONS} _fds counting _memory _wire access accounts answering changes config control drafts"
-    " emulators engine handover journal keeper locks logs loop named notify openers opening"
-    " pages protocol qemu qemu.cmdline reachable region replay safe_files server service shapes"
-    " sizes snapshots sockets stalls store turns uncopied cli.banner cli.daemon cli.managed"
-    " cli.hearing cli.news cli.obstacles cli.seen cli.serving cli.succession cli.supervising"
+    f"{OPTIONS} native native.descriptors system system.text native.mapping native.wire "
+    "server server.access system.accounts qemu qemu.accounts system.requests service "
+    "service.reload_plan service.config service.control service.control_client "
+    "system.processes system.new_files qemu.programs server.engine server.report lasting "
+    "lasting.handover service.snapshots lasting.journal lasting.supervisor system.locks "
+    "server.log_events system.late_logging system.loop system.named_tuple system.systemd "
+    "service.open_region memory memory.pages protocol protocol.roster protocol.framing "
+    "protocol.session qemu.cmdline service.path_watch memory.region server.replay "
+    "system.safe_files server.server service.service system.json_shapes memory.sizes "
+    "system.sockets peer peer.inquiry system.credentials service.stall_log "
+    "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
+    "service.managed cli.hearing cli.log_writer cli.config_checks service.observability "
+    "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
 ASKS = (
-    f"{OPTIONS} _fds counting accounts answering control locks logs named shapes sizes sockets"
-    " uncopied cli.asking"
+    f"{OPTIONS} native native.descriptors system system.text system.accounts qemu "
+    "qemu.accounts system.requests service service.control service.control_client "
+    "system.processes system.locks server server.log_events system.late_logging "
+    "system.named_tuple system.json_shapes memory memory.sizes system.sockets peer "
+    "peer.inquiry system.credentials system.uncopied cli cli.control_connection"
 )
 LISTENS = (
-    f"{OPTIONS} _fds _memory _wire access accounts changes config counting drafts emulators engine"
-    " journal keeper locks logs loop named notify opening openers pages protocol region replay"
-    " safe_files server service shapes sizes sockets store turns cli.daemon cli.managed"
-    " cli.news cli.serve cli.serving"
+    f"{OPTIONS} native native.descriptors native.mapping native.wire server server.access "
+    "system system.accounts qemu qemu.accounts service service.reload_plan service.config "
+    "system.text system.new_files qemu.programs server.engine server.report lasting "
+    "lasting.journal lasting.supervisor system.locks server.log_events "
+    "system.late_logging system.loop system.named_tuple system.systemd "
+    "service.open_region system.processes memory memory.pages protocol protocol.roster "
+    "protocol.framing protocol.session memory.region server.replay system.safe_files "
+    "server.server service.service system.json_shapes memory.sizes system.sockets peer "
+    "peer.inquiry system.credentials lasting.fd_store system.work_lock cli cli.daemon "
+    "service.managed cli.log_writer cli.serve cli.serve_process"
 )
 COSTLY_TO_LISTEN = "argparse socket threading"
 COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} json logging traceback zlib"
@@ -63,25 +87,46 @@ COSTLY_TO_ASK = "argparse json socket"
 
 # The command, ivshmem's own modules, costly ones.
 TABLE = {
-    "help": ([*IVSHMEM, "--help"], f"{START} limits", "argparse"),
-    "version": ([*IVSHMEM, "-V"], f"{START} limits", "argparse"),
+    "help": (
+        [*IVSHMEM, "--help"],
+        (
+            f"{START} protocol protocol.limits peer peer.limits server server.limits service "
+            "service.limits"
+        ),
+        "argparse",
+    ),
+    "version": (
+        [*IVSHMEM, "-V"],
+        (
+            f"{START} protocol protocol.limits peer peer.limits server server.limits service "
+            "service.limits"
+        ),
+        "argparse",
+    ),
     "status": (
         [*IVSHMEM, "status", "-S", "PATH"],
-        f"{ASKS} emulators cli.columns cli.status cli.peers qemu qemu.cmdline qemu.processes",
+        (
+            f"{ASKS} qemu qemu.programs cli cli.tables cli.status cli.status_text qemu.cmdline "
+            "qemu.processes"
+        ),
         f"{COSTLY_TO_ASK} shutil zlib",
     ),
-    "evict": ([*IVSHMEM, "evict", "-S", "PATH", "7"], f"{ASKS} cli.evict", COSTLY_TO_ASK),
-    "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli.reload", COSTLY_TO_ASK),
+    "evict": ([*IVSHMEM, "evict", "-S", "PATH", "7"], f"{ASKS} cli cli.evict", COSTLY_TO_ASK),
+    "reload": ([*IVSHMEM, "reload", "-S", "PATH"], f"{ASKS} cli cli.reload", COSTLY_TO_ASK),
     "qemu": (
         [*IVSHMEM, "qemu", "-S", "PATH"],
-        f"{OPTIONS} _fds counting accounts locks named shapes sizes sockets cli.qemu"
-        " qemu qemu.cmdline qemu.old",
+        (
+            f"{OPTIONS} native native.descriptors system system.text system.accounts qemu "
+            "qemu.accounts system.locks system.named_tuple system.json_shapes memory memory.sizes "
+            "system.sockets peer peer.inquiry system.credentials cli cli.qemu qemu.cmdline "
+            "qemu.old_device"
+        ),
         "argparse json socket zlib",
     ),
-    "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli.serve", COSTLY_TO_SERVE),
+    "serve": ([*IVSHMEM, "serve", "-S", "NEW"], f"{SERVES} cli cli.serve", COSTLY_TO_SERVE),
     "ivshmem-server": (
         [*SERVER, "-F", "-M", f"{OWN}imports", "-S", "NEW"],
-        f"{SERVES} cli.compat",
+        f"{SERVES} cli cli.compat",
         COSTLY_TO_SERVE,
     ),
     "the parent": (
@@ -122,7 +167,7 @@ def test_a_command_imports_no_more(tmp_path: Path, name: str) -> None:
         answering.wait(PATIENCE)
     text = log.read_text()
     if name == "the parent":  # what the child imports comes after what it needs first
-        text = text.partition("ivshmem.cli.supervising")[0]
+        text = text.partition("ivshmem.cli.supervise")[0]
     found = modules(text)
     own = {re.sub(r"^ivshmem\.?", "", each) or "__init__" for each in found if "ivshmem" in each}
     allowed = set(ours.split())
@@ -161,13 +206,13 @@ def test_a_server_that_is_asked_imports_nothing_more(tmp_path: Path) -> None:
 
 _LISTENING = """
 import os, sys
-from ivshmem import sockets
+from ivshmem.system import sockets
 def listen(listener, *_):
     os.unlink(listener.path)
     print(*sys.modules, flush=True)
     os._exit(0)
 sockets.Listener.listen = listen
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 main(["serve", "-S", sys.argv[1]])
 """
 

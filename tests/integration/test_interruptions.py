@@ -20,8 +20,8 @@ from support.waiting import PATIENCE, Background, in_child, until
 
 import ivshmem
 from ivshmem import ClosedError, NoSuchPeer, Server, ServerFailed
-from ivshmem.access import Verdict
-from ivshmem.sockets import Credentials
+from ivshmem.server.access import Verdict
+from ivshmem.system.credentials import Credentials
 
 VECTORS = 2
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 # Debian: apt-get install libvirt0 libxml2-utils
 SCHEMA = Path(os.environ.get("LIBVIRT_SCHEMAS", "/usr/share/libvirt/schemas"), "domain.rng")
@@ -44,20 +44,20 @@ def complaints(devices: str) -> str:
 @pytest.mark.parametrize("vectors", [0, 1, 2048])
 @pytest.mark.parametrize("master", [False, True])
 def test_a_device_with_a_server(path: str, vectors: int, master: bool) -> None:
-    assert not complaints(qemu.libvirt_doorbell(path, vectors, master=master))
+    assert not complaints(cmdline.libvirt_doorbell(path, vectors, master=master))
 
 
 @needs_libvirt
 def test_several_regions_in_a_guest() -> None:
     names = ["db", "logs-2", "_x"]
-    devices = [qemu.libvirt_doorbell(f"/run/{name}", 4, name=name) for name in names]
+    devices = [cmdline.libvirt_doorbell(f"/run/{name}", 4, name=name) for name in names]
     assert not complaints("\n".join(devices))
 
 
 @needs_libvirt
 @pytest.mark.parametrize("size", [4096, 1 << 20, 1 << 40])
 def test_plain_memory(size: int) -> None:
-    assert not complaints(qemu.libvirt_plain("a name & more", size, master=True))
+    assert not complaints(cmdline.libvirt_plain("a name & more", size, master=True))
 
 
 @needs_libvirt
@@ -65,14 +65,14 @@ def test_plain_memory(size: int) -> None:
     ("good", "bad"), [("msi vectors='1'", "msi vectors='-1'"), ("<server", "<sever")]
 )
 def test_the_schema_finds_what_is_wrong(good: str, bad: str) -> None:
-    xml = qemu.libvirt_doorbell("/run/db", 1)
+    xml = cmdline.libvirt_doorbell("/run/db", 1)
     assert good in xml
     assert "fails to validate" in complaints(xml.replace(good, bad))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_the_xml_says(path: str) -> None:
-    xml = ElementTree.fromstring(qemu.libvirt_doorbell(path, 3, name="db"))  # noqa: S314
+    xml = ElementTree.fromstring(cmdline.libvirt_doorbell(path, 3, name="db"))  # noqa: S314
     assert xml.tag == "shmem"
     assert xml.attrib == {"name": "db"}
     assert {child.tag: child.attrib for child in xml} == {
@@ -83,7 +83,7 @@ def test_what_the_xml_says(path: str) -> None:
             "domain": "0",
             "bus": "0",
             "function": "0",
-            "slot": f"{qemu.slot_of('db'):#04x}",
+            "slot": f"{cmdline.slot_of('db'):#04x}",
         },
         "msi": {"vectors": "3", "ioeventfd": "on"},
     }
@@ -92,11 +92,11 @@ def test_what_the_xml_says(path: str) -> None:
 def test_slots() -> None:
     """Always the same for a name, and another where that one is taken; all are possible ones."""
     names = [f"region-{number}" for number in range(200)]
-    assert {qemu.slot_of(name) for name in names} == set(range(0x10, 0x1B))
-    assert [qemu.slot_of(name) for name in names] == [qemu.slot_of(name) for name in names]
+    assert {cmdline.slot_of(name) for name in names} == set(range(0x10, 0x1B))
+    assert [cmdline.slot_of(name) for name in names] == [cmdline.slot_of(name) for name in names]
     taken: list[int] = []
     for name in names[:11]:
-        taken.append(qemu.slot_of(name, taken))
+        taken.append(cmdline.slot_of(name, taken))
     assert sorted(taken) == list(range(0x10, 0x1B))
-    xml = qemu.libvirt_doorbell("/run/s", 1, slot=3)
+    xml = cmdline.libvirt_doorbell("/run/s", 1, slot=3)
     assert "<address type='pci' domain='0' bus='0' slot='0x03' function='0'/>" in xml

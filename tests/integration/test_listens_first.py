@@ -1,6 +1,7 @@
 """A server listens before it has imported all that serves: what happens in between.
 
-The import of ivshmem.cli.seen, the first one after that, is where these tests stop the process.
+The import of ivshmem.service.observability, the first one after that, is where these tests stop
+the process.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _STOPPED = """
 import sys
 class Stop:
     def find_spec(self, name, *_):
-        if name == "ivshmem.cli.seen":
+        if name == "ivshmem.service.observability":
             {here}
 sys.meta_path.insert(0, Stop())
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 sys.exit(main(["serve", "-q", "-l", "64K", "-S", *sys.argv[1:]]))
 """
 WAIT, FAIL = "sys.stdin.readline()", "raise ImportError('broken')"
@@ -111,16 +112,17 @@ def test_an_import_that_fails_leaves_no_socket(tmp_path: Path) -> None:
 
 _AT_LISTEN = """
 import sys
-from ivshmem import logs, sockets
+from ivshmem.system import late_logging, sockets
+from ivshmem.server import log_events
 listen = sockets.Listener.listen
 def warn(listener):
     sockets.Listener.listen = listen
     listen(listener)
     assert "logging" not in sys.modules
-    logs.log_of("ivshmem.serve").warning("early", extra=logs.fields("limit"))
+    late_logging.log_of("ivshmem.serve").warning("early", extra=log_events.fields("limit"))
     assert "logging" in sys.modules
 sockets.Listener.listen = warn
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 sys.exit(main(["serve", "-q", "-l", "64K", "-S", *sys.argv[1:]]))
 """
 

@@ -23,13 +23,16 @@ from support.peer import RawPeer
 from support.running import Running
 from support.waiting import PATIENCE, until
 
-from ivshmem import control, reachable, sockets
-from ivshmem.sockets import Listener
+from ivshmem import control
+from ivshmem.service import control as service_control
+from ivshmem.service import control_client, path_watch
+from ivshmem.system import sockets
+from ivshmem.system.sockets import Listener
 
 VECTORS = 2
 
 
-class Counting(reachable.Reachable):
+class Counting(path_watch.PathWatch):
     """Counts its looks, and makes none while a test has the lock."""
 
     looks = 0
@@ -47,7 +50,9 @@ class Watched(Running):
     def __init__(self, path: str, **more: Any) -> None:
         super().__init__({"db": path}, VECTORS, **more)
         self.control = self.add(
-            control.Control(control.listen(control.default_path(path)), self.service)
+            service_control.Control(
+                service_control.listen(control.default_path(path)), self.service
+            )
         )
         self.paths = self.add(Counting(self.service, lambda: self.control, 0.01))
         self.start()
@@ -114,12 +119,12 @@ class TestBoundAgain:
 
     def test_the_control_socket(self, watched: Watched, socket_path: str) -> None:
         path = f"{socket_path}.control"
-        with control.Client(path, PATIENCE) as before:
+        with control.ControlClient(path, PATIENCE) as before:
             os.unlink(path)
             until(lambda: is_back(path))
-            assert stat.S_IMODE(os.stat(path).st_mode) == control.MODE
+            assert stat.S_IMODE(os.stat(path).st_mode) == service_control.MODE
             assert status(socket_path)["name"] == "db"
-            assert before.ask({"do": "version"})["protocol"] == control.PROTOCOL
+            assert before.ask({"do": "version"})["protocol"] == control_client.PROTOCOL
 
     def test_its_permissions(self, socket_path: str) -> None:
         with Watched(socket_path, mode=0o640):

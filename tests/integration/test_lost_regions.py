@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ivshmem import Region
-from ivshmem.cli.succession import Past
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.journal import Journal
-from ivshmem.service import Service
-from ivshmem.sockets import Listener
+from ivshmem.lasting.journal import Journal
+from ivshmem.service.service import Service
+from ivshmem.service.succession import Inheritance
+from ivshmem.system.sockets import Listener
 
 
 def test_its_descriptors_are_closed_once(directory: Path, tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_its_descriptors_are_closed_once(directory: Path, tmp_path: Path) -> Non
             journal.rewrite(first.snapshot())
             copies = {fd: os.dup(fd) for fd in first.descriptors}
             os.truncate(tmp_path / "b", 0)
-            Past(journal, "it died", copies.get, list(copies.values())).go_on(second)
+            Inheritance(journal, "it died", copies.get, list(copies.values())).go_on(second)
             first.abandon()
         assert set(second.regions) == {"a", "c"}
         # What was closed twice may have been another region's the second time.
@@ -49,7 +49,7 @@ def test_a_socket_that_came_twice_is_closed_once(directory: Path) -> None:
             copies = {fd: os.dup(fd) for fd in first.descriptors}
             listener = Listener.adopt(os.dup(first.regions["a"].listener.socket.fileno()))
             with Service(ServiceConfig(), listeners={path: listener}) as second:
-                Past(journal, "it died", copies.get, list(copies.values())).go_on(second)
+                Inheritance(journal, "it died", copies.get, list(copies.values())).go_on(second)
                 first.abandon()
                 assert set(second.regions) == {"a"}
     os.unlink(path)

@@ -349,7 +349,7 @@ def test_the_manager_is_busy(
     peers += [RawPeer(path).set_up(VECTORS) for _ in range(3)]
     settle(peers)
     leaver = peers.pop(0)
-    with control.Client(f"{path}.control") as client:
+    with control.ControlClient(f"{path}.control") as client:
 
         def shown() -> Any:
             return client.ask({"do": "status"})["regions"][0]

@@ -24,7 +24,8 @@ from support.leaks import SHM
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import Region, RegionError, pages
+from ivshmem import Region, RegionError
+from ivshmem.memory import pages
 
 MIB = 1 << 20
 ANY = None  # exit status

@@ -15,7 +15,8 @@ from support.running import Running
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import answering, metrics
+from ivshmem.service import metrics
+from ivshmem.system import requests
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 VECTORS = 2
@@ -159,7 +160,7 @@ def test_those_who_send_nothing(scraped: Scraped) -> None:
             sock = idle.enter_context(socket.create_connection(scraped.address, PATIENCE))
             sock.send(b"GET /metrics HTTP/1.1\r\n")
         assert scraped.figure("ivshmem_peers") == 0
-        assert len(open_fds()) - before - 200 <= answering.CALLERS
+        assert len(open_fds()) - before - 200 <= requests.CALLERS
 
 
 def test_a_failure_is_the_scraper_s(scraped: Scraped, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,8 @@ import pytest
 from support.running import Running
 from support.waiting import PATIENCE
 
-from ivshmem.cli import main
-from ivshmem.metrics import Metrics, parse_address
+from ivshmem.cli.main import main
+from ivshmem.service.metrics import Metrics, parse_address
 
 
 @contextlib.contextmanager

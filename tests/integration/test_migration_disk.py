@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ivshmem.migration import Failed, Options, Plan, Step, migrate
-from ivshmem.migration.model import Peer
+from ivshmem.migration.model import FoundPeer
 
 
 class Disk:
@@ -49,7 +49,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def plan(folder: Path) -> Plan:
-    peer = Peer(1, 1, "python3", 0)
+    peer = FoundPeer(1, 1, "python3", 0)
     step = Step("evict", control=str(folder / "nobody"), region="x", peer=peer)
     return Plan((), Options(), (), (step,))
 

@@ -18,9 +18,9 @@ from support.fake_qmp import FakeMonitor, FakeQemu, Refusal
 from ivshmem import migration
 from ivshmem.errors import IvshmemError
 from ivshmem.migration import Options, Vm
-from ivshmem.migration.crew import Crew
 from ivshmem.migration.model import Step
-from ivshmem.migration.moving import Mover
+from ivshmem.migration.monitors import Monitors
+from ivshmem.migration.transfer import Mover
 
 
 class Says:
@@ -72,7 +72,7 @@ class Two:
 
     def outcome(self, call: Callable[[Mover], Any], *, running: bool = True) -> str:
         async def main() -> None:
-            async with Crew([self.vm]) as crew:
+            async with Monitors([self.vm]) as crew:
                 step = Step("migrate", "db", running=running, local=True)
                 await call(Mover(crew, self.vm, step, self.options, lambda _: None))
 
@@ -88,8 +88,8 @@ class Two:
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
-    monkeypatch.setattr("ivshmem.migration.moving._SETTLE", 0.3)
-    monkeypatch.setattr("ivshmem.migration.moving._LOOK", 0.01)
+    monkeypatch.setattr("ivshmem.migration.transfer._SETTLE", 0.3)
+    monkeypatch.setattr("ivshmem.migration.transfer._LOOK", 0.01)
     with ExitStack() as undo:
         yield Two(tmp_path, undo)
 

@@ -161,7 +161,7 @@ COMMANDS = {
 def test_what_else_breaks_is_said(read: bool) -> None:
     """Only when standard output is unread is a broken pipe no news: others break, too."""
     code = (
-        "import errno, sys; from ivshmem.cli import guarded\n"
+        "import errno, sys; from ivshmem.cli.run import guarded\n"
         "def run(): raise BrokenPipeError(errno.EPIPE, 'the server has closed the connection')\n"
         "sys.stdin.read(); raise SystemExit(guarded(run))"
     )

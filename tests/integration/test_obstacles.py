@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from support.waiting import PATIENCE
 
-from ivshmem import pages
-from ivshmem.cli.obstacles import obstacles
+from ivshmem.cli.config_checks import obstacles
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.configfile import read_toml
+from ivshmem.memory import pages
+from ivshmem.service.config_file import read_toml
 
 HOME = Path(__file__).parents[2]
 EXAMPLE = re.findall(r"```toml\n(.*?)```", (HOME / "README.md").read_text(), re.DOTALL)[0]

@@ -21,9 +21,10 @@ from support.peer import FakeServer
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import ServerGone, qemu, sockets
-from ivshmem.plain import command
-from ivshmem.qemu import old
+from ivshmem import ServerGone
+from ivshmem.peer import inquiry
+from ivshmem.qemu import cmdline, old_device
+from ivshmem.system.text import command
 
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
@@ -93,7 +94,7 @@ class TestSideBySide:
 
     def test_the_banner_is_pasted(self, tmp_path: Path) -> None:
         with ivshmem.Server(str(tmp_path / "a b"), "1M").start() as server:
-            lines = qemu.shell_lines(qemu.doorbell(server.path, 1), "        ")
+            lines = cmdline.shell_lines(cmdline.doorbell(server.path, 1), "        ")
             assert len(lines.splitlines()) == 2
             start(f"{START} {lines}")
 
@@ -119,10 +120,10 @@ PATHS = [
 
 
 def test_each_path_has_an_id_of_its_own() -> None:
-    idents = [qemu.ident_of(path) for path in PATHS]
+    idents = [cmdline.ident_of(path) for path in PATHS]
     assert len(set(idents)) == len(PATHS)
     for ident in idents:
-        assert qemu.check_ident(ident) == ident
+        assert cmdline.check_ident(ident) == ident
         assert len(ident) < 64
     assert idents[0] == "run-ivshmem.sock"
 
@@ -130,7 +131,7 @@ def test_each_path_has_an_id_of_its_own() -> None:
 @pytest.mark.parametrize("ident", ["", "1a", "-a", "a b", "a,b", "a\n", "\xe9", "a/b"])
 def test_ids_that_qemu_refuses(ident: str) -> None:
     with pytest.raises(ValueError, match="QEMU allows letters, digits"):
-        qemu.check_ident(ident)
+        cmdline.check_ident(ident)
 
 
 # -- a server that is not ours ---------------------------------------------------------------------
@@ -141,7 +142,7 @@ def test_a_foreign_server_is_not_waited_for(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with FakeServer(path, lambda peer: (peer.send(bytes(8)), peer.recv(1))):
         with pytest.raises(ServerGone, match="does not answer questions"):
-            sockets.ask(path, 10 * PATIENCE)
+            inquiry.ask(path, 10 * PATIENCE)
     with FakeServer(path, lambda peer: (peer.send(bytes(8)), peer.recv(1))):
         said = sh(f"{IVSHMEM} qemu -S {path}", status=1).stderr
     assert "does not say how many vectors it has: give --vectors" in said
@@ -156,7 +157,7 @@ def test_a_server_that_answers_drop_by_drop_is_not_waited_for_without_end(tmp_pa
 
     path = str(tmp_path / "s")
     with FakeServer(path, drip), pytest.raises(ServerGone):
-        sockets.ask(path, 0.3)
+        inquiry.ask(path, 0.3)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "fifo", "device"])
@@ -244,11 +245,11 @@ def test_the_translation_is_taken(tmp_path: Path) -> None:
 )
 def test_an_old_line_that_never_worked(device: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        old.read(device)
+        old_device.read(device)
 
 
 def test_what_is_left_out_is_said() -> None:
-    notes = old.read("ivshmem,shm=x,ioeventfd=off,use64=0,msi=off,vectors=2,addr=3").notes
+    notes = old_device.read("ivshmem,shm=x,ioeventfd=off,use64=0,msi=off,vectors=2,addr=3").notes
     assert len(notes) == 5
     assert all("left out" in note for note in notes)
 
@@ -256,7 +257,7 @@ def test_what_is_left_out_is_said() -> None:
 @needs_qemu
 def test_an_iommu_is_printed(sockets_of_two: tuple[str, str]) -> None:
     printed = sh(f"{IVSHMEM} qemu -S {sockets_of_two[0]} --iommu").stdout
-    assert printed.startswith(qemu.shell(qemu.iommu()))
+    assert printed.startswith(cmdline.shell(cmdline.iommu()))
     line = START.replace("-machine q35", "")
     start(f"{line} {printed.strip()}")
     xml = sh(f"{IVSHMEM} qemu -S {sockets_of_two[0]} --iommu --libvirt").stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ivshmem.qemu.answers import QmpError
-from ivshmem.qemu.qmp import Monitor, QemuGone
+from ivshmem.qemu.monitor import Monitor, QemuGone
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}}, "capabilities": []}}\n'

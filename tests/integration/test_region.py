@@ -24,7 +24,7 @@ from support.peer import memory_fd
 from support.waiting import PATIENCE
 
 from ivshmem import ClosedError, Region, RegionError
-from ivshmem.region import posix_path
+from ivshmem.memory.region import posix_path
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20

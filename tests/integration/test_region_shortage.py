@@ -16,8 +16,8 @@ from support.leaks import resources
 from support.mounts import HUGE, free_huge_pages, huge_pages, mounted, root
 
 from ivshmem import Region, RegionError
-from ivshmem.pages import huge_page_sizes, page_size_of
-from ivshmem.sizes import format_size
+from ivshmem.memory.pages import huge_page_sizes, page_size_of
+from ivshmem.memory.sizes import format_size
 
 pytestmark = [
     pytest.mark.serial,  # it counts the machine's huge pages, which other tests reserve

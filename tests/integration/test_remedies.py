@@ -20,8 +20,8 @@ from support.peer import FakeServer
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import cli
-from ivshmem.plain import command
+from ivshmem.cli import main as cli
+from ivshmem.system.text import command
 
 HOME = Path(ivshmem.__file__).parent
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])

@@ -18,7 +18,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem.protocol import MAX_ID
+from ivshmem.protocol.limits import MAX_ID
 
 PEERS, VECTORS = 200, 8
 

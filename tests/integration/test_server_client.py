@@ -84,7 +84,7 @@ def test_an_only_client_is_told_that_it_has_all(
     server: MakeServer, connect: Connect, monkeypatch: pytest.MonkeyPatch, vectors: int
 ) -> None:
     """By the end of what it could send: it need not guess from silence."""
-    monkeypatch.setattr("ivshmem.client.SETTLE", 1e9)
+    monkeypatch.setattr("ivshmem.peer.client.SETTLE", 1e9)
     server(vectors=vectors)
     assert connect().vectors == vectors
 

@@ -20,11 +20,11 @@ from support.serving import Running, running
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import opening
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
-from ivshmem.journal import Journal
-from ivshmem.service import Service
-from ivshmem.sockets import Listener
+from ivshmem.lasting.journal import Journal
+from ivshmem.service import open_region
+from ivshmem.service.service import Service
+from ivshmem.system.sockets import Listener
 
 SHM = Path("/dev/shm")
 
@@ -275,8 +275,8 @@ def test_nobody_can_connect_before_all_is_open(make: Make, monkeypatch: pytest.M
                 tried.append(region.socket)
         return real(*arguments)
 
-    real = opening.open_region
-    monkeypatch.setattr("ivshmem.service.open_region", look)
+    real = open_region.open_region
+    monkeypatch.setattr("ivshmem.service.service.open_region", look)
     with running(config):
         a, b = config.regions["a"].socket, config.regions["b"].socket
         assert tried == [a, a, b]
@@ -663,7 +663,7 @@ def test_memory_that_fails_leaves_an_inherited_socket_open(make: Make) -> None:
     a = make("a", size=1 << 50)
     with inherited(a.socket) as listener:
         with pytest.raises(OSError, match="do not fit"):
-            opening.open_region(a, listener)
+            open_region.open_region(a, listener)
         with RawPeer(a.socket):
             pass
     os.unlink(a.socket)

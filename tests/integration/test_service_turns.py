@@ -19,11 +19,13 @@ from support.serving import running
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
-from ivshmem import control, opening, service
+from ivshmem import control
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
-from ivshmem.opening import Opened
-from ivshmem.service import Service
-from ivshmem.sockets import Listener
+from ivshmem.service import control as service_control
+from ivshmem.service import open_region, service
+from ivshmem.service.open_region import Opened
+from ivshmem.service.service import Service
+from ivshmem.system.sockets import Listener
 
 BOUND = 5.0  # seconds for a join on a busy machine; alone it takes some milliseconds
 
@@ -67,7 +69,7 @@ class Slow:
         self.release = threading.Event()
         self.wanted = False
         self.error: Exception | None = None
-        self._open = opening.open_region
+        self._open = open_region.open_region
 
     def open(self, config: RegionConfig, inherited: Listener | None = None) -> Opened:
         if self.wanted:
@@ -176,7 +178,7 @@ def test_a_reload_by_the_control_socket(regions: Regions, slow: Slow) -> None:
     path = str(regions.directory / "control")
     wanted = regions("abc")
     with no_deadlock(60), Running(sockets, vectors=1, load=lambda: wanted) as served:
-        served.add(control.Control(control.listen(path), served.service))
+        served.add(service_control.Control(service_control.listen(path), served.service))
         served.start()
         slow.wanted = True
         reloading = Background(lambda: control.request(path, {"do": "reload"}, PATIENCE))
@@ -186,7 +188,7 @@ def test_a_reload_by_the_control_socket(regions: Regions, slow: Slow) -> None:
         # All others are answered at once, also by one more connection than there is room for.
         with ExitStack() as stack:
             for _ in range(70):
-                client = stack.enter_context(control.Client(path))
+                client = stack.enter_context(control.ControlClient(path))
                 status = client.ask({"do": "status"})
             assert [each["name"] for each in status["regions"]] == ["a", "b"]
             with pytest.raises(control.ControlError, match="another change is under way"):
@@ -203,7 +205,7 @@ def test_one_who_hangs_up_while_a_reload_waits(regions: Regions, slow: Slow) -> 
     sockets = {"a": str(regions.directory / "a")}
     path = str(regions.directory / "control")
     with no_deadlock(60), Running(sockets, vectors=1, load=lambda: regions("ab")) as served:
-        served.add(control.Control(control.listen(path), served.service))
+        served.add(service_control.Control(service_control.listen(path), served.service))
         served.start()
         slow.wanted = True
         with socket.socket(socket.AF_UNIX) as asker:

@@ -22,7 +22,7 @@ from support.stopping import users_environment
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem.cli import guarded
+from ivshmem.cli.run import guarded
 
 MIB = 1 << 20
 SIZE = MIB  # of the regions: more than any file may be long here

@@ -14,7 +14,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import protocol
+from ivshmem.protocol import roster
 
 SERVE = """
     import logging, resource, selectors, sys, ivshmem
@@ -154,7 +154,7 @@ def test_log_is_not_flooded(socket_path: str) -> None:
 
 def test_out_of_ids(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever stays knows them all: newcomers wait until it has gone."""
-    monkeypatch.setattr(protocol, "MAX_ID", 4)
+    monkeypatch.setattr(roster, "MAX_ID", 4)
     with ivshmem.Server(socket_path, 4096) as server, ExitStack() as stack:
         server.start()
         stayer = stack.enter_context(RawPeer(socket_path)).set_up(1)
@@ -176,7 +176,7 @@ def test_out_of_ids(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_newcomer_that_goes_while_it_waits(
     socket_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_ID", 0)
+    monkeypatch.setattr(roster, "MAX_ID", 0)
     with ivshmem.Server(socket_path, 4096) as server, ExitStack() as stack:
         server.start()
         first = stack.enter_context(RawPeer(socket_path)).set_up(1)

@@ -330,7 +330,7 @@ def is_stale(path: Path) -> bool:
 
 
 def _lives(path: Path) -> bool:
-    from ivshmem.sockets import is_live
+    from ivshmem.system.sockets import is_live
 
     return is_live(str(path))
 

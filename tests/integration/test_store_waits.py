@@ -17,9 +17,9 @@ from support.serving import running
 from support.waiting import PATIENCE, until
 
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.journal import Journal, JournalError
-from ivshmem.notify import Notifier
-from ivshmem.store import Store
+from ivshmem.lasting.fd_store import FdStore
+from ivshmem.lasting.journal import Journal, JournalError
+from ivshmem.system.systemd import Notifier
 
 BOUND = 5.0  # seconds for a join on a busy machine; the manager may take 30
 
@@ -55,10 +55,10 @@ def manager(directory: Path) -> Iterator[Manager]:
 
 
 @contextlib.contextmanager
-def storing(manager: Manager) -> Iterator[tuple[Notifier, Store, Journal]]:
+def storing(manager: Manager) -> Iterator[tuple[Notifier, FdStore, Journal]]:
     notifier = Notifier(manager.socket.getsockname())
     journal = Journal()
-    store = Store(notifier, journal)
+    store = FdStore(notifier, journal)
     try:
         yield notifier, store, journal
     finally:
@@ -82,7 +82,7 @@ def test_who_joins_waits_for_the_manager_and_nobody_else_does(
 
 
 def join_and_leave(
-    directory: Path, manager: Manager, notifier: Notifier, store: Store, journal: Journal
+    directory: Path, manager: Manager, notifier: Notifier, store: FdStore, journal: Journal
 ) -> None:
     regions = {name: RegionConfig(str(directory / name), size=4096) for name in "ab"}
     with (
@@ -128,7 +128,7 @@ def test_a_newcomer_that_gives_up_leaves_its_place(directory: Path, manager: Man
 
 
 def give_up(
-    directory: Path, manager: Manager, notifier: Notifier, store: Store, journal: Journal
+    directory: Path, manager: Manager, notifier: Notifier, store: FdStore, journal: Journal
 ) -> None:
     config = ServiceConfig({"a": RegionConfig(str(directory / "a"), size=4096)})
     with running(config, journal=journal) as runs:
@@ -174,7 +174,7 @@ def test_a_manager_that_is_gone_is_given_up_at_once(directory: Path) -> None:
         notifier = Notifier(path)
     journal = Journal()
     with contextlib.closing(journal), notifier:
-        store = Store(notifier, journal)
+        store = FdStore(notifier, journal)
         store.keep("1/1", [0])
         assert store.settled()
         store.close()

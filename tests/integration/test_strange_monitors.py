@@ -20,11 +20,11 @@ from support.fake_qmp import FakeMonitor, FakeQemu, Refusal
 
 from ivshmem import migration
 from ivshmem.migration import Options, Refused, Step, Vm
-from ivshmem.migration.crew import Crew
 from ivshmem.migration.model import StepFailed
-from ivshmem.migration.moving import Arrived, Mover
+from ivshmem.migration.monitors import Monitors
+from ivshmem.migration.transfer import Arrived, Mover
 from ivshmem.qemu.answers import Answer, QmpError, WrongAnswer
-from ivshmem.qemu.qmp import Monitor
+from ivshmem.qemu.monitor import Monitor
 
 
 class Pair:
@@ -165,14 +165,14 @@ def test_values_by_type(value: Any) -> None:
 # -- statuses of a migration ----------------------------------------------------------------------
 
 
-def mover(pair: Pair, crew: Crew, *, running: bool = True) -> Mover:
+def mover(pair: Pair, crew: Monitors, *, running: bool = True) -> Mover:
     step = Step("migrate", "db", running=running, local=True)
     return Mover(crew, pair.vm, step, Options(postcopy=True), lambda _: None)
 
 
 def until_back(pair: Pair) -> None:
     async def main() -> None:
-        async with Crew([pair.vm]) as crew:
+        async with Monitors([pair.vm]) as crew:
             await mover(pair, crew).take_back()
 
     asyncio.run(main())
@@ -180,7 +180,7 @@ def until_back(pair: Pair) -> None:
 
 def until_moved(pair: Pair) -> None:
     async def main() -> None:
-        async with Crew([pair.vm]) as crew:
+        async with Monitors([pair.vm]) as crew:
             await mover(pair, crew).move()
 
     asyncio.run(main())
@@ -241,7 +241,7 @@ def test_postcopy_when_the_destination_runs(pair: Pair, status: str) -> None:
 
 def test_postcopy_whose_destination_is_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the guest runs is known by the word in some states only."""
-    monkeypatch.setattr("ivshmem.migration.moving._SETTLE", 0.3)
+    monkeypatch.setattr("ivshmem.migration.transfer._SETTLE", 0.3)
     pair.destination.instead = {"query-status": Refusal()}
     pair.source.instead = {"query-migrate": statuses("postcopy-paused")}
     with pytest.raises(Arrived):

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from ivshmem import cli, control, sockets
+from ivshmem import control
 from ivshmem.cli import evict, reload, status, top
+from ivshmem.cli import run as cli_run
 from ivshmem.errors import IvshmemError, ServerGone
+from ivshmem.peer import inquiry
+from ivshmem.service import control_client
 
 PEER: dict[str, Any] = {
     "id": 3,
@@ -156,7 +159,7 @@ def said(socket_path: str, capsys: pytest.CaptureFixture[str]) -> Said:
     def run(command: str, **options: Any) -> tuple[int, str, str]:
         known = {"control": socket_path, "socket": None, "id": 3, "region": None, "json": False}
         # Not by way of main: to make the parser takes longer than all the rest.
-        code = cli.guarded(RUN[command], argparse.Namespace(**{**known, **options}))
+        code = cli_run.guarded(RUN[command], argparse.Namespace(**{**known, **options}))
         out, err = capsys.readouterr()
         assert all(line.isprintable() for line in (out + err).splitlines())
         assert (code, err.count("\n")) in ((0, 0), (1, 1)), (code, out, err)
@@ -244,13 +247,13 @@ def test_silence(socket_path: str, said: Said) -> None:
         silent.bind(socket_path)
         silent.listen()
         late = pytest.raises(TimeoutError, match=r"no reply within 0\.1 seconds")
-        with control.Client(socket_path, 0.1) as client, late:
+        with control.ControlClient(socket_path, 0.1) as client, late:
             client.ask({"do": "status"})
     os.unlink(socket_path)
 
 
 def test_an_endless_line(stranger: Stranger, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_MOST_REPLY", 1 << 16)
+    monkeypatch.setattr(control_client, "_MOST_REPLY", 1 << 16)
     stranger.data = b"x" * (1 << 20)
     assert "is no control socket" in said("status")[2]
 
@@ -275,7 +278,7 @@ class TestQuestions:
             thread = threading.Thread(target=answer)
             thread.start()
             try:
-                return sockets.ask(path, 5)
+                return inquiry.ask(path, 5)
             finally:
                 thread.join()
                 os.unlink(path)

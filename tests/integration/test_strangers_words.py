@@ -19,19 +19,25 @@ from xml.etree import ElementTree
 import pytest
 from support.waiting import PATIENCE
 
-from ivshmem import control, errors, logs, metrics, notify, qemu, sockets
-from ivshmem.bench import quiet
-from ivshmem.cli import asking, banner, evict, hearing, main, migrating, news, one_line, reload
+from ivshmem import control, errors
+from ivshmem.bench import noise
+from ivshmem.cli import banner, control_connection, evict, hearing, log_writer, migrate_run, reload
 from ivshmem.cli import shell as shells
 from ivshmem.cli import status as status_command
 from ivshmem.cli import top as top_command
+from ivshmem.cli.main import main
+from ivshmem.cli.run import one_line
 from ivshmem.cli.screen import Screen
-from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.configfile import parse
-from ivshmem.directory import Entry
-from ivshmem.doctor.check import Step, failed, run
+from ivshmem.config import RegionConfig, ServiceConfig, parse
+from ivshmem.doctor.check import CheckStep, failed, run
 from ivshmem.doctor.holders import Holder
+from ivshmem.peer.names_table import Entry
+from ivshmem.qemu import cmdline
 from ivshmem.qemu.processes import guest_name
+from ivshmem.server import log_events
+from ivshmem.service import control as service_control
+from ivshmem.service import metrics
+from ivshmem.system import credentials, systemd
 
 # A line that could be ours, colours, a line that runs backwards, a name that looks like another.
 HOSTILE = "x\nfix: rm -rf ~\r\x1b[31m\x9b2J\u202eok\u2066\u200b\u2028\udcff\ufe0f"
@@ -126,7 +132,7 @@ class Ways:
         return str(Holder(1, ["python3", HOSTILE]))
 
     def doctor_s_findings(self) -> str:
-        (check,) = run("host", [Step("server", lambda: failed(HOSTILE, f"kill {HOSTILE}"))])
+        (check,) = run("host", [CheckStep("server", lambda: failed(HOSTILE, f"kill {HOSTILE}"))])
         return f"{check.found}{check.fix}"
 
     # -- the control socket ---------------------------------------------------
@@ -155,18 +161,18 @@ class Ways:
 
     def a_reload_s_changes(self) -> str:
         talker = Talker({"changes": [HOSTILE]})
-        self._patch.setattr(asking, "connect", lambda *_: talker)
+        self._patch.setattr(control_connection, "connect", lambda *_: talker)
         return self._printed(lambda: reload.run(argparse.Namespace()))
 
     def an_eviction(self) -> str:
         talker = Talker({"region": HOSTILE})
-        self._patch.setattr(asking, "connect", lambda *_: talker)
+        self._patch.setattr(control_connection, "connect", lambda *_: talker)
         options = argparse.Namespace(id=1, region=None, force=True)
         return self._printed(lambda: evict.run(options))
 
     def a_control_socket_s_refusal(self) -> str:
         ours, theirs = socket.socketpair()
-        client = object.__new__(control.Client)
+        client = object.__new__(control.ControlClient)
         client.path, client._timeout, client._socket, client._rest = "/s", 5.0, ours, b""
         with ours, theirs:
             theirs.sendall(json.dumps({"ok": False, "error": HOSTILE}).encode() + b"\n")
@@ -175,7 +181,7 @@ class Ways:
         return str(caught.value)
 
     def an_error_over_the_control_socket(self) -> str:
-        return control._one_line(ValueError(HOSTILE)) + control._one_line(
+        return service_control._one_line(ValueError(HOSTILE)) + service_control._one_line(
             FileNotFoundError(2, HOSTILE, HOSTILE)
         )
 
@@ -216,15 +222,15 @@ class Ways:
         try:
             comm.write_bytes(b"x\nfix:\x1b\xff\xc2\x9b")
             with ours, theirs:
-                return sockets.credentials(ours).process
+                return credentials.credentials(ours).process
         finally:
             comm.write_bytes(before)
 
     def a_disturber_s_name(self) -> str:
-        process = quiet.Process(HOSTILE, 0, 10**9)
-        before = types.SimpleNamespace(others={1: quiet.Process(HOSTILE, 0, 0)}, main={})
+        process = noise.Process(HOSTILE, 0, 10**9)
+        before = types.SimpleNamespace(others={1: noise.Process(HOSTILE, 0, 0)}, main={})
         after = types.SimpleNamespace(others={1: process}, main={})
-        (found,) = quiet._culprits(before, after, {0}, 10**9)  # type: ignore[arg-type]
+        (found,) = noise._culprits(before, after, {0}, 10**9)  # type: ignore[arg-type]
         return found.who
 
     def names_in_memory(self) -> str:
@@ -241,7 +247,7 @@ class Ways:
 
     def _logged(self, form: str, record: logging.LogRecord) -> str:
         with tempfile.TemporaryFile("w+") as stream:
-            with news.News(stream, logging.INFO, form) as told:
+            with log_writer.LogWriter(stream, logging.INFO, form) as told:
                 hearing.Handler(told, logging.INFO).handle(record)
             stream.seek(0)
             return stream.read()
@@ -263,13 +269,13 @@ class Ways:
 
     def a_log_as_json(self) -> str:
         record = logging.LogRecord("ivshmem", 30, "", 0, "%s", (HOSTILE,), None)
-        vars(record).update(logs.fields("joined", process=HOSTILE))
+        vars(record).update(log_events.fields("joined", process=HOSTILE))
         found = json.loads(self._logged("json", record))
         return str(found["text"] + found["process"])
 
     def news_of_a_peer(self) -> str:
         with tempfile.TemporaryFile("w+") as stream:
-            with news.News(stream, logging.INFO) as told:
+            with log_writer.LogWriter(stream, logging.INFO) as told:
                 told.tell(HOSTILE)
             stream.seek(0)
             return stream.read().removesuffix("\n")
@@ -290,22 +296,22 @@ class Ways:
         )
 
     def a_status_for_the_service_manager(self) -> str:
-        return str(notify._status(HOSTILE)["STATUS"])
+        return str(systemd._status(HOSTILE)["STATUS"])
 
     # -- migrate, and what is printed to be pasted ------------------------------
 
     def a_step_of_a_migration(self) -> str:
         shown: list[str] = []
         progress = types.SimpleNamespace(show=lambda _, what: shown.append(what))
-        migrating._Shown(progress, False).step(1, HOSTILE, False)  # type: ignore[arg-type]
+        migrate_run._Shown(progress, False).step(1, HOSTILE, False)  # type: ignore[arg-type]
         return "".join(shown)
 
     def qemu_s_arguments(self) -> str:
-        return qemu.shell(qemu.doorbell(HOSTILE, 1))
+        return cmdline.shell(cmdline.doorbell(HOSTILE, 1))
 
     def libvirt_s_xml(self) -> str:
         harmless = HOSTILE.replace("\x1b", "").replace("\udcff", "")
-        return qemu.libvirt_doorbell(harmless, 1, name=harmless)
+        return cmdline.libvirt_doorbell(harmless, 1, name=harmless)
 
     def a_plan_of_regions(self) -> str:
         return banner.planned(
@@ -331,12 +337,12 @@ def test_nothing_gets_through(
 
 def test_what_libvirt_cannot_be_told_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a\\x1b: XML"):
-        qemu.libvirt_doorbell("a\x1b", 1)
+        cmdline.libvirt_doorbell("a\x1b", 1)
 
 
 @pytest.mark.parametrize("path", ["/a b,c", "/a\"b'<&>", "/a\u202eb\n", "/\u4e16"])
 def test_an_attribute_is_read_back(path: str) -> None:
-    text = qemu.libvirt_doorbell(path, 1, name=path)
+    text = cmdline.libvirt_doorbell(path, 1, name=path)
     element = ElementTree.fromstring(text)  # noqa: S314
     server = element.find("server")
     assert server is not None

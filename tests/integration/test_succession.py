@@ -22,8 +22,8 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem.journal import Chapter, Journal
-from ivshmem.sockets import Listener
+from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.system.sockets import Listener
 
 VECTORS = 3
 

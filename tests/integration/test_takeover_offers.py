@@ -23,9 +23,11 @@ from support.isolated import NOBODY, needs_root
 from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
-from ivshmem import handover, sockets
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.service import Service
+from ivshmem.lasting import handover
+from ivshmem.service import snapshots
+from ivshmem.service.service import Service
+from ivshmem.system import credentials, sockets
 
 VECTORS = 2
 
@@ -73,7 +75,7 @@ def refused(data: bytes, fds: list[list[int]] | None = None, *, silent: bool = F
 
         offering = Background(offer)
         with pytest.raises(handover.HandoverError) as caught:
-            handover.take(ours)
+            handover.take(ours, snapshots)
         ours.close()
         offering.result()
     assert os.listdir("/proc/self/fd") == before
@@ -141,7 +143,7 @@ class TestBytes:
             dripping = Background(drip)
             begun = time.monotonic()
             with pytest.raises(handover.HandoverError, match="no answer within"):
-                handover.take(ours)
+                handover.take(ours, snapshots)
             assert time.monotonic() - begun < PATIENCE / 2
             ours.close()
             dripping.result()
@@ -324,6 +326,6 @@ def test_nothing_is_given_to_another_user(service: Service, directory: Path) -> 
                 os._exit(len(sock.recv(100)))
         sock, _ = listener.accept()
         with sock:
-            assert sockets.credentials(sock).uid == NOBODY
+            assert credentials.credentials(sock).uid == NOBODY
             assert not handover.give(service, sock)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

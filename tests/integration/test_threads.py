@@ -19,7 +19,7 @@ from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 from ivshmem import ClosedError, Interrupt, NoSuchPeer, PeerJoined, Region, Server
-from ivshmem._memory import AtomicU64
+from ivshmem.native.mapping import AtomicU64
 
 VECTORS = 4
 MakeServer = Callable[..., Server]

@@ -29,7 +29,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "connect, wait": lambda path: ivshmem.connect(path, timeout=NAN, wait_for_server=True),
     "async": lambda path: asyncio.run(_connected(path, False)),
     "async, wait": lambda path: asyncio.run(_connected(path, True)),
-    "control": lambda path: control.Client(path, NAN),
+    "control": lambda path: control.ControlClient(path, NAN),
 }
 
 

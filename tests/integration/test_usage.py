@@ -16,7 +16,7 @@ import pytest
 from support.stopping import users_environment
 
 import ivshmem
-from ivshmem.cli import SUBCOMMANDS
+from ivshmem.cli.main import SUBCOMMANDS
 
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 SERVER = [str(Path(sysconfig.get_path("scripts"), "ivshmem-server"))]

@@ -181,11 +181,11 @@ def test_where_nobody_says_which(place: Path) -> None:
     place = place.with_name("ivshmem.sock")
     program = f"""
         import os, sys
-        from ivshmem import runtime
-        from ivshmem.cli import main
-        runtime.OF_ROOT = {str(place)!r}
-        runtime.OF_THE_EXAMPLE = {str(place.with_name("nowhere"))!r}
-        runtime._own = lambda: {str(place.with_name("own"))!r}
+        from ivshmem.peer import default_paths
+        from ivshmem.cli.main import main
+        default_paths.OF_ROOT = {str(place)!r}
+        default_paths.OF_THE_EXAMPLE = {str(place.with_name("nowhere"))!r}
+        default_paths._own = lambda: {str(place.with_name("own"))!r}
         os.environ.pop("XDG_RUNTIME_DIR", None)
         sys.argv = ["ivshmem", "connect", "--wait", *sys.argv[1:]]
         sys.exit(main())

@@ -14,9 +14,9 @@ import socket
 import sys
 from pathlib import Path
 
-from ivshmem import handover
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.service import Service
+from ivshmem.lasting import handover
+from ivshmem.service.service import Service
 
 
 def main(server: str, place: str, victim: str) -> None:

@@ -82,7 +82,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(
-    *words: str, user: int = 0, program: str = "from ivshmem.cli import main", **more: str
+    *words: str, user: int = 0, program: str = "from ivshmem.cli.main import main", **more: str
 ) -> subprocess.Popen[str]:
     """Start `ivshmem WORDS` as a user; `more`: of its environment."""
     return subprocess.Popen(

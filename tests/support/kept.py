@@ -9,9 +9,9 @@ import socket
 import sys
 
 from ivshmem import Region, Server
-from ivshmem.journal import Chapter, Journal
-from ivshmem.keeper import keep, strays
-from ivshmem.sockets import Listener
+from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.lasting.supervisor import strays, supervise
+from ivshmem.system.sockets import Listener
 
 
 def main(path: str, vectors: int) -> int:
@@ -43,7 +43,7 @@ def main(path: str, vectors: int) -> int:
         os.unlink(path)
         return 0
 
-    return keep(run, {signal.SIGTERM})
+    return supervise(run, {signal.SIGTERM})
 
 
 def adopt(server: Server, found: list[int], path: str) -> None:

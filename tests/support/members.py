@@ -8,20 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from ivshmem.protocol import (
-    MEMORY,
-    VERSION,
-    GotLeave,
-    GotMemory,
-    GotVector,
-    Member,
-    Message,
-    Roster,
-    Run,
-    Session,
-    State,
-)
-from ivshmem.replay import BATCH, Unfinished
+from ivshmem.protocol.framing import MEMORY, VERSION, Message
+from ivshmem.protocol.roster import Member, Roster, Run
+from ivshmem.protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
+from ivshmem.server.replay import BATCH, UnfinishedBatch
 
 MEMORY_FD = -77
 NOBODY_FD = -88
@@ -159,7 +149,7 @@ class Client:
         if self.member.holds:
             known = {peer: known[peer] for peer in known if peer in expected}
         assert known == expected
-        assert self.session.state is State.READY
+        assert self.session.state is SessionState.READY
         assert self.session.id == self.id
         assert self.session.vectors == self.roster.vectors
         peers = [peer for peer in self.session.peers if peer in expected or not self.member.holds]
@@ -182,7 +172,7 @@ def send_to_crowd(
     limit: int = 1024,
     killed: Callable[[int], bool] = lambda _: False,
     note: Callable[..., object] = lambda *_: None,
-) -> Unfinished | None:
+) -> UnfinishedBatch | None:
     """Send the roster's news to its crowd, of whom each `takes` so many messages, as a server does.
 
     It notes what it does, as a server does, or is `killed` when so many have got theirs: before the

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.control import Control
-from ivshmem.server import Server
-from ivshmem.service import Service
+from ivshmem.server.server import Server
+from ivshmem.service.control import Control
+from ivshmem.service.service import Service
 
 
 class Part(Protocol):

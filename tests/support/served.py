@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ivshmem import control
+from ivshmem.service import control as service_control
 
 from .running import Running
 
@@ -14,5 +15,9 @@ class Served(Running):
 
     def __init__(self, path: str, vectors: int = 2, size: int = 1 << 20, **more: Any) -> None:
         super().__init__({"default": path}, vectors, size=size, **more)
-        self.add(control.Control(control.listen(control.default_path(path)), self.service))
+        self.add(
+            service_control.Control(
+                service_control.listen(control.default_path(path)), self.service
+            )
+        )
         self.start()

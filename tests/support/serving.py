@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ivshmem import _fds
 from ivshmem.config import ServiceConfig
-from ivshmem.service import Service
+from ivshmem.native import descriptors
+from ivshmem.service.service import Service
 
 from .waiting import PATIENCE, Background
 
@@ -23,7 +23,7 @@ class Running:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._bell = _fds.FdArray.eventfds(1)
+        self._bell = descriptors.FdArray.eventfds(1)
         service.watch(self._bell[0], self._act)
         self._thread = Background(service.run)
 

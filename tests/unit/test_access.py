@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from ivshmem.access import Rules, Verdict
-from ivshmem.accounts import group_id, user_id
-from ivshmem.sockets import Credentials
+from ivshmem.server.access import Rules, Verdict
+from ivshmem.system.accounts import group_id, user_id
+from ivshmem.system.credentials import Credentials
 
 NO_PID = 2**22 + 1  # beyond what pid_max can be
 PROGRAM = os.path.basename(os.readlink("/proc/self/exe"))

@@ -16,10 +16,10 @@ from bench import picture, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmem.bench import quiet
-from ivshmem.bench.quiet import Account, Core, Look, Noise, Process
+from ivshmem.bench import noise as quiet
+from ivshmem.bench.noise import Account, Core, Noise, Process, Snapshot
+from ivshmem.bench.percentiles import Sample
 from ivshmem.bench.roundtrip import Measured
-from ivshmem.bench.sample import Sample
 
 MS = 10**6
 TICK = 10**9 // os.sysconf("SC_CLK_TCK")
@@ -98,17 +98,17 @@ def looks(
     stolen: tuple[int, int] = (0, 0),
     known: int = 0,
     others: dict[int, tuple[str, int, int]] | None = None,
-) -> tuple[Look, Look]:
+) -> tuple[Snapshot, Snapshot]:
     """Two looks, between which that happened, in milliseconds; the others: name, core, used."""
     others = others or {}
-    before = Look(
+    before = Snapshot(
         {0: Core(7 * TICK, 0), 1: Core(9 * TICK, 0)},
         ({10: Account(5 * MS, MS)}, {20: Account(6 * MS, 0)}),
         1000 * MS,
         {pid: Process(name, core, 50 * TICK) for pid, (name, core, _) in others.items()},
         dict.fromkeys(others, 500 * MS),
     )
-    after = Look(
+    after = Snapshot(
         {
             core: Core(before.cores[core].busy + busy[core] * MS, stolen[core] * MS)
             for core in (0, 1)
@@ -127,7 +127,7 @@ def looks(
     return before, after
 
 
-def noise(cores: tuple[set[int], set[int]], looked: tuple[Look, Look]) -> Noise:
+def noise(cores: tuple[set[int], set[int]], looked: tuple[Snapshot, Snapshot]) -> Noise:
     return quiet.noise(*looked, cores, 100 * MS)
 
 

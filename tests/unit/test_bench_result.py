@@ -6,8 +6,8 @@ from array import array
 
 import pytest
 
-from ivshmem.bench.quiet import Culprit, Noise
-from ivshmem.bench.result import Group, Result, disturbers
+from ivshmem.bench.noise import Culprit, Noise
+from ivshmem.bench.result import Result, ResultGroup, disturbers
 from ivshmem.cli.bench import _lines
 
 QUIET = Noise(0.0, ())
@@ -60,7 +60,7 @@ def test_bytes_a_second() -> None:
 
 def test_a_table_fits() -> None:
     """Into 80 columns, with the widest of everything."""
-    group = Group("peer 65535, vector 2047", note="no " * 60)
+    group = ResultGroup("peer 65535, vector 2047", note="no " * 60)
     yardstick = group.add("os.eventfd, two processes here", size=1 << 20)
     for result in yardstick, group.add('wait(2047, spin="auto")', yardstick, 1 << 20):
         result.add(array("q", [5 * 10**9] * 1000), LOUD)
@@ -76,14 +76,14 @@ def test_a_table_fits() -> None:
 
 def test_percentiles_that_nobody_knows() -> None:
     """Of fifty durations there is no 99.9th percentile."""
-    group = Group("group")
+    group = ResultGroup("group")
     group.add("it").add(array("q", range(50)), QUIET)
     (row,) = (line for line in _lines([group], 1.0) if line.startswith("  it"))
     assert row.split() == ["it", "0.024", "-", "-", "0.049"]
 
 
 def test_who_disturbed() -> None:
-    group = Group("group")
+    group = ResultGroup("group")
     worse = Noise(0.9, (Culprit("make (pid 7)", 0.9, 0), Culprit("cc (pid 8)", 0.1, 0)))
     harmless = Noise(0.01, (Culprit("sshd (pid 9)", 0.01, 0),))
     for noise in (LOUD, worse, harmless):

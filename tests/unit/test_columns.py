@@ -6,17 +6,17 @@ from array import array
 
 import pytest
 
-from ivshmem.bench.quiet import Noise
-from ivshmem.bench.result import Group
-from ivshmem.cli import bench, columns, peers, terminal, top
+from ivshmem.bench.noise import Noise
+from ivshmem.bench.result import ResultGroup
+from ivshmem.cli import bench, status_text, tables, terminal, top
 from ivshmem.cli import doctor as doctor_command
-from ivshmem.doctor import Check
+from ivshmem.doctor.check import Check
 
 ROWS = [["NAME", "A", "SIZE", "B"], ["one", "1", "4096", "x"], ["three", "22", "64", "yy"]]
 
 
 def test_as_wide_as_it_is() -> None:
-    assert columns.table(ROWS, right=[1, 2]) == [
+    assert tables.table(ROWS, right=[1, 2]) == [
         "NAME    A  SIZE  B",
         "one     1  4096  x",
         "three  22    64  yy",
@@ -25,33 +25,33 @@ def test_as_wide_as_it_is() -> None:
 
 @pytest.mark.parametrize("room", range(1, 40))
 def test_the_least_important_columns_go_with_a_mark(room: int) -> None:
-    lines = columns.table(ROWS, columns=room, expendable=[3, 1])
+    lines = tables.table(ROWS, columns=room, expendable=[3, 1])
     assert all(len(line) <= room for line in lines)
     heads = lines[0].split()
     if room >= 19:
         assert heads == ["NAME", "A", "SIZE", "B"]
     elif room == 18:
-        assert heads == ["NAME", "A", "SIZE", columns.MARK]
+        assert heads == ["NAME", "A", "SIZE", tables.MARK]
     elif room >= 14:
-        assert heads == ["NAME", "SIZE", columns.MARK]
+        assert heads == ["NAME", "SIZE", tables.MARK]
 
 
 def test_wide_characters_take_two() -> None:
-    assert columns.width("\u4e16\u754c") == 4
-    assert columns.width("e\u0301") == 1
-    assert columns.width("\u0e19\u0e49\u0e33") == 2  # a tone mark of Thai
-    assert columns.width("\u0e01\u0e34") == 1  # a vowel sign of Thai, without a combining class
-    assert columns.width("\u1100\u1161") == 2  # a syllable of Hangul, in two letters
-    assert columns.cut("\u4e16\u754c", 3) == "\u4e16>"
-    assert columns.cut("\u4e16\u754c", 2) == ">"
-    first, second = columns.table([["\u4e16", "x"], ["ab", "y"]])
-    assert columns.width(first) == columns.width(second)
+    assert tables.width("\u4e16\u754c") == 4
+    assert tables.width("e\u0301") == 1
+    assert tables.width("\u0e19\u0e49\u0e33") == 2  # a tone mark of Thai
+    assert tables.width("\u0e01\u0e34") == 1  # a vowel sign of Thai, without a combining class
+    assert tables.width("\u1100\u1161") == 2  # a syllable of Hangul, in two letters
+    assert tables.cut("\u4e16\u754c", 3) == "\u4e16>"
+    assert tables.cut("\u4e16\u754c", 2) == ">"
+    first, second = tables.table([["\u4e16", "x"], ["ab", "y"]])
+    assert tables.width(first) == tables.width(second)
 
 
 @pytest.mark.parametrize("room", [0, 24, 40, 80])
 def test_text_is_broken_between_words(room: int) -> None:
     text = "one two three four five six seven eight nine ten " + "x" * 60
-    lines = columns.wrapped(text, room)
+    lines = tables.wrapped(text, room)
     assert " ".join(lines) == text
     assert all(len(line) <= room or " " not in line for line in lines)
 
@@ -59,9 +59,9 @@ def test_text_is_broken_between_words(room: int) -> None:
 def test_a_line_that_is_cut_has_a_mark() -> None:
     for room in range(12):
         for text in ("", "0123456789", "01234"):
-            shown = columns.cut(text, room)
+            shown = tables.cut(text, room)
             assert len(shown) <= room
-            assert shown == text if len(text) <= room else shown[-1:] in (columns.MARK, "")
+            assert shown == text if len(text) <= room else shown[-1:] in (tables.MARK, "")
 
 
 PEER = {
@@ -82,11 +82,11 @@ PEER = {
 
 @pytest.mark.parametrize("room", [12, 20, 30, 40, 50, 60, 80, 100, 200])
 def test_top_and_status(room: int) -> None:
-    head, row = peers.table([peers.peer_row(PEER, 60.0)], room)
+    head, row = status_text.table([status_text.peer_row(PEER, 60.0)], room)
     assert max(len(head), len(row)) <= room
     assert "ID" in head
     assert "web" in row or room < 30
-    assert head.endswith(columns.MARK) == (room < 100)
+    assert head.endswith(tables.MARK) == (room < 100)
 
 
 def test_top_asks_how_wide_the_screen_is() -> None:
@@ -117,15 +117,15 @@ def test_top_asks_how_wide_the_screen_is() -> None:
     lines = list(top.lines_of(status, None, 60))
     (head,) = (line for line in lines if line.lstrip().startswith("ID"))
     assert len(head) <= 60
-    assert head.endswith(columns.MARK)
+    assert head.endswith(tables.MARK)
 
 
 # -- bench ----------------------------------------------------------------------------------------
 
 
-def group(*, spoilt: bool = False, compared: bool = True) -> Group:
+def group(*, spoilt: bool = False, compared: bool = True) -> ResultGroup:
     noise = Noise(1.0 if spoilt else 0.0, ())
-    found = Group("round trip of two processes")
+    found = ResultGroup("round trip of two processes")
     first = found.add("eventfds alone", size=4096)
     first.add(array("Q", [10_000] * 200), noise)
     if compared:
@@ -137,7 +137,7 @@ def group(*, spoilt: bool = False, compared: bool = True) -> Group:
 @pytest.mark.parametrize("room", [20, 24, 30, 40, 42, 43, 50, 60, 70, 79, 120])
 def test_bench(room: int) -> None:
     head, *rows = bench._table(group(), room)
-    assert head.endswith(columns.MARK) == (room < 78)
+    assert head.endswith(tables.MARK) == (room < 78)
     assert max(map(len, [head, *rows])) <= room
     assert all(row.rstrip()[-1].isdigit() for row in rows)
     assert "p50" in head
@@ -164,7 +164,7 @@ def test_bench(room: int) -> None:
         ([], "In short: nothing could be measured here."),
     ],
 )
-def test_a_verdict_in_one_sentence(groups: list[Group], sentence: str) -> None:
+def test_a_verdict_in_one_sentence(groups: list[ResultGroup], sentence: str) -> None:
     assert bench.verdict(groups) == sentence
 
 

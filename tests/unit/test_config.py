@@ -13,19 +13,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ivshmem.access import Rules
-from ivshmem.config import (
-    CHANGEABLE,
-    EXISTING,
-    LOG_FORMATS,
-    ConfigError,
-    RegionConfig,
-    ServiceConfig,
-    conflicts,
-    from_json,
-    problems,
-)
-from ivshmem.configfile import load
+from ivshmem.config import ConfigError, RegionConfig, ServiceConfig, load
+from ivshmem.server.access import Rules
+from ivshmem.service.config import CHANGEABLE, conflicts, from_json, problems
+from ivshmem.service.limits import EXISTING, LOG_FORMATS
 
 SOCKET = 'socket = "/run/x/a"\n'
 A = f"[region.a]\n{SOCKET}"

@@ -31,9 +31,9 @@ from support.waiting import (
 )
 
 from ivshmem import ClosedError, Interrupt, NoSuchPeer, NoSuchVector, ProtocolError
-from ivshmem._bell import Doorbell
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray
+from ivshmem.native.bell import Doorbell
+from ivshmem.native.descriptors import FdArray
 
 ME, OTHER, ABSENT = 3, 9, 77
 

@@ -20,8 +20,8 @@ from support.peer import Eventfds, memory_fd
 from support.waiting import PATIENCE, interrupt_when_asleep, signals
 
 from ivshmem import ClosedError
-from ivshmem._fds import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Timer
-from ivshmem._memory import Mapping
+from ivshmem.native.descriptors import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Timer
+from ivshmem.native.mapping import Mapping
 
 # -- FdArray --------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from support.children import python
 PROGRAM = """
     import faulthandler, gc, inspect, sys
     import ivshmem, ivshmem.aio, ivshmem.guest
-    from ivshmem import _bell, _core, _fds, _memory, _spin, _wire
+    from ivshmem.native import bell, descriptors, mapping, spin, wire
+    from ivshmem import _core
 
     faulthandler.enable()
     complaints = []
@@ -26,7 +27,7 @@ PROGRAM = """
 
     classes = {
         value
-        for module in (_bell, _core, _fds, _memory, _spin, _wire)
+        for module in (bell, _core, descriptors, mapping, spin, wire)
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__
     } | {Sub, ivshmem.Client, ivshmem.Region, ivshmem.aio.AsyncEndpoint, ivshmem.Directory}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.peer import memory_fd
 
 from ivshmem import ClosedError
-from ivshmem._memory import Atomic, AtomicU32, AtomicU64, Mapping
+from ivshmem.native.mapping import Atomic, AtomicU32, AtomicU64, Mapping
 
 SIZE = 3 * 4096
 LARGE = 1 << 18  # from here on a copy lets go of the GIL

@@ -18,12 +18,12 @@ from support.limits import free_fds
 from support.peer import Eventfds, eventfd_id, send_raw
 
 from ivshmem import ClosedError, ProtocolError
-from ivshmem._fds import FdArray
-from ivshmem._wire import Outbox, receive
-from ivshmem.protocol import encode
+from ivshmem.native.descriptors import FdArray
+from ivshmem.native.wire import Outbox, receive
+from ivshmem.protocol.framing import encode
 
 if TYPE_CHECKING:
-    from ivshmem._wire import _Chunk
+    from ivshmem.native.wire import _Chunk
 
 FULL = 278  # messages in a default socket buffer; other kernels may differ, so it is only a floor
 

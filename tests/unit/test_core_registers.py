@@ -21,8 +21,8 @@ from support.waiting import PATIENCE, Background, in_child
 
 from ivshmem import ClosedError, DeviceGone, Interrupt, NoSuchPeer, NoSuchVector
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray, Signaller
-from ivshmem._memory import Registers
+from ivshmem.native.descriptors import FdArray, Signaller
+from ivshmem.native.mapping import Registers
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 BAR = 256  # bytes of registers

@@ -15,7 +15,7 @@ from support.waiting import PATIENCE, Background, in_child, sleeps_in_read, unti
 
 from ivshmem import ClosedError
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray, Relay
+from ivshmem.native.descriptors import FdArray, Relay
 
 VECTORS = 3
 

@@ -24,7 +24,7 @@ from support.waiting import PATIENCE, in_child
 
 from ivshmem import ClosedError, NoSuchPeer, NoSuchVector, ProtocolError
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray
+from ivshmem.native.descriptors import FdArray
 
 OTHER = 9
 FULL = (1 << 64) - 2

@@ -19,9 +19,9 @@ from support.waiting import PATIENCE, Background, interrupt_when_asleep, signals
 
 from ivshmem import ClosedError, Interrupt, Region
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray
-from ivshmem._memory import Atomic
-from ivshmem._spin import Spinner
+from ivshmem.native.descriptors import FdArray
+from ivshmem.native.mapping import Atomic
+from ivshmem.native.spin import Spinner
 
 ME, VECTORS = 3, 3
 US = 1000  # nanoseconds

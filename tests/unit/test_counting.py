@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import ivshmem
-from ivshmem.cli import peers
-from ivshmem.counting import counted
-from ivshmem.sizes import format_size
+from ivshmem.cli import status_text
+from ivshmem.memory.sizes import format_size
+from ivshmem.system.text import counted
 
 HOME = Path(ivshmem.__file__).parent
 
@@ -28,7 +28,7 @@ def test_of_everything_one() -> None:
         "counts": {"joins": 1, "leaves": 1, "messages": 1, "refused": 1},
         "peers": [None],
     }
-    line = peers.counts_line(region)
+    line = status_text.counts_line(region)
     assert line == "1 peer; since the start 1 join, 1 leave, 1 message, 1 refused"
     assert format_size(1) == "1 byte"
 

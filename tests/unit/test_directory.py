@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from support.waiting import Background, in_child, until
 
 import ivshmem
-from ivshmem import Directory, Entry, Region, directory
+from ivshmem import Directory, Entry, Region
+from ivshmem.peer import directory, names_table
 
 QUICK = {"beat": 0.002, "lease": 0.02}  # seconds; nobody who is alive is to be seen alive with it
 
@@ -57,7 +58,7 @@ def get(region: Region, number: int, slots: int = 15) -> bytes:
 
 
 def entry(peer: int, name: str, owner: int = 77, role: str = "", vectors: int = 1) -> bytes:
-    return directory.pack(owner, peer, name, role, range(vectors))
+    return names_table.pack(owner, peer, name, role, range(vectors))
 
 
 def beat(region: Region, number: int) -> None:
@@ -70,12 +71,12 @@ def names(table: Directory) -> list[str]:
 
 class TestFormat:
     def test_a_slot_byte_by_byte(self) -> None:
-        raw = directory.pack(0x1122334455667788, 0x0102, "näme", "role", range(3, 5))
+        raw = names_table.pack(0x1122334455667788, 0x0102, "näme", "role", range(3, 5))
         body = bytes.fromhex("0201 0300 0200 000000000000")
         body += b"n\xc3\xa4me".ljust(48, b"\0") + b"role".ljust(32, b"\0") + bytes(16)
         owner = bytes.fromhex("8877665544332211")
         assert raw == owner + bytes(8) + struct.pack("<I", zlib.crc32(owner + body)) + body
-        assert directory.parse(raw) == Entry(0x0102, "näme", "role", range(3, 5), None)
+        assert names_table.parse(raw) == Entry(0x0102, "näme", "role", range(3, 5), None)
 
     def test_the_trailer_byte_by_byte(self, region: Region) -> None:
         with Directory.create(region) as table:
@@ -90,17 +91,17 @@ class TestFormat:
         [(4096, 15), (8192, 31), (16384, 63), (1 << 20, 63), (1 << 40, 63), (256, 1), (0, 1)],
     )
     def test_slots_if_nobody_says(self, size: int, slots: int) -> None:
-        assert directory.default_slots(size) == slots
+        assert names_table.default_slots(size) == slots
 
     def test_the_beat_may_change(self) -> None:
         raw = entry(1, "a")
-        assert directory.parse(raw[:8] + b"12345678" + raw[16:]) == directory.parse(raw)
+        assert names_table.parse(raw[:8] + b"12345678" + raw[16:]) == names_table.parse(raw)
 
     @pytest.mark.parametrize("position", [*range(8), *range(16, 128)])
     def test_nothing_else_may(self, position: int) -> None:
         raw = bytearray(entry(1, "a", vectors=2))
         raw[position] ^= 0x10
-        assert directory.parse(bytes(raw)) is None
+        assert names_table.parse(bytes(raw)) is None
 
     @pytest.mark.parametrize(
         "change",
@@ -125,10 +126,10 @@ class TestFormat:
     )
     def test_fields_that_are_wrong_in_spite_of_the_checksum(self, change: dict[str, int]) -> None:
         fields = {"owner": 1, "id": 9, "first": 0, "count": 1, "name": b"a", "role": b"", **change}
-        assert directory.parse(forged(**fields)) is None
+        assert names_table.parse(forged(**fields)) is None
 
     def test_the_largest_that_are_right(self) -> None:
-        found = directory.parse(
+        found = names_table.parse(
             forged(owner=1, id=65535, first=0, count=2048, name=b"n" * 47, role=b"r" * 31)
         )
         assert found == Entry(65535, "n" * 47, "r" * 31, range(2048), None)
@@ -438,7 +439,7 @@ class TestLiving:
         with Directory.create(region, beat=0.002) as table:
             table.publish("a", id=1)
             put(region, 15, b"\xff" * 128)
-            until(lambda: directory._slots(region) == 15)
+            until(lambda: names_table.slots_of(region) == 15)
 
     def test_a_copy_of_a_slot_goes_away(self, region: Region) -> None:
         with Directory.create(region, beat=0.002, lease=0.5) as table:

@@ -12,8 +12,9 @@ from typing import Any, TypedDict
 import pytest
 from support.waiting import PATIENCE, Background, until
 
-from ivshmem import ClosedError, Directory, NameTaken, NoSuchName, Region, directory
-from ivshmem.endpoint import Endpoint, Event
+from ivshmem import ClosedError, Directory, NameTaken, NoSuchName, Region
+from ivshmem.peer import names_table
+from ivshmem.peer.endpoint import Endpoint, Event
 
 
 class Quick(TypedDict):
@@ -173,7 +174,7 @@ def claimed() -> Iterator[Region]:
     """Somebody entered "a", and nobody knows whether they live."""
     with Region.create("4K") as region:
         Directory.create(region)
-        region.write(2048, directory.pack(77, 9, "a", "", range(1)))
+        region.write(2048, names_table.pack(77, 9, "a", "", range(1)))
         yield region
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem import emulators
-from ivshmem.emulators import is_qemu, is_qemu_name
+from ivshmem.qemu import programs
+from ivshmem.qemu.programs import is_qemu, is_qemu_name
 
 SLEEPER = """
 import sys
@@ -95,7 +95,7 @@ def test_another_users(runs: Runs) -> None:
     """Whose program is hidden, and whose command line is not."""
     pid = runs.start("qemu-system-x86_64", "web1")
     program = (
-        f"{inspect.getsource(emulators)}\n"
+        f"{inspect.getsource(programs)}\n"
         "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
         f"print(is_qemu({pid}, 'web1'), is_qemu({pid}, 'web1', ask_process=True))"
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ivshmem import Interrupt, PeerJoined
-from ivshmem.endpoint import Endpoint, Event
+from ivshmem.peer.endpoint import Endpoint, Event
 
 ENOUGH = 200_000  # events, of which none ends by itself
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmem.protocol import Framer, Message, encode
+from ivshmem.protocol.framing import Framer, Message, encode
 
 BYTES = [
     (0, b"\x00\x00\x00\x00\x00\x00\x00\x00"),

@@ -17,9 +17,10 @@ from support.fake_pci import FakePci
 from support.fake_vfio import FakeVfio
 from support.leaks import open_fds
 
-from ivshmem import guest, openers
+from ivshmem import guest
 from ivshmem.guest import vfio
 from ivshmem.guest.vfio import Vfio
+from ivshmem.system import processes
 
 A, B = "0000:01:01.0", "0000:01:02.0"
 GROUP = 7
@@ -157,6 +158,9 @@ def test_another_process_has_the_group(machine: FakePci, kernel: FakeVfio, tmp_p
         with pytest.raises(OSError, match=text):
             guest.open(A, access="vfio")
         assert drivers(machine) == ("pci-stub", "vfio-pci")
-        assert openers.of(path) == [other.pid]
+        assert processes.pids_with_open(path) == [other.pid]
         other.communicate()
-    assert openers.named(openers.of(path)) == "a process that cannot be seen from here"
+    assert (
+        processes.described(processes.pids_with_open(path))
+        == "a process that cannot be seen from here"
+    )

@@ -17,7 +17,7 @@ from support.fake_pci import FakePci
 from support.fake_vfio import FakeVfio
 
 from ivshmem import guest
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 from ivshmem.doctor.guest import DeviceSteps
 from ivshmem.guest import pci, uio, vfio
 from ivshmem.guest.device import best_way

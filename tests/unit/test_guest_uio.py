@@ -33,10 +33,10 @@ from ivshmem import (
     guest,
 )
 from ivshmem._core import Doorbells
-from ivshmem._fds import FdArray
 from ivshmem.aio import open_async
 from ivshmem.guest import device as ways
 from ivshmem.guest import pci, uio
+from ivshmem.native.descriptors import FdArray
 
 A = "0000:00:04.0"
 PAGE = os.sysconf("SC_PAGE_SIZE")

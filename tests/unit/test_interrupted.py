@@ -21,11 +21,14 @@ from support.ctrl_c import finalizes, finalizing_quietly
 from support.leaks import open_fds
 
 import ivshmem
-from ivshmem import Region, _fds, drafts
+import ivshmem.memory.image
+from ivshmem import Region
 from ivshmem.cli import daemon
 from ivshmem.guest.device import GuestDevice
 from ivshmem.migration import Options, Plan, Step, Vm
-from ivshmem.migration.state import State
+from ivshmem.migration.state_file import StateFile
+from ivshmem.native import descriptors
+from ivshmem.system import new_files
 
 # The interpreter ignores what is raised while it finalizes an object.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -34,11 +37,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 MODULES = (
     "cli/daemon",
     "guest/device",
-    "image",
-    "migration/state",
-    "region",
-    "safe_files",
-    "drafts",
+    "memory/image",
+    "migration/state_file",
+    "memory/region",
+    "system/safe_files",
+    "system/new_files",
 )
 FILES = {f"{os.path.dirname(ivshmem.__file__)}/{module}.py" for module in MODULES}
 SIZE = 1 << 16
@@ -113,9 +116,9 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "directory": lambda place: Region.create(SIZE, directory=place).close(),
     "attached": lambda place: Region.attach(path=place / "old").close(),
     "refused": lambda place: refused(place / "odd"),
-    "image": lambda place: ivshmem.image.read_info(place / "image"),
-    "state": lambda place: State.create(place / "state", PLAN).__exit__(),
-    "loaded": lambda place: State.load(place / "former").__exit__(),
+    "image": lambda place: ivshmem.memory.image.read_info(place / "image"),
+    "state": lambda place: StateFile.create(place / "state", PLAN).__exit__(),
+    "loaded": lambda place: StateFile.load(place / "former").__exit__(),
     "pid file": lambda place: with_pid_file(place / "pid"),
     "device": lambda place: device(place / "old"),
 }
@@ -133,7 +136,7 @@ def with_pid_file(path: Path) -> None:
 
 def device(path: Path) -> None:
     self: Any = SimpleNamespace(device=SimpleNamespace(size=SIZE))
-    file = _fds.FdArray()
+    file = descriptors.FdArray()
     file.open(str(path), os.O_RDWR)
     GuestDevice._map_memory(self, file, 0, "vfio", "a device")
     self.region.close()
@@ -147,7 +150,7 @@ def test_interrupted_anywhere(way: str, tmp_path: Path) -> None:
     region.close()
     (tmp_path / "empty").touch()
     (tmp_path / "odd").write_bytes(b"odd")
-    State.create(tmp_path / "former", PLAN).__exit__()
+    StateFile.create(tmp_path / "former", PLAN).__exit__()
 
     def after() -> None:
         """No draft is left, and what has a name is whole."""
@@ -189,7 +192,7 @@ def test_a_draft_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)
 
     def make() -> None:
-        with drafts.Draft(tmp_path / "it") as draft:
+        with new_files.NewFile(tmp_path / "it") as draft:
             os.write(draft.file[0], b"whole")
             draft.publish()
         draft.file.close()

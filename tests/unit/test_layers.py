@@ -1,4 +1,4 @@
-"""The house rules: modules import from lower floors only; what is public is explained."""
+"""The house rules: rooms import from rooms below only; what is public is explained."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ import inspect
 import pkgutil
 import pydoc
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import ivshmem
 
-HOME = Path(ivshmem.__file__).parent
+# The checkout's, which has the files in Cython, too.
+HOME = Path(__file__).parents[2] / "src/ivshmem"
 
-# From the ground up. A module imports from lower floors only.
-FLOORS: list[list[str]] = [
-    ["counting", "errors", "logs", "named", "openers", "plain", "uncopied"],
-    ["sizes", "limits", "accounts", "emulators", "notify", "shapes", "_fds"],
-    ["keeper", "locks", "safe_files", "turns"],
-    ["drafts"],
-    ["_wire", "_memory", "_spin"],
-    ["_bell"],
-    ["_core"],
-    ["pages", "journal", "loop"],
-    ["protocol"],
-    ["region"],
-    ["endpoint", "sockets"],
-    ["directory", "access", "replay", "answering", "image", "runtime"],
-    ["engine", "config"],
-    ["server", "client", "configfile", "opening", "changes", "snapshots"],
-    ["service", "control"],
-    ["handover", "reachable", "metrics", "stalls", "store"],
-    ["guest"],
-    ["channel", "aio", "bench", "qemu"],
-    ["doctor", "migration"],
-    ["cli"],
-    ["__main__"],
-]
-FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+# What each room may import: a room stands below all that import it. "" are the modules beside the
+# rooms that programs import by themselves.
+ROOMS: dict[str, str] = {
+    "errors": "",
+    "native": "errors",
+    "_core": "errors native",
+    "system": "errors native",
+    "lasting": "errors native system",
+    "protocol": "errors system",
+    "memory": "errors native system",
+    "qemu": "errors system memory",
+    "peer": "errors native _core system protocol memory",
+    "server": "errors native system lasting protocol memory qemu peer",
+    "service": "errors native system lasting protocol memory qemu peer server",
+    "config": "service",
+    "control": "service",
+    "guest": "errors native _core system protocol memory peer server",
+    "aio": "errors native _core system memory peer guest",
+    "doctor": "errors system memory qemu peer service guest",
+    "migration": "errors native system memory qemu server service",
+    "bench": "errors system memory peer",
+    "cli": "errors native _core system lasting protocol memory qemu peer server service guest"
+    " doctor migration bench",
+    "__main__": "cli",
+}
 
 # The standard library that does I/O, which the protocol must not know.
 IO_MODULES = {
@@ -56,7 +59,7 @@ IO_MODULES = {
 
 
 def sources() -> list[Path]:
-    return sorted([*HOME.rglob("*.py"), *HOME.glob("*.pyx")])
+    return sorted([*HOME.rglob("*.py"), *HOME.rglob("*.pyx")])
 
 
 def module_of(path: Path) -> list[str]:
@@ -64,72 +67,131 @@ def module_of(path: Path) -> list[str]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def absolute(path: Path, node: ast.ImportFrom) -> list[str]:
-    """First names below the package of what an import statement reaches."""
+MODULES = {".".join(module_of(path)): path for path in sources()}
+
+
+def reached(path: Path, node: ast.ImportFrom) -> list[str]:
+    """Modules of the package, as "room.module", that an import statement reaches."""
     package = list(path.relative_to(HOME).parent.parts)
     if node.level == 0:
-        if not (node.module or "").startswith("ivshmem"):
+        if (node.module or "").split(".")[0] != "ivshmem":
             return []
         base = (node.module or "").split(".")[1:]
     else:
         base = package[: len(package) - (node.level - 1)]
         base += (node.module or "").split(".") if node.module else []
-    if base:
-        return [base[0]]
-    return [alias.name for alias in node.names]
-
-
-def imports(path: Path) -> set[str]:
-    """First names below the package of all that a module imports from it, at any place in it."""
-    if path.suffix == ".pyx":
-        names = re.findall(r"^\s*from \.(\w*) c?import (.*)$", path.read_text(), re.MULTILINE)
-        return {name for name, _ in names} - {"_libc"}
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found.update(absolute(path, node))
-        elif isinstance(node, ast.Import):
-            found.update(
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("ivshmem.")
-            )
+    found = []
+    for alias in node.names:
+        full = ".".join([*base, alias.name])
+        found.append(full if full in MODULES else ".".join(base))
     return found
+
+
+class Import(NamedTuple):
+    module: str
+    line: int
+    later: bool  # in a function
+
+
+def imports(path: Path) -> list[Import]:
+    """All that a module imports from the package, at any place in it."""
+    if path.suffix == ".pyx":
+        package = list(path.relative_to(HOME).parent.parts)
+        found = []
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if statement := re.match(r"\s*from (\.+)([\w.]*) c?import ", line):
+                base = package[: len(package) - len(statement[1]) + 1]
+                name = ".".join([*base, *filter(None, statement[2].split("."))])
+                found.append(Import(name, number, later=False))
+        return found
+    return list(_imports(path, ast.parse(path.read_text()), later=False))
+
+
+def _imports(path: Path, tree: ast.AST, *, later: bool) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom):
+            for name in reached(path, node):
+                yield Import(name, node.lineno, later)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "ivshmem":
+                    yield Import(alias.name.partition(".")[2], node.lineno, later)
+        inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from _imports(path, node, later=later or inner)
+
+
+# Programs in other processes that use the package as a user does.
+USERS = {"bench.suite", "bench.ways"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(HOME)))
 def test_imports_go_down(path: Path) -> None:
-    module = module_of(path)
-    if not module:
+    module = ".".join(module_of(path))
+    room = module.partition(".")[0]
+    if not room:
         return  # __init__ re-exports; see below
-    mine = FLOOR.get(module[0])
-    assert mine is not None, f"{module[0]} stands on no floor: add it to FLOORS"
-    for name in imports(path) - {module[0]}:
-        if name == "__version__":
+    assert room in ROOMS, f"{room} is no room: add it to ROOMS"
+    allowed = {room, *ROOMS[room].split()}
+    for name, line, _ in imports(path):
+        if not name:
+            said = path.read_text().splitlines()[line - 1]
+            assert said.endswith("import __version__") or module in USERS, (
+                f"{path.name}:{line} imports the package itself"
+            )
             continue
-        assert name in FLOOR, (
-            f"{path.name} imports {name} from the package itself, or from no floor"
-        )
-        below = FLOOR[name] < mine
-        assert below, f"{path.name} (floor {mine}) imports {name} (floor {FLOOR[name]})"
+        other = name.partition(".")[0]
+        assert other in allowed, f"{path.name}:{line}: {room} may not import {other}"
+
+
+def test_rooms_stand_on_one_another() -> None:
+    """Each room imports only rooms that stand before it in the table."""
+    names = list(ROOMS)
+    for number, room in enumerate(names):
+        assert set(ROOMS[room].split()) <= set(names[:number])
+    assert {path.parent.name for path in HOME.glob("*/__init__.py")} <= set(names)
+
+
+def test_no_circle_in_a_room() -> None:
+    after = {
+        name: {
+            other
+            for other, _, _ in imports(path)
+            if name.partition(".")[0] == other.partition(".")[0] and other != name
+        }
+        for name, path in MODULES.items()
+        if "." in name
+    }
+    while after:
+        free = {name for name, needs in after.items() if not needs & after.keys()}
+        assert free, f"circles among {sorted(after)}"
+        for name in free:
+            del after[name]
+
+
+def test_an_internal_room_has_an_empty_init() -> None:
+    """Whoever imports one module of a room does not import all of it."""
+    for path in HOME.glob("*/__init__.py"):
+        if path.parent.name not in {"guest", "migration"}:
+            (only,) = ast.parse(path.read_text()).body
+            assert isinstance(only, ast.Expr), path
 
 
 def test_the_table_itself_can_fail() -> None:
     """The reader of imports sees each way of writing them."""
-    tree = "from . import a, b\nfrom .c import d\nfrom .c.e import f\nimport ivshmem.g\n"
-    tree += "def later():\n    from ivshmem.h import i\n    from ivshmem import j\n    import os\n"
-    path = HOME / "client.py"
+    tree = "from . import server, access\nfrom ..memory.sizes import d\n"
+    tree += "def later():\n    from ivshmem.cli import doctor\n    from ivshmem import j\n"
+    path = HOME / "server" / "engine.py"
     nodes = [n for n in ast.walk(ast.parse(tree)) if isinstance(n, ast.ImportFrom)]
-    assert sorted(name for n in nodes for name in absolute(path, n)) == list("abcchj")
-    inner = HOME / "cli" / "serve.py"
-    (node,) = ast.parse("from ..server import Server").body
-    assert isinstance(node, ast.ImportFrom)
-    assert absolute(inner, node) == ["server"]
+    names = [name for n in nodes for name in reached(path, n)]
+    assert sorted(names) == ["", "cli.doctor", "memory.sizes", "server.access", "server.server"]
+    found = list(_imports(path, ast.parse(tree + "import ivshmem.g\n"), later=False))
+    assert [each.module for each in found if each.later] == ["cli.doctor", ""]
+    assert found[-1].module == "g"
 
 
 def test_protocol_knows_no_io() -> None:
-    for name in ("protocol", "errors", "sizes"):
-        tree = ast.parse((HOME / f"{name}.py").read_text())
+    for path in [*(HOME / "protocol").glob("*.py"), HOME / "errors.py", HOME / "memory/sizes.py"]:
+        tree = ast.parse(path.read_text())
         imported = {
             alias.name.split(".")[0]
             for node in ast.walk(tree)
@@ -141,7 +203,6 @@ def test_protocol_knows_no_io() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level
         }
         assert not imported & IO_MODULES
-    assert not {"_fds", "_wire", "_memory", "_core"} & imports(HOME / "protocol.py")
 
 
 def test_init_only_names_things() -> None:

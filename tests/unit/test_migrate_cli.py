@@ -6,11 +6,11 @@ import io
 
 import pytest
 
-from ivshmem.cli import main
-from ivshmem.cli.migrating import _Shown
-from ivshmem.cli.progress import Progress
-from ivshmem.migration import Progress as Migrated
+from ivshmem.cli.main import main
+from ivshmem.cli.migrate_run import _Shown
+from ivshmem.cli.progress import ProgressBar
 from ivshmem.migration import Step
+from ivshmem.migration import TransferProgress as Migrated
 
 NOW = Migrated(
     transferred=1, remaining=32 << 20, total=128 << 20, shared=64 << 20, rate=16 << 20, passes=2
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    with Progress(stream) as progress:
+    with ProgressBar(stream) as progress:
         shows = _Shown(progress, stream.isatty())
         shows.steps = 4
         shows.step(2, Step("migrate", "db", size=64 << 20), False)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ivshmem.limits import LINGER, LONGEST_LINGER
 from ivshmem.migration import Options, Plan
-from ivshmem.migration.quiet import _linger
+from ivshmem.migration.held_news import _linger
+from ivshmem.server.limits import LINGER, LONGEST_LINGER
 
 from .test_migration_plan import Case
 

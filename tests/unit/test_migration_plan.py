@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivshmem.migration import Options, Plan, Refused, Vm
-from ivshmem.migration.model import Device, Found, Kind, Peer, Place, Qemu, Server
+from ivshmem.migration.model import Found, FoundPeer, FoundServer, Kind, Place, Qemu, VmDevice
 from ivshmem.migration.plan import make_plan
 
 BUS = "/machine/i440fx/pci.0"
 
 
-def device(kind: Kind = "plain", *, master: bool = False, there: bool = False) -> Device:
+def device(kind: Kind = "plain", *, master: bool = False, there: bool = False) -> VmDevice:
     where = "/there" if there else "/here"
-    return Device(
+    return VmDevice(
         path="/machine/peripheral/shm0",
         id="shm0",
         kind=kind,
@@ -40,11 +40,11 @@ def device(kind: Kind = "plain", *, master: bool = False, there: bool = False) -
     )
 
 
-def server(place: Place = "source", *peers: Peer, **kwargs: Any) -> Server:
+def server(place: Place = "source", *peers: FoundPeer, **kwargs: Any) -> FoundServer:
     where = "/here" if place == "source" else "/there"
     fields = {"control": f"{where}.control", "region": "default", "memory": "", "holds": False}
     pages = {"page_size": 4096, "file_system": "tmpfs"}
-    return Server(**{**fields, **pages, **kwargs}, peers=peers)
+    return FoundServer(**{**fields, **pages, **kwargs}, peers=peers)
 
 
 class Case:
@@ -63,11 +63,13 @@ class Case:
             self.vms.append(Vm(name, f"/{name}", f"/{name}2", f"unix:/{name}.uri"))
             self.source[name] = Qemu(11 + number, "running", devices=(device(kind),))
             self.destination[name] = Qemu(21 + number, "inmigrate", buses=frozenset([BUS]))
-        self.servers: dict[Place, dict[str, Server]] = {"source": {}, "destination": {}}
+        self.servers: dict[Place, dict[str, FoundServer]] = {"source": {}, "destination": {}}
         if kind == "doorbell":
-            peers = [Peer(number, 10 + number, "qemu", 0) for number in range(others + 1)]
+            peers = [FoundPeer(number, 10 + number, "qemu", 0) for number in range(others + 1)]
             self.servers["source"]["/here"] = server("source", *peers)
-            self.servers["destination"]["/there"] = server("destination", Peer(0, 20, "qemu", 0))
+            self.servers["destination"]["/there"] = server(
+                "destination", FoundPeer(0, 20, "qemu", 0)
+            )
 
     def plan(self) -> Plan:
         found = Found(self.source, self.destination, self.servers)
@@ -171,12 +173,12 @@ def spoil_no_master(case: Case) -> None:
 
 
 def spoil_server_peers(case: Case) -> None:
-    peers = (Peer(0, 20, "qemu", 0), Peer(1, 99, "python3", 0))
+    peers = (FoundPeer(0, 20, "qemu", 0), FoundPeer(1, 99, "python3", 0))
     case.servers["destination"]["/there"] = server("destination", *peers)
 
 
 def spoil_told(case: Case) -> None:
-    peers = (Peer(0, 10, "qemu", 0), Peer(1, 11, "qemu", 3))
+    peers = (FoundPeer(0, 10, "qemu", 0), FoundPeer(1, 11, "qemu", 3))
     case.servers["source"]["/here"] = server("source", *peers)
 
 
@@ -332,7 +334,7 @@ def test_a_paused_guest_has_nothing_to_be_forgotten() -> None:
 def test_who_stays_behind_is_noted() -> None:
     case = Case("doorbell")
     here = case.servers["source"]["/here"]
-    stranger = replace(here, peers=(*here.peers, Peer(7, 99, "python3", 0)))
+    stranger = replace(here, peers=(*here.peers, FoundPeer(7, 99, "python3", 0)))
     case.servers["source"]["/here"] = stranger
     (note,) = case.plan().notes
     assert "peer 7 (python3, pid 99)" in note
@@ -342,7 +344,7 @@ def test_who_stays_behind_is_evicted() -> None:
     """But for QEMUs, which would not come back."""
     case = Case("doorbell", options=Options(evict=True))
     here = case.servers["source"]["/here"]
-    strangers = (Peer(7, 99, "python3", 0), Peer(8, 98, "web1", 0, is_qemu=True))
+    strangers = (FoundPeer(7, 99, "python3", 0), FoundPeer(8, 98, "web1", 0, is_qemu=True))
     case.servers["source"]["/here"] = replace(here, peers=(*here.peers, *strangers))
     plan = case.plan()
     assert [kind for kind, _ in kinds(plan)] == [
@@ -359,7 +361,7 @@ def test_a_plain_device_shares_a_servers_memory() -> None:
     case = Case("doorbell", others=2)
     case.source["o1"] = replace(case.source["o1"], devices=(replace(device(), where="/m"),))
     assert any("has no path by which a plain" in line for line in case.reasons())
-    there = server("destination", Peer(0, 20, "qemu", 0), memory="/dev/shm/m")
+    there = server("destination", FoundPeer(0, 20, "qemu", 0), memory="/dev/shm/m")
     case.servers["destination"]["/there"] = there
     where = {step.vm: step.where for step in case.plan().steps if step.kind == "plug"}
     assert where == {"o0": "/there", "o1": "/dev/shm/m"}
@@ -372,8 +374,8 @@ def test_the_order(data: st.DataObject) -> None:
     memories = [f"m{number}" for number in range(data.draw(st.integers(1, 3)))]
     case = Case(others=0)
     case.vms = [Vm(name, f"/{name}", f"/{name}2", f"unix:/{name}.u") for name in names]
-    held: dict[str, list[Device]] = {name: [] for name in names}
-    there: dict[str, list[Device]] = {name: [] for name in names}
+    held: dict[str, list[VmDevice]] = {name: [] for name in names}
+    there: dict[str, list[VmDevice]] = {name: [] for name in names}
     for number, memory in enumerate(memories):
         sharers = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
         place: dict[str, Any] = {

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivshmem.config import ConfigError
-from ivshmem.migration import MigrationError, Options, Plan, Step, Vm, default_path, groupfile
-from ivshmem.migration.state import State, Word
+from ivshmem.migration import MigrationError, Options, Plan, Step, Vm, default_path, group_file
+from ivshmem.migration.state_file import StateFile, Word
 
 VMS = (Vm("a", "/a", "/a2", "unix:/u"), Vm("b", "/b", "/b2", "tcp:h:1"))
 STEPS = (
@@ -27,14 +27,14 @@ PLAN = Plan(VMS, Options(), (), STEPS, ("a note",))
 
 def test_goes_on_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "state"
-    with State.create(path, PLAN) as state:
+    with StateFile.create(path, PLAN) as state:
         assert state.next == 0
         state.note("begin", 0)
         state.note("done", 0)
         state.note("begin", 1)
     assert path.stat().st_mode & 0o777 == 0o600
     assert os.listdir(path.parent) == ["state"]
-    with State.load(path) as state:
+    with StateFile.load(path) as state:
         assert state.plan == PLAN
         assert state.words == ["done", "begin", "undone"]
         assert (state.next, state.arrived) == (1, False)
@@ -46,41 +46,41 @@ def test_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    with State.create(path, PLAN):
+    with StateFile.create(path, PLAN):
         with pytest.raises(MigrationError, match="another process is at this migration"):
-            State.load(path)
+            StateFile.load(path)
         with pytest.raises(MigrationError, match="--resume"):
-            State.create(path, PLAN)
-    State.load(path).__exit__()
+            StateFile.create(path, PLAN)
+    StateFile.load(path).__exit__()
 
 
 def test_a_torn_line_was_never_written(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    with State.create(path, PLAN) as state:
+    with StateFile.create(path, PLAN) as state:
         state.note("begin", 0)
     whole = path.read_bytes()
     for end in range(whole.index(b"\n") + 1, len(whole)):
         path.write_bytes(whole[:end])
-        with State.load(path) as state:
+        with StateFile.load(path) as state:
             assert state.words[0] == "undone"
             state.note("done", 0)
-        with State.load(path) as state:
+        with StateFile.load(path) as state:
             assert state.words[0] == "done"
 
 
 def test_a_plan_that_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    with State.create(path, PLAN):
+    with StateFile.create(path, PLAN):
         whole = path.read_bytes()
     for end in (0, 1, len(whole) - 1):
         path.write_bytes(whole[:end])
         with pytest.raises(MigrationError, match="no state of a migration"):
-            State.load(path)
+            StateFile.load(path)
         assert path.read_bytes() == whole[:end], "it may be somebody's, named by mistake"
 
 
 def test_somebody_finishes_it_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = State.create(tmp_path / "state", PLAN)
+    state = StateFile.create(tmp_path / "state", PLAN)
     flock = fcntl.flock
 
     def finished(fd: int, how: int) -> None:
@@ -90,7 +90,7 @@ def test_somebody_finishes_it_in_between(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("fcntl.flock", finished)
     with pytest.raises(FileNotFoundError, match="no migration of these VMs"):
-        State.load(tmp_path / "state")
+        StateFile.load(tmp_path / "state")
 
 
 def test_the_same_vms_have_the_same_path_everywhere(
@@ -105,12 +105,12 @@ def test_the_same_vms_have_the_same_path_everywhere(
 def test_a_file_that_is_too_long(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"\n" * ((1 << 24) + 1))
     with pytest.raises(MigrationError, match="too long"):
-        State.load(tmp_path / "state")
+        StateFile.load(tmp_path / "state")
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no migration of these VMs"):
-        State.load(tmp_path / "state")
+        StateFile.load(tmp_path / "state")
 
 
 @given(
@@ -124,10 +124,10 @@ def test_nothing_to_go_on_with(tmp_path: Path) -> None:
 )
 def test_whatever_is_in_it(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("state") / "state"
-    with State.create(path, PLAN):
+    with StateFile.create(path, PLAN):
         first = path.read_bytes()
     path.write_bytes(first + b"\n".join(lines))
-    with contextlib.suppress(MigrationError), State.load(path) as state:
+    with contextlib.suppress(MigrationError), StateFile.load(path) as state:
         assert len(state.words) == len(STEPS)
 
 
@@ -137,11 +137,11 @@ def test_the_last_word_counts(
 ) -> None:
     path = tmp_path_factory.mktemp("state") / "state"
     last: dict[int, Word] = {}
-    with State.create(path, PLAN) as state:
+    with StateFile.create(path, PLAN) as state:
         for word, index in said:
             state.note(word, index)
             last[index] = word
-    with State.load(path) as state:
+    with StateFile.load(path) as state:
         assert state.words == [last.get(index, "undone") for index in range(3)]
 
 
@@ -168,7 +168,7 @@ destination = ["/run/there.control"]
 def test_a_group_file(tmp_path: Path) -> None:
     path = tmp_path / "group.toml"
     path.write_text(FILE)
-    vms, controls = groupfile.load(path)
+    vms, controls = group_file.load(path)
     assert vms == [Vm("db", "/run/db", "host:1", "tcp:host:2")]
     assert controls == {"source": [], "destination": ["/run/there.control"]}
 
@@ -193,10 +193,10 @@ def test_a_group_file(tmp_path: Path) -> None:
 )
 def test_what_is_no_group_file(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        groupfile.parse(text.encode(), "group.toml")
+        group_file.parse(text.encode(), "group.toml")
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_group_file(data: bytes) -> None:
     with contextlib.suppress(ConfigError):
-        groupfile.parse(data, "group.toml")
+        group_file.parse(data, "group.toml")

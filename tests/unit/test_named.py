@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from ivshmem.named import NamedTuple
+from ivshmem.system.named_tuple import NamedTuple
 
 
 class Point(NamedTuple):

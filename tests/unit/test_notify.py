@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support.peer import Eventfds, eventfd_id
 
-from ivshmem.journal import Chapter, Journal, JournalError
-from ivshmem.notify import Notifier, check_name, listen_fds
-from ivshmem.store import Store, place, sort_out
+from ivshmem.lasting.fd_store import FdStore, place, sort_out
+from ivshmem.lasting.journal import Chapter, Journal, JournalError
+from ivshmem.system.systemd import Notifier, check_name, listen_fds
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_barrier(notifier: Notifier, manager: socket.socket) -> None:
 
 RECEIVER = """
 import os, sys
-from ivshmem.notify import listen_fds
+from ivshmem.system.systemd import listen_fds
 os.environ["LISTEN_PID"] = str(os.getpid()) if sys.argv[1] == "mine" else "1"
 try:
     print(listen_fds(), [os.get_inheritable(fd) for _, fd in listen_fds()])
@@ -268,7 +268,7 @@ def test_a_store_is_given_up(
     """Who cannot have all kept keeps nothing: nobody must go on by half of it."""
     journal = Journal()
     chapter = Chapter(journal, 1)
-    store = Store(notifier, journal, patience=0.1)
+    store = FdStore(notifier, journal, patience=0.1)
     with Eventfds() as eventfds:
         chapter.keep(eventfds.make(2))
         fill(notifier)

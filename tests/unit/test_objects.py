@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 import ivshmem
-from ivshmem import _fds, _memory
+from ivshmem.native import descriptors
+from ivshmem.native import mapping as _memory
 
 
 def classes() -> list[type]:
@@ -38,7 +39,7 @@ NAMES = [f"{each.__module__}.{each.__qualname__}" for each in CLASSES]
 
 # What looks as if it owned something, and owns nothing that a copy could close.
 BORROWERS = {
-    "ivshmem.cli.progress.Progress",  # a terminal's stream, which is the caller's
+    "ivshmem.cli.progress.ProgressBar",  # a terminal's stream, which is the caller's
     "ivshmem.cli.screen.Screen",
     "ivshmem.cli.shell.Shell",  # a client, which is the caller's
     "ivshmem.cli.shell.ClientShell",
@@ -47,21 +48,21 @@ BORROWERS = {
 
 # The same with no close(): each of these holds a descriptor, a mapping or a lock.
 OWNERS = {
-    "ivshmem._fds.Epoll",
-    "ivshmem._fds.FdArray",
-    "ivshmem._memory.Mapping",
-    "ivshmem._wire.Outbox",
-    "ivshmem.client.Client",
-    "ivshmem.directory.Directory",
-    "ivshmem.directory.Publication",
+    "ivshmem.native.descriptors.Epoll",
+    "ivshmem.native.descriptors.FdArray",
+    "ivshmem.native.mapping.Mapping",
+    "ivshmem.native.wire.Outbox",
+    "ivshmem.peer.client.Client",
+    "ivshmem.peer.directory.Directory",
+    "ivshmem.peer.directory.Publication",
     "ivshmem.guest.broker.Broker",
     "ivshmem.guest.device.GuestDevice",
-    "ivshmem.journal.Journal",
-    "ivshmem.region.Region",
-    "ivshmem.server.Server",
-    "ivshmem.service.Service",
-    "ivshmem.sockets.Listener",
-    "ivshmem.store.Store",
+    "ivshmem.lasting.journal.Journal",
+    "ivshmem.memory.region.Region",
+    "ivshmem.server.server.Server",
+    "ivshmem.service.service.Service",
+    "ivshmem.system.sockets.Listener",
+    "ivshmem.lasting.fd_store.FdStore",
 }
 
 
@@ -91,17 +92,17 @@ def registers() -> _memory.Registers:
         os.close(fd)
 
 
-def relay() -> _fds.Relay:
-    bells = _fds.FdArray.eventfds(2)
-    return _fds.Relay(bells[0], [bells[1]])
+def relay() -> descriptors.Relay:
+    bells = descriptors.FdArray.eventfds(2)
+    return descriptors.Relay(bells[0], [bells[1]])
 
 
 # Those whose C constructor needs something.
 MAKERS: dict[str, Callable[[], Any]] = {
-    "ivshmem._fds.Relay": relay,
-    "ivshmem._memory.Mapping": mapping,
-    "ivshmem._memory.Registers": registers,
-    "ivshmem.region.Region": lambda: ivshmem.Region.create(4096),
+    "ivshmem.native.descriptors.Relay": relay,
+    "ivshmem.native.mapping.Mapping": mapping,
+    "ivshmem.native.mapping.Registers": registers,
+    "ivshmem.memory.region.Region": lambda: ivshmem.Region.create(4096),
 }
 
 

@@ -12,7 +12,8 @@ import pytest
 from support.members import MEMORY_FD, NOBODY_FD, Client, make_roster, token
 
 from ivshmem import NoFreeId
-from ivshmem.protocol import MAX_ID, Member, Roster, Run, Standing
+from ivshmem.protocol.limits import MAX_ID
+from ivshmem.protocol.roster import Member, Roster, Run, Told
 
 
 def joined(roster: Roster, count: int, key: int = 0) -> list[Client]:
@@ -227,7 +228,7 @@ def footprint(roster: Roster) -> int:
     held = [*vars(roster).values()]
     told = {id(member.standing): member.standing for member in roster.members}.values()
     held += [getattr(member, name) for member in roster.members for name in Member.__slots__]
-    held += [getattr(standing, name) for standing in told for name in Standing.__slots__]
+    held += [getattr(standing, name) for standing in told for name in Told.__slots__]
     return sum(len(value) for value in held if isinstance(value, Sized) and type(value) is not Run)
 
 

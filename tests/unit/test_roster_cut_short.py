@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.members import NOBODY_FD, Client, make_roster, token
 
-from ivshmem.protocol import Roster
+from ivshmem.protocol.roster import Roster
 
 GREETING = 3
 

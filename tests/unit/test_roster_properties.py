@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.members import Client, make_roster, send_to_crowd
 
-from ivshmem import protocol
 from ivshmem.errors import NoFreeId
-from ivshmem.replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
+from ivshmem.protocol import roster as protocol
+from ivshmem.server.replay import BATCH, MemberFds, UnfinishedBatch, muted_for, replay, snapshot
 
 
 class Rosters(RuleBasedStateMachine):
@@ -177,7 +177,9 @@ class Rosters(RuleBasedStateMachine):
     @rule()
     def rewritten(self) -> None:
         """The journal begins anew with a state."""
-        held = {c.member.serial: Held(c.key, [], 0.0, False, c.member.holds) for c in self.clients}
+        held = {
+            c.member.serial: MemberFds(c.key, [], 0.0, False, c.member.holds) for c in self.clients
+        }
         muted = {c.member.serial: 60.0 for c in self.clients if c.member.muted}
         state = {**snapshot(self.roster, held), "muted_for": muted}
         self.state = json.loads(json.dumps(state))
@@ -186,7 +188,7 @@ class Rosters(RuleBasedStateMachine):
     def note(self, *record: object) -> None:
         self.records.append(list(record))
 
-    def succeed(self, unfinished: Unfinished | None) -> None:
+    def succeed(self, unfinished: UnfinishedBatch | None) -> None:
         old = self.roster
         self.roster = make_roster(old.vectors)
         held = replay(self.roster, self.state, json.loads(json.dumps(self.records)), unfinished)

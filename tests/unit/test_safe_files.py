@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem import _fds, drafts, safe_files
+from ivshmem.native import descriptors
+from ivshmem.system import new_files, safe_files
 
 ALICE = 65534  # another user
 
@@ -181,7 +182,7 @@ def test_standard_output(private: Path) -> None:
     """/dev/stdout is what the process was given, whoever owns it."""
     path = give_file(private / "out")
     words = (
-        "import os\nfrom ivshmem import safe_files\n"
+        "import os\nfrom ivshmem.system import safe_files\n"
         "with safe_files.find('/dev/stdout') as place:\n"
         "    file = place.open(os.O_WRONLY | os.O_APPEND)\n"
         "os.write(file[0], b'said')\n"
@@ -210,14 +211,14 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         raise OSError(errno.EINVAL, "Invalid argument")
 
     if kind in ("no-rename", "no-links"):
-        monkeypatch.setattr(_fds, "rename_exclusive", unsupported)
+        monkeypatch.setattr(descriptors, "rename_exclusive", unsupported)
     if kind == "no-links":
         monkeypatch.setattr(os, "link", unsupported)
     return kind
 
 
 def test_a_draft_is_published(kind: str, shared: Path) -> None:
-    with drafts.Draft(shared / "it", mode=0o640) as draft:
+    with new_files.NewFile(shared / "it", mode=0o640) as draft:
         os.write(draft.file[0], b"whole")
         assert not (shared / "it").exists()
         assert len(os.listdir(shared)) == (kind != "nameless")
@@ -232,7 +233,7 @@ def test_a_draft_is_published(kind: str, shared: Path) -> None:
 
 def test_a_draft_takes_no_name(kind: str, shared: Path) -> None:
     (shared / "it").write_bytes(b"old")
-    with drafts.Draft(shared / "it") as draft:
+    with new_files.NewFile(shared / "it") as draft:
         refused(draft.publish, code=errno.EEXIST)
     assert len(draft.file) == 0
     assert (shared / "it").read_bytes() == b"old"
@@ -241,13 +242,13 @@ def test_a_draft_takes_no_name(kind: str, shared: Path) -> None:
 
 def test_a_draft_replaces(kind: str, shared: Path) -> None:
     for number in (b"1", b"2", b"3"):
-        with drafts.Draft(shared / "it") as draft:
+        with new_files.NewFile(shared / "it") as draft:
             os.write(draft.file[0], number)
             draft.publish(replace=True)
         draft.file.close()
         assert (shared / "it").read_bytes() == number
         assert os.listdir(shared) == ["it"]
-    with contextlib.suppress(ZeroDivisionError), drafts.Draft(shared / "it") as draft:
+    with contextlib.suppress(ZeroDivisionError), new_files.NewFile(shared / "it") as draft:
         1 / 0  # noqa: B018
     assert os.listdir(shared) == ["it"]
     assert (shared / "it").read_bytes() == b"3"
@@ -256,16 +257,16 @@ def test_a_draft_replaces(kind: str, shared: Path) -> None:
 def test_replacing_follows_only_trusted_links(shared: Path, private: Path) -> None:
     (private / "target").write_bytes(b"old")
     (shared / "ours").symlink_to(private / "target")
-    with drafts.Draft(shared / "ours") as draft:
+    with new_files.NewFile(shared / "ours") as draft:
         draft.publish(replace=True)
     draft.file.close()
     assert (shared / "ours").is_symlink()
     assert (private / "target").read_bytes() == b""
     (private / "target").write_bytes(b"old")
     give(shared / "ours")
-    refused(lambda: drafts.Draft(shared / "ours"), "symbolic link", "nobody (uid 65534)")
+    refused(lambda: new_files.NewFile(shared / "ours"), "symbolic link", "nobody (uid 65534)")
     # If she puts it there later, only the link is replaced.
-    with drafts.Draft(shared / "late") as draft:
+    with new_files.NewFile(shared / "late") as draft:
         (shared / "late").symlink_to(private / "target")
         draft.publish(replace=True)
     draft.file.close()
@@ -275,8 +276,8 @@ def test_replacing_follows_only_trusted_links(shared: Path, private: Path) -> No
 
 def test_what_a_killed_process_left_is_swept(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
-        "import os, signal, sys\nfrom ivshmem import drafts\nos.O_TMPFILE = 0x10040\n"
-        "draft = drafts.Draft(sys.argv[1])\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom ivshmem.system import new_files\nos.O_TMPFILE = 0x10040\n"
+        "draft = new_files.NewFile(sys.argv[1])\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for _ in range(2):
         killed = subprocess.run([sys.executable, "-c", words, str(shared / "it")], timeout=60)
@@ -286,7 +287,7 @@ def test_what_a_killed_process_left_is_swept(shared: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)
     (shared / ".it.ivshmem-1").touch()
     give(shared / ".it.ivshmem-1")
-    with drafts.Draft(shared / "it") as one, drafts.Draft(shared / "it") as two:
+    with new_files.NewFile(shared / "it") as one, new_files.NewFile(shared / "it") as two:
         assert len(os.listdir(shared)) == 3
         one.publish()
         two.publish(replace=True)
@@ -329,7 +330,7 @@ def test_a_new_file_takes_no_name(shared: Path) -> None:
 def test_in_a_user_namespace() -> None:
     """Root's links are nobody's there: /bin, /var/run."""
     words = (
-        "import os\nfrom ivshmem import safe_files\n"
+        "import os\nfrom ivshmem.system import safe_files\n"
         "place = safe_files.find('/bin/sh')\nplace.open(os.O_RDONLY, strict=False).close()\n"
         "place.close()\n"
     )

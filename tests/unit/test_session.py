@@ -8,15 +8,9 @@ from __future__ import annotations
 import pytest
 
 from ivshmem import ProtocolError
-from ivshmem.counting import counted
-from ivshmem.protocol import (
-    GotLeave,
-    GotMemory,
-    GotVector,
-    Message,
-    Session,
-    State,
-)
+from ivshmem.protocol.framing import Message
+from ivshmem.protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
+from ivshmem.system.text import counted
 
 # Messages in short: a number, or a number with descriptors.
 Short = int | tuple[int, ...]
@@ -32,7 +26,7 @@ def feed(session: Session, *shorts: Short) -> list[object]:
     return [session.receive(message(short)) for short in shorts]
 
 
-def state_of(session: Session) -> State:
+def state_of(session: Session) -> SessionState:
     """A call, so that mypy does not take it for unchanged."""
     return session.state
 
@@ -48,13 +42,13 @@ def greeted(vectors: int | None = None) -> Session:
 
 def test_states_in_order() -> None:
     session = Session()
-    assert (session.state, session.id) == (State.VERSION, -1)
+    assert (session.state, session.id) == (SessionState.VERSION, -1)
     assert feed(session, 0) == [None]
-    assert (session.state, session.id) == (State.ID, -1)
+    assert (session.state, session.id) == (SessionState.ID, -1)
     assert feed(session, 3) == [None]
-    assert (session.state, session.id) == (State.MEMORY, 3)
+    assert (session.state, session.id) == (SessionState.MEMORY, 3)
     assert feed(session, (-1, 50)) == [GotMemory(50)]
-    assert (session.state, session.id) == (State.SETUP, 3)
+    assert (session.state, session.id) == (SessionState.SETUP, 3)
     assert session.vectors is None
     assert session.peers == []
 
@@ -126,11 +120,11 @@ def test_illegal(shorts: list[Short], text: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         feed(session, shorts[-1])
     assert text in str(caught.value)
-    assert state_of(session) is State.FAILED
+    assert state_of(session) is SessionState.FAILED
     for anything in (0, 3, (-1, 50), (4, 51)):
         with pytest.raises(ProtocolError, match="has failed before"):
             feed(session, anything)
-    assert state_of(session) is State.FAILED
+    assert state_of(session) is SessionState.FAILED
 
 
 @pytest.mark.parametrize("vectors", [0, 1, 5])
@@ -165,12 +159,12 @@ def test_first_group_tells_the_number_of_vectors() -> None:
     ]
     assert session.vectors == 2
     assert session.peers == [4, 5]
-    assert state_of(session) is State.SETUP
+    assert state_of(session) is SessionState.SETUP
     assert feed(session, (3, 64), (3, 65)) == [
         GotVector(3, 0, 64, whole=False),
         GotVector(3, 1, 65, whole=True),
     ]
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.peers == [4, 5]
 
 
@@ -178,27 +172,27 @@ def test_one_peer_is_enough() -> None:
     session = greeted()
     feed(session, (4, 60), (4, 61), (3, 62))
     assert session.vectors == 2
-    assert state_of(session) is State.SETUP
+    assert state_of(session) is SessionState.SETUP
     feed(session, (3, 63))
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
 
 
 def test_known_beforehand() -> None:
     session = greeted(2)
     assert session.vectors == 2
     feed(session, (3, 60))
-    assert state_of(session) is State.SETUP
+    assert state_of(session) is SessionState.SETUP
     feed(session, (3, 61))
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
 
 
 def test_alone_until_told() -> None:
     session = greeted()
     feed(session, (3, 60), (3, 61))
-    assert state_of(session) is State.SETUP
+    assert state_of(session) is SessionState.SETUP
     assert session.vectors is None
     session.end_setup()
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.vectors == 2
     with pytest.raises(ProtocolError, match=r"peer 3 .* more than 2 vectors"):
         feed(session, (3, 62))
@@ -207,7 +201,7 @@ def test_alone_until_told() -> None:
 def test_no_vectors_at_all() -> None:
     session = greeted()
     session.end_setup()
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.vectors == 0
     assert feed(session, 4) == [None], "the example server announces such peers by leaves only"
     with pytest.raises(ProtocolError, match="more than 0 vectors"):
@@ -218,7 +212,7 @@ def test_a_guess_is_fixed() -> None:
     session = greeted()
     feed(session, (3, 60))
     session.end_setup(guessed=True)
-    assert (session.state, session.vectors) == (State.READY, 1)
+    assert (session.state, session.vectors) == (SessionState.READY, 1)
     assert feed(session, (3, 61)) == [GotVector(3, 1, 61, whole=True)]
     assert session.vectors == 2
     feed(session, (4, 62), (4, 63))
@@ -230,7 +224,7 @@ def test_a_guess_does_not_unlearn() -> None:
     session = greeted()
     feed(session, (4, 60), (4, 61), (5, 62), (5, 63))
     session.end_setup(guessed=True)
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.vectors == 2
     assert session.peers == [4, 5]
     feed(session, (6, 64), (6, 65))
@@ -270,7 +264,7 @@ def test_other_than_expected(own: int, guessed: bool) -> None:
         if own < 2
         else "peer 3 was announced with more than 2 vectors"
     )
-    assert state_of(session) is State.FAILED
+    assert state_of(session) is SessionState.FAILED
 
 
 @pytest.mark.parametrize("begin", range(3))
@@ -281,7 +275,7 @@ def test_end_of_setup_before_setup_means_nothing(begin: int) -> None:
     session.end_setup()
     assert session.state is before
     feed(session, *GREETING[begin:], (3, 60))
-    assert state_of(session) is State.SETUP
+    assert state_of(session) is SessionState.SETUP
 
 
 def test_end_of_setup_does_not_fix_a_failure() -> None:
@@ -289,7 +283,7 @@ def test_end_of_setup_does_not_fix_a_failure() -> None:
     with pytest.raises(ProtocolError):
         feed(session, -2)
     session.end_setup()
-    assert state_of(session) is State.FAILED
+    assert state_of(session) is SessionState.FAILED
 
 
 # -- joins and leaves -----------------------------------------------------------------------------
@@ -337,7 +331,7 @@ def test_leave_of_a_complete_peer_during_setup() -> None:
     feed(session, (4, 60), (4, 61), (5, 62))
     assert feed(session, 4) == [GotLeave(4, whole=True)]
     feed(session, (5, 63), (3, 64), (3, 65))
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.peers == [5]
 
 
@@ -363,7 +357,7 @@ def test_extreme_ids() -> None:
     session = Session()
     feed(session, 0, 65535, (-1, 50), (0, 51), (65535, 52))
     assert session.id == 65535
-    assert state_of(session) is State.READY
+    assert state_of(session) is SessionState.READY
     assert session.peers == [0]
 
 
@@ -374,6 +368,6 @@ def test_a_descriptor_that_is_refused() -> None:
     assert session.peers == [5, 7]
     session.refuse(7)
     assert session.peers == [5]
-    assert state_of(session) is State.FAILED
+    assert state_of(session) is SessionState.FAILED
     with pytest.raises(ProtocolError, match="failed before"):
         feed(session, (9, 7))

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ivshmem import ProtocolError
-from ivshmem.protocol import Framer, GotMemory, GotVector, Session, State, encode
+from ivshmem.protocol.framing import Framer, encode
+from ivshmem.protocol.session import GotMemory, GotVector, Session, SessionState
 
 VALUES = st.one_of(
     st.sampled_from([-2, -1, 0, 1, 2, 3, 65535, 65536]),
@@ -57,10 +58,10 @@ def test_events_or_protocol_error(
         try:
             event = session.receive(messages[0])
         except ProtocolError:
-            assert session.state is State.FAILED
+            assert session.state is SessionState.FAILED
             accounted += messages[0].fds
             continue
-        assert before is not State.FAILED
+        assert before is not SessionState.FAILED
         if isinstance(event, GotMemory | GotVector):
             accounted.append(event.fd)
             assert messages[0].fds == (event.fd,)
@@ -69,7 +70,7 @@ def test_events_or_protocol_error(
         if over is not None:
             with contextlib.suppress(ProtocolError):
                 session.end_setup(guessed=over)
-            assert session.state is not State.SETUP
+            assert session.state is not SessionState.SETUP
         peers = session.peers
         assert peers == sorted(set(peers))
         assert session.id not in peers

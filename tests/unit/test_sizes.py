@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ivshmem import RegionError, parse_size
-from ivshmem.sizes import check_size, format_size, roughly, round_up
+from ivshmem.memory.sizes import check_size, format_size, roughly, round_up
 
 UNDERSTOOD = [
     (4096, 4096),

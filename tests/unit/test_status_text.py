@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ivshmem import logs
-from ivshmem.cli import peers, top
-from ivshmem.cli.news import json_line
-from ivshmem.metrics import parse_address
+from ivshmem.cli import status_text, top
+from ivshmem.cli.log_writer import json_line
 from ivshmem.qemu.processes import guest_name, guest_of
+from ivshmem.server import log_events
+from ivshmem.service.metrics import parse_address
 
 PEER: dict[str, Any] = {
     "id": 3,
@@ -72,15 +72,15 @@ def status(time: float = 1060.0, **counts: int) -> dict[str, Any]:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert peers.duration(seconds) == text
+    assert status_text.duration(seconds) == text
 
 
 def test_a_table_is_in_columns() -> None:
     rows = [
-        peers.peer_row({**PEER, "guest": "web1", "names": ["db"]}, 1060),
-        peers.peer_row({**PEER, "id": 12, "interrupts": [0, 7]}, 1003),
+        status_text.peer_row({**PEER, "guest": "web1", "names": ["db"]}, 1060),
+        status_text.peer_row({**PEER, "id": 12, "interrupts": [0, 7]}, 1003),
     ]
-    assert peers.table(rows) == [
+    assert status_text.table(rows) == [
         "ID   PID    UID  PROCESS  GUEST OR NAMES  FOR         VECTORS  STATE     INTERRUPTS",
         " 3  4711  64055  qemu     web1, db        1 min 00 s        2  told all  -",
         "12  4711  64055  qemu     -               3 s               2  told all  1:7",
@@ -88,11 +88,11 @@ def test_a_table_is_in_columns() -> None:
 
 
 def test_a_table_of_nobody() -> None:
-    assert len(peers.table([])) == 1
+    assert len(status_text.table([])) == 1
 
 
 def state(**fields: object) -> str:
-    return peers.peer_row({**PEER, **fields}, 1060)[7]
+    return status_text.peer_row({**PEER, **fields}, 1060)[7]
 
 
 def test_states() -> None:
@@ -105,18 +105,18 @@ def test_states() -> None:
 
 
 def test_many_interrupts_and_names() -> None:
-    row = peers.peer_row({**PEER, "interrupts": [1] * 10, "names": list("abcde")}, 1060)
+    row = status_text.peer_row({**PEER, "interrupts": [1] * 10, "names": list("abcde")}, 1060)
     assert row[8] == "0:1 1:1 2:1 3:1 4:1 5:1 6:1 7:1 and 2 more"
     assert row[4] == "a, b, c, .."
 
 
 def test_lines_of_a_server_and_a_region() -> None:
     found = status()
-    assert peers.server_line(found["server"]) == (
+    assert status_text.server_line(found["server"]) == (
         "server pid 1, ivshmem 0, up 1 min 00 s: 9 of any number of descriptors, 3.0 MiB,"
         " 0.60 s of CPU"
     )
-    assert peers.region_line(found["regions"][0]) == (
+    assert status_text.region_line(found["regions"][0]) == (
         "region default: 1M (posix shared), 2 vectors, on /tmp/s"
     )
 
@@ -203,15 +203,19 @@ class TestLog:
         assert json.loads(json_line(0, 20, "\ud800\0", {"event": "x", "path": os}))["text"]
 
     def test_fields(self) -> None:
-        extra = logs.fields("joined", peer=0, region="", reason=None)
+        extra = log_events.fields("joined", peer=0, region="", reason=None)
         record = logging.makeLogRecord(extra)
-        assert logs.fields_of(record) == logs.fields_in(extra) == {"event": "joined", "peer": 0}
-        assert logs.fields_of(logging.makeLogRecord({})) == {"event": "log"}
-        assert logs.fields_of(logging.makeLogRecord({"ivshmem": 1})) == {"event": "log"}
+        assert (
+            log_events.fields_of(record)
+            == log_events.fields_in(extra)
+            == {"event": "joined", "peer": 0}
+        )
+        assert log_events.fields_of(logging.makeLogRecord({})) == {"event": "log"}
+        assert log_events.fields_of(logging.makeLogRecord({"ivshmem": 1})) == {"event": "log"}
 
     def test_every_event_is_documented(self) -> None:
         for event in ("joined", "left", "stalled", "reading", "evicted", "reloaded", "lost"):
-            assert f"\n    {event} " in (logs.__doc__ or "")
+            assert f"\n    {event} " in (log_events.__doc__ or "")
 
 
 class TestAddresses:

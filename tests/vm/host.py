@@ -1,7 +1,7 @@
 """The host's side of tests with guests: what a server reported, events, QEMU's arguments."""
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 TIMEOUT = 120.0  # for what takes milliseconds, on a machine that may be busy with other things
 SLOW = 400.0  # for programs that start a dozen others: a second each in a guest on a quiet machine
@@ -27,12 +27,12 @@ def until(client: ivshmem.Client, wanted: ivshmem.Event) -> list[ivshmem.Event]:
 
 def doorbell(server: ivshmem.Server) -> list[str]:
     """QEMU's arguments for a device that is connected to a server."""
-    return qemu.doorbell(server.path, server.vectors)
+    return cmdline.doorbell(server.path, server.vectors)
 
 
 def pluggable(server: ivshmem.Server, number: int = 0) -> list[str]:
     """The same, in a slot that it can be unplugged from, under the id "shm0" or its like."""
-    chardev, socket, option, device = qemu.doorbell(
+    chardev, socket, option, device = cmdline.doorbell(
         server.path, server.vectors, ident=f"chardev{number}"
     )
     port = f"pcie-root-port,id=port{number},chassis={number + 1}"

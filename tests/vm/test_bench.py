@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
 
@@ -58,7 +58,7 @@ def told(process: subprocess.Popen[str], start: str) -> str:
 
 @pytest.mark.nightly
 def test_host_and_guest(guest: MakeGuest, server: ivshmem.Server) -> None:
-    a = guest(PROGRAM, args=qemu.doorbell(server.path, 4), iommu=True)
+    a = guest(PROGRAM, args=cmdline.doorbell(server.path, 4), iommu=True)
     common = ["--vector", "2", "--timeout", str(TIMEOUT)]
 
     # The host rings first, and says what the guest has to start.
@@ -111,7 +111,7 @@ def test_host_and_guest(guest: MakeGuest, server: ivshmem.Server) -> None:
 def test_by_name(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client) -> None:
     """Where there is a directory of names, the guest's end finds out by itself whom to answer."""
     with ivshmem.Directory.create(host):
-        a = guest(PROGRAM, args=qemu.doorbell(server.path, 4), iommu=True)
+        a = guest(PROGRAM, args=cmdline.doorbell(server.path, 4), iommu=True)
         with started("--peer", "1", "-S", server.path, "--seconds", "1", "--json") as ping:
             told(ping, "no answer yet; this is peer 2")
             a.send("--echo --timeout 3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 
@@ -19,7 +19,7 @@ THREE_CLIENTS = """
 
     CLIENT = '''
     import os, sys
-    import ivshmem, ivshmem.client
+    import ivshmem, ivshmem.peer.client
     number = int(sys.argv[1])
     if number == 2:  # once all is imported, which only root may read
         os.setgroups([])
@@ -62,7 +62,7 @@ THREE_CLIENTS = """
 def test_three_clients_one_of_which_crashes(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:
-    a = guest(THREE_CLIENTS, args=qemu.doorbell(server.path, 4), iommu=True)
+    a = guest(THREE_CLIENTS, args=cmdline.doorbell(server.path, 4), iommu=True)
     assert a.expect("sharing").startswith(
         "sharing 0000:00:03.0, id 1, 1M, 4 vectors, on /tmp/socket"
     )
@@ -101,7 +101,7 @@ def test_names_lead_from_guest_to_host(
                 client.ring(names.lookup("host").id, 3)
                 print("RUNG", client.wait(2, 60))
             """,
-            args=qemu.doorbell(server.path, 4),
+            args=cmdline.doorbell(server.path, 4),
             iommu=True,
         )
         assert host.wait(3, TIMEOUT)
@@ -115,7 +115,7 @@ def test_names_lead_from_guest_to_host(
 def test_an_unplugged_device_ends_the_broker(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:
-    chardev, device = qemu.doorbell(server.path, 4)[1::2]
+    chardev, device = cmdline.doorbell(server.path, 4)[1::2]
     a = guest(
         """
         import subprocess, sys

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import ivshmem
-from ivshmem import qemu
-from ivshmem.doctor import Check
+from ivshmem.doctor.check import Check
+from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
 
@@ -41,7 +41,7 @@ PROGRAM = """
     import contextlib, io, json, os, subprocess, sys
     from unittest import mock
     import ivshmem.guest
-    from ivshmem.cli import main
+    from ivshmem.cli.main import main
 
     def doctor(*arguments):
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -166,14 +166,14 @@ def server(tmp_path: Path) -> Iterator[ivshmem.Server]:
 
 @pytest.fixture
 def doorbell(server: ivshmem.Server) -> list[str]:
-    return qemu.doorbell(server.path, server.vectors)
+    return cmdline.doorbell(server.path, server.vectors)
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Iterator[list[str]]:
     path = tmp_path / "memory"
     with ivshmem.Region.create(REGION_SIZE, path=path):
-        yield qemu.plain(str(path), REGION_SIZE)
+        yield cmdline.plain(str(path), REGION_SIZE)
 
 
 class TestWell:
@@ -453,8 +453,8 @@ class TestFixedByQemu:
         self, guest: MakeGuest, server: ivshmem.Server, tmp_path: Path
     ) -> None:
         with ivshmem.Server(tmp_path / "other", REGION_SIZE, vectors=0).start() as other:
-            few = qemu.doorbell(server.path, 5)
-            none = qemu.doorbell(other.path, 2, ident="other")
+            few = cmdline.doorbell(server.path, 5)
+            none = cmdline.doorbell(other.path, 2, ident="other")
             vm = guest(PROGRAM, args=[*few, *none], iommu=True)
             failure = Patient(vm).failure()
             assert failure.name == "self-interrupt"

@@ -1,7 +1,7 @@
 """Two devices in one IOMMU group, as libvirt places them: both on one bridge."""
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 from .host import SLOW
@@ -11,7 +11,7 @@ def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
     """One process has both; another is told which one is in the way, and how to place them."""
     doorbells = []
     for number in range(2):
-        chardev, socket, option, device = qemu.doorbell(server.path, 4, ident=f"c{number}")
+        chardev, socket, option, device = cmdline.doorbell(server.path, 4, ident=f"c{number}")
         doorbells += [chardev, socket, option, f"{device},bus=bridge"]
     a = guest(
         """
@@ -84,7 +84,7 @@ def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
 
 def test_what_is_printed_keeps_them_apart(guest: MakeGuest, server: ivshmem.Server) -> None:
     """QEMU places devices without an address so that each has a group of its own."""
-    arguments = [w for n in range(2) for w in qemu.doorbell(server.path, 4, ident=f"c{n}")]
+    arguments = [w for n in range(2) for w in cmdline.doorbell(server.path, 4, ident=f"c{n}")]
     a = guest(
         """
         from ivshmem import guest

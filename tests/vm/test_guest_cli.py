@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 
@@ -70,7 +70,7 @@ def test_every_command(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.C
         memory[:5] = b"hello"
     with ivshmem.Directory.create(host) as names, names.publish(NAME):
         a = guest(
-            PROGRAM.replace("NAME", repr(NAME)), args=qemu.doorbell(server.path, 4), iommu=True
+            PROGRAM.replace("NAME", repr(NAME)), args=cmdline.doorbell(server.path, 4), iommu=True
         )
         a.expect("RING", 700)
         assert (host.wait(2, 0), host.wait(0, 0)) == (1, 1)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
 from .host import TIMEOUT, doorbell
 
 
 def plain(path: Path, ident: str = "hostmem") -> list[str]:
-    return qemu.plain(str(path), path.stat().st_size, ident=ident)
+    return cmdline.plain(str(path), path.stat().st_size, ident=ident)
 
 
 @pytest.fixture
@@ -556,8 +556,8 @@ def test_several_devices(
         assert guest.devices() == found
         """,
         args=[
-            *qemu.doorbell(server.path, 4, ident="first"),
-            *qemu.doorbell(server.path, 4, ident="second"),
+            *cmdline.doorbell(server.path, 4, ident="first"),
+            *cmdline.doorbell(server.path, 4, ident="second"),
             *plain(file),
         ],
         iommu=True,

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 from .host import SLOW, doorbell
@@ -253,7 +253,7 @@ def test_lockdown(guest: MakeGuest, server: ivshmem.Server, tmp_path: Path) -> N
                 guest.open(address, access="vfio", memory="resource2")
         assert guest.devices() == found, "given back, after errors, too"
         """,
-        args=[*doorbell(server), *qemu.plain(str(path), 4096)],
+        args=[*doorbell(server), *cmdline.plain(str(path), 4096)],
         iommu=True,
         kernel_args=["lockdown=integrity"],
     )

@@ -71,7 +71,7 @@ def test_unplugged_while_others_come_and_go(served: Served, directory: Path) -> 
             with ivshmem.connect(server.path, timeout=TIMEOUT):
                 pass
 
-    with Bare(directory, "a") as qemu, control.Client(path, TIMEOUT) as client:
+    with Bare(directory, "a") as qemu, control.ControlClient(path, TIMEOUT) as client:
         busy = threading.Thread(target=come_and_go)
         busy.start()
         try:

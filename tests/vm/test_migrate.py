@@ -37,8 +37,8 @@ from support.waiting import until
 import ivshmem
 from ivshmem import migration
 from ivshmem.migration import Failed, MigrationError, Options, Refused, Unfinished, Vm
-from ivshmem.migration.state import State
-from ivshmem.qemu.qmp import Monitor
+from ivshmem.migration.state_file import StateFile
+from ivshmem.qemu.monitor import Monitor
 
 from .bare import Bare, device
 
@@ -134,7 +134,7 @@ class Group:
 
     def migrate_again(self) -> None:
         """As somebody who does not know that it was begun; the plan is of no matter."""
-        with State.load(self.state) as state:
+        with StateFile.load(self.state) as state:
             plan = state.plan
         asyncio.run(migration.migrate(plan, state=self.state))
 
@@ -236,7 +236,7 @@ def postcopied(group: Group, call: Callable[[], object] = lambda: None) -> None:
     source.qmp("migrate-set-parameters", **{"max-postcopy-bandwidth": 1 << 20})
     states: list[str] = []
 
-    def watch(progress: migration.Progress) -> None:
+    def watch(progress: migration.TransferProgress) -> None:
         if not progress.shared:
             return
         if not states:
@@ -498,7 +498,7 @@ def test_a_server_without_a_control_socket(group: MakeGroup) -> None:
 _TOOL = """\
 import asyncio, json, os, signal, sys
 from ivshmem import migration
-from ivshmem.qemu.qmp import Monitor
+from ivshmem.qemu.monitor import Monitor
 
 vms, state, command, count = json.loads(sys.argv[1])
 execute = Monitor.execute
@@ -635,7 +635,7 @@ class Once:
     def __init__(self, call: Callable[[], object]) -> None:
         self._call: Callable[[], object] | None = call
 
-    def __call__(self, progress: migration.Progress) -> None:
+    def __call__(self, progress: migration.TransferProgress) -> None:
         assert progress.total > progress.shared
         if self._call is not None:
             call, self._call = self._call, None
@@ -669,7 +669,7 @@ def test_a_destination_is_killed_after_the_master_has_arrived(group: MakeGroup) 
     moving = pair(group, "doorbell")
     moving.source["b"].slow()
 
-    def kill(progress: migration.Progress) -> None:
+    def kill(progress: migration.TransferProgress) -> None:
         if not progress.shared:
             moving.destination["b"].kill()
 

@@ -103,7 +103,7 @@ def test_a_group_moves_while_one_writes(
         assert [step.kind for step in plan.steps if step.kind not in ("hold", "release")] == [
             *("unplug", "migrate", "migrate", "plug")
         ]
-        progress: list[migration.Progress] = []
+        progress: list[migration.TransferProgress] = []
         asyncio.run(migration.migrate(plan, state=directory / "state", watch=progress.append))
         assert progress[0].total > progress[0].shared == SIZE
         assert wrote(writes, "go on") > before

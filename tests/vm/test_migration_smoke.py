@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
 from .inside import records
@@ -43,7 +43,7 @@ def region(path: Path) -> list[str]:
     """QEMU's arguments for a master on a file of its own."""
     with path.open("wb") as file:
         file.truncate(SIZE)
-    return qemu.plain(str(path), SIZE, ident="db", master=True)
+    return cmdline.plain(str(path), SIZE, ident="db", master=True)
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])

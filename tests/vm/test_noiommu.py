@@ -31,7 +31,7 @@ BEGIN = r"""
 import contextlib, io, os, re, signal, subprocess, sys
 from checks import PATIENCE, PCI, driver, refused
 from ivshmem import NoInterrupts, guest
-from ivshmem.cli import main
+from ivshmem.cli.main import main
 
 (found,) = guest.devices()
 address = found.address

@@ -13,7 +13,7 @@ from support.mounts import huge_pages as reserve
 from support.mounts import mounted
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 from .host import TIMEOUT, Events, doorbell, until
@@ -240,7 +240,7 @@ def test_huge_pages_from_a_mount_by_qemu(guest: MakeGuest, tmp_path: Path, huget
     path = hugetlbfs / "region"
     with ivshmem.Region.create("8M", path=path) as region, memoryview(region) as memory:
         memory[:4] = b"huge"
-        a = guest(HUGE, args=qemu.plain(str(path), region.size))
+        a = guest(HUGE, args=cmdline.plain(str(path), region.size))
         assert a.expect("SIZE") == f"SIZE {8 << 20} huge"
         assert a.wait() == 0
         assert bytes(memory[-4:]) == b"done"

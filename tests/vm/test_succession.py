@@ -16,7 +16,7 @@ import pytest
 from support.peer import RawPeer
 
 import ivshmem
-from ivshmem import qemu
+from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 from .host import TIMEOUT
@@ -136,7 +136,7 @@ class Visitors:
             self.error = error
 
     def _visit(self) -> None:
-        arguments = qemu.doorbell(str(self._path), VECTORS)
+        arguments = cmdline.doorbell(str(self._path), VECTORS)
         visitor = self._guest(COMES_AND_GOES, args=arguments, iommu=True, name="visitor")
         assert visitor.expect("READY")
         with ivshmem.connect(self._path, timeout=TIMEOUT) as friend:
@@ -153,7 +153,7 @@ class Visitors:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.nightly)])
 def test_killed_every_second(guest: MakeGuest, supervised: Supervised, seconds: int) -> None:
-    arguments = qemu.doorbell(str(supervised.path), VECTORS)
+    arguments = cmdline.doorbell(str(supervised.path), VECTORS)
     with ivshmem.connect(supervised.path) as host, memoryview(host.region) as memory:
         stays = guest(STAYS, args=arguments, iommu=True, name="stays")
         assert stays.expect("READY") == "READY 1"

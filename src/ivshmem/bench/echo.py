@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from ..client import Client
-from ..directory import Directory
-from ..endpoint import Endpoint, PeerJoined, PeerLeft
 from ..errors import IvshmemError, NoDirectory, NoSuchName, NoSuchPeer
+from ..peer.client import Client
+from ..peer.directory import Directory
+from ..peer.endpoint import Endpoint, PeerJoined, PeerLeft
 
 NAME = "bench"  # that the pinging end publishes where there is a directory of names
 

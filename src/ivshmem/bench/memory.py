@@ -10,11 +10,11 @@ import random
 from itertools import cycle
 from operator import itemgetter
 
-from .. import pages
-from ..region import Region
-from ..sizes import format_size
-from . import calls
-from .result import ROUNDS, Group, Measuring, Result, turns
+from ..memory import pages
+from ..memory.region import Region
+from ..memory.sizes import format_size
+from . import statements
+from .result import ROUNDS, Measuring, Result, ResultGroup, turns
 from .roundtrip import Measured
 
 COPIES = (4 << 10, 1 << 20)
@@ -33,7 +33,7 @@ def copies(seconds: float) -> Measuring:
 
     Yields after each measurement: what share of all is done, and the group so far.
     """
-    group = Group("copy")
+    group = ResultGroup("copy")
     plan: list[tuple[Result, str, int]] = []
     for size in COPIES:
         name = format_size(size)
@@ -47,7 +47,7 @@ def copies(seconds: float) -> Measuring:
         Region.create(max(COPIES), prealloc=True) as region,
         memoryview(bytearray(max(COPIES))) as private,
         memoryview(bytearray(os.urandom(max(COPIES)))) as source,
-        calls.pinned(),
+        statements.pinned(),
     ):
         for done in turns(seconds):
             yield done, group
@@ -55,7 +55,7 @@ def copies(seconds: float) -> Measuring:
                 with private[:size] as here, source[:size] as there:
                     names: dict[str, object] = {"private": here, "source": there}
                     names |= {"read_into": region.read_into, "write": region.write}
-                    result.add(*calls.measure(statement, names, seconds / ROUNDS / len(plan)))
+                    result.add(*statements.measure(statement, names, seconds / ROUNDS / len(plan)))
     yield 1.0, group
 
 
@@ -68,7 +68,7 @@ def huge_pages(seconds: float) -> Measuring:
     Yields as `copies` does. Where no huge pages can be had, the group's note says why.
     """
     size, why = _affordable()
-    group = Group("huge pages", note=why)
+    group = ResultGroup("huge pages", note=why)
     touches: list[Result] = []
     reads: list[Result] = []
     names = ["small pages"] if why else ["small pages", "huge pages"]
@@ -82,7 +82,7 @@ def huge_pages(seconds: float) -> Measuring:
     ]
     # Making and touching the memory takes about as long as reading it.
     share = seconds / ROUNDS / len(kinds) / 2
-    with calls.pinned():
+    with statements.pinned():
         # In a virtual machine, the host may have to find the memory when it is first touched.
         for huge, _, _ in kinds:
             Region.create(size, hugepages=huge, prealloc=True).close()
@@ -93,7 +93,7 @@ def huge_pages(seconds: float) -> Measuring:
                     touched.add(*_touched(memory))
                     with memory.cast("Q") as numbers:
                         known: dict[str, object] = {"numbers": numbers, "places": cycle(places)}
-                        was_read.add(*calls.measure("next(places)(numbers)", known, share))
+                        was_read.add(*statements.measure("next(places)(numbers)", known, share))
     yield 1.0, group
 
 
@@ -106,7 +106,7 @@ def _touched(memory: memoryview) -> Measured:
         "zeros": bytes(_CHUNK // pages.PAGE),
     }
     statement = "memory[at : at + chunk : page] = zeros; at += chunk"
-    return calls.measure_exactly(statement, names, len(memory) // _CHUNK)
+    return statements.measure_exactly(statement, names, len(memory) // _CHUNK)
 
 
 def _affordable() -> tuple[int, str]:

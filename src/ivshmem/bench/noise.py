@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..plain import NAME, plain
+from ..system.text import NAME, plain
 
 # A measurement is spoilt if others took more than this share of a core that it ran on.
 LIMIT = 0.05
@@ -50,7 +50,7 @@ class Process(NamedTuple):
     ran: int  # nanoseconds, in whole ticks
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """One look at /proc.
 
     Attributes:
@@ -134,7 +134,7 @@ def _texts(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
             yield int(path.parent.name), path.read_text(errors="surrogateescape")
 
 
-def look(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False) -> Look:
+def look(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False) -> Snapshot:
     """Look at /proc now.
 
     Args:
@@ -148,7 +148,7 @@ def look(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False)
     strangers -= {*ends, *known, os.getpid()}
     others = {pid: parse_process(text) for pid, text in _texts(_files(strangers, "stat"))}
     main = {pid: parse_account(text).ran for pid, text in _texts(_files(strangers, "schedstat"))}
-    return Look(*(near or _near(ends, known)), others, main)
+    return Snapshot(*(near or _near(ends, known)), others, main)
 
 
 def _near(
@@ -173,7 +173,7 @@ def _files(pids: Iterable[int], name: str) -> Iterator[Path]:
 # -- what follows from two looks -------------------------------------------------------------------
 
 
-def noise(before: Look, after: Look, cores: Sequence[set[int]], wall: int) -> Noise:
+def noise(before: Snapshot, after: Snapshot, cores: Sequence[set[int]], wall: int) -> Noise:
     """What others did between two looks.
 
     Args:
@@ -202,7 +202,7 @@ def noise(before: Look, after: Look, cores: Sequence[set[int]], wall: int) -> No
     return Noise(max([waited, *(culprit.share for culprit in worst)]), tuple(worst))
 
 
-def _ran(before: Look, after: Look) -> int:
+def _ran(before: Snapshot, after: Snapshot) -> int:
     """What the ends used."""
     return sum(
         account.ran - then.get(thread, Account(0, 0)).ran
@@ -211,7 +211,7 @@ def _ran(before: Look, after: Look) -> int:
     )
 
 
-def _waited(before: Look, after: Look, cores: Sequence[set[int]], known: int) -> int:
+def _waited(before: Snapshot, after: Snapshot, cores: Sequence[set[int]], known: int) -> int:
     """The longest that a thread of ours could have run and did not, because of others."""
     spans = []  # of each thread: the cores, nanoseconds run, nanoseconds waited
     for where, then, now in zip(cores, before.ends, after.ends, strict=True):
@@ -225,7 +225,7 @@ def _waited(before: Look, after: Look, cores: Sequence[set[int]], known: int) ->
     return longest
 
 
-def _culprits(before: Look, after: Look, used: set[int], wall: int) -> Iterator[Culprit]:
+def _culprits(before: Snapshot, after: Snapshot, used: set[int], wall: int) -> Iterator[Culprit]:
     for pid, process in after.others.items():
         then = before.others.get(pid)
         if process.core not in used and (then is None or then.core not in used):

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal
 
-from ..client import Client
-from ..counting import counted
-from ..endpoint import Endpoint
 from ..errors import IvshmemError
-from . import short
+from ..peer.client import Client
+from ..peer.endpoint import Endpoint
+from ..system.text import counted
+from . import suite
 from .cores import cores_for
-from .result import ROUNDS, Group, Measuring, turns
+from .result import ROUNDS, Measuring, ResultGroup, turns
 from .roundtrip import measure
 
 Spin = float | Literal["auto"]
@@ -91,15 +91,15 @@ def round_trips(endpoint: Endpoint, peer: int, vector: int, seconds: float) -> M
         NoAnswer: the peer fell silent, or left.
     """
     end = time.monotonic() + seconds
-    group = Group(f"peer {peer}, vector {vector}")
+    group = ResultGroup(f"peer {peer}, vector {vector}")
     plain = group.add("os.eventfd, two processes here")
     asleep = group.add(f"wait({vector})", plain)
     spinning = group.add(f'wait({vector}, spin="auto")', plain)
-    with short.eventfd_pair(cores_for("free")) as pair:
+    with suite.eventfd_pair(cores_for("free")) as pair:
         left = max(end - time.monotonic(), 0)
         share = left / ROUNDS / 3
         for done in turns(left):
-            durations, noise = measure(pair, short.TRIPS, share)
+            durations, noise = measure(pair, suite.TRIPS, share)
             plain.add(durations, noise)
             yield done + 1 / ROUNDS / 3, group
             # Which processes make up the peer is not known, so its load is not told from that of
@@ -112,7 +112,7 @@ def round_trips(endpoint: Endpoint, peer: int, vector: int, seconds: float) -> M
 
 def _measure(endpoint: Endpoint, peer: int, vector: int, seconds: float, spin: Spin) -> array[int]:
     each = statistics.median(_trips(endpoint, peer, vector, _WARM_UP, spin))
-    count = int(min(short.TRIPS, max(_LEAST, seconds * 1e9 / max(each, 1))))
+    count = int(min(suite.TRIPS, max(_LEAST, seconds * 1e9 / max(each, 1))))
     return _trips(endpoint, peer, vector, count, spin)
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .cores import usable_cores
-from .quiet import Noise
-from .sample import Sample
+from .noise import Noise
+from .percentiles import Sample
 
 ROUNDS = 7  # at most
 
@@ -92,7 +92,7 @@ class Result:
 
 
 @dataclass
-class Group:
+class ResultGroup:
     """What was measured in the same seconds.
 
     Attributes:
@@ -128,7 +128,7 @@ class Group:
 
 # What measures a group yields after each step what share of all is over, and the group so far. If
 # it is not exhausted it has to be closed, since it may have started processes.
-Measuring: TypeAlias = Generator[tuple[float, Group], None, None]
+Measuring: TypeAlias = Generator[tuple[float, ResultGroup], None, None]
 
 
 def turns(seconds: float) -> Iterator[float]:
@@ -144,7 +144,7 @@ def turns(seconds: float) -> Iterator[float]:
         yield turn / ROUNDS
 
 
-def disturbers(groups: list[Group]) -> list[tuple[str, float]]:
+def disturbers(groups: list[ResultGroup]) -> list[tuple[str, float]]:
     """Who spoilt rounds, and the most that they took of a core; the worst first."""
     worst: dict[str, float] = {}
     for group in groups:

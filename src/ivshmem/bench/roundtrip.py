@@ -6,8 +6,8 @@ Knows: starting two ends, pinning them, ending them. Does not know: how they rin
               python_end("echo", "bench.ways:eventfd", 6, 5, fds=[5, 6]), cores_for("two")) as pair:
         durations, noise = measure(pair, trips=10_000)
 
-What an end is, says end.py. The processes live as long as the pair and sleep between measurements,
-so that different pairs can take turns.
+worker.py says what an end is. The processes live as long as the pair and sleep between
+measurements, so that different pairs can take turns.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..counting import counted
-from ..uncopied import Uncopied
-from . import quiet
+from ..system.text import counted
+from ..system.uncopied import Uncopied
+from . import noise as quiet
 
 WARM_UP = 20  # round trips before each measurement, which also tell how long one takes
 LEAST = 50  # round trips that are measured however long they take
@@ -54,12 +54,12 @@ def python_end(
     fds: Iterable[int] = (),
     directory: str | os.PathLike[str] | None = None,
 ) -> End:
-    """An end in Python: `factory` is "module:name", called as end.py says.
+    """An end in Python: `factory` is "module:name", called as worker.py says.
 
     Args:
         directory: where it is started, and finds modules that are not installed.
     """
-    command = [sys.executable, "-m", "ivshmem.bench.end", role, factory, json.dumps(arguments)]
+    command = [sys.executable, "-m", "ivshmem.bench.worker", role, factory, json.dumps(arguments)]
     return End(command, tuple(fds), directory)
 
 

@@ -13,9 +13,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from . import quiet
-from .end import Steps, loop
+from . import noise as quiet
 from .roundtrip import Measured
+from .worker import Steps, loop
 
 MOST = 20_000  # executions that are measured at once
 LEAST = 20

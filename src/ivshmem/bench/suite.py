@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import ivshmem
 
-from . import calls, memory, steps
+from . import memory, statements
+from . import ways as steps
 from .cores import PINNINGS, Pinning, cores_for
-from .result import ROUNDS, Group, Measuring, Result, turns
+from .result import ROUNDS, Measuring, Result, ResultGroup, turns
 from .roundtrip import Pair, measure, python_end
 
 SPIN = 50e-6  # seconds
@@ -45,7 +46,7 @@ class _Part(NamedTuple):
     run: Callable[[float], Measuring]
 
 
-def run(seconds: float, tell: Tell) -> list[Group]:
+def run(seconds: float, tell: Tell) -> list[ResultGroup]:
     """Measure everything in about so many seconds.
 
     Raises:
@@ -65,7 +66,7 @@ def run(seconds: float, tell: Tell) -> list[Group]:
             tell(done / total, part.title)
             left = max(end - time.monotonic(), 0)
             budget = left * part.weight / sum(later.weight for later in parts[number:])
-            group = Group(part.title)
+            group = ResultGroup(part.title)
             with contextlib.closing(part.run(budget)) as measuring:
                 for share, group in measuring:  # noqa: B007
                     tell((done + share * part.weight) / total, part.title)
@@ -90,7 +91,7 @@ def _parts(path: str) -> list[_Part]:
 
 def _rings(path: str, budget: float) -> Measuring:
     """Ringing while nobody waits: a system call, and nothing else."""
-    group = Group("ring, nobody waiting")
+    group = ResultGroup("ring, nobody waiting")
     plain = group.add("os.eventfd_write")
     ours = group.add("ring(peer)", plain)
     eventfd = os.eventfd(0)
@@ -98,14 +99,14 @@ def _rings(path: str, budget: float) -> Measuring:
         with (
             ivshmem.connect(path) as here,
             ivshmem.connect(path) as there,
-            calls.pinned(),
+            statements.pinned(),
         ):
             here.ring(there.id)  # by now it has heard of the other one
             names: dict[str, object] = {"write": os.eventfd_write, "eventfd": eventfd}
             names |= {"ring": here.ring, "peer": there.id}
             for done in turns(budget):
                 for result, statement in (plain, "write(eventfd, 1)"), (ours, "ring(peer)"):
-                    result.add(*calls.measure(statement, names, budget / ROUNDS / 2))
+                    result.add(*statements.measure(statement, names, budget / ROUNDS / 2))
                 yield done, group
     finally:
         os.close(eventfd)
@@ -113,7 +114,7 @@ def _rings(path: str, budget: float) -> Measuring:
 
 def _round_trips(path: str, pinning: Pinning, budget: float) -> Measuring:
     """Round trips of two processes, which sleep or spin; on one core a fixed spin is hopeless."""
-    group = Group(_TITLES[pinning])
+    group = ResultGroup(_TITLES[pinning])
     start = time.monotonic()
     try:
         cores = cores_for(pinning)

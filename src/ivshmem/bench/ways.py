@@ -2,7 +2,8 @@
 
 Knows: how two clients of a server of ours find one another. Does not know: clocks.
 
-These run in processes of their own, as the factories of end.py. The server's memory is ours alone.
+These run in processes of their own, as the factories of worker.py. The server's memory is ours
+alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 import ivshmem
 
-from .end import Steps
 from .roundtrip import EndFailed, python_end
+from .worker import Steps
 
 _MEMORY = 1 << 16  # bytes of the server's
 _PLACE = 1024  # bytes of each pair: ids, words, who sleeps; each on cache lines of its own

@@ -1,8 +1,8 @@
-"""One end of a round trip, in a process of its own: `python -m ivshmem.bench.end`.
+"""One end of a round trip, in a process of its own: `python -m ivshmem.bench.worker`.
 
 Knows: the clock, and the loop around a ring and a wait. Does not know: what rings and waits.
 
-    python -m ivshmem.bench.end ROLE MODULE:FACTORY ARGUMENTS
+    python -m ivshmem.bench.worker ROLE MODULE:FACTORY ARGUMENTS
 
 Calls FACTORY(ROLE, *ARGUMENTS), whose arguments are in JSON and whose result is a context manager
 that yields `Steps`. Any other program can be an end that does the same: it writes the line "ready",

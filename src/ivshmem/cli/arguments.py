@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 
-from .. import runtime
-from ..limits import DEFAULT_SIZE, EXISTING, MAX_SLOTS, MAX_VECTORS
+from ..peer import default_paths
+from ..peer.limits import MAX_SLOTS
+from ..protocol.limits import MAX_VECTORS
+from ..service.limits import DEFAULT_SIZE, EXISTING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..config import RegionConfig
+    from ..service.config import RegionConfig
 
-# What the help says of a command that needs a server. Where that is: runtime.py.
+# What the help says of a command that needs a server. Where that is: default_paths.py.
 OF_THE_SERVER = "default: the server that runs here, see the README"
 DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
 
@@ -32,8 +34,8 @@ def add_region(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"the socket to listen on (default: {runtime.OF_ROOT} for root, for others"
-        f" {runtime.NAME} in XDG_RUNTIME_DIR)",
+        help=f"the socket to listen on (default: {default_paths.OF_ROOT} for root, for others"
+        f" {default_paths.NAME} in XDG_RUNTIME_DIR)",
     )
     general.add_argument(
         "-l", "--size", metavar="SIZE", help=f"of the memory (default: {DEFAULT_SIZE})"
@@ -150,7 +152,7 @@ def _add_unplugging(parser: argparse.ArgumentParser) -> None:
 
 def region_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of a region, by RegionConfig's names."""
-    from ..config import RegionConfig
+    from ..service.config import RegionConfig
 
     return {key: value for key, value in vars(options).items() if key in RegionConfig._fields}
 
@@ -158,11 +160,13 @@ def region_settings(options: argparse.Namespace) -> dict[str, Any]:
 def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:
     """The region that the options describe; `socket`: where it is if they do not say."""
     # Here, so that a process that only reads its options does not import what serves.
-    from ..config import RegionConfig
-    from ..sockets import check_path
+    from ..service.config import RegionConfig
+    from ..system.sockets import check_path
 
     settings: dict[str, Any] = {"socket": socket, **region_settings(options)}
-    settings["socket"] = os.path.abspath(check_path(settings["socket"] or runtime.default_socket()))
+    settings["socket"] = os.path.abspath(
+        check_path(settings["socket"] or default_paths.default_socket())
+    )
     if "file" in settings:
         settings["file"] = os.path.abspath(settings["file"])
     if is_name(settings.get("directory")):
@@ -177,7 +181,7 @@ def server_of(options: argparse.Namespace) -> str:
     Raises:
         FileNotFoundError: none was named, and none was found; the message says where it looked.
     """
-    return options.socket if options.socket is not None else runtime.find_socket()
+    return options.socket if options.socket is not None else default_paths.find_socket()
 
 
 def check_no_region(options: argparse.Namespace) -> None:

@@ -10,18 +10,18 @@ import pwd
 import sys
 from collections.abc import Iterable, Mapping
 
-from .. import qemu
-from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
-from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
-from ..counting import counted
-from ..limits import SLOT_BYTES
-from ..plain import command, plain
-from ..service import Served, Service
-from ..sizes import format_size, parse_size
+from ..memory.sizes import format_size, parse_size
+from ..peer.limits import SLOT_BYTES
+from ..qemu import cmdline
+from ..qemu.accounts import LIBVIRT_GROUP, LIBVIRT_USERS
+from ..service.config import RegionConfig, ServiceConfig
+from ..service.limits import DEFAULT_SIZE
+from ..service.service import Served, Service
+from ..system.text import command, counted, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..directory import Directory
+    from ..peer.directory import Directory
 
 _INDENT = " " * len("  libvirt: ")
 _IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -53,15 +53,16 @@ def _whole(served: Served, several: bool, pid: int) -> str:
     region, server = served.region, served.server
     where = plain(region.source + (f" {region.name}" if region.name else ""))
     connect = [*_IVSHMEM, "connect", "-S", server.path]
-    xml = qemu.libvirt_doorbell(server.path, server.vectors)
+    qemu = cmdline.doorbell(server.path, server.vectors)
+    xml = cmdline.libvirt_doorbell(server.path, server.vectors)
     return (
         f"{f'{served.name}: ' if several else ''}serving {format_size(region.size)}"
         f" ({where}, in pages of {format_size(region.page_size)})"
         f" with {counted(server.vectors, 'vector')} on {plain(server.path)}, pid {pid}\n"
-        f"  QEMU:    {qemu.shell_lines(qemu.doorbell(server.path, server.vectors), _INDENT)}\n"
+        f"  QEMU:    {cmdline.shell_lines(qemu, _INDENT)}\n"
         f"  libvirt: {xml.replace('><', f'>{chr(10)}{_INDENT}<')}\n"
         f"{_for_libvirt(served)}"
-        f"  host:    {qemu.shell(connect)}"
+        f"  host:    {cmdline.shell(connect)}"
         + ("" if served.directory is None else f"\n  names:   {room(served.directory)}")
     )
 
@@ -112,7 +113,7 @@ def planned(config: ServiceConfig) -> str:
 
 
 def _table(rows: Mapping[str, Iterable[str]]) -> str:
-    from .columns import table  # here: most servers have one region
+    from .tables import table  # here: most servers have one region
 
     lines = [[plain(cell) for cell in (name, *cells)] for name, cells in rows.items()]
     return "\n".join(f"  {line}" for line in table(lines))

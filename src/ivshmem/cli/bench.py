@@ -12,23 +12,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from .. import guest
-from ..bench import remote, short
+from ..bench import remote, suite
 from ..bench.echo import NAME, Echo
-from ..bench.quiet import LIMIT
-from ..bench.result import Group, Result, disturbers, machine
+from ..bench.noise import LIMIT
+from ..bench.percentiles import PERCENTILES
+from ..bench.result import Result, ResultGroup, disturbers, machine
 from ..bench.roundtrip import EndFailed
-from ..bench.sample import PERCENTILES
-from ..client import connect
-from ..counting import counted
-from ..directory import Directory
-from ..endpoint import Endpoint
 from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
-from ..protocol import MAX_VECTORS
+from ..peer.client import connect
+from ..peer.directory import Directory
+from ..peer.endpoint import Endpoint
+from ..protocol.limits import MAX_VECTORS
+from ..system.text import counted
 from . import daemon, terminal
 from .arguments import server_of
-from .columns import MARK, cut
-from .progress import Progress
+from .progress import ProgressBar
 from .shell import Shell
+from .tables import MARK, cut
 
 _COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}
 _NAME, _NUMBER, _RATIO = 32, 8, 7  # widths
@@ -152,14 +152,14 @@ def _here(options: argparse.Namespace) -> int:
     with (
         daemon.signals_held(),
         daemon.ended_at_steps() as step,
-        Progress(sys.stderr, quiet=options.quiet or options.json) as progress,
+        ProgressBar(sys.stderr, quiet=options.quiet or options.json) as progress,
     ):
 
         def tell(share: float, what: str) -> None:
             step()
             progress.show(share, what)
 
-        groups = short.run(options.seconds, tell)
+        groups = suite.run(options.seconds, tell)
     _print(groups, time.monotonic() - start, as_json=options.json)
     return 0
 
@@ -194,7 +194,7 @@ def _ping(options: argparse.Namespace) -> int:
             remote.knock(endpoint, peer, options.vector, options.timeout or _PATIENCE, waiting)
         with (
             daemon.ended_at_steps() as step,
-            Progress(sys.stderr, quiet=options.quiet or options.json) as progress,
+            ProgressBar(sys.stderr, quiet=options.quiet or options.json) as progress,
             contextlib.closing(
                 remote.round_trips(endpoint, peer, options.vector, options.seconds)
             ) as measuring,
@@ -292,7 +292,7 @@ def _tell_answered(peer: int | None, answered: int, *, as_json: bool) -> None:
 # -- results ---------------------------------------------------------------------------------------
 
 
-def _print(groups: list[Group], seconds: float, *, as_json: bool) -> None:
+def _print(groups: list[ResultGroup], seconds: float, *, as_json: bool) -> None:
     if as_json:
         values = {
             "machine": machine(),
@@ -312,7 +312,7 @@ def _print(groups: list[Group], seconds: float, *, as_json: bool) -> None:
         print(f"\033[1m{line}\033[0m" if bold else line)
 
 
-def verdict(groups: list[Group]) -> str:
+def verdict(groups: list[ResultGroup]) -> str:
     """What was found, in one sentence."""
     results = [(*each, group) for group in groups for each in group.results]
     if not results:
@@ -335,7 +335,7 @@ def verdict(groups: list[Group]) -> str:
     )
 
 
-def _lines(groups: list[Group], seconds: float, columns: int = _WIDTH) -> Iterator[str]:
+def _lines(groups: list[ResultGroup], seconds: float, columns: int = _WIDTH) -> Iterator[str]:
     values = machine()
     cores = counted(values["cores"], "core")
     yield from _wrapped(
@@ -355,7 +355,7 @@ def _lines(groups: list[Group], seconds: float, columns: int = _WIDTH) -> Iterat
     yield from _disturbances(groups, columns)
 
 
-def _table(group: Group, columns: int) -> Iterator[str]:
+def _table(group: ResultGroup, columns: int) -> Iterator[str]:
     sized = any(result.size for _, result in group.results)
     compared = any(yardstick for yardstick, _ in group.results)
     # p50 is always shown; beside it a name has the room that is left.
@@ -404,7 +404,7 @@ def _three_digits(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def _disturbances(groups: list[Group], columns: int = _WIDTH) -> Iterator[str]:
+def _disturbances(groups: list[ResultGroup], columns: int = _WIDTH) -> Iterator[str]:
     noises = [noise for group in groups for noise in group.noises()]
     spoilt = sum(noise.spoilt for noise in noises)
     if not spoilt:

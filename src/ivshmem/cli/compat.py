@@ -10,16 +10,17 @@ import argparse
 import os
 from functools import partial
 
-from .. import __version__, runtime
-from ..limits import DEFAULT_SIZE
-from . import Parser, guarded, parsed, ran_short
+from .. import __version__
+from ..peer import default_paths
+from ..service.limits import DEFAULT_SIZE
 from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
+from .run import Parser, guarded, parsed, ran_short
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..config import RegionConfig
+    from ..service.config import RegionConfig
     from .daemon import Ready
 
 DEFAULT_NAME = "ivshmem"
@@ -54,7 +55,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "-S",
         metavar="SOCKET",
-        default=runtime.OF_THE_EXAMPLE,
+        default=default_paths.OF_THE_EXAMPLE,
         dest="socket",
         help="the socket to listen on (default: %(default)s)",
     )
@@ -104,10 +105,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace, ready: Ready) -> int:
-    from ..config import ServiceConfig
-    from .serving import Plan, serve
+    from ..service.config import ServiceConfig
+    from .serve_process import ServePlan, serve
 
-    plan = Plan(
+    plan = ServePlan(
         ServiceConfig({"ivshmem": _region(options)}),
         # The example server has none: so its path, in /tmp, is not worth an error.
         control_needed=False,
@@ -120,10 +121,10 @@ def _serve(options: argparse.Namespace, ready: Ready) -> int:
 
 def _region(options: argparse.Namespace) -> RegionConfig:
     """Memory by the example server's rules."""
-    from .. import pages
-    from ..config import RegionConfig
-    from ..sizes import parse_size, round_up
-    from ..sockets import check_path
+    from ..memory import pages
+    from ..memory.sizes import parse_size, round_up
+    from ..service.config import RegionConfig
+    from ..system.sockets import check_path
 
     kind, where = options.place
     page = pages.page_size_of(where) if kind == "directory" else pages.PAGE

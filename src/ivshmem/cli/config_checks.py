@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from .. import pages
-from ..accounts import LIBVIRT_GROUP, group_id, user_id
-from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..errors import RegionError
-from ..sizes import format_size, parse_size
+from ..memory import pages
+from ..memory.sizes import format_size, parse_size
+from ..qemu.accounts import LIBVIRT_GROUP
+from ..service.config import RegionConfig, ServiceConfig
+from ..service.limits import DEFAULT_SIZE
+from ..system.accounts import group_id, user_id
 
 # The unit ivshmem.service reads this file, as a user who is in one group besides its own.
 _OF_THE_UNIT = "/etc/ivshmem.toml"

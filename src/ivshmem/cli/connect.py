@@ -7,9 +7,9 @@ import contextlib
 import sys
 import time
 
-from .. import sockets
-from ..client import connect
-from ..counting import counted
+from ..peer.client import connect
+from ..system import sockets
+from ..system.text import counted
 from .arguments import OF_THE_SERVER, seconds, server_of, vectors
 from .shell import ClientShell
 

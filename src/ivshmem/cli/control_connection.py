@@ -9,8 +9,9 @@ import argparse
 import errno
 import os
 
-from .. import control, sockets
-from ..accounts import user_name
+from ..service import control_client
+from ..system import sockets
+from ..system.accounts import user_name
 from .arguments import OF_THE_SERVER, server_of
 
 SECONDS = 10.0  # for an answer
@@ -29,12 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control.Client:
+def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control_client.ControlClient:
     """Connect to the control socket that the options mean; errors say what to do."""
     if options.control is not None:
         return _connect(options.control, timeout)
     server = os.path.abspath(server_of(options))
-    path = control.default_path(server)
+    path = control_client.default_path(server)
     try:
         return _connect(path, timeout)
     except (FileNotFoundError, ConnectionRefusedError):
@@ -42,15 +43,15 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control.Cl
     raise error
 
 
-def says_who(client: control.Client) -> str:
+def says_who(client: control_client.ControlClient) -> str:
     """Return whose server it is that answered, if that is neither root's nor the asker's."""
     uid = client.server.uid
     return "" if uid in {0, os.geteuid()} else f" (says {user_name(uid)})"
 
 
-def _connect(path: str, timeout: float) -> control.Client:
+def _connect(path: str, timeout: float) -> control_client.ControlClient:
     try:
-        return control.Client(path, timeout)
+        return control_client.ControlClient(path, timeout)
     except PermissionError:
         reason = "permission denied: only root and the server's user may ask"
         raise PermissionError(errno.EACCES, reason, path) from None
@@ -60,7 +61,7 @@ def _without_control(server: str) -> Exception:
     """What to say of a server whose control socket is not there, or stale."""
     try:
         if sockets.is_live(server):
-            return control.ControlError(
+            return control_client.ControlError(
                 f"{server}: the server there has no control socket: it is of another kind (as"
                 " QEMU's example), or has it elsewhere: give --control PATH"
             )

@@ -14,8 +14,9 @@ import signal
 import stat
 import time
 
-from .. import _fds, drafts, safe_files
-from . import one_line
+from ..native import descriptors
+from ..system import new_files, safe_files
+from .run import one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def pid_file(path: str | None, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _held(place: safe_files.Place, line: bytes, give_up: float) -> _fds.FdArray:
+def _held(place: safe_files.Place, line: bytes, give_up: float) -> descriptors.FdArray:
     """The file at a place, with the line in it, and locked; made if it is not there."""
     while True:
         try:
@@ -97,15 +98,15 @@ def _held(place: safe_files.Place, line: bytes, give_up: float) -> _fds.FdArray:
         file.close()  # removed by its last holder between our open and our lock
 
 
-def _made(place: safe_files.Place, line: bytes) -> _fds.FdArray:
+def _made(place: safe_files.Place, line: bytes) -> descriptors.FdArray:
     """A new file, which is locked before others can open it."""
-    with drafts.Draft(place, os.O_RDWR, 0o644) as draft:
+    with new_files.NewFile(place, os.O_RDWR, 0o644) as draft:
         _write(place, draft.file, line)
         draft.publish(keep_lock=True)
         return draft.file
 
 
-def _write(place: safe_files.Place, file: _fds.FdArray, line: bytes) -> None:
+def _write(place: safe_files.Place, file: descriptors.FdArray, line: bytes) -> None:
     try:
         os.write(file[0], line)
     except OSError as error:
@@ -141,7 +142,7 @@ def _is_strange(pid: str) -> bool:
     return not {0, os.geteuid()} & {int(user) for user in users}
 
 
-def _removed(place: safe_files.Place, file: _fds.FdArray) -> None:
+def _removed(place: safe_files.Place, file: descriptors.FdArray) -> None:
     with contextlib.suppress(OSError):
         place.remove(file[0])
 

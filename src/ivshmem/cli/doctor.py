@@ -9,11 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
-from .. import doctor, runtime
-from ..counting import counted
+from ..doctor import check as doctor_check
+from ..doctor import guest as doctor_guest
+from ..doctor import guest_or_host, request
+from ..doctor import host as doctor_host
+from ..peer import default_paths
+from ..system.text import counted
 from . import terminal
 from .arguments import OF_THE_SERVER, add_accept_owner, is_name
-from .columns import wrapped
+from .tables import wrapped
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
@@ -68,7 +72,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     host.add_argument("-u", "--user", help="who is to use socket and memory (needs root)")
     host.add_argument(
-        "--qemu", metavar="PROGRAM", help=f"the QEMU to use (default: {doctor.default_qemu()})"
+        "--qemu", metavar="PROGRAM", help=f"the QEMU to use (default: {doctor_host.default_qemu()})"
     )
     parser.set_defaults(run=partial(_run, parser))
 
@@ -77,7 +81,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     directory, name = options.directory, options.name
     if is_name(directory):
         directory, name = None, directory
-    wishes = doctor.Wishes(
+    wishes = request.Request(
         options.socket,
         name,
         options.file,
@@ -89,26 +93,28 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         options.lock,
         tuple(options.accept_owner or ()),
     )
-    of_host = wishes != doctor.Wishes()
+    of_host = wishes != request.Request()
     if options.address and (options.host or of_host):
         parser.error("an ADDRESS is for a guest, and the other options are for a host")
     if options.guest and of_host:
         parser.error("the options for a host do not go with --guest")
     guest = options.guest or options.address is not None
     if not (guest or options.host or of_host):
-        guest = doctor.is_guest(runtime.expected_socket(), doctor.default_qemu())
-    checks = doctor.examine_guest(options.address) if guest else doctor.examine_host(wishes)
+        guest = guest_or_host.is_guest(default_paths.expected_socket(), doctor_host.default_qemu())
+    checks = (
+        doctor_guest.examine_guest(options.address) if guest else doctor_host.examine_host(wishes)
+    )
     return (_print_json if options.json else _print)("guest" if guest else "host", checks)
 
 
-def _print_json(side: str, checks: Iterator[doctor.Check]) -> int:
+def _print_json(side: str, checks: Iterator[doctor_check.Check]) -> int:
     found = [asdict(check) for check in checks]
     well = all(check["state"] != "failed" for check in found)
     print(json.dumps({"side": side, "well": well, "checks": found}))
     return 0 if well else 1
 
 
-def _print(side: str, checks: Iterator[doctor.Check]) -> int:
+def _print(side: str, checks: Iterator[doctor_check.Check]) -> int:
     colour = terminal.coloured()
     columns = terminal.columns() or _UNLIMITED
     # On a narrow terminal what was found stands below the check's name, not beside it.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..limits import MAX_ID
-from ..plain import plain
-from . import asking
+from ..protocol.limits import MAX_ID
+from ..system.text import plain
+from . import control_connection
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +18,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
     parser.add_argument("--region", metavar="NAME", help="its region, if there are several")
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -35,8 +35,8 @@ def peer_id(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    with asking.connect(options) as client:
+    with control_connection.connect(options) as client:
         done = client.ask({"do": "evict", "id": options.id, "region": options.region})
-    whose = asking.says_who(client)
+    whose = control_connection.says_who(client)
     print(plain(f"peer {options.id} of region {done['region']} was evicted{whose}"))
     return 0

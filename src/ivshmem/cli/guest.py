@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-from .. import guest, runtime, sockets
-from ..counting import counted
+from .. import guest
 from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..guest.device import RESOURCE
-from ..protocol import MAX_ID
-from ..sizes import format_size, parse_size
-from . import daemon, guarded
-from .news import News, show, tell_peer
+from ..memory.sizes import format_size, parse_size
+from ..peer import default_paths
+from ..protocol.limits import MAX_ID
+from ..system import sockets
+from ..system.text import counted
+from . import daemon
+from .log_writer import LogWriter, show, tell_peer
+from .run import guarded
 from .shell import Shell
 
 _NOISE = 1.5  # between rates that may be the same
@@ -276,8 +279,8 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
     with (
         daemon.signals_held(for_good=True),
         daemon.pid_file(options.pid_file),
-        News(sys.stderr, logging.INFO) as news,
-        sockets.Listener(options.socket or runtime.default_socket()) as listener,
+        LogWriter(sys.stderr, logging.INFO) as news,
+        sockets.Listener(options.socket or default_paths.default_socket()) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,

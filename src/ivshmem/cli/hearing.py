@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import logging
 
-from .. import logs
-from ..plain import paragraph, plain
-from ..uncopied import Uncopied
+from ..server import log_events
+from ..system.text import paragraph, plain
+from ..system.uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .news import News
+    from .log_writer import LogWriter
 
 
 class Handler(Uncopied, logging.Handler):
     """Gives lines of the log to `news`."""
 
-    def __init__(self, news: News, level: int) -> None:
+    def __init__(self, news: LogWriter, level: int) -> None:
         super().__init__(level)
         self._news = news
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields = logs.fields_of(record)
+        fields = log_events.fields_of(record)
         self._news.tell_logged(record.created, record.levelno, _text(record), fields)
 
 
-def hear(news: News, level: int) -> logging.Handler:
+def hear(news: LogWriter, level: int) -> logging.Handler:
     """Have the package's log, from `level` on, told by `news`, until the handler is removed."""
     handler = Handler(news, level)
     logger = logging.getLogger("ivshmem")

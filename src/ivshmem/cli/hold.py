@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..counting import counted
-from ..limits import LINGER, LONGEST_LINGER
-from . import asking
+from ..server.limits import LINGER, LONGEST_LINGER
+from ..system.text import counted
+from . import control_connection
 from .evict import peer_id
 
 
@@ -28,7 +28,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SECONDS",
         help="until it ends by itself (default: %(default)g)",
     )
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -47,7 +47,7 @@ def seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Ask for it, and wait until the peer has read all."""
-    with asking.connect(options) as client:
+    with control_connection.connect(options) as client:
         client.hold(options.id, linger=options.seconds, region=options.region)
     print(f"peer {options.id} is sent no news for {counted(options.seconds, 'second')}")
     return 0

@@ -10,15 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from .. import image
-from ..client import connect
-from ..image import ImageInfo
-from ..plain import plain
-from ..region import Region
-from ..sizes import format_size
+from ..memory import image
+from ..memory.image import ImageInfo
+from ..memory.region import Region
+from ..memory.sizes import format_size
+from ..peer.client import connect
+from ..system.text import plain
 from . import daemon
 from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of
-from .progress import Progress
+from .progress import ProgressBar
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,7 +92,7 @@ def _shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, in
     """Shows progress, and lets signals end the work between two steps of it."""
     quiet = options.quiet or not sys.stderr.isatty()
     with (
-        Progress(sys.stderr, quiet=quiet) as progress,
+        ProgressBar(sys.stderr, quiet=quiet) as progress,
         daemon.signals_held(),
         daemon.ended_at_steps() as step,
     ):

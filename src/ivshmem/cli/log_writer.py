@@ -1,7 +1,7 @@
 """What a server has to say to a person or a log, without ever waiting for a reader.
 
 Knows: a stream that may be full or gone; lines for people, and JSON for programs. Does not know:
-what events there are (logs.py lists them).
+what events there are (log_events.py lists them).
 
 Invariants:
 1. Nothing here writes through a buffered stream of Python's: a thread that is stuck in such a
@@ -17,10 +17,11 @@ import threading
 import time
 from collections import deque
 
-from .. import keeper, logs
-from ..counting import counted
-from ..plain import paragraph, plain
-from ..uncopied import Uncopied
+from ..lasting import supervisor
+from ..server import log_events
+from ..system import late_logging
+from ..system.text import counted, paragraph, plain
+from ..system.uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TextIO
 
-    from ..engine import Peer
+    from ..server.report import Peer
 
 _LINES = 1000  # kept for a reader that does not read
 _SECONDS = 1.0  # that the end waits for one
 
 
-class News(Uncopied):
+class LogWriter(Uncopied):
     """Writes lines to the descriptor of `stream` by a thread of its own; a context manager.
 
     A terminal that was stopped with Ctrl-S, or a pipe that nobody reads, costs lines and not the
@@ -42,7 +43,7 @@ class News(Uncopied):
     `level` on, comes here, too, from its first line on.
 
     Args:
-        form: "text", or "json": an object on each line, which logs.py explains.
+        form: "text", or "json": an object on each line, which log_events.py explains.
     """
 
     def __init__(self, stream: TextIO, level: int, form: str = "text") -> None:
@@ -56,12 +57,12 @@ class News(Uncopied):
         self._handler: logging.Handler | None = None
         self._thread = threading.Thread(target=self._write, name="ivshmem-news", daemon=True)
 
-    def tell(self, line: str, event: str = logs.DEFAULT_EVENT, **fields: object) -> None:
+    def tell(self, line: str, event: str = log_events.DEFAULT_EVENT, **fields: object) -> None:
         """Write a line some time soon: this one for people, the event and its fields as JSON."""
         line = plain(line)
         if self._json:
-            found = logs.fields_in(logs.fields(event, **fields))
-            line = json_line(time.time(), logs.INFO, line, found)
+            found = log_events.fields_in(log_events.fields(event, **fields))
+            line = json_line(time.time(), late_logging.INFO, line, found)
         self._put(line)
 
     def tell_logged(self, when: float, level: int, text: str, fields: Mapping[str, object]) -> None:
@@ -97,10 +98,10 @@ class News(Uncopied):
         text = f"{lines} lines were lost: nobody read them"
         if not self._json:
             return f"ivshmem: {text}"
-        return json_line(time.time(), logs.WARNING, text, {"event": "lost", "lines": lines})
+        return json_line(time.time(), late_logging.WARNING, text, {"event": "lost", "lines": lines})
 
-    def __enter__(self) -> News:
-        logs.when_loaded(self._hear)
+    def __enter__(self) -> LogWriter:
+        late_logging.when_loaded(self._hear)
         self._thread.start()
         return self
 
@@ -110,9 +111,9 @@ class News(Uncopied):
         self._handler = hear(self, self._level)
 
     def __exit__(self, *error: object) -> None:
-        logs.no_more(self._hear)
+        late_logging.no_more(self._hear)
         if self._handler is not None:
-            logs.load().getLogger("ivshmem").removeHandler(self._handler)
+            late_logging.load().getLogger("ivshmem").removeHandler(self._handler)
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -157,13 +158,13 @@ def show(text: str, fd: int = 1, end: str = "\n") -> None:
 def say_as(form: str, text: str) -> None:
     """Write a line to stderr where there is no News, in the same form, if that is not to wait."""
     if form == "json":
-        fields = logs.fields_in({})
-        keeper.say(json_line(time.time(), logs.ERROR, paragraph(text[-2000:]), fields))
+        fields = log_events.fields_in({})
+        supervisor.say(json_line(time.time(), late_logging.ERROR, paragraph(text[-2000:]), fields))
     else:
-        keeper.say(f"ivshmem: {text}")
+        supervisor.say(f"ivshmem: {text}")
 
 
-def tell_peer(news: News, verb: str, peer: Peer, region: str = "") -> None:
+def tell_peer(news: LogWriter, verb: str, peer: Peer, region: str = "") -> None:
     """Say that a peer "joined" or "left"; `region`: which one, where there are several."""
     vectors = counted(peer.vectors, "vector")
     where = f"{region}: " if region else ""
@@ -193,7 +194,7 @@ def json_line(when: float, level: int, text: str, fields: Mapping[str, object]) 
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
     head = {
         "time": f"{moment}.{int(when * 1000) % 1000:03}Z",
-        "level": logs.LEVELS.get(level, str(level)),
+        "level": late_logging.LEVELS.get(level, str(level)),
         **{
             name: plain(value) if isinstance(value, str) else value
             for name, value in fields.items()

@@ -6,19 +6,14 @@ on stderr says why and what to do; 2: wrong usage.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from argparse import Action, ArgumentError, ArgumentParser, HelpFormatter, Namespace
-from itertools import dropwhile
 
 from .. import __version__
-from ..plain import plain
+from .run import Parser, guarded, parsed, ran_short
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from typing import Any, NoReturn
+    from collections.abc import Sequence
 
 # What each subcommand is for, and the module that has it, which is imported only if it is called.
 SUBCOMMANDS = {
@@ -47,60 +42,6 @@ SUBCOMMANDS = {
 }
 
 
-class Help(HelpFormatter):
-    """As wide as the terminal; argparse itself imports shutil for that, with each option."""
-
-    def __init__(self, prog: str, **how: Any) -> None:
-        super().__init__(prog, **{"width": _columns() - 2, **how})
-
-
-def _columns() -> int:
-    columns = 0
-    with contextlib.suppress(KeyError, ValueError):
-        columns = int(os.environ["COLUMNS"])
-    if columns <= 0:
-        with contextlib.suppress(OSError):
-            columns = os.get_terminal_size(1).columns
-    return max(columns, 20) if columns > 0 else 80
-
-
-class Parser(ArgumentParser):
-    """Says what is wrong in one line, not after a screen of usage; and what was meant, perhaps."""
-
-    def __init__(self, *arguments: Any, **how: Any) -> None:
-        super().__init__(*arguments, **{"formatter_class": Help, **how})
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Where a subcommand goes, no word at all and the word `help` ask what there is.
-        if self._subparsers is not None and (not args or args[0] == "help"):
-            args = [*dropwhile("help".__eq__, args or ()), "--help"]
-        # Each parser refuses what it does not know: the outermost one would name the wrong help.
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            option = unknown[0].partition("=")[0]
-            meant = suggestion(option, self._option_string_actions) if option[:1] == "-" else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
-        return found, unknown
-
-    def _check_value(self, action: Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            allowed = [str(choice) for choice in action.choices]
-            meant = suggestion(str(value), allowed) or f": allowed are {', '.join(allowed)}"
-            raise ArgumentError(action, f"invalid choice: {value!r}{meant}")
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """ ": did you mean X?", if one of the known words is like this one."""
-    import difflib  # here, since it is seldom needed
-
-    lower = {each.lower(): each for each in known}
-    like = difflib.get_close_matches(word.lower(), list(lower), 1)
-    return f": did you mean {lower[like[0]]}?" if like else ""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
@@ -113,23 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return ran_short(error)
     return guarded(options.run, options)
-
-
-def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
-    """What the arguments say; errors and help exit, also where nobody reads them."""
-    try:
-        open_standard_streams()
-    except OSError as error:  # too many open files
-        raise SystemExit(fail(error)) from None
-    try:
-        try:
-            return parser.parse_args(arguments)
-        except SystemExit:
-            _drop_output()
-            raise
-    except KeyboardInterrupt:  # perhaps while the help waited for its reader
-        _lose_output()
-        raise SystemExit(130) from None
 
 
 def _parser(given: Sequence[str]) -> Parser:
@@ -145,160 +69,9 @@ def _parser(given: Sequence[str]) -> Parser:
     subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=named in SUBCOMMANDS)
     if named in SUBCOMMANDS:
         home = SUBCOMMANDS[named][0]
-        module = __import__(f"{__name__}.{home}", fromlist=("add_to",))
+        module = __import__(f"{__package__}.{home}", fromlist=("add_to",))
         module.add_to(subparsers)
     else:
         for name, (_, text) in SUBCOMMANDS.items():
             subparsers.add_parser(name, help=text)
     return parser
-
-
-def open_standard_streams() -> None:
-    """Give descriptors 0, 1 and 2 to /dev/null where they are closed, before a file gets them."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    # A name that the terminal's encoding does not have is no reason to end in the midst of a table.
-    with contextlib.suppress(AttributeError):  # another object stands for it, in a test for one
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-def guarded(run: Callable[..., int | None], *arguments: object) -> int:
-    """Call `run` and turn what users can cause into one line and an exit status."""
-    try:
-        return _guarded(run, *arguments)
-    except KeyboardInterrupt:  # while an error waited for its reader
-        _lose_output()
-        return 130
-    except Exception as error:
-        return ran_short(error)
-
-
-def ran_short(error: Exception) -> int:
-    """Print one line if the error means that memory or descriptors ran short, else raise it.
-
-    Imports meet such a shortage too, since a command imports what it needs while it runs.
-    """
-    if not isinstance(error, OSError) and not (lack := _lack(error)):
-        raise error
-    status = fail(error) if isinstance(error, OSError) else _complain(lack)
-    _drop_output()
-    return status
-
-
-def _lack(error: Exception) -> str:
-    """What was short, and what to do, where the error is not an OSError; "": nothing was."""
-    text = str(error)
-    if isinstance(error, RuntimeError):  # Python drops the errno of pthread_create(3)
-        return _NO_THREAD if text.startswith("can't start new thread") else ""
-    if isinstance(error, ImportError) and "Too many open files" in text:  # of dlopen(3)
-        return f"too many open files{_HINTS[24]}"
-    unmapped = isinstance(error, ImportError) and ("map segment" in text or "allocate" in text)
-    # Some of Python's own code tells of no memory by an error without an exception.
-    lost = isinstance(error, SystemError) and "without" in text and "exception" in text
-    return _NO_MEMORY if unmapped or lost or isinstance(error, MemoryError) else ""
-
-
-_REMEDY = "raise the limit with `ulimit -v unlimited`, or for a service with LimitAS=infinity"
-_NO_MEMORY = f"this process may not have more memory: {_REMEDY}"
-_NO_THREAD = f"no thread can be started, for lack of memory or processes: {_REMEDY}; or `ulimit -u`"
-
-
-def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
-    from ..errors import IvshmemError
-
-    try:
-        status = run(*arguments)
-        sys.stdout.flush()
-    except BrokenPipeError as error:
-        # The reader of our output has seen enough; or a process that was asked something is gone.
-        status = 1 if error.filename is None and _is_unread() else fail(error)
-    except KeyboardInterrupt:
-        status = 130
-        _lose_output()
-    except SystemExit:  # by a signal
-        _lose_output()
-        raise
-    except (IvshmemError, OSError, ValueError, OverflowError) as error:
-        status = fail(error)
-    _drop_output()
-    return int(status or 0)
-
-
-def _is_unread() -> bool:
-    """Whether nobody can read standard output any more."""
-    import select  # rarely needed
-
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):
-        return True  # it is closed
-    return bool(poll.poll(0))
-
-
-def _drop_output() -> None:
-    """Lose what cannot be written: at its exit Python would try it again, and complain."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            _lose(stream)
-
-
-def _lose_output() -> None:
-    """Lose what was not written yet, so that the exit waits for no reader."""
-    for stream in (sys.stdout, sys.stderr):
-        _lose(stream)
-
-
-def _lose(stream: Any) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        fd = stream.fileno()  # first: what stands for a stream may have none
-        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null, fd)
-        os.close(null)
-
-
-def fail(error: BaseException) -> int:
-    """Print the one line that an error is worth, and return exit status 1."""
-    return _complain(one_line(error))
-
-
-def _complain(line: str) -> int:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        print(f"ivshmem: {line}", file=sys.stderr)
-    return 1
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a person reads it: the path first, no errno, and what to do."""
-    return plain(_sentence(error))
-
-
-def _sentence(error: BaseException) -> str:
-    if not isinstance(error, OSError) or error.strerror is None:
-        return " ".join(str(error).split())
-    hint = (
-        _HINTS.get(error.errno or 0, "") if error.strerror == os.strerror(error.errno or 0) else ""
-    )
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}{hint}"
-
-
-# Python's own errno subclasses say what and where; these add what to do.
-_HINTS = {
-    1: ": run as a user who may, or choose another path",  # EPERM
-    2: ": create it first, or choose another path",  # ENOENT
-    12: f": {_REMEDY}",  # ENOMEM
-    13: ": run as a user who may, or choose another path",  # EACCES
-    20: ": a part of the path is a file: choose another path",  # ENOTDIR
-    21: ": name a file in it, or use --directory",  # EISDIR
-    24: ": raise the limit with `ulimit -n`",  # EMFILE
-    27: ": raise the limit with `ulimit -f unlimited`, or choose another file system",  # EFBIG
-    28: ": make room there, or choose another file system",  # ENOSPC
-    30: ": choose a path on a file system that can be written",  # EROFS
-}

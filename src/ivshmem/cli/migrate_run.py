@@ -9,14 +9,13 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from .. import migration
-from ..counting import counted
-from ..migration import Member, Options, Plan, Refused, Step, Vm, groupfile
-from ..migration.discovery import Controls
-from ..plain import plain
-from ..sizes import format_size
+from ..memory.sizes import format_size
+from ..migration import GroupMember, Options, Plan, Refused, Step, Vm, group_file
+from ..migration.inspection import Controls
+from ..system.text import counted, plain
 from . import daemon
-from .peers import duration
-from .progress import Progress
+from .progress import ProgressBar
+from .status_text import duration
 
 _T = TypeVar("_T")
 
@@ -25,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     """Migrate, or whatever else was asked for."""
     vms, controls = _named(options)
     state = options.state or migration.default_path(vms)
-    with Progress(sys.stderr, quiet=options.quiet) as progress:
+    with ProgressBar(sys.stderr, quiet=options.quiet) as progress:
         shown = _Shown(progress, sys.stderr.isatty())
         if options.put_back:
             _interruptible(migration.put_back(state, tell=shown.step))
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _named(options: argparse.Namespace) -> tuple[list[Vm], Controls]:
     if options.group is not None:
-        vms, controls = groupfile.load(options.group)
+        vms, controls = group_file.load(options.group)
     else:
         vms, controls = [Vm(*each) for each in options.vm], {}
     return vms, {
@@ -69,7 +68,7 @@ def _named(options: argparse.Namespace) -> tuple[list[Vm], Controls]:
     }
 
 
-def _say_as_before(progress: Progress) -> None:
+def _say_as_before(progress: ProgressBar) -> None:
     progress.wipe()
     print("ivshmem: interrupted; the group runs at the source as before", file=sys.stderr)
 
@@ -116,7 +115,7 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
-def _member(member: Member, role: str) -> str:
+def _member(member: GroupMember, role: str) -> str:
     device = member.device
     kind = (
         f"doorbell, {counted(device.vectors, 'vector')}" if device.kind == "doorbell" else "plain"
@@ -127,7 +126,7 @@ def _member(member: Member, role: str) -> str:
 class _Shown:
     """Progress of a migration."""
 
-    def __init__(self, progress: Progress, terminal: bool) -> None:
+    def __init__(self, progress: ProgressBar, terminal: bool) -> None:
         self._progress = progress
         self._terminal = terminal
         self._what = ""
@@ -141,7 +140,7 @@ class _Shown:
         self._done = (number - 1) / self.steps if self.steps else 0.0
         self._progress.show(self._done, self._what)
 
-    def migrating(self, now: migration.Progress) -> None:
+    def migrating(self, now: migration.TransferProgress) -> None:
         """A VM's memory is under way; only a terminal can show that over and over."""
         if not self._terminal or not now.total:
             return

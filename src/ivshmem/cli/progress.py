@@ -9,12 +9,12 @@ import os
 import shutil
 from typing import TextIO
 
-from .columns import cut
+from .tables import cut
 
 _WIDTH = 24  # of the bar, in columns
 
 
-class Progress:
+class ProgressBar:
     """Shows on `stream` what share is done, and of what; a context manager, that wipes the bar.
 
     Args:
@@ -50,7 +50,7 @@ class Progress:
             self._stream.flush()
             self._drawn = False
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:

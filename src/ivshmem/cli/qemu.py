@@ -8,12 +8,12 @@ import os
 import re
 import sys
 
-from .. import qemu, sockets
 from ..errors import RegionError, ServerGone
-from ..limits import DEFAULT_SIZE
-from ..plain import plain
-from ..qemu import old
-from ..sizes import check_size, format_size, parse_size
+from ..memory.sizes import check_size, format_size, parse_size
+from ..peer import inquiry
+from ..qemu import cmdline, old_device
+from ..service.limits import DEFAULT_SIZE
+from ..system.text import plain
 from .arguments import OF_THE_SERVER, server_of, vectors
 
 _SECONDS = 10.0  # for a server to answer
@@ -100,7 +100,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def ident(text: str) -> str:
     """An id from the command line."""
     try:
-        return qemu.check_ident(text)
+        return cmdline.check_ident(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -130,14 +130,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         arguments, xml = _doorbell(options)
     if options.iommu:
-        arguments = [*qemu.iommu(), *arguments]
-        xml = f"{qemu.libvirt_iommu()}{xml}".replace("><", ">\n<")
+        arguments = [*cmdline.iommu(), *arguments]
+        xml = f"{cmdline.libvirt_iommu()}{xml}".replace("><", ">\n<")
     if options.libvirt:
         print(xml)
     elif options.json:
         print(json.dumps(arguments))
     else:
-        print(line := qemu.shell(arguments))
+        print(line := cmdline.shell(arguments))
         if line.split() != arguments and not sys.stdout.isatty():
             # No quoting survives an unquoted $(..).
             note = "ivshmem: these words are quoted: paste them, or use `| xargs qemu-system-..`;"
@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _old(options: argparse.Namespace) -> tuple[list[str], str]:
     """What an old line is called today; on stderr, what it meant."""
-    meant = old.read(options.device, options.chardev)
+    meant = old_device.read(options.device, options.chardev)
     what = f"memory of {format_size(meant.size)} in /dev/shm/{meant.name}, without doorbells"
     today = "ivshmem-plain"
     if meant.socket:
@@ -161,19 +161,19 @@ def _old(options: argparse.Namespace) -> tuple[list[str], str]:
     )
     if meant.socket:
         return (
-            qemu.doorbell(meant.socket, meant.vectors, ident=options.id, master=meant.master),
-            qemu.libvirt_doorbell(
+            cmdline.doorbell(meant.socket, meant.vectors, ident=options.id, master=meant.master),
+            cmdline.libvirt_doorbell(
                 meant.socket, meant.vectors, master=meant.master, slot=options.slot
             ),
         )
-    from .. import pages
-    from ..region import posix_path
+    from ..memory import pages
+    from ..memory.region import posix_path
 
     path = posix_path(meant.name)
     check_size(meant.size, pages.PAGE, what=path)
     return (
-        qemu.plain(path, meant.size, ident=options.id, master=meant.master),
-        qemu.libvirt_plain(
+        cmdline.plain(path, meant.size, ident=options.id, master=meant.master),
+        cmdline.libvirt_plain(
             os.path.basename(path), meant.size, master=meant.master, slot=options.slot
         ),
     )
@@ -184,14 +184,14 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
     path = os.path.abspath(server_of(options))
     if number is None:
         try:
-            number = sockets.ask(path, _SECONDS)["vectors"]
+            number = inquiry.ask(path, _SECONDS)["vectors"]
         except (ServerGone, KeyError):
             raise ServerGone(
                 f"{path}: this server does not say how many vectors it has: give --vectors"
             ) from None
     return (
-        qemu.doorbell(path, number, ident=options.id, master=options.master),
-        qemu.libvirt_doorbell(path, number, master=options.master, slot=options.slot),
+        cmdline.doorbell(path, number, ident=options.id, master=options.master),
+        cmdline.libvirt_doorbell(path, number, master=options.master, slot=options.slot),
     )
 
 
@@ -199,9 +199,9 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
     """Devices for regions of a file, in one guest if they are several."""
     if options.vectors is not None or options.size is not None:
         raise ValueError("--vectors and --size: with --config, the file says that")
-    from .. import configfile  # here and below, since most calls need none of these
+    from ..service import config_file  # here and below, since most calls need none of these
 
-    config = configfile.load(options.config)
+    config = config_file.load(options.config)
     names = options.region or list(config.regions)
     if options.id and len(names) > 1:
         raise ValueError("an id is for one device: give --region NAME, too")
@@ -215,12 +215,12 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
         if name not in config.regions:
             raise config.error(f"no region {name}: there are {', '.join(config.regions)}")
         region = config.regions[name]
-        arguments += qemu.doorbell(
+        arguments += cmdline.doorbell(
             region.socket, region.vectors, ident=options.id, master=options.master
         )
-        slots.append(options.slot or qemu.slot_of(name, slots))
+        slots.append(options.slot or cmdline.slot_of(name, slots))
         xml.append(
-            qemu.libvirt_doorbell(
+            cmdline.libvirt_doorbell(
                 region.socket, region.vectors, name=name, master=options.master, slot=slots[-1]
             )
         )
@@ -228,8 +228,8 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
 
 
 def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
-    from .. import pages
-    from ..region import posix_path
+    from ..memory import pages
+    from ..memory.region import posix_path
 
     if options.name:
         path = posix_path(options.name)
@@ -252,20 +252,22 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
     else:
         size = parse_size(options.size or max(parse_size(DEFAULT_SIZE), page))
     check_size(size, page, what=path)
-    arguments = qemu.plain(
+    arguments = cmdline.plain(
         path, size, ident=options.id, master=options.master, prealloc=options.prealloc
     )
     if options.libvirt and os.path.dirname(path) != "/dev/shm":  # noqa: S108
         raise RegionError(
             f"libvirt takes only a POSIX name for plain memory, not {path}: use --name"
         )
-    xml = qemu.libvirt_plain(os.path.basename(path), size, master=options.master, slot=options.slot)
+    xml = cmdline.libvirt_plain(
+        os.path.basename(path), size, master=options.master, slot=options.slot
+    )
     return arguments, xml
 
 
 def _hugetlbfs_mount(wanted: bool | str) -> str:
     """Where a hugetlbfs with pages of the wanted size is mounted."""
-    from .. import pages
+    from ..memory import pages
 
     size = pages.huge_page_size(wanted)
     with open("/proc/self/mounts", errors="surrogateescape") as mounts:

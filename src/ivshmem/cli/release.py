@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import asking
+from . import control_connection
 from .evict import peer_id
 
 
@@ -16,13 +16,13 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
     parser.add_argument("--region", metavar="NAME", help="its region, if there are several")
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    with asking.connect(options) as client:
+    with control_connection.connect(options) as client:
         held = client.release(options.id, region=options.region)
     if held:
         print(f"peer {options.id} is sent news again")

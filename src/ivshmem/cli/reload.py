@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..plain import plain
-from . import asking
+from ..system.text import plain
+from . import control_connection
 
 _SECONDS = 60.0  # memory may have to be taken
 
@@ -16,15 +16,15 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Let a running server read its configuration again, and print what has changed."
         " If something in it is wrong, that is said, and all stays as it was.",
     )
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    with asking.connect(options, _SECONDS) as client:
+    with control_connection.connect(options, _SECONDS) as client:
         reply = client.ask({"do": "reload"})
     lines = [plain(line) for line in reply["changes"]]
-    whose = asking.says_who(client)
+    whose = control_connection.says_who(client)
     print("\n".join(f"{line}{whose}" for line in lines or ["nothing has changed"]))
     return 0

@@ -22,10 +22,10 @@ import tty
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..plain import plain
+from ..system.text import plain
 from . import daemon
-from .columns import cut
-from .news import show
+from .log_writer import show
+from .tables import cut
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"

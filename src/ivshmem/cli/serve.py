@@ -1,7 +1,7 @@
 """`ivshmem serve`: its options, and which process does what.
 
-Knows: options. Does not know: how anything is served, which serving.py does; with --supervise this
-process stays small, since only its children import that.
+Knows: options. Does not know: how anything is served, which serve_process.py does; with
+--supervise this process stays small, since only its children import that.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from .. import keeper, limits
-from . import guarded
+from ..lasting import supervisor
+from ..service import limits
 from .arguments import add_region
+from .run import guarded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
-    if options.daemon and not options.foreground and not (options.check or keeper.is_heir()):
+    if options.daemon and not options.foreground and not (options.check or supervisor.is_heir()):
         from . import daemon
 
         return daemon.in_background(
@@ -109,10 +110,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace, ready: Ready) -> int:
     if options.supervise and not options.check:
-        from .supervising import supervise
+        from .supervise import supervise
 
         return supervise(options, ready)
-    from .serving import planned_by, serve
+    from .serve_process import planned_by, serve
 
     plan = planned_by(options)
     return 0 if plan is None else serve(plan, ready)

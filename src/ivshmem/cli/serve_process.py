@@ -14,29 +14,33 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from .. import _fds, keeper, logs
-from ..config import ServiceConfig
-from ..counting import counted
-from ..engine import Peer
 from ..errors import IvshmemError
-from ..journal import Journal
-from ..named import NamedTuple
-from ..opening import holders_of_removed
-from ..service import Service
-from ..sockets import Listener
-from . import daemon, one_line
+from ..lasting import supervisor
+from ..lasting.journal import Journal
+from ..native import descriptors
+from ..server import log_events
+from ..server.report import Peer
+from ..service.config import ServiceConfig
+from ..service.managed import Manager, keeping, telling
+from ..service.open_region import holders_of_removed
+from ..service.service import Service
+from ..system import late_logging
+from ..system.named_tuple import NamedTuple
+from ..system.sockets import Listener
+from ..system.text import counted
+from . import daemon
 from .arguments import check_no_region, region_of
-from .managed import Manager, keeping, telling
-from .news import News, say_as, show, tell_peer
+from .log_writer import LogWriter, say_as, show, tell_peer
+from .run import one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from .succession import Past
-    from .supervising import Kept
+    from ..lasting.supervised import Supervision
+    from ..service.succession import Inheritance
 
-_log = logs.log_of("ivshmem.serve")
+_log = late_logging.log_of("ivshmem.serve")
 
 _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # that are no peer's, about
 _FEW_PEERS = 100
@@ -68,7 +72,7 @@ def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig
     return found._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def planned_by(options: argparse.Namespace) -> Plan | None:
+def planned_by(options: argparse.Namespace) -> ServePlan | None:
     """What the options say; None: they asked only what that is, and it has been printed.
 
     Raises:
@@ -80,10 +84,10 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
         check_no_region(options)
         load = partial(_load, options)
         going_on = options.fd_store and manager.journal is not None
-        plan = planned_again(load) if going_on else Plan(load(), load)
+        plan = planned_again(load) if going_on else ServePlan(load(), load)
         if options.check:
             from .banner import planned
-            from .obstacles import obstacles
+            from .config_checks import obstacles
 
             print(planned(plan.config))
             if wrong := list(obstacles(plan.config)):
@@ -93,18 +97,18 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
         raise ValueError("--check says what is wrong in a file: give --config FILE, too")
     else:
         region = region_of(options, manager.only_path())
-        plan = Plan(_seen_as(ServiceConfig({"ivshmem": region}), options))
+        plan = ServePlan(_seen_as(ServiceConfig({"ivshmem": region}), options))
     return _completed(plan, options, manager)
 
 
-def _completed(plan: Plan, options: argparse.Namespace, manager: Manager) -> Plan:
+def _completed(plan: ServePlan, options: argparse.Namespace, manager: Manager) -> ServePlan:
     return plan._replace(
         controlled=not options.no_control,
         metrics_peers=options.metrics_peers,
         metrics_hosts=tuple(options.metrics_host),
         pid_file=options.pid_file,
         quiet=options.quiet,
-        level=logs.DEBUG if options.verbose else logs.INFO,
+        level=late_logging.DEBUG if options.verbose else late_logging.INFO,
         manager=manager,
         fd_store=options.fd_store,
         takeover=options.takeover,
@@ -113,15 +117,15 @@ def _completed(plan: Plan, options: argparse.Namespace, manager: Manager) -> Pla
 
 def _load(options: argparse.Namespace) -> ServiceConfig:
     # Here, since no other process needs the parser of TOML.
-    from .. import configfile
+    from ..service import config_file
 
-    return _seen_as(configfile.load(os.path.abspath(options.config)), options)
+    return _seen_as(config_file.load(os.path.abspath(options.config)), options)
 
 
 # -- serving --------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class ServePlan(NamedTuple):
     """What is to be served, and how the process is to be."""
 
     config: ServiceConfig
@@ -132,22 +136,22 @@ class Plan(NamedTuple):
     metrics_hosts: tuple[str, ...] = ()
     pid_file: str | None = None
     quiet: bool = False
-    level: int = logs.INFO
+    level: int = late_logging.INFO
     manager: Manager | None = None
     fd_store: bool = False
     takeover: bool = False
     notice: str = ""
 
 
-def planned_again(load: Callable[[], ServiceConfig]) -> Plan:
+def planned_again(load: Callable[[], ServiceConfig]) -> ServePlan:
     """The same; but nobody has asked for it, so what is served does not end if it is wrong."""
     try:
-        return Plan(load(), load)
+        return ServePlan(load(), load)
     except (OSError, ValueError) as error:
-        return Plan(ServiceConfig(), load, notice=f"all stays as it was: {one_line(error)}")
+        return ServePlan(ServiceConfig(), load, notice=f"all stays as it was: {one_line(error)}")
 
 
-def serve(plan: Plan, ready: Callable[[], None]) -> int:
+def serve(plan: ServePlan, ready: Callable[[], None]) -> int:
     """Open everything, serve it until a signal says to end, and leave nothing behind."""
     daemon.raise_fd_limit()
     # Signals wait until there is something to stop, and again from the end on: what was made is
@@ -155,15 +159,15 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
     with daemon.signals_held(for_good=True), plan.manager or Manager.from_environment() as manager:
         past = None
         if plan.takeover:
-            from .succession import Past, take_over
+            from ..service.succession import Inheritance, take_over
 
             journal, _ = take_over(plan.config)
-            past = Past(journal, "asked for", config=plan.config, partly=plan.load is None)
+            past = Inheritance(journal, "asked for", config=plan.config, partly=plan.load is None)
         with (
             daemon.pid_file_of(
                 plan.pid_file, partial(say_as, plan.config.log_format), going_on=past is not None
             ),
-            News(sys.stderr, plan.level, plan.config.log_format) as news,
+            LogWriter(sys.stderr, plan.level, plan.config.log_format) as news,
         ):
             if plan.notice:
                 _log.error("%s", plan.notice)
@@ -174,15 +178,15 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
 
 
 def serve_kept(
-    options: argparse.Namespace, kept: Kept, deaths: list[str], ready: Callable[[], None]
+    options: argparse.Namespace, kept: Supervision, deaths: list[str], ready: Callable[[], None]
 ) -> int:
     """Do that in a child of a supervisor; go on where an earlier child was, if one was.
 
     Args:
         deaths: what became of the earlier ones.
     """
-    from .. import snapshots
-    from .succession import past_of
+    from ..service import snapshots
+    from ..service.succession import past_of
 
     if not (deaths and kept.announced):
         return _serve_kept_first(options, kept, Journal(kept.fd), deaths, ready)
@@ -190,21 +194,21 @@ def serve_kept(
     past = past_of(kept, journal)
     config = snapshots.read(journal).config
     load = None if options.config is None else partial(_load, options)
-    plan = Plan(config) if load is None else planned_again(load)
+    plan = ServePlan(config) if load is None else planned_again(load)
     plan = _completed(plan._replace(config=config), options, Manager.of_successor())
     return _serve_child(plan, kept, journal, past, deaths, ready)
 
 
 def _serve_kept_first(
     options: argparse.Namespace,
-    kept: Kept,
+    kept: Supervision,
     journal: Journal,
     deaths: list[str],
     ready: Callable[[], None],
 ) -> int:
     """The same, where no child has opened all that is to be served."""
-    from .. import snapshots
-    from .succession import Past, past_of
+    from ..service import snapshots
+    from ..service.succession import Inheritance, past_of
 
     past = past_of(kept, journal) if deaths else None
     plan = planned_by(options)
@@ -215,7 +219,7 @@ def _serve_kept_first(
         # The regions that were not open yet.
         past = past._replace(config=plan.config, partly=options.takeover and plan.load is None)
     elif options.takeover and not deaths:
-        past = Past(journal, "asked for", config=plan.config, partly=plan.load is None)
+        past = Inheritance(journal, "asked for", config=plan.config, partly=plan.load is None)
     elif len(deaths) >= _TRIES:
         _remove_stale(plan.config)
         raise IvshmemError(
@@ -226,16 +230,16 @@ def _serve_kept_first(
 
 
 def _serve_child(
-    plan: Plan,
-    kept: Kept,
+    plan: ServePlan,
+    kept: Supervision,
     journal: Journal,
-    past: Past | None,
+    past: Inheritance | None,
     deaths: list[str],
     ready: Callable[[], None],
 ) -> int:
     with (
         plan.manager or Manager.of_successor() as manager,
-        News(sys.stderr, plan.level, plan.config.log_format) as news,
+        LogWriter(sys.stderr, plan.level, plan.config.log_format) as news,
     ):
         if deaths:
             _log.error("%s: another goes on", deaths[-1])
@@ -246,24 +250,24 @@ def _serve_child(
 
 def _remove_stale(config: ServiceConfig) -> None:
     """Leave no socket where children were killed that had bound some."""
-    from .. import control
+    from ..service import control_client
 
     paths = [region.socket for region in config.regions.values()]
-    paths += [config.control or control.default_path(path) for path in paths[:1]]
+    paths += [config.control or control_client.default_path(path) for path in paths[:1]]
     for path in paths:
         with contextlib.suppress(OSError):
             Listener(path).close()
 
 
 def _serve(
-    plan: Plan,
+    plan: ServePlan,
     manager: Manager,
-    news: News,
+    news: LogWriter,
     ready: Callable[[], None],
     *,
     journal: Journal | None,
-    past: Past | None,
-    kept: Kept | None = None,
+    past: Inheritance | None,
+    kept: Supervision | None = None,
 ) -> int:
     """Serve; `past`: what another process was serving."""
     if manager.warning:
@@ -284,13 +288,13 @@ def _serve(
             service.open()
         # Somebody can connect from now on, and need not wait for the rest to be imported. (Where
         # there is a past, its peers' descriptors can leave none to read modules by: import first.)
+        from ..service.observability import observable
+        from ..service.succession import handing_over, replacing
         from .banner import banner
-        from .seen import seen
-        from .succession import handing_over, replacing
 
         _tell_fd_limit(plan.config)
         if past:
-            from .. import snapshots
+            from ..service import snapshots
 
             expected = bool(snapshots.read(past.journal).descriptors)
             past.go_on(service)
@@ -299,7 +303,7 @@ def _serve(
             if kept and not service.regions:
                 _log.warning("there is nothing to go on with")
                 return 1 if expected else 0  # else another process goes on, which asked for it
-        with seen(
+        with observable(
             service,
             needed=past is None,
             controlled=plan.controlled,
@@ -329,7 +333,7 @@ def _serve(
                 keeping(manager, service),
                 telling(manager.notifier, service),
                 daemon.ended_by_signals(service.stop, reload),
-                keeper.left_to_another(partial(say_as, plan.config.log_format))
+                supervisor.left_to_another(partial(say_as, plan.config.log_format))
                 if kept
                 else contextlib.nullcontext(),
             ):
@@ -343,12 +347,14 @@ def _serve(
 
 
 @contextlib.contextmanager
-def _unharmed(plan: Plan, service: Service, past: Past | None, kept: Kept | None) -> Iterator[None]:
+def _unharmed(
+    plan: ServePlan, service: Service, past: Inheritance | None, kept: Supervision | None
+) -> Iterator[None]:
     """If this process cannot go on where another was, leave all to the next one."""
     if past is None:
         yield
     elif kept:
-        with keeper.left_to_another(
+        with supervisor.left_to_another(
             partial(say_as, plan.config.log_format)
         ):  # what it has is the parent's, too
             yield
@@ -362,13 +368,13 @@ def _unharmed(plan: Plan, service: Service, past: Past | None, kept: Kept | None
 
 @contextlib.contextmanager
 def _reloading(
-    service: Service, plan: Plan, manager: Manager
+    service: Service, plan: ServePlan, manager: Manager
 ) -> Iterator[Callable[[], object] | None]:
     """What SIGHUP is to do: read the file again, in the loop; None: what SIGTERM does."""
     if plan.load is None or daemon.has_terminal():
         yield None
         return
-    wanted = _fds.FdArray.eventfds(1)
+    wanted = descriptors.FdArray.eventfds(1)
 
     def act() -> None:
         wanted.drain(0)
@@ -380,10 +386,10 @@ def _reloading(
             changes = service.reload()
         except (OSError, ValueError) as error:
             reason = one_line(error)
-            told = logs.fields("unreloaded", reason=reason)
+            told = log_events.fields("unreloaded", reason=reason)
             _log.error("not reloaded, nothing has changed: %s", reason, extra=told)
         else:
-            told = logs.fields("reloaded", changes=changes)
+            told = log_events.fields("reloaded", changes=changes)
             _log.warning("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
         manager.notifier.ready()
 
@@ -413,7 +419,7 @@ def _tell_of_removed(service: Service) -> None:
             )
 
 
-def _tell_peer(plan: Plan, news: News, verb: str, region: str, peer: Peer) -> None:
+def _tell_peer(plan: ServePlan, news: LogWriter, verb: str, region: str, peer: Peer) -> None:
     several = plan.load is not None or len(plan.config.regions) > 1  # or can become several
     tell_peer(news, verb, peer, region if several else "")
 
@@ -425,10 +431,10 @@ def _tell_fd_limit(config: ServiceConfig) -> None:
     free = max(limit - _FDS_OF_THE_SERVICE - _FDS_OF_A_REGION * len(config.regions), 0)
     peers = free // (1 + vectors)
     _log.log(
-        logs.WARNING if peers < _FEW_PEERS else logs.DEBUG,
+        late_logging.WARNING if peers < _FEW_PEERS else late_logging.DEBUG,
         "RLIMIT_NOFILE is %d: enough for about %s of %s",
         limit,
         counted(peers, "peer"),
         counted(vectors, "vector"),
-        extra=logs.fields("limit", limit=limit, peers=peers, vectors=vectors),
+        extra=log_events.fields("limit", limit=limit, peers=peers, vectors=vectors),
     )

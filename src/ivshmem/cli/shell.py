@@ -15,14 +15,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from .._core import Interrupt
-from ..client import Client
-from ..counting import counted
-from ..directory import Directory
-from ..endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError, NoDirectory
-from ..plain import plain
-from ..sizes import format_size, parse_size
-from . import suggestion
+from ..memory.sizes import format_size, parse_size
+from ..peer.client import Client
+from ..peer.directory import Directory
+from ..peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
+from ..system.text import counted, plain
+from .run import suggestion
 
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 

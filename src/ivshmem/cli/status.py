@@ -7,8 +7,8 @@ import json
 import shutil
 import sys
 
-from ..plain import plain
-from . import asking, peers
+from ..system.text import plain
+from . import control_connection, status_text
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,32 +20,32 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         epilog="A guest's name is QEMU's -name; other names are those in the region's directory of"
         " names. Either is what a peer says of itself. `stalled since`: it has not read since.",
     )
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Ask, and print."""
-    with asking.connect(options) as client:
+    with control_connection.connect(options) as client:
         status = client.ask({"do": "status"})
-    peers.Guests().name(status)
-    print(json.dumps(status) if options.json else text(status, asking.says_who(client)))
+    status_text.Guests().name(status)
+    print(json.dumps(status) if options.json else text(status, control_connection.says_who(client)))
     return 0
 
 
-def text(status: peers.Status, whose: str = "") -> str:
+def text(status: status_text.Status, whose: str = "") -> str:
     """A status as a person reads it; `whose`: what stands behind the line about the server."""
     server = status["server"]
     columns = shutil.get_terminal_size().columns - 2 if sys.stdout.isatty() else None
-    lines = [peers.server_line(server) + whose]
+    lines = [status_text.server_line(server) + whose]
     for region in status["regions"]:
-        lines += ["", peers.region_line(region), f"  {peers.counts_line(region)}"]
+        lines += ["", status_text.region_line(region), f"  {status_text.counts_line(region)}"]
         if region.get("unreachable"):  # servers of older versions do not say
             lines.append(f"  nobody can connect: {region['socket']} {region['unreachable']}")
         if region["paused"]:
             lines.append(f"  newcomers wait: {region['paused']}")
         if region["peers"]:
-            rows = [peers.peer_row(peer, server["time"]) for peer in region["peers"]]
-            lines += [f"  {line}" for line in peers.table(rows, columns)]
+            rows = [status_text.peer_row(peer, server["time"]) for peer in region["peers"]]
+            lines += [f"  {line}" for line in status_text.table(rows, columns)]
     return "\n".join(map(plain, lines))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from .. import control
-from ..counting import counted
-from ..plain import NAME, plain
+from ..memory.sizes import format_size
 from ..qemu.processes import guest_of
-from ..sizes import format_size
-from .columns import table as columned
+from ..system import processes
+from ..system.text import NAME, counted, plain
+from .tables import table as columned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Guests:
     def name(self, status: Status) -> None:
         """Give each peer of a status a "guest", "" if it is none that is to be seen from here."""
         before, self._known = self._known, {}
-        visible = status["server"]["pid_namespace"] == control.pid_namespace() != 0
+        visible = status["server"]["pid_namespace"] == processes.pid_namespace() != 0
         for region in status["regions"]:
             for peer in region.get("peers", ()):
                 key = (peer["pid"], peer["since"])

@@ -12,7 +12,7 @@ MARK = ">"  # at the end of a line, or of a table's head: there is more than is 
 
 
 def width(text: str) -> int:
-    """Return the columns of a text that is plain (see plain.py): wide characters take two."""
+    """Return the columns of a text that is plain (see text.py): wide characters take two."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width

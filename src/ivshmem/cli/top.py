@@ -8,9 +8,9 @@ import shutil
 import time
 from collections.abc import Iterator
 
-from .. import control
 from ..errors import IvshmemError
-from . import asking, peers, screen
+from ..service import control_client
+from . import control_connection, screen, status_text
 
 _SECONDS = 3.0  # for an answer; the keys have to wait for it
 _RATES = ("joins", "leaves", "messages", "refused")
@@ -23,7 +23,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " again and again; the peers that need attention first. It waits for a server that ends"
         " and comes back. q or Ctrl-C ends it.",
     )
-    asking.add_options(parser)
+    control_connection.add_options(parser)
     parser.add_argument(
         "-i",
         "--interval",
@@ -67,9 +67,9 @@ class _Looks:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._client: control.Client | None = None
-        self._guests = peers.Guests()
-        self._before: peers.Status | None = None
+        self._client: control_client.ControlClient | None = None
+        self._guests = status_text.Guests()
+        self._before: status_text.Status | None = None
         self._lines: list[str] = []
 
     def first(self) -> list[str]:
@@ -87,7 +87,7 @@ class _Looks:
 
     def _look(self) -> list[str]:
         if self._client is None:
-            self._client = asking.connect(self._options, _SECONDS)
+            self._client = control_connection.connect(self._options, _SECONDS)
         status = self._client.ask({"do": "status"})
         self._guests.name(status)
         self._lines = list(lines_of(status, self._before, shutil.get_terminal_size().columns))
@@ -101,19 +101,19 @@ class _Looks:
 
 
 def lines_of(
-    status: peers.Status, before: peers.Status | None, columns: int | None = None
+    status: status_text.Status, before: status_text.Status | None, columns: int | None = None
 ) -> Iterator[str]:
     """What a screen of so many columns shows of a status, if this was the one before."""
     server = status["server"]
     if before is not None and before["server"]["pid"] != server["pid"]:
         before = None
     seconds = 0.0 if before is None else server["time"] - before["server"]["time"]
-    yield peers.server_line(server) + _share(server, before, seconds)
+    yield status_text.server_line(server) + _share(server, before, seconds)
     earlier = {} if before is None else {r["name"]: r["counts"] for r in before["regions"]}
     for region in status["regions"]:
         yield ""
-        yield peers.region_line(region)
-        yield f"  {peers.number_of_peers(region)}; in a second " + ", ".join(
+        yield status_text.region_line(region)
+        yield f"  {status_text.number_of_peers(region)}; in a second " + ", ".join(
             f"{_rate(region['counts'], earlier.get(region['name']), name, seconds)} {name}"
             for name in _RATES
         )
@@ -123,23 +123,25 @@ def lines_of(
             yield f"  newcomers wait: {region['paused']}"
         if region["peers"]:
             ordered = sorted(region["peers"], key=_attention)
-            rows = [peers.peer_row(peer, server["time"]) for peer in ordered]
-            yield from (f"  {line}" for line in peers.table(rows, columns and columns - 2))
+            rows = [status_text.peer_row(peer, server["time"]) for peer in ordered]
+            yield from (f"  {line}" for line in status_text.table(rows, columns and columns - 2))
 
 
-def _share(server: peers.Status, before: peers.Status | None, seconds: float) -> str:
+def _share(server: status_text.Status, before: status_text.Status | None, seconds: float) -> str:
     if before is None or seconds <= 0:
         return ""
     return f", {(server['cpu'] - before['server']['cpu']) / seconds:.1%} CPU now"
 
 
-def _rate(now: peers.Status, before: peers.Status | None, name: str, seconds: float) -> str:
+def _rate(
+    now: status_text.Status, before: status_text.Status | None, name: str, seconds: float
+) -> str:
     if before is None or seconds <= 0:
         return "-"
     return f"{(now.get(name, 0) - before.get(name, 0)) / seconds:.1f}"
 
 
-def _attention(peer: peers.Status) -> tuple[object, ...]:
+def _attention(peer: status_text.Status) -> tuple[object, ...]:
     """The stalled first, then those with most to be told or to take, then by id."""
     stalled = peer["stalled_since"]
     return (

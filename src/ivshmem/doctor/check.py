@@ -7,7 +7,7 @@ Invariants:
 1. `fix` is one line that a shell runs as it stands, or, where it begins with a dash, what QEMU's
    command line needs.
 2. What rests on a failed check is skipped, and says on which.
-3. No word of another process or of another user's file leaves here as it was: see plain.py.
+3. No word of another process or of another user's file leaves here as it was: see text.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from ..plain import command, plain, quoted
+from ..system.text import command, plain, quoted
 
-State: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
+Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Check:
 
     subject: str
     name: str
-    state: State
+    state: Outcome
     found: str
     fix: str = ""
 
@@ -47,12 +47,12 @@ class Check:
 class Finding(NamedTuple):
     """A check's result before it has a name."""
 
-    state: State
+    state: Outcome
     found: str
     fix: str = ""
 
 
-class Step(NamedTuple):
+class CheckStep(NamedTuple):
     """A check to be made, unless one of those that it rests on has failed."""
 
     name: str
@@ -76,7 +76,7 @@ def skipped(why: str) -> Finding:
     return Finding("skipped", why)
 
 
-def run(subject: str, steps: Iterable[Step]) -> Iterator[Check]:
+def run(subject: str, steps: Iterable[CheckStep]) -> Iterator[Check]:
     """Make the checks one after the other, each when it is asked for."""
     causes: dict[str, str] = {}  # of what did not come off: the check that failed
     for step in steps:

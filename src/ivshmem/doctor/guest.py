@@ -20,15 +20,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import openers, qemu, runtime
-from ..counting import counted
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
 from ..guest.device import Access, GuestDevice, best_way, open_device
-from ..plain import quoted
-from ..sizes import format_size
+from ..memory.sizes import format_size
+from ..peer import default_paths
+from ..qemu import cmdline
+from ..system import processes
+from ..system.text import counted, quoted
 from . import holders
-from .check import Check, Finding, Step, as_root, failed, ok, ours, run, skipped, warning
+from .check import Check, CheckStep, Finding, as_root, failed, ok, ours, run, skipped, warning
 
 SECONDS = 2.0  # for all interrupts to come back
 
@@ -54,14 +55,14 @@ _HARMLESS = ("pci-stub", "pcieport", "shpchp", "vfio")
 _PLAIN = "plain: it has no interrupts"
 
 
-def examine(address: str | None = None) -> Iterator[Check]:
+def examine_guest(address: str | None = None) -> Iterator[Check]:
     """Check each ivshmem device of this machine, or the one at a PCI address."""
     devices = pci.devices()
     wanted = [d for d in devices if address in (None, d.address, d.address.removeprefix("0000:"))]
     for device in wanted:
         yield from run(device.address, DeviceSteps(device).steps())
     if not wanted:
-        yield from run("guest", [Step("device", lambda: _missing(devices, address))])
+        yield from run("guest", [CheckStep("device", lambda: _missing(devices, address))])
 
 
 def _missing(devices: list[pci.Device], address: str | None) -> Finding:
@@ -69,7 +70,7 @@ def _missing(devices: list[pci.Device], address: str | None) -> Finding:
         there = ", ".join(device.address for device in devices)
         fix = ours("doctor", "--guest", devices[0].address)
         return failed(f"no ivshmem device at {address}; there is {there}", fix)
-    options = qemu.shell(qemu.doorbell(runtime.OF_ROOT, 1))
+    options = cmdline.shell(cmdline.doorbell(default_paths.OF_ROOT, 1))
     return failed("no ivshmem device in this machine (on the host, `ivshmem serve` first)", options)
 
 
@@ -84,24 +85,24 @@ class DeviceSteps:
         self._silent: list[int] = []
         self._vectors = 0
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[CheckStep]:
         before = [
-            Step("device", self._device),
-            Step("permission", self._permission),
-            Step("memory decoding", self._decoding),
-            Step("lockdown", self._lockdown),
-            Step("driver", self._driver),
-            Step("IOMMU", self._iommu),
-            Step("IOMMU group", self._group, ("IOMMU",)),
-            Step("vfio", self._vfio),
-            Step("interrupt remapping", self._remapping, ("IOMMU",)),
-            Step("free", self._free, ("permission", "driver")),
+            CheckStep("device", self._device),
+            CheckStep("permission", self._permission),
+            CheckStep("memory decoding", self._decoding),
+            CheckStep("lockdown", self._lockdown),
+            CheckStep("driver", self._driver),
+            CheckStep("IOMMU", self._iommu),
+            CheckStep("IOMMU group", self._group, ("IOMMU",)),
+            CheckStep("vfio", self._vfio),
+            CheckStep("interrupt remapping", self._remapping, ("IOMMU",)),
+            CheckStep("free", self._free, ("permission", "driver")),
         ]
         return [
             *before,
-            Step("opening", self._opening, tuple(step.name for step in before)),
-            Step("bus master", self._bus_master, ("opening",)),
-            Step("self-interrupt", self._self_interrupt, ("opening", "bus master")),
+            CheckStep("opening", self._opening, tuple(step.name for step in before)),
+            CheckStep("bus master", self._bus_master, ("opening",)),
+            CheckStep("self-interrupt", self._self_interrupt, ("opening", "bus master")),
         ]
 
     @property
@@ -303,7 +304,7 @@ class DeviceSteps:
         if group is None or not held or not (mates or device.driver == "vfio-pci"):
             return ok("nobody has it open")
         found = holders.of_file(group)
-        who = " and ".join(map(str, found)) or openers.named([])
+        who = " and ".join(map(str, found)) or processes.described([])
         if any(_is_broker(holder) for holder in found) and not mates:
             self._shared = True
             return warning(f"{who} shares it: connect to its socket")

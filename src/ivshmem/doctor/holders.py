@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import openers
-from ..plain import command, plain
+from ..system import processes
+from ..system.text import command, plain
 
 PROC = Path("/proc")
 _LISTENS = 0x10000  # the flag of a socket that listens, __SO_ACCEPTCON
@@ -63,7 +63,7 @@ def of_socket(path: str) -> list[Holder]:
 
 def _with_link(link: str) -> list[Holder]:
     found = []
-    for pid in openers.of(link):
+    for pid in processes.pids_with_open(link):
         with (
             contextlib.suppress(OSError),  # it has ended since
             open(PROC / str(pid) / "cmdline", "rb") as file,

@@ -15,13 +15,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..counting import counted
-from ..sizes import format_size, parse_size
-from . import access
-from .check import Check, Finding, Step, as_root, failed, ok, run, skipped, warning
+from ..memory.sizes import format_size, parse_size
+from ..system.text import counted
+from . import permissions
+from .check import Check, CheckStep, Finding, as_root, failed, ok, run, skipped, warning
 from .memory import MemorySteps
+from .request import DEFAULT_SIZE, Request
 from .server import ServerSteps
-from .wishes import DEFAULT_SIZE, Wishes
 
 _SECONDS = 10.0  # for QEMU to list its devices, of which it takes a tenth
 _OLDEST = (5, 8)  # Linux: the first whose eventfds know RWF_NOWAIT
@@ -48,15 +48,15 @@ def default_qemu() -> str:
     return f"qemu-system-{_QEMU_NAMES.get(machine, machine)}"
 
 
-def examine(wishes: Wishes | None = None) -> Iterator[Check]:
+def examine_host(wishes: Request | None = None) -> Iterator[Check]:
     """Check what sharing needs of this host.
 
     Raises:
         ValueError: the wishes make no sense: a size that is none, an unknown user.
     """
-    wishes = wishes or Wishes()
+    wishes = wishes or Request()
     if wishes.user is not None:
-        access.check_user(wishes.user)
+        permissions.check_user(wishes.user)
     host, server = HostSteps(wishes), ServerSteps(wishes)
     yield from run("host", [*host.steps(), *server.steps()])
     host.answer = server.answer
@@ -71,23 +71,23 @@ class HostSteps:
         answer: what a server said that it serves, if there is one that answers.
     """
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, wishes: Request) -> None:
         self.wishes = wishes
         self.qemu = wishes.qemu or default_qemu()
         self.answer: dict[str, int] = {}
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[CheckStep]:
         return [
-            Step("kernel", self._kernel),
-            Step("QEMU", self._qemu),
-            Step("QEMU's ivshmem", self._devices, ("QEMU",)),
+            CheckStep("kernel", self._kernel),
+            CheckStep("QEMU", self._qemu),
+            CheckStep("QEMU's ivshmem", self._devices, ("QEMU",)),
         ]
 
-    def last_steps(self) -> list[Step]:
+    def last_steps(self) -> list[CheckStep]:
         return [
-            Step("locked memory", self._locked_memory),
-            Step("open files", self._open_files),
-            Step("confinement", self._confinement),
+            CheckStep("locked memory", self._locked_memory),
+            CheckStep("open files", self._open_files),
+            CheckStep("confinement", self._confinement),
         ]
 
     def _kernel(self) -> Finding:

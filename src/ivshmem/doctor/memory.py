@@ -13,15 +13,17 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from .. import pages, qemu, safe_files
-from ..accounts import user_option
 from ..errors import RegionError
-from ..plain import quoted
-from ..region import posix_path
-from ..sizes import check_size, format_size, parse_size, roughly, round_up
-from . import access
-from .check import Finding, Step, as_root, failed, ok, skipped
-from .wishes import DEFAULT_SIZE, Wishes
+from ..memory import pages
+from ..memory.region import posix_path
+from ..memory.sizes import check_size, format_size, parse_size, roughly, round_up
+from ..qemu import cmdline
+from ..system import safe_files
+from ..system.accounts import user_option
+from ..system.text import quoted
+from . import permissions
+from .check import CheckStep, Finding, as_root, failed, ok, skipped
+from .request import DEFAULT_SIZE, Request
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -41,7 +43,7 @@ class MemorySteps:
         answer: what a server said that it serves; empty if there is none that answers.
     """
 
-    def __init__(self, wishes: Wishes, answer: dict[str, int]) -> None:
+    def __init__(self, wishes: Request, answer: dict[str, int]) -> None:
         self.wishes, self.answer = wishes, answer
         self.target: str | None = None  # the file, or the directory to put one into
         if wishes.name is not None:
@@ -51,12 +53,12 @@ class MemorySteps:
         self._status: os.stat_result | None = None  # of the file, if it exists and is not empty
         self._is_empty = False
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[CheckStep]:
         return [
-            Step("memory", self._memory),
-            Step("memory permission", self._permission, ("memory",)),
-            Step("huge pages", self._huge_pages, ("memory",)),
-            Step("space", self._space, ("memory", "huge pages")),
+            CheckStep("memory", self._memory),
+            CheckStep("memory permission", self._permission, ("memory",)),
+            CheckStep("huge pages", self._huge_pages, ("memory",)),
+            CheckStep("space", self._space, ("memory", "huge pages")),
         ]
 
     @property
@@ -96,9 +98,9 @@ class MemorySteps:
         return self._file(self.target)
 
     def _no_directory(self) -> Finding:
-        if not (place := access.obstacle(self._folder)):
+        if not (place := permissions.obstacle(self._folder)):
             return failed(f"no directory {self._folder}", f"mkdir -p {quoted(self._folder)}")
-        free = access.free_beside(place)
+        free = permissions.free_beside(place)
         if self.wishes.directory:
             fix = f"mkdir -p {quoted(free)} && {replace(self.wishes, directory=free).serve()}"
         else:
@@ -106,7 +108,7 @@ class MemorySteps:
         return failed(f"{place} is not a directory", fix)
 
     def _file(self, path: str) -> Finding:
-        beside = replace(self.wishes, name=None, path=access.free_beside(path)).serve()
+        beside = replace(self.wishes, name=None, path=permissions.free_beside(path)).serve()
         accept, links = self.wishes.accept_owner, self.wishes.name is None
         try:
             with safe_files.find(path, accept=accept, links=links) as place:
@@ -150,7 +152,7 @@ class MemorySteps:
         if size < parse_size(wanted):
             return failed(what, _grow(path, parse_size(wanted)))
         # To make it smaller would kill whoever uses the rest.
-        return failed(f"{what}: give QEMU its size", qemu.shell(qemu.plain(path, size)))
+        return failed(f"{what}: give QEMU its size", cmdline.shell(cmdline.plain(path, size)))
 
     def _is_served(self) -> bool:
         """Whether what is there is the memory that the server says it has."""
@@ -169,8 +171,8 @@ class MemorySteps:
         if self.target is None:
             return skipped("anonymous memory goes to whoever may connect to the socket")
         if self._status is None and not self._is_empty and _is_visible(self.target):
-            return access.permission(self._folder, "wx", self.wishes.user)
-        return access.permission(self.target, "rw", self.wishes.user)
+            return permissions.permission(self._folder, "wx", self.wishes.user)
+        return permissions.permission(self.target, "rw", self.wishes.user)
 
     # -- what it takes ----------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ import stat
 import subprocess
 from pathlib import Path
 
-from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
-from ..plain import quoted
+from ..qemu.accounts import LIBVIRT_GROUP, LIBVIRT_USERS
+from ..system.text import quoted
 from .check import Finding, as_root, failed, ok, warning
 
 _FLAGS = {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import runtime
+from ..peer import default_paths
 from .check import ours
 
 # As of `ivshmem serve`.
@@ -12,7 +12,7 @@ DEFAULT_SIZE = "4M"
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Request:
     """What is to be shared, and by whom.
 
     Attributes:
@@ -45,7 +45,7 @@ class Wishes:
     @property
     def server(self) -> str | None:
         """The socket to look at; None where plain memory is shared, which needs none."""
-        return self.socket or (None if self.place else runtime.expected_socket())
+        return self.socket or (None if self.place else default_paths.expected_socket())
 
     def serve(self) -> str:
         """The command that serves what is wished for, and returns."""

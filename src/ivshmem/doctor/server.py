@@ -17,15 +17,16 @@ import os
 import stat
 from dataclasses import replace
 
-from .. import control, sockets
-from ..counting import counted
-from ..pages import PAGE
-from ..plain import NAME, plain, quoted
-from ..shapes import Misshapen
-from ..sizes import format_size, parse_size
-from . import access, holders
-from .check import Finding, Step, failed, ok, ours, skipped, warning
-from .wishes import Wishes
+from ..memory.pages import PAGE
+from ..memory.sizes import format_size, parse_size
+from ..peer import inquiry
+from ..service import control_client
+from ..system import sockets
+from ..system.json_shapes import Misshapen
+from ..system.text import NAME, counted, plain, quoted
+from . import holders, permissions
+from .check import CheckStep, Finding, failed, ok, ours, skipped, warning
+from .request import Request
 
 _SECONDS = 3.0  # for a server to answer
 
@@ -44,16 +45,16 @@ class ServerSteps:
         answer: what it says that it serves, as sockets.ask returns it; empty if it says nothing.
     """
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, wishes: Request) -> None:
         self.wishes = wishes
         self.socket = "" if wishes.server is None else os.path.abspath(wishes.server)
         self.answer: dict[str, int] = {}
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[CheckStep]:
         return [
-            Step("socket", self._socket),
-            Step("socket permission", self._permission, ("socket",)),
-            Step("server", self._server, ("socket", "socket permission")),
+            CheckStep("socket", self._socket),
+            CheckStep("socket permission", self._permission, ("socket",)),
+            CheckStep("server", self._server, ("socket", "socket permission")),
         ]
 
     def _socket(self) -> Finding:
@@ -79,8 +80,8 @@ class ServerSteps:
             return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         except FileNotFoundError:
             folder = os.path.dirname(path)
-            if place := access.obstacle(folder):
-                beside = replace(self.wishes, socket=access.free_beside(place))
+            if place := permissions.obstacle(folder):
+                beside = replace(self.wishes, socket=permissions.free_beside(place))
                 return failed(f"{place} is not a directory", beside.serve())
             if not os.path.isdir(folder):
                 return failed(f"no directory {folder}", f"mkdir -p {quoted(folder)}")
@@ -104,7 +105,7 @@ class ServerSteps:
     def _permission(self) -> Finding:
         if not self.socket:
             return skipped(_NONE)
-        return access.permission(self.socket, "w", self.wishes.user)
+        return permissions.permission(self.socket, "w", self.wishes.user)
 
     def _server(self) -> Finding:
         if not self.socket:
@@ -114,18 +115,18 @@ class ServerSteps:
         join = ours("connect", "-S", self.socket, "-c", "dump")
         if found and not any(map(_may_be_ours, found)):
             return warning(f"{who}: a server of another make, which was not asked: {_ONLY}", join)
-        if not found and not os.path.lexists(control.default_path(self.socket)):
+        if not found and not os.path.lexists(control_client.default_path(self.socket)):
             return warning(
                 f"{who} listens, and has no control socket: it may be of another make, and was not"
                 f" asked: {_ONLY}",
                 join,
             )
         try:
-            said = sockets.question(self.socket, _SECONDS)
+            said = inquiry.question(self.socket, _SECONDS)
         except OSError as error:
             return failed(f"{who}: {error.strerror}", self._beside())
         try:
-            self.answer = answer = sockets.answer_in(said)
+            self.answer = answer = inquiry.answer_in(said)
         except Misshapen:
             return self._stranger(who, said, join)
         size, vectors, peers = (answer[key] for key in ("size", "vectors", "peers"))
@@ -159,7 +160,7 @@ class ServerSteps:
 
     def _beside(self) -> str:
         """The command that serves what is wished for at a path that is free."""
-        return replace(self.wishes, socket=access.free_beside(self.socket)).serve()
+        return replace(self.wishes, socket=permissions.free_beside(self.socket)).serve()
 
 
 def _may_be_ours(holder: holders.Holder) -> bool:

@@ -26,14 +26,17 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from .. import _core, _fds, sockets
-from ..counting import counted
-from ..directory import Directory
-from ..endpoint import Endpoint
-from ..engine import Peer
+from .. import _core
 from ..errors import NoDirectory
-from ..protocol import MAX_ID, Member
-from ..server import Server
+from ..native import descriptors
+from ..peer.directory import Directory
+from ..peer.endpoint import Endpoint
+from ..protocol.limits import MAX_ID
+from ..protocol.roster import Member
+from ..server.report import Peer
+from ..server.server import Server
+from ..system import sockets
+from ..system.text import counted
 from .device import GuestDevice
 
 _log = logging.getLogger("ivshmem.guest")
@@ -85,7 +88,7 @@ class Broker(Server):
         self._fixed = frozenset(peers)
         if wrong := [peer for peer in self._fixed if not 0 <= peer <= MAX_ID]:
             raise ValueError(f"peer {wrong[0]}: ids are 0 to {MAX_ID}")
-        self._remote: dict[int, tuple[Member, _fds.FdArray]] = {}
+        self._remote: dict[int, tuple[Member, descriptors.FdArray]] = {}
         self._directory: Directory | None = None
         self._complaint = ""
         heard = device.vectors
@@ -96,7 +99,7 @@ class Broker(Server):
         try:
             self._signaller = _signaller()
             self._resources.callback(self._signaller.close)
-            self._timer = _fds.Timer()
+            self._timer = descriptors.Timer()
             self._resources.callback(self._timer.close)
             self._resources.callback(self._close_bells)
             self._engine.watch(self._timer.fileno(), self._look)
@@ -170,12 +173,12 @@ class Broker(Server):
         return [peer for peer in others if peer not in self._fixed]
 
     def _admit(self, peer: int) -> None:
-        bells = _fds.FdArray.eventfds(self.vectors)
+        bells = descriptors.FdArray.eventfds(self.vectors)
         self._remote[peer] = self._engine.admit(peer, bells), bells
         for vector in range(self.vectors):
             self._engine.watch(bells[vector], partial(self._ring, peer, vector, bells))
 
-    def _ring(self, peer: int, vector: int, bells: _fds.FdArray) -> None:
+    def _ring(self, peer: int, vector: int, bells: descriptors.FdArray) -> None:
         if bells.drain(vector):
             self.device.ring(peer, vector)
 
@@ -192,9 +195,9 @@ class Broker(Server):
             bells.close()
 
 
-def _signaller() -> _fds.Signaller:
+def _signaller() -> descriptors.Signaller:
     try:
-        return _fds.Signaller()
+        return descriptors.Signaller()
     except OSError as error:
         reason = error.strerror
         if error.errno == errno.ENOSYS:

@@ -23,13 +23,15 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn, TypeAlias
 
-from .. import _fds, _memory, openers, safe_files
-from ..counting import counted
-from ..endpoint import Endpoint, Event, IdChanged
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
-from ..pages import PAGE
-from ..protocol import MAX_ID, MAX_VECTORS
-from ..region import Region
+from ..memory.pages import PAGE
+from ..memory.region import Region
+from ..native import descriptors
+from ..native import mapping as _memory
+from ..peer.endpoint import Endpoint, Event, IdChanged
+from ..protocol.limits import MAX_ID, MAX_VECTORS
+from ..system import processes, safe_files
+from ..system.text import counted
 from . import pci, uio, vfio
 from .vfio import Unusable, Vfio
 
@@ -236,7 +238,9 @@ class GuestDevice(Endpoint):
         self._registers = _memory.Registers(fd, offset, REGISTER_BYTES, mapped=mapped)
         self._resources.callback(self._registers.close)
 
-    def _map_memory(self, file: _fds.FdArray, offset: int, memory: Memory, name: str) -> None:
+    def _map_memory(
+        self, file: descriptors.FdArray, offset: int, memory: Memory, name: str
+    ) -> None:
         """The region over an open file, whose descriptor it has from now on."""
         with safe_files.closed_on_error(file):
             self.region = Region(
@@ -255,7 +259,7 @@ class GuestDevice(Endpoint):
         if memory not in ("resource2", "resource2_wc"):
             raise ValueError(f"{self.access} cannot map the memory by {memory!r}: {_MEMORIES}")
         with _explained(self.device, str(path)):
-            file = _fds.FdArray()
+            file = descriptors.FdArray()
             file.open(str(path), os.O_RDWR)
             self._map_memory(file, 0, memory, str(path))
 
@@ -344,7 +348,7 @@ class VfioDevice(GuestDevice):
                 self._vfio = loan.vfio = Vfio(self.device.address, group, iommu=self._iommu)
             except BaseException as error:
                 loan.restore()
-                if isinstance(error, vfio.Held):
+                if isinstance(error, vfio.GroupHeld):
                     raise self._held(error) from None
                 raise
         self._resources.callback(self._vfio.close)
@@ -356,7 +360,7 @@ class VfioDevice(GuestDevice):
         if memory == "vfio":
             offset = self._vfio.region(pci.MEMORY).offset
             self._map_memory(
-                _fds.FdArray.copy(self._vfio.device), offset, "vfio", self.device.address
+                descriptors.FdArray.copy(self._vfio.device), offset, "vfio", self.device.address
             )
         else:
             self._map_resource(memory)
@@ -371,7 +375,9 @@ class VfioDevice(GuestDevice):
         """Let vfio-pci have the device until the end; returns its group."""
         device = self.device
         if users := uio.users_of(device):
-            reason = f"{openers.named(users)} uses it through UIO: stop that, or open it by uio"
+            reason = (
+                f"{processes.described(users)} uses it through UIO: stop that, or open it by uio"
+            )
             raise OSError(errno.EBUSY, reason, device.address)
         try:
             with _explained(device, str(device.path / "driver_override"), mapping=False):
@@ -387,9 +393,9 @@ class VfioDevice(GuestDevice):
             raise Unusable(errno.EINVAL, "vfio-pci has made no group for it", device.address)
         return group
 
-    def _held(self, error: vfio.Held) -> OSError:
+    def _held(self, error: vfio.GroupHeld) -> OSError:
         """Say which process has the group open, and what can be done."""
-        who = openers.named(openers.of(error.filename))
+        who = processes.described(processes.pids_with_open(error.filename))
         mates = [a for a, driver in pci.group_mates(self.device).items() if driver == _VFIO]
         if not mates:
             reason = (
@@ -417,12 +423,12 @@ class VfioDevice(GuestDevice):
         self._vfio.listen(fds)
         # vfio has cleared the bit, and without it no interrupt reaches the processor.
         self._set_command(pci.COMMAND_MASTER)
-        removal = _fds.FdArray.eventfds(1)
+        removal = descriptors.FdArray.eventfds(1)
         self._resources.callback(removal.close)
         self._vfio.listen_for_removal(removal[0])
         self._watch(removal[0], urgent=True)
         try:
-            relay = _fds.Relay(removal[0], fds)
+            relay = descriptors.Relay(removal[0], fds)
         except OSError:  # none left, or none in this kernel: waiting takes more system calls then
             for vector in range(count):
                 self.wait(vector, 0)  # half a relay that is closed rings, too
@@ -529,7 +535,7 @@ class UioDevice(GuestDevice):
             raise OSError(error.errno, reason, str(uio.DEV / name)) from None
         if memory in (None, "uio"):
             offset = uio.find_map(self.device, name, pci.bar_start(self.device, pci.MEMORY))
-            self._map_memory(_fds.FdArray.copy(fd), offset, "uio", str(uio.DEV / name))
+            self._map_memory(descriptors.FdArray.copy(fd), offset, "uio", str(uio.DEV / name))
         else:
             self._map_resource(memory)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import locks
+from ..system import locks
 
 SYSFS = Path("/sys/bus/pci")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")

@@ -13,8 +13,8 @@ import os
 import select
 from pathlib import Path
 
-from .. import openers
-from ..pages import PAGE
+from ..memory.pages import PAGE
+from ..system import processes
 from .pci import Device
 
 DEV = Path("/dev")
@@ -34,7 +34,7 @@ def name(device: Device) -> str | None:
 def users_of(device: Device) -> list[int]:
     """The ids of the processes that have the device open through UIO, as far as we may see them."""
     files = [DEV / path.name for path in (device.path / "uio").glob("uio*")]
-    return [pid for file in files for pid in openers.of(file)]
+    return [pid for file in files for pid in processes.pids_with_open(file)]
 
 
 def is_gone(fd: int) -> bool:

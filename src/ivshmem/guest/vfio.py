@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import _fds
-from ..uncopied import Uncopied
+from ..native import descriptors
+from ..system.uncopied import Uncopied
 
 DEV = Path("/dev/vfio")
 NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
@@ -70,7 +70,7 @@ class Unusable(OSError):
     """vfio cannot give this device to anybody, as this machine is set up."""
 
 
-class Held(OSError):
+class GroupHeld(OSError):
     """Another process has the group open."""
 
 
@@ -95,7 +95,7 @@ class _Group(Uncopied):
         self.path = path
         self.devices: set[str] = set()
         self.afterwards: list[Callable[[], object]] = []
-        self._fds = _fds.FdArray()
+        self._fds = descriptors.FdArray()
         try:
             container = self._open(DEV / "vfio")
             self.fd = self._open(path)
@@ -116,7 +116,7 @@ class _Group(Uncopied):
         except OSError as error:
             if error.errno == errno.EBUSY:
                 reason = "another process has the device open"
-                raise Held(errno.EBUSY, reason, str(path)) from None
+                raise GroupHeld(errno.EBUSY, reason, str(path)) from None
             if error.errno in (errno.ENOENT, errno.ENODEV):
                 reason = (
                     "no such vfio device in this kernel: as root, `modprobe vfio-pci`; a container"
@@ -197,7 +197,7 @@ class Vfio(Uncopied):
     """
 
     def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
-        self._fds = _fds.FdArray()
+        self._fds = descriptors.FdArray()
         self._address = address
         self._open = False
         self.path = group_path(group, iommu=iommu)

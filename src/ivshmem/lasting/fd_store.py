@@ -19,13 +19,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from . import _fds, logs
-from .counting import counted
+from ..native import descriptors
+from ..system import late_logging
+from ..system.systemd import Notifier
+from ..system.text import counted
+from ..system.uncopied import Uncopied
 from .journal import Journal, is_group
-from .notify import Notifier
-from .uncopied import Uncopied
 
-_log = logs.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.server")
 
 _JOURNAL = "journal"
 
@@ -42,7 +43,7 @@ _LAST = 5.0  # seconds that the end may take
 Groups = dict[str, list[int]]
 
 
-class Store(Uncopied):
+class FdStore(Uncopied):
     """Has the service manager keep what a journal names, from now on.
 
     The loop calls `step()` when `fileno()` is readable, and `close()` is called at the end.
@@ -60,7 +61,7 @@ class Store(Uncopied):
         # all of that name). The descriptor is a copy, for its owner may close his before that.
         self._queue: deque[tuple[str, int | None]] = deque()
         self._since = 0.0  # when it last took something, or the queue began
-        self._timer = _fds.Timer()
+        self._timer = descriptors.Timer()
         journal.keep, journal.drop, journal.settled = self.keep, self.drop, self.settled
 
     def keep_journal(self, *, replace: bool) -> None:

@@ -26,17 +26,31 @@ import socket
 import time
 from collections.abc import Mapping
 
-from . import shapes, snapshots, sockets
-from .accounts import user_name
-from .counting import counted
-from .errors import IvshmemError, reason_of
+from ..errors import IvshmemError, reason_of
+from ..system import credentials, json_shapes
+from ..system.accounts import user_name
+from ..system.text import counted, plain
 from .journal import Journal
-from .plain import plain
-from .service import Service
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
+
+    class Given(Protocol):
+        """What is handed over."""
+
+        @property
+        def descriptors(self) -> list[int]: ...
+        def snapshot(self) -> Any: ...
+        def let_go(self, *, back: bool = ...) -> None: ...
+
+    class States(Protocol):
+        """What understands a state: checks it, compares it with descriptors, renumbers them."""
+
+        def check(self, state: Any, /) -> Any: ...
+        def examine(self, state: Any, found: Mapping[int, int], /) -> Any: ...
+        def renumbered(self, state: Any, found: Mapping[int, int], /) -> Any: ...
+
 
 SECONDS = 10.0  # for the whole of it, at the taking side
 # The giving side serves nobody during a takeover. So it waits only for a process that makes
@@ -49,15 +63,16 @@ _BYTES_A_SECOND = 1 << 20  # of a state; a slow machine reads 5 MiB of it in one
 _BATCH = 200  # descriptors in a message; the kernel takes 253
 _LONGEST = 1 << 26  # bytes of an offer
 _NEXT, _MINE, _YOURS = b"n", b"m", b"y"
+_MOST_FDS = 1 << 20
 _VERSION = 1  # raised when a state cannot be read by those who read the one before
 
-_OFFER = shapes.record(
-    {"error": shapes.text()},
-    ok=shapes.flag(),
+_OFFER = json_shapes.record(
+    {"error": json_shapes.text()},
+    ok=json_shapes.flag(),
 )
-_NUMBERS = shapes.record(
-    version=shapes.integer(),
-    numbers=shapes.array(shapes.integer(0, (1 << 31) - 1), snapshots.MOST_FDS),
+_NUMBERS = json_shapes.record(
+    version=json_shapes.integer(),
+    numbers=json_shapes.array(json_shapes.integer(0, (1 << 31) - 1), _MOST_FDS),
 )
 
 
@@ -65,14 +80,14 @@ class HandoverError(IvshmemError):
     """A service was not handed over; the old process goes on with it."""
 
 
-def give(service: Service, sock: socket.socket) -> bool:
+def give(service: Given, sock: socket.socket) -> bool:
     """Hand everything to the process at the other end of `sock`; return whether it has it now.
 
     Then this process has only to `abandon` the service, to close whatever is to be the other's,
     and `sock` last. Otherwise it continues with it. Only root and this process's user are given
     anything. Blocks for as long as the other makes progress, see SILENCE.
     """
-    who = sockets.credentials(sock)
+    who = credentials.credentials(sock)
     if who.uid not in {0, os.geteuid()}:
         return False
     taker = _Taker(sock, who.pid)
@@ -154,8 +169,11 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-def take(sock: socket.socket) -> tuple[Journal, set[int]]:
+def take(sock: socket.socket, states: States) -> tuple[Journal, set[int]]:
     """Take over what the process at the other end of `sock` gives.
+
+    Args:
+        states: understands what it says of itself.
 
     It must be root's or this process's user's. What it says is checked before it lets go.
 
@@ -166,7 +184,7 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
         HandoverError: the other did not let go, or what it said cannot be understood: it continues,
             and nothing is left open here.
     """
-    who = sockets.credentials(sock)
+    who = credentials.credentials(sock)
     if who.uid not in {0, os.geteuid()}:
         trusted = " and ".join(user_name(uid) for uid in sorted({0, os.geteuid()}))
         raise HandoverError(
@@ -177,7 +195,7 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
     deadline = time.monotonic() + SECONDS
     try:
         with contextlib.ExitStack() as undo:
-            journal, fds = _take(sock, deadline, undo)
+            journal, fds = _take(sock, states, deadline, undo)
             undo.pop_all()
     except TimeoutError:
         raise HandoverError(
@@ -186,16 +204,16 @@ def take(sock: socket.socket) -> tuple[Journal, set[int]]:
         ) from None
     except OSError as error:
         raise HandoverError(f"nothing was taken over: {reason_of(error)}") from None
-    except shapes.Misshapen as error:
+    except json_shapes.Misshapen as error:
         raise HandoverError(f"nothing was taken over: {error}") from None
     return journal, fds
 
 
 def _take(
-    sock: socket.socket, deadline: float, undo: contextlib.ExitStack
+    sock: socket.socket, states: States, deadline: float, undo: contextlib.ExitStack
 ) -> tuple[Journal, set[int]]:
     """Do it; `undo` closes what came."""
-    state, numbers = _offer(sock, deadline)
+    state, numbers = _offer(sock, states, deadline)
     found: dict[int, int] = {}
     came: list[int] = []  # also what nobody has a number for
     undo.callback(_close_all, came)
@@ -216,10 +234,10 @@ def _take(
         if len(came) > len(found):
             raise HandoverError("the running server sent descriptors that it does not name")
         sock.sendall(_NEXT)
-    snapshots.examine(state, found)
+    states.examine(state, found)
     journal = Journal()
     undo.callback(journal.close)
-    journal.rewrite(_renumbered(state, found))
+    journal.rewrite(states.renumbered(state, found))
     sock.sendall(_MINE)
     if sock.recv(1) != _YOURS:
         raise HandoverError("the running server did not let go")
@@ -234,7 +252,7 @@ def _close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def _offer(sock: socket.socket, deadline: float) -> tuple[Any, list[int]]:
+def _offer(sock: socket.socket, states: States, deadline: float) -> tuple[Any, list[int]]:
     """The state that the other offers, checked, and the numbers of its descriptors."""
     offer = _line(sock, deadline)
     _OFFER(offer, "offer")
@@ -246,10 +264,10 @@ def _offer(sock: socket.socket, deadline: float) -> tuple[Any, list[int]]:
         raise HandoverError("the running server is of a version that this one does not know")
     numbers = offer["numbers"]
     if len(numbers) != len(set(numbers)):
-        raise shapes.Misshapen("offer.numbers has one number twice")
+        raise json_shapes.Misshapen("offer.numbers has one number twice")
     if "state" not in offer:
-        raise shapes.Misshapen("offer has no state")
-    snapshots.check(offer["state"])
+        raise json_shapes.Misshapen("offer has no state")
+    states.check(offer["state"])
     return offer["state"], numbers
 
 
@@ -267,17 +285,7 @@ def _line(sock: socket.socket, deadline: float) -> Any:
             raise HandoverError("the running server ended the connection")
         data += sock.recv(ahead.find(b"\n") + 1 or len(ahead))
         if len(data) > _LONGEST:
-            raise shapes.Misshapen(f"the offer has more than {_LONGEST} bytes")
+            raise json_shapes.Misshapen(f"the offer has more than {_LONGEST} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
-    return shapes.loads(data)
-
-
-def _renumbered(state: Any, found: Mapping[int, int]) -> Any:
-    """What a service said of itself, with the numbers that its descriptors have here."""
-    for record, server in state["regions"]:
-        record[3], record[5] = found[record[3]], found[record[5]]
-        for held in server["held"].values():
-            held[0] = found[held[0]]
-            held[1] = [found[fd] for fd in held[1]]
-    return state
+    return json_shapes.loads(data)

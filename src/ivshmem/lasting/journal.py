@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
-from . import _memory, _wire
-from .counting import counted
-from .errors import IvshmemError
-from .uncopied import Uncopied
+from ..errors import IvshmemError
+from ..native import mapping, wire
+from ..system.text import counted
+from ..system.uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _SIZE = _START + 2 * _HALF
 _VERSION = b"ivshmem journal 1\n"
 _SPOILT = b"ivshmem journal -\n"
 _OTHER = "is another version's"
-assert _wire.OUTBOX_BYTES <= _ABOUT
+assert wire.OUTBOX_BYTES <= _ABOUT
 
 # `end`: the upper half counts the rewritings, whose lowest bit says which half of the file is
 # meant; the lower half is an offset in it.
@@ -67,7 +67,7 @@ class Journal(Uncopied):
                 os.ftruncate(self._fd, _SIZE)
             elif size != _SIZE:
                 raise JournalError(f"the journal has another size: it {_OTHER}")
-            self._memory = _memory.Mapping(self._fd, _SIZE)
+            self._memory = mapping.Mapping(self._fd, _SIZE)
         except BaseException:
             os.close(self._fd)
             raise
@@ -87,7 +87,7 @@ class Journal(Uncopied):
             os.close(self._fd)
             spoilt = about == _SPOILT
             raise JournalError(f"the journal {'was given up' if spoilt else _OTHER}")
-        self.outbox = _wire.Outbox(self._memory)
+        self.outbox = wire.Outbox(self._memory)
 
     def fileno(self) -> int:
         return self._fd
@@ -173,7 +173,7 @@ class Chapter:
     def __init__(self, journal: Journal | None = None, number: int = 0) -> None:
         self._journal = journal
         self.number = number
-        self.outbox = _wire.Outbox() if journal is None else journal.outbox
+        self.outbox = wire.Outbox() if journal is None else journal.outbox
 
     def note(self, *record: Any) -> None:
         """Add a record."""

@@ -23,8 +23,8 @@ import stat
 import sys
 import time
 
-from . import _fds
-from .plain import paragraph
+from ..native import descriptors
+from ..system.text import paragraph
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _write_if_ready(data: bytes) -> None:
         os.write(2, data)
 
 
-def keep(
+def supervise(
     run: Callable[[list[str]], int], ending: Iterable[signal.Signals], deaths: Iterable[str] = ()
 ) -> int:
     """Call `run` in a child; when a signal kills the child, call it in another; and so on.
@@ -109,7 +109,7 @@ def keep(
     try:
         while True:
             try:
-                child = _fds.fork_sharing_files()
+                child = descriptors.fork_sharing_files()
             except (OSError, MemoryError):
                 if not told:
                     raise

@@ -39,18 +39,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from . import drafts, safe_files
-from .counting import counted
-from .errors import ImageError
+from ..errors import ImageError
+from ..system import new_files, safe_files
+from ..system.text import counted, plain
+from ..system.uncopied import Uncopied
 from .pages import PAGE
-from .plain import plain
 from .region import Region
 from .sizes import format_size
-from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .safe_files import Users
+    from ..system.safe_files import Users
 
 _MAGIC = b"IVSHSAVE"
 _VERSION = 1
@@ -63,7 +62,7 @@ _MOST_REASON = 100  # characters of what is wrong in a header
 _LEVEL = 1  # of zlib: higher ones gain little and take long
 
 # Called with how many bytes of the region, or of the file, are done, and of how many.
-Progress = Callable[[int, int], object]
+OnProgress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     compress: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     accept_owner: Users = (),
 ) -> ImageInfo:
     """Write a region's bytes to a file, which only its owner can read.
@@ -123,7 +122,7 @@ def save(
     return info
 
 
-def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: Progress) -> None:
+def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: OnProgress) -> None:
     header = json.dumps({"version": _VERSION, **dataclasses.asdict(info)}).encode()
     head = _MAGIC + _LENGTH.pack(len(header)) + header
     crc = zlib.crc32(head)
@@ -152,7 +151,7 @@ def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | mem
     return crc
 
 
-def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryview]]:
+def _pieces(region: Region, progress: OnProgress) -> Iterator[tuple[int, memoryview]]:
     """Yield the parts that are not zero, each as a copy: other peers may write to the region."""
     buffer = bytearray(_BLOCK)
     zeros = bytes(_BLOCK)
@@ -223,7 +222,7 @@ def _replacing(target: str, region: os.stat_result, accept: Users) -> Iterator[B
     """A file that takes the place of `target`, not of `region`, when the block has succeeded."""
     with (
         safe_files.find(target, accept=accept) as place,
-        drafts.Draft(place, os.O_WRONLY) as draft,
+        new_files.NewFile(place, os.O_WRONLY) as draft,
     ):
         if (there := place.status()) is not None:
             if not stat.S_ISREG(there.st_mode):
@@ -264,7 +263,7 @@ def read_info(path: str | os.PathLike[str], *, accept_owner: Users = ()) -> Imag
 def check(
     path: str | os.PathLike[str],
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     accept_owner: Users = (),
 ) -> ImageInfo:
     """Read a whole file, and see whether it is as it was written.
@@ -286,7 +285,7 @@ def load(
     path: str | os.PathLike[str],
     region: Region,
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     accept_owner: Users = (),
 ) -> ImageInfo:
     """Make a region what was saved.
@@ -416,7 +415,7 @@ class _Reader(Uncopied):
         self._file.seek(self._start)
         self._crc = self._seed
 
-    def pieces(self, progress: Progress) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, progress: OnProgress) -> Iterator[tuple[int, bytes]]:
         """Yield the parts that are not zero, in ascending order, checked one by one.
 
         Raises:

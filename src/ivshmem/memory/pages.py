@@ -13,7 +13,7 @@ import os
 import resource
 from collections.abc import Iterator
 
-from .errors import RegionError
+from ..errors import RegionError
 from .sizes import format_size, parse_size, roughly
 
 TYPE_CHECKING = False

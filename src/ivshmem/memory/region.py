@@ -21,12 +21,14 @@ import stat
 import warnings
 from collections.abc import Iterator
 
-from . import _fds, _memory, drafts, locks, pages, safe_files
-from .errors import ClosedError, RegionError
-from .named import NamedTuple
+from ..errors import ClosedError, RegionError
+from ..native import descriptors, mapping
+from ..system import locks, new_files, safe_files
+from ..system.named_tuple import NamedTuple
+from ..system.uncopied import Uncopied
+from . import pages
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
-from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class RegionInfo(NamedTuple):
     name_leads_to: LeadsTo | None = None
 
 
-class Region(Uncopied, _memory.Mapping):
+class Region(Uncopied, mapping.Mapping):
     """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
 
     Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
@@ -93,7 +95,9 @@ class Region(Uncopied, _memory.Mapping):
     # What __del__ and __repr__ find where __init__ was interrupted.
     source: Source = "descriptor"
     name: str | None = None
-    _fd: _fds.FdArray | None = None  # the one owner of the descriptor, made before it was opened
+    _fd: descriptors.FdArray | None = (
+        None  # the one owner of the descriptor, made before it was opened
+    )
     adopted = False
 
     def __init__(
@@ -101,7 +105,7 @@ class Region(Uncopied, _memory.Mapping):
         _fd: int,
         _size: int,
         *,
-        owner: _fds.FdArray,
+        owner: descriptors.FdArray,
         readonly: bool = False,
         offset: int = 0,
         source: Source,
@@ -211,7 +215,7 @@ class Region(Uncopied, _memory.Mapping):
     def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
         """A region in a file of a directory that never has a name."""
         try:
-            with drafts.Draft(place, mode=mode) as draft:
+            with new_files.NewFile(place, mode=mode) as draft:
                 draft.keep_nameless()
         except OSError as error:
             raise OSError(error.errno, error.strerror, parts[3]) from None
@@ -221,7 +225,7 @@ class Region(Uncopied, _memory.Mapping):
     def _adopt(cls, place: safe_files.Place, parts: _Parts, target: str, prealloc: bool) -> Region:
         """A region in an empty file that is there: so somebody has given it owner and mode."""
         file = place.open(os.O_RDWR)
-        spare = _fds.FdArray.copy(file[0])  # for when the region has closed its own
+        spare = descriptors.FdArray.copy(file[0])  # for when the region has closed its own
         with locks.held(spare[0], _PATIENCE):
             if os.fstat(spare[0]).st_size:  # another process was quicker
                 raise _exists(target)
@@ -247,7 +251,7 @@ class Region(Uncopied, _memory.Mapping):
     ) -> Region:
         """A region in a new file, which gets its name when it is whole."""
         region = None
-        draft = drafts.Draft(place, mode=mode)
+        draft = new_files.NewFile(place, mode=mode)
         try:
             with draft:
                 region = cls._furnish(draft.file, *parts, target, prealloc)
@@ -369,7 +373,7 @@ class Region(Uncopied, _memory.Mapping):
     @classmethod
     def from_fd(
         cls,
-        fd: int | _fds.Fd,
+        fd: int | descriptors.Fd,
         *,
         readonly: bool = False,
         source: Source = "descriptor",
@@ -388,8 +392,8 @@ class Region(Uncopied, _memory.Mapping):
             RegionError: the file is empty or no memory.
             OSError: as of mmap(2).
         """
-        file = _fds.FdArray()
-        if isinstance(fd, _fds.Fd) or not keep_on_error:
+        file = descriptors.FdArray()
+        if isinstance(fd, descriptors.Fd) or not keep_on_error:
             file.take(fd)
             fd = file[0]
         with safe_files.closed_on_error(file):
@@ -419,7 +423,7 @@ class Region(Uncopied, _memory.Mapping):
             flags |= os.MFD_HUGETLB | (huge.bit_length() - 1) << MFD_HUGE_SHIFT
         else:
             pages.check_memory(size, now=prealloc)
-        file = _fds.FdArray()
+        file = descriptors.FdArray()
         try:
             file.memfd("ivshmem", flags | MFD_NOEXEC_SEAL)
         except OSError as error:
@@ -431,7 +435,7 @@ class Region(Uncopied, _memory.Mapping):
     @classmethod
     def _furnish(
         cls,
-        file: _fds.FdArray,
+        file: descriptors.FdArray,
         size: int,
         page: int,
         source: Source,
@@ -468,7 +472,7 @@ class Region(Uncopied, _memory.Mapping):
     @classmethod
     def _map(
         cls,
-        file: _fds.FdArray,
+        file: descriptors.FdArray,
         size: int,
         page: int,
         source: Source,
@@ -691,7 +695,7 @@ def _exists(target: str, what: str | None = None) -> FileExistsError:
     return FileExistsError(errno.EEXIST, what or usual, target)
 
 
-def _opened(place: safe_files.Place, readonly: bool) -> _fds.FdArray:
+def _opened(place: safe_files.Place, readonly: bool) -> descriptors.FdArray:
     """Open what exists, and say what would let us."""
     try:
         return place.open(os.O_RDONLY if readonly else os.O_RDWR)

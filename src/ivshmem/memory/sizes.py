@@ -8,8 +8,8 @@ from __future__ import annotations
 import operator
 import re
 
-from .counting import counted
-from .errors import RegionError
+from ..errors import RegionError
+from ..system.text import counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

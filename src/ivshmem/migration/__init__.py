@@ -15,34 +15,24 @@
 without an event loop runs it as above. They need the library qemu.qmp.
 """
 
-from .model import (
-    Device,
-    Group,
-    Member,
-    MigrationError,
-    Options,
-    Plan,
-    Refused,
-    Step,
-    Vm,
-)
-from .moving import Progress
+from .model import Group, GroupMember, MigrationError, Options, Plan, Refused, Step, Vm, VmDevice
 from .run import Failed, Unfinished, migrate, prepare, put_back, resume
-from .state import default_path
+from .state_file import default_path
+from .transfer import TransferProgress
 
 __all__ = [
-    "Device",
     "Failed",
     "Group",
-    "Member",
+    "GroupMember",
     "MigrationError",
     "Options",
     "Plan",
-    "Progress",
     "Refused",
     "Step",
+    "TransferProgress",
     "Unfinished",
     "Vm",
+    "VmDevice",
     "default_path",
     "migrate",
     "prepare",

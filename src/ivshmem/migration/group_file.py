@@ -8,7 +8,7 @@ Knows: the file's form. Does not know: what a migration is.
     uri = "tcp:192.0.2.7:4444"          # where the two meet
 
     [control]                           # control sockets of servers that are elsewhere
-    source = ["/run/ivshmem.control"]
+    source = ["/run/ivshmem.service.control"]
     destination = ["/run/there.control"]
 """
 
@@ -17,10 +17,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .. import safe_files
-from ..config import ConfigError
-from ..configfile import read_toml
-from .discovery import Controls
+from ..service.config import ConfigError
+from ..service.config_file import read_toml
+from ..system import safe_files
+from .inspection import Controls
 from .model import PLACES, Vm
 
 _KEYS = ("source", "destination", "uri")

@@ -16,16 +16,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from .. import control
-from ..emulators import is_qemu
-from ..limits import LINGER, LONGEST_LINGER
 from ..qemu.answers import Answer
+from ..qemu.programs import is_qemu
+from ..server.limits import LINGER, LONGEST_LINGER
+from ..service import control_client
+from .hotplug import Pending
 from .model import Step, StepFailed
-from .plugging import Pending
 
 
 @contextlib.asynccontextmanager
-async def quiet(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
+async def news_held(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
     """While this lasts, the QEMU of an unplug step is told nothing by the step's server.
 
     After Pending, which says that the guest may still let go, the server continues with that for
@@ -38,7 +38,7 @@ async def quiet(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
     if not step.control:
         yield
         return
-    client = await asyncio.to_thread(control.Client, step.control)
+    client = await asyncio.to_thread(control_client.ControlClient, step.control)
     try:
         peers = await asyncio.to_thread(_hold, client, step, _linger(unplug_seconds))
         try:
@@ -58,7 +58,7 @@ def _linger(unplug_seconds: float) -> float:
     return min(max(unplug_seconds, LINGER), LONGEST_LINGER)
 
 
-def _hold(client: control.Client, step: Step, linger: float) -> list[int]:
+def _hold(client: control_client.ControlClient, step: Step, linger: float) -> list[int]:
     reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
     found = [peer for region in reply.parts("regions") for peer in region.parts("peers")]
     peers = [peer.number("id") for peer in found if _is_its(peer, step.pid)]
@@ -67,17 +67,17 @@ def _hold(client: control.Client, step: Step, linger: float) -> list[int]:
             client.hold(peer, linger=linger, region=step.region)
         except TimeoutError as error:
             raise StepFailed(f"{step.vm}: {step.control}: {error.strerror}") from None
-        except control.ControlError:
+        except control_client.ControlError:
             if _is_there(client, step, peer):
                 raise
     return peers
 
 
-def _release(client: control.Client, step: Step, peers: list[int]) -> None:
+def _release(client: control_client.ControlClient, step: Step, peers: list[int]) -> None:
     """Those that are still there: a QEMU can have several devices at one server."""
     for peer in peers:
         # It has left, or the server has ended: then nobody is held.
-        with contextlib.suppress(control.ControlError, OSError):
+        with contextlib.suppress(control_client.ControlError, OSError):
             client.release(peer, region=step.region)
 
 
@@ -88,7 +88,7 @@ def _is_its(peer: Answer, pid: int) -> bool:
     return is_qemu(0, peer.text("process")) is not False
 
 
-def _is_there(client: control.Client, step: Step, peer: int) -> bool:
+def _is_there(client: control_client.ControlClient, step: Step, peer: int) -> bool:
     reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
     peers = [each for region in reply.parts("regions") for each in region.parts("peers")]
     return any(each.number("id") == peer for each in peers)

@@ -14,9 +14,9 @@ import time
 from typing import Any
 
 from ..qemu.answers import QmpError
-from ..qemu.qmp import Monitor, QemuGone
-from .discovery import find, names
-from .model import Device, StepFailed
+from ..qemu.monitor import Monitor, QemuGone
+from .inspection import find, names
+from .model import StepFailed, VmDevice
 
 _LOOK = 0.1  # seconds between two looks
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
@@ -30,7 +30,7 @@ class NotAsked(StepFailed):
     """QEMU would not even ask the guest to let go of a device."""
 
 
-async def unplug(monitor: Monitor, device: Device, seconds: float) -> None:
+async def unplug(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     """Take a device out of its guest, and out of QEMU its connection to the server or its memory.
 
     Memory that stayed would be migrated, and the destination refuse what it does not know.
@@ -46,7 +46,7 @@ async def unplug(monitor: Monitor, device: Device, seconds: float) -> None:
     await _fence(monitor, device)
 
 
-async def plug(monitor: Monitor, device: Device, where: str) -> None:
+async def plug(monitor: Monitor, device: VmDevice, where: str) -> None:
     """Give a guest a device again, with the memory or the server at `where`.
 
     Raises:
@@ -80,7 +80,7 @@ async def plug(monitor: Monitor, device: Device, where: str) -> None:
         raise
 
 
-def _memory(device: Device, where: str) -> dict[str, Any]:
+def _memory(device: VmDevice, where: str) -> dict[str, Any]:
     """What object-add takes; at another place without what binds it to this machine's nodes."""
     same = where == device.where
     more = {
@@ -111,7 +111,7 @@ async def _ask_to_unplug(monitor: Monitor, ident: str) -> None:
             raise NotAsked(str(error)) from None
 
 
-async def gone(monitor: Monitor, device: Device, seconds: float) -> None:
+async def gone(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     """Until a guest has let go of a device."""
     end = time.monotonic() + seconds
     while (path := await find(monitor, device)) is not None:
@@ -125,7 +125,7 @@ async def gone(monitor: Monitor, device: Device, seconds: float) -> None:
         await monitor.event("DEVICE_DELETED", min(0.5, left), path=path)
 
 
-async def _remove_backend(monitor: Monitor, device: Device) -> None:
+async def _remove_backend(monitor: Monitor, device: VmDevice) -> None:
     """Remove a chardev, or the server would go on counting it as a peer; or a memory backend."""
     doorbell = device.kind == "doorbell"
     folder, command = ("/chardevs", "chardev-remove") if doorbell else ("/objects", "object-del")
@@ -143,7 +143,7 @@ async def _remove_backend(monitor: Monitor, device: Device) -> None:
             await asyncio.sleep(_LOOK)
 
 
-async def _fence(monitor: Monitor, device: Device) -> None:
+async def _fence(monitor: Monitor, device: VmDevice) -> None:
     """Wait until QEMU has let go of an unplugged device's memory.
 
     It does that by RCU after DEVICE_DELETED, and tells nobody. Until then it would migrate that

@@ -17,13 +17,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .. import control, pages
-from ..emulators import is_qemu
 from ..errors import IvshmemError
+from ..memory import pages
+from ..memory.region import posix_path
 from ..qemu.answers import Answer, QmpError
-from ..qemu.qmp import Monitor
-from ..region import posix_path
-from .model import PLACES, Device, Found, Kind, Peer, Place, Qemu, Server, Vm
+from ..qemu.monitor import Monitor
+from ..qemu.programs import is_qemu
+from ..service import control_client
+from ..system import processes
+from .model import PLACES, Found, FoundPeer, FoundServer, Kind, Place, Qemu, Vm, VmDevice
 
 # QEMU's folders of devices: those with an id, and the others.
 _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -53,7 +55,7 @@ async def look(
         QmpError: a QEMU does not answer.
     """
     found: dict[Place, dict[str, Qemu]] = {place: {} for place in PLACES}
-    servers: dict[Place, dict[str, Server]] = {place: {} for place in PLACES}
+    servers: dict[Place, dict[str, FoundServer]] = {place: {} for place in PLACES}
     for place in PLACES:
         local = all(monitor.local for (_, where), monitor in monitors.items() if where == place)
         asked = _Servers(controls.get(place, ()), local)
@@ -121,7 +123,7 @@ async def devices_of(monitor: Monitor) -> list[tuple[str, Kind]]:
     ]
 
 
-async def find(monitor: Monitor, device: Device) -> str | None:
+async def find(monitor: Monitor, device: VmDevice) -> str | None:
     """The QOM path of the device that has that memory backend or chardev; None: none has it."""
     for path, kind in await devices_of(monitor):
         try:
@@ -146,7 +148,7 @@ async def names(monitor: Monitor, folder: str) -> list[str]:
 
 async def _device(
     vm: str, monitor: Monitor, servers: _Servers, local: bool, path: str, kind: Kind
-) -> Device:
+) -> VmDevice:
     async def get(what: str, of: str = path) -> Answer:
         return await _property(monitor, of, what)
 
@@ -175,7 +177,7 @@ async def _device(
         memory = await servers.memory(where, local) if where else f"private {vm} {backend}"
         if (server := servers.found.get(where)) is not None:
             page_size, file_system = server.page_size, server.file_system
-    return Device(
+    return VmDevice(
         path=path,
         id=path.rpartition("/")[2] if path.startswith(f"{_FOLDERS[0]}/") else "",
         kind=kind,
@@ -239,7 +241,7 @@ class _Servers:
         self._controls = controls
         self._local = local
         self._replies: dict[str, Answer | None] = {}
-        self.found: dict[str, Server] = {}
+        self.found: dict[str, FoundServer] = {}
 
     async def memory(self, socket: str, local: bool) -> str:
         """What names a server's memory."""
@@ -252,7 +254,7 @@ class _Servers:
         return memory or f"server {_file(socket, local)}"
 
     async def _ask(self, socket: str, local: bool) -> None:
-        candidates = [*self._controls, *([control.default_path(socket)] if local else [])]
+        candidates = [*self._controls, *([control_client.default_path(socket)] if local else [])]
         for path in candidates:
             reply = await self._reply(path)
             if reply is None:
@@ -266,24 +268,26 @@ class _Servers:
         if path not in self._replies:
             self._replies[path] = None
             with contextlib.suppress(OSError, ValueError, IvshmemError):
-                reply = await asyncio.to_thread(control.request, path, {"do": "status"}, _SECONDS)
+                reply = await asyncio.to_thread(
+                    control_client.request, path, {"do": "status"}, _SECONDS
+                )
                 self._replies[path] = Answer(reply, path)
         return self._replies[path]
 
 
 def _shares_pids(reply: Answer) -> bool:
     """Whether pids mean the same to a server and to us."""
-    return reply.part("server").number("pid_namespace", 0) == control.pid_namespace() != 0
+    return reply.part("server").number("pid_namespace", 0) == processes.pid_namespace() != 0
 
 
-def _server(path: str, region: Answer, shares_pids: bool) -> Server:
+def _server(path: str, region: Answer, shares_pids: bool) -> FoundServer:
     memory = region.text("memory")
     if region.text("source") == "posix":
         memory = posix_path(memory)
     elif region.text("source") != "file":
         memory = ""
     peers = region.parts("peers")
-    return Server(
+    return FoundServer(
         control=path,
         region=region.text("name"),
         memory=memory,
@@ -295,10 +299,10 @@ def _server(path: str, region: Answer, shares_pids: bool) -> Server:
     )
 
 
-def _peer(peer: Answer, shares_pids: bool) -> Peer:
+def _peer(peer: Answer, shares_pids: bool) -> FoundPeer:
     pid, process = peer.number("pid"), peer.text("process")
     found = is_qemu(pid if shares_pids else 0, process, ask_process=True)
-    return Peer(
+    return FoundPeer(
         peer.number("id"), pid, process, peer.number("leaves_told", 0), is_qemu=found is not False
     )
 

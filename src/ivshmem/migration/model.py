@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import IvshmemError
-from ..plain import plain
+from ..system.text import plain
 
 Kind = Literal["plain", "doorbell"]
 StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
@@ -93,7 +93,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Device:
+class VmDevice:
     """An ivshmem device of a running QEMU.
 
     Attributes:
@@ -160,7 +160,7 @@ class Qemu:
     status: str
     migration: str = ""
     listens: str = ""
-    devices: tuple[Device, ...] = ()
+    devices: tuple[VmDevice, ...] = ()
     buses: frozenset[str] = frozenset()
     taken: frozenset[str] = frozenset()
     blockers: tuple[str, ...] = ()
@@ -169,7 +169,7 @@ class Qemu:
 
 
 @dataclass(frozen=True)
-class Peer:
+class FoundPeer:
     """A server's peer.
 
     Attributes:
@@ -186,7 +186,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Server:
+class FoundServer:
     """A server that devices are connected to, as its control socket tells.
 
     Attributes:
@@ -204,7 +204,7 @@ class Server:
     page_size: int
     file_system: str
     holds: bool
-    peers: tuple[Peer, ...]
+    peers: tuple[FoundPeer, ...]
     can_hold: bool = True
 
 
@@ -214,7 +214,7 @@ class Found:
 
     source: Mapping[str, Qemu]
     destination: Mapping[str, Qemu]
-    servers: Mapping[Place, Mapping[str, Server]] = field(
+    servers: Mapping[Place, Mapping[str, FoundServer]] = field(
         default_factory=lambda: {"source": {}, "destination": {}}
     )
 
@@ -241,12 +241,12 @@ class Step:
 
     kind: StepKind
     vm: str = ""
-    device: Device | None = None
+    device: VmDevice | None = None
     where: str = ""
     control: str = ""
     region: str = ""
     pid: int = 0
-    peer: Peer | None = None
+    peer: FoundPeer | None = None
     running: bool = True
     size: int = 0
     local: bool = False
@@ -268,19 +268,19 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupMember:
     """A device that shares a group's memory."""
 
     vm: str
-    device: Device
+    device: VmDevice
 
 
 @dataclass(frozen=True)
 class Group:
     """Devices that share a memory; exactly one is the master."""
 
-    master: Member
-    others: tuple[Member, ...]
+    master: GroupMember
+    others: tuple[GroupMember, ...]
 
 
 @dataclass(frozen=True)
@@ -309,8 +309,8 @@ class Plan:
             KeyError, TypeError, ValueError: it is none.
         """
 
-        def member(data: Mapping[str, Any]) -> Member:
-            return Member(data["vm"], Device(**data["device"]))
+        def member(data: Mapping[str, Any]) -> GroupMember:
+            return GroupMember(data["vm"], VmDevice(**data["device"]))
 
         return cls(
             vms=tuple(Vm(**vm) for vm in data["vms"]),
@@ -323,8 +323,8 @@ class Plan:
                 Step(
                     **{
                         **step,
-                        "device": step["device"] and Device(**step["device"]),
-                        "peer": step["peer"] and Peer(**step["peer"]),
+                        "device": step["device"] and VmDevice(**step["device"]),
+                        "peer": step["peer"] and FoundPeer(**step["peer"]),
                     }
                 )
                 for step in data["steps"]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..qemu.qmp import Monitor, to_the_end
+from ..qemu.monitor import Monitor, to_the_end
 from .model import PLACES, Place, Vm
 
 
-class Crew:
+class Monitors:
     """Monitors by VM and place, made when they are asked for; an asynchronous context manager."""
 
     def __init__(self, vms: Sequence[Vm]) -> None:
@@ -37,7 +37,7 @@ class Crew:
             (name, place): await self.monitor(name, place) for name in self._vms for place in PLACES
         }
 
-    async def __aenter__(self) -> Crew:
+    async def __aenter__(self) -> Monitors:
         return self
 
     async def __aexit__(self, *error: object) -> None:

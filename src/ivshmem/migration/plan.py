@@ -17,21 +17,21 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ..counting import counted
-from ..sizes import format_size
+from ..memory.sizes import format_size
+from ..system.text import counted
 from .model import (
-    Device,
     Found,
+    FoundPeer,
+    FoundServer,
     Group,
-    Member,
+    GroupMember,
     Options,
-    Peer,
     Plan,
     Qemu,
     Refused,
-    Server,
     Step,
     Vm,
+    VmDevice,
     is_under_way,
 )
 
@@ -82,10 +82,10 @@ class _Planner:
         self._vms = tuple(vms)
         self._found = found
         self._options = options
-        members: dict[str, list[Member]] = {}
+        members: dict[str, list[GroupMember]] = {}
         for vm in vms:
             for device in found.source[vm.name].devices:
-                members.setdefault(device.memory, []).append(Member(vm.name, device))
+                members.setdefault(device.memory, []).append(GroupMember(vm.name, device))
         self._memories = list(members.values())
 
     # -- why not ----------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class _Planner:
                 )
         yield from _about_capabilities(vm, "destination", qemu)
 
-    def _about_memory(self, members: Sequence[Member]) -> Iterator[str]:
+    def _about_memory(self, members: Sequence[GroupMember]) -> Iterator[str]:
         what = ", ".join(f"{each.device.name} of {each.vm}" for each in members)
         masters = [each for each in members if each.device.master]
         if not masters:
@@ -183,7 +183,7 @@ class _Planner:
             if not other.device.master:
                 yield from self._about_other(other, master)
 
-    def _about_master(self, master: Member) -> Iterator[str]:
+    def _about_master(self, master: GroupMember) -> Iterator[str]:
         """A destination's device must be the same one, as QEMU names memory by slot and backend."""
         mine, there = master.device, self._arrival(master)
         who = f"{mine.name} of {master.vm}"
@@ -231,7 +231,7 @@ class _Planner:
         if there.kind == "doorbell":
             yield from self._about_arrival_server(master, there)
 
-    def _about_arrival_server(self, master: Member, there: Device) -> Iterator[str]:
+    def _about_arrival_server(self, master: GroupMember, there: VmDevice) -> Iterator[str]:
         server = self._server("destination", there)
         if server is None:
             return
@@ -247,7 +247,7 @@ class _Planner:
                 " what they write would be overwritten: end them until it has arrived"
             )
 
-    def _about_other(self, other: Member, master: Member) -> Iterator[str]:
+    def _about_other(self, other: GroupMember, master: GroupMember) -> Iterator[str]:
         device, who = other.device, f"{other.device.name} of {other.vm}"
         source, destination = self._found.source[other.vm], self._found.destination[other.vm]
         if not device.pluggable:
@@ -285,7 +285,7 @@ class _Planner:
         if device.kind == "doorbell" and not self._options.force:
             yield from self._about_leaves(other)
 
-    def _about_leaves(self, other: Member) -> Iterator[str]:
+    def _about_leaves(self, other: GroupMember) -> Iterator[str]:
         device, who = other.device, f"{other.device.name} of {other.vm}"
         server, pid = self._server("source", device), self._found.source[other.vm].pid
         if server is None:
@@ -331,7 +331,7 @@ class _Planner:
         notes = tuple(dict.fromkeys(self._notes(groups)))
         return Plan(self._vms, self._options, tuple(groups), tuple(steps), notes)
 
-    def _holds(self, unplugged: Sequence[Member]) -> Iterator[Step]:
+    def _holds(self, unplugged: Sequence[GroupMember]) -> Iterator[Step]:
         """Where leaves are not held back yet, and somebody is going to leave."""
         known = set()
         for each in unplugged:
@@ -341,7 +341,7 @@ class _Planner:
             known.add((server.control, server.region))
             yield Step("hold", control=server.control, region=server.region)
 
-    def _unplug(self, member: Member) -> Step:
+    def _unplug(self, member: GroupMember) -> Step:
         """While its server, if that can be asked, tells its QEMU nothing."""
         server = self._server("source", member.device)
         if server is None or not server.can_hold:
@@ -361,7 +361,7 @@ class _Planner:
                 if not peer.is_qemu:
                     yield Step("evict", control=server.control, region=server.region, peer=peer)
 
-    def _strangers(self, group: Group) -> Iterator[tuple[Server, Peer]]:
+    def _strangers(self, group: Group) -> Iterator[tuple[FoundServer, FoundPeer]]:
         """A server's peers that do not migrate, if that can be known."""
         pids = {self._found.source[vm.name].pid for vm in self._vms}
         server = self._server("source", group.master.device)
@@ -374,7 +374,7 @@ class _Planner:
         local = self._found.destination[vm.name].pid is not None
         return Step("migrate", vm.name, running=running, size=size, local=local)
 
-    def _plug(self, other: Member, group: Group) -> Step:
+    def _plug(self, other: GroupMember, group: Group) -> Step:
         there = self._arrival(group.master)
         assert there is not None
         return Step("plug", other.vm, other.device, where=self._where(other, there))
@@ -420,7 +420,7 @@ class _Planner:
         qemu = self._found.source[vm.name]
         return qemu.forgetful and qemu.status == "running"
 
-    def _arrival(self, master: Member) -> Device | None:
+    def _arrival(self, master: GroupMember) -> VmDevice | None:
         """The device at the destination that a master's becomes."""
         mine = master.device
         for device in self._found.destination[master.vm].devices:
@@ -428,12 +428,12 @@ class _Planner:
                 return device
         return None
 
-    def _server(self, place: str, device: Device) -> Server | None:
+    def _server(self, place: str, device: VmDevice) -> FoundServer | None:
         assert place in ("source", "destination")
         servers = self._found.servers["source" if place == "source" else "destination"]
         return servers.get(device.where) if device.kind == "doorbell" else None
 
-    def _where(self, other: Member, there: Device) -> str:
+    def _where(self, other: GroupMember, there: VmDevice) -> str:
         """The file or socket by which a device shares the memory of that one; "" if none."""
         if other.device.kind == there.kind:
             return there.where
@@ -441,7 +441,7 @@ class _Planner:
         return server.memory if server is not None else ""
 
 
-def _group(members: Sequence[Member]) -> Group:
+def _group(members: Sequence[GroupMember]) -> Group:
     (master,) = (each for each in members if each.device.master)
     return Group(master, tuple(each for each in members if not each.device.master))
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import IvshmemError
-from .crew import Crew
-from .discovery import Controls, look
+from .hotplug import NotAsked, Pending
+from .inspection import Controls, look
 from .model import MigrationError, Options, Plan, Step, Vm
-from .moving import Arrived, Watch
+from .monitors import Monitors
 from .plan import check_vms, make_plan
-from .plugging import NotAsked, Pending
-from .state import State, Word, default_path
-from .steps import Worker
+from .state_file import StateFile, Word, default_path
+from .step_worker import StepWorker
+from .transfer import Arrived, Watch
 
 _T = TypeVar("_T")
 
@@ -63,7 +63,7 @@ async def prepare(
         QmpError, OSError, ValueError: a QEMU cannot be asked.
     """
     check_vms(vms)
-    async with Crew(vms) as crew:
+    async with Monitors(vms) as crew:
         return make_plan(vms, await look(vms, await crew.all(), controls or {}), options)
 
 
@@ -91,7 +91,7 @@ async def migrate(
         OSError: the state cannot be written; nothing was touched.
     """
     path = state or default_path(plan.vms)
-    begun, cancelled = await _wholly(State.create, path, plan)
+    begun, cancelled = await _wholly(StateFile.create, path, plan)
     with begun:
         if cancelled is not None:
             begun.remove()
@@ -108,7 +108,7 @@ async def resume(
         Failed, Unfinished, OSError: as of `migrate`.
         MigrationError: there is nothing to be resumed, or another process is at it.
     """
-    with State.load(state) as begun:
+    with StateFile.load(state) as begun:
         await _Run(begun, tell, watch).forward()
 
 
@@ -119,12 +119,12 @@ async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> N
         Unfinished: one has, or it could not be undone.
         MigrationError, OSError: there is nothing to be undone, or another process is at it.
     """
-    with State.load(state) as begun:
+    with StateFile.load(state) as begun:
         await _Run(begun, tell, _nothing).back()
 
 
 class _Run:
-    def __init__(self, state: State, tell: Tell, watch: Watch) -> None:
+    def __init__(self, state: StateFile, tell: Tell, watch: Watch) -> None:
         self._state = state
         self._plan = state.plan
         self._tell = tell
@@ -133,8 +133,8 @@ class _Run:
     async def forward(self) -> None:
         """Do what is left; if that fails and there is a way back, go it."""
         try:
-            async with Crew(self._plan.vms) as crew:
-                worker = Worker(crew, self._plan.options, self._watch)
+            async with Monitors(self._plan.vms) as crew:
+                worker = StepWorker(crew, self._plan.options, self._watch)
                 while self._state.next < len(self._plan.steps):
                     await self._do(worker)
         except (Exception, asyncio.CancelledError) as error:
@@ -142,7 +142,7 @@ class _Run:
         else:
             self._state.remove()
 
-    async def _do(self, worker: Worker) -> None:
+    async def _do(self, worker: StepWorker) -> None:
         index = self._state.next
         step = self._plan.steps[index]
         await self._note("begin", index)
@@ -180,8 +180,8 @@ class _Run:
         problems: list[tuple[BaseException, int]] = []
         index = self._state.next
         try:
-            async with Crew(self._plan.vms) as crew:
-                worker = Worker(crew, self._plan.options, _nothing)
+            async with Monitors(self._plan.vms) as crew:
+                worker = StepWorker(crew, self._plan.options, _nothing)
                 for index in reversed(range(len(self._plan.steps))):
                     if self._state.words[index] == "undone":
                         continue
@@ -202,7 +202,7 @@ class _Run:
         self._state.remove()
 
     async def _undo(
-        self, worker: Worker, index: int, seconds: float, reason: BaseException | None
+        self, worker: StepWorker, index: int, seconds: float, reason: BaseException | None
     ) -> None:
         step = self._plan.steps[index]
         # Of a device that the guest was not asked for there is nothing to be undone.

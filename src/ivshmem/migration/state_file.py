@@ -21,8 +21,9 @@ import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from .. import _fds, drafts, safe_files
-from ..uncopied import Uncopied
+from ..native import descriptors
+from ..system import new_files, safe_files
+from ..system.uncopied import Uncopied
 from .model import MigrationError, Plan, Vm
 
 _VERSION = 1
@@ -31,20 +32,20 @@ _MOST_BYTES = 1 << 24
 Word = Literal["begin", "done", "undone"]
 
 
-class State(Uncopied):
+class StateFile(Uncopied):
     """The plan, and how far it is: of each step the last word, "undone" if there was none.
 
     Made by `create` and `load`; a context manager that closes the file, and lets others have it.
     """
 
-    def __init__(self, path: str, file: _fds.FdArray, plan: Plan) -> None:
+    def __init__(self, path: str, file: descriptors.FdArray, plan: Plan) -> None:
         self.path = path
         self.plan = plan
         self.words: list[Word] = ["undone"] * len(plan.steps)
         self._file = file
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], plan: Plan) -> State:
+    def create(cls, path: str | os.PathLike[str], plan: Plan) -> StateFile:
         """Begin a file.
 
         Raises:
@@ -57,7 +58,7 @@ class State(Uncopied):
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             place = safe_files.find(path)
-        with place, drafts.Draft(place, os.O_RDWR | os.O_APPEND) as draft:
+        with place, new_files.NewFile(place, os.O_RDWR | os.O_APPEND) as draft:
             _append(draft.file[0], {"version": _VERSION, "plan": plan.to_json()})
             try:
                 draft.publish(keep_lock=True)
@@ -70,7 +71,7 @@ class State(Uncopied):
             return cls(path, draft.file, plan)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> State:
+    def load(cls, path: str | os.PathLike[str]) -> StateFile:
         """Go on with a file.
 
         Raises:
@@ -93,7 +94,7 @@ class State(Uncopied):
             return cls._parse(path, file)
 
     @classmethod
-    def _parse(cls, path: str, file: _fds.FdArray) -> State:
+    def _parse(cls, path: str, file: descriptors.FdArray) -> StateFile:
         fd = file[0]
         data = os.pread(fd, _MOST_BYTES + 1, 0)
         if len(data) > _MOST_BYTES:
@@ -144,7 +145,7 @@ class State(Uncopied):
         with safe_files.find(self.path) as place:
             place.remove(self._file[0])
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> StateFile:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 
-from .. import control
 from ..qemu.answers import Answer
-from .crew import Crew
+from ..service import control_client
+from .held_news import news_held
+from .hotplug import gone, plug, unplug
 from .model import Options, Step, Vm
-from .moving import Mover, Watch
-from .plugging import gone, plug, unplug
-from .quiet import quiet
+from .monitors import Monitors
+from .transfer import Mover, Watch
 
 
-class Worker:
+class StepWorker:
     """Does and undoes steps.
 
     Args:
         watch: told of a migration's progress.
     """
 
-    def __init__(self, crew: Crew, options: Options, watch: Watch) -> None:
+    def __init__(self, crew: Monitors, options: Options, watch: Watch) -> None:
         self._crew = crew
         self._options = options
         self._watch = watch
@@ -47,7 +47,7 @@ class Worker:
         assert step.device is not None
         if step.kind == "unplug":
             monitor = await self._crew.monitor(vm.name, "source")
-            async with quiet(step, self._options.unplug_seconds):
+            async with news_held(step, self._options.unplug_seconds):
                 await unplug(monitor, step.device, self._options.unplug_seconds)
         else:
             monitor = await self._crew.monitor(vm.name, "destination")
@@ -69,7 +69,7 @@ class Worker:
             assert step.device is not None
             assert vm is not None
             monitor = await self._crew.monitor(vm.name, "source")
-            async with quiet(step, self._options.unplug_seconds):
+            async with news_held(step, self._options.unplug_seconds):
                 await gone(monitor, step.device, seconds)
                 await plug(monitor, step.device, step.device.where)
         elif step.kind == "migrate":
@@ -82,13 +82,13 @@ class Worker:
 
 async def _hold_leaves(step: Step, *, on: bool) -> None:
     message = {"do": "hold-leaves", "on": on, "region": step.region}
-    await asyncio.to_thread(control.request, step.control, message)
+    await asyncio.to_thread(control_client.request, step.control, message)
 
 
 def _evict(step: Step) -> None:
     """Hang up on a peer, if it is still the same one."""
     assert step.peer is not None
-    with control.Client(step.control) as client:
+    with control_client.ControlClient(step.control) as client:
         reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
         peers = [peer for region in reply.parts("regions") for peer in region.parts("peers")]
         wanted = (step.peer.id, step.peer.pid)

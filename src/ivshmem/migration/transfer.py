@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..qemu.answers import Answer, QmpError
-from ..qemu.qmp import Monitor, QemuGone
-from .crew import Crew
+from ..qemu.monitor import Monitor, QemuGone
 from .model import MigrationError, Options, Step, StepFailed, Vm, is_under_way
+from .monitors import Monitors
 
 _LOOK = 0.1  # seconds between two looks at how far QEMU is
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
@@ -40,7 +40,7 @@ class Arrived(MigrationError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TransferProgress:
     """How far a VM's migration is, as QEMU counts.
 
     Attributes:
@@ -59,7 +59,7 @@ class Progress:
     passes: int
 
 
-Watch = Callable[[Progress], object]
+Watch = Callable[[TransferProgress], object]
 
 
 class Mover:
@@ -69,7 +69,7 @@ class Mover:
         watch: told of its progress.
     """
 
-    def __init__(self, crew: Crew, vm: Vm, step: Step, options: Options, watch: Watch) -> None:
+    def __init__(self, crew: Monitors, vm: Vm, step: Step, options: Options, watch: Watch) -> None:
         self._crew = crew
         self._vm = vm
         self._step = step
@@ -324,7 +324,7 @@ async def _try_to_cancel(source: Monitor) -> None:
             raise
 
 
-def _does_not_end(progress: Progress) -> bool:
+def _does_not_end(progress: TransferProgress) -> bool:
     """Whether the passes over the memory do not come to an end, so that postcopy is needed.
 
     Not if what remains takes less than a second. QEMU 11.1 may fail if it is told to begin with
@@ -334,8 +334,8 @@ def _does_not_end(progress: Progress) -> bool:
     return progress.passes > (_PATIENCE if little else 1)
 
 
-def _progress(ram: Answer, shared: int) -> Progress:
-    return Progress(
+def _progress(ram: Answer, shared: int) -> TransferProgress:
+    return TransferProgress(
         transferred=ram.number("transferred", 0),
         remaining=ram.number("remaining", 0),
         total=ram.number("total", 0),

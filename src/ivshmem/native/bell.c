@@ -1249,8 +1249,8 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem___bell
-#define __PYX_HAVE_API__ivshmem___bell
+#define __PYX_HAVE__ivshmem__native__bell
+#define __PYX_HAVE_API__ivshmem__native__bell
 /* Early includes */
 #include <stdint.h>
 #include <string.h>
@@ -1812,11 +1812,11 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/_bell.pyx",
-  "ivshmem/_bell.pxd",
+  "ivshmem/native/bell.pyx",
+  "ivshmem/native/bell.pxd",
   "cpython/type.pxd",
-  "ivshmem/_fds.pxd",
-  "ivshmem/_memory.pxd",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/mapping.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2005,19 +2005,19 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_4_fds_Fd;
-struct __pyx_obj_7ivshmem_4_fds_FdArray;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
-struct __pyx_obj_7ivshmem_4_fds_Relay;
-struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_7_memory_Mapping;
-struct __pyx_obj_7ivshmem_7_memory_Atomic;
-struct __pyx_obj_7ivshmem_7_memory_AtomicU32;
-struct __pyx_obj_7ivshmem_7_memory_AtomicU64;
-struct __pyx_obj_7ivshmem_7_memory_Registers;
-struct __pyx_obj_7ivshmem_5_bell_Doorbell;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
+struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
+struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 
-/* "_fds.pxd":10
+/* "descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2025,28 +2025,28 @@ struct __pyx_obj_7ivshmem_5_bell_Doorbell;
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
-struct __pyx_t_7ivshmem_5_bell_Bell;
+struct __pyx_t_7ivshmem_6native_4bell_Bell;
 
-/* "ivshmem/_bell.pxd":8
+/* "ivshmem/native/bell.pxd":8
  * 
  * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
  * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
  * 
  * 
 */
-typedef int (*__pyx_t_7ivshmem_5_bell_Handler)(void *, int64_t);
+typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
 
-/* "ivshmem/_bell.pxd":11
+/* "ivshmem/native/bell.pxd":11
  * 
  * 
  * cdef struct Bell:             # <<<<<<<<<<<<<<
  *     unsigned int *state  # of what rings: either is borrowed, the other NULL
  *     void *fds  # FdArray: the eventfd `fd` is one of these
 */
-struct __pyx_t_7ivshmem_5_bell_Bell {
+struct __pyx_t_7ivshmem_6native_4bell_Bell {
   unsigned int *state;
   void *fds;
   void *registers;
@@ -2055,48 +2055,48 @@ struct __pyx_t_7ivshmem_5_bell_Bell {
   uint32_t value;
 };
 
-/* "_fds.pxd":86
+/* "descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
  *     cdef int number  # -1: it is closed, or has another owner
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Fd {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
   PyObject_HEAD
   int number;
 };
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
 */
-struct __pyx_obj_7ivshmem_4_fds_FdArray {
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
   unsigned int state;
-  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
   int outgrown_count;
 };
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int zero
 */
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
   aio_context_t context;
   int zero;
   int pid;
@@ -2104,45 +2104,45 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int pid
 */
-struct __pyx_obj_7ivshmem_4_fds_Relay {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
   aio_context_t context;
   int pid;
 };
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Epoll {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
 };
 
 
-/* "_memory.pxd":6
+/* "mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
  *     cdef char *start
  *     cdef Py_ssize_t length
 */
-struct __pyx_obj_7ivshmem_7_memory_Mapping {
+struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtab;
   char *start;
   Py_ssize_t length;
   unsigned int views;
@@ -2151,56 +2151,56 @@ struct __pyx_obj_7ivshmem_7_memory_Mapping {
 };
 
 
-/* "_memory.pxd":20
+/* "mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
  *     cdef Mapping mapping
  *     cdef readonly Py_ssize_t offset
 */
-struct __pyx_obj_7ivshmem_7_memory_Atomic {
+struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7_memory_Mapping *mapping;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *mapping;
   Py_ssize_t offset;
   int wide;
 };
 
 
-/* "_memory.pxd":31
+/* "mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
  *     pass
  * 
 */
-struct __pyx_obj_7ivshmem_7_memory_AtomicU32 {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
 
 
-/* "_memory.pxd":35
+/* "mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
  *     pass
  * 
 */
-struct __pyx_obj_7ivshmem_7_memory_AtomicU64 {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
 
 
-/* "_memory.pxd":39
+/* "mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
  *     cdef char *page
  *     cdef char *first
 */
-struct __pyx_obj_7ivshmem_7_memory_Registers {
+struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtab;
   char *page;
   char *first;
   int64_t offset;
@@ -2211,28 +2211,28 @@ struct __pyx_obj_7ivshmem_7_memory_Registers {
 };
 
 
-/* "ivshmem/_bell.pxd":23
+/* "ivshmem/native/bell.pxd":23
  * 
  * 
  * cdef class Doorbell:             # <<<<<<<<<<<<<<
  *     cdef object endpoint
  *     cdef object owner  # of what `bell` borrows
 */
-struct __pyx_obj_7ivshmem_5_bell_Doorbell {
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtab;
   PyObject *endpoint;
   PyObject *owner;
   PyObject *peer;
   Py_ssize_t vector;
-  struct __pyx_t_7ivshmem_5_bell_Bell bell;
+  struct __pyx_t_7ivshmem_6native_4bell_Bell bell;
   int nowait;
-  struct __pyx_obj_7ivshmem_4_fds_Signaller *signaller;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *signaller;
 };
 
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2240,16 +2240,16 @@ struct __pyx_obj_7ivshmem_5_bell_Doorbell {
  *     cdef Py_ssize_t count
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
-  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2257,14 +2257,14 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
  *     cdef int zero
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
-  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2272,13 +2272,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_
  *     cdef int pid
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
-  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2286,13 +2286,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
-  int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
 
 
-/* "_memory.pxd":6
+/* "mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -2300,17 +2300,17 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
  *     cdef Py_ssize_t length
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping {
-  int (*pin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
-  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
-  PyObject *(*exchange)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, PyObject *, int);
-  Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, Py_ssize_t);
-  int (*copy)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
+  int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
+  Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
+  int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem_7_memory_Mapping;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "_memory.pxd":20
+/* "mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2318,16 +2318,16 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem
  *     cdef readonly Py_ssize_t offset
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic {
-  void *(*pin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  void *(*pin_own)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  uint64_t (*peek)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
+  void *(*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  void *(*pin_own)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  uint64_t (*peek)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "_memory.pxd":31
+/* "mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2335,13 +2335,13 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 {
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "_memory.pxd":35
+/* "mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2349,13 +2349,13 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshm
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 {
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "_memory.pxd":39
+/* "mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2363,16 +2363,16 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshm
  *     cdef char *first
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Registers {
-  int (*check)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t);
-  int (*put)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t);
-  void (*leave)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
-  void (*release)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
+  int (*check)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t);
+  int (*put)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t, uint32_t);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshmem_7_memory_Registers;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
 
 
-/* "ivshmem/_bell.pyx":38
+/* "ivshmem/native/bell.pyx":38
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2380,13 +2380,13 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshm
  *     """One vector of one peer, looked up once; made by `Doorbells.doorbell`.
 */
 
-struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell {
-  int (*ring_nogil)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
-  int (*ring_gently)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
+struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
+  int (*ring_nogil)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+  int (*ring_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
 };
-static struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtabptr_7ivshmem_5_bell_Doorbell;
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
+static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3317,8 +3317,8 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -3336,49 +3336,49 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "ivshmem._libc" */
+/* Module declarations from "ivshmem.native.syscalls" */
 
-/* Module declarations from "ivshmem._fds" */
-static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
-static int (*__pyx_f_7ivshmem_4_fds_add_one_nowait)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
+/* Module declarations from "ivshmem.native.descriptors" */
+static int (*__pyx_f_7ivshmem_6native_11descriptors_fail_with)(int); /*proto*/
+static int (*__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int); /*proto*/
 
 /* Module declarations from "cython" */
 
 /* Module declarations from "cpython.exc" */
 
-/* Module declarations from "ivshmem._memory" */
+/* Module declarations from "ivshmem.native.mapping" */
 
-/* Module declarations from "ivshmem._bell" */
-static unsigned int __pyx_v_7ivshmem_5_bell_NOBODY;
-static int __pyx_f_7ivshmem_5_bell_ring_bell(void *, int64_t); /*proto*/
+/* Module declarations from "ivshmem.native.bell" */
+static unsigned int __pyx_v_7ivshmem_6native_4bell_NOBODY;
+static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *, int64_t); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem._bell"
-extern int __pyx_module_is_main_ivshmem___bell;
-int __pyx_module_is_main_ivshmem___bell = 0;
+#define __Pyx_MODULE_NAME "ivshmem.native.bell"
+extern int __pyx_module_is_main_ivshmem__native__bell;
+int __pyx_module_is_main_ivshmem__native__bell = 0;
 
-/* Implementation of "ivshmem._bell" */
+/* Implementation of "ivshmem.native.bell" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
 static const char __pyx_k_One_doorbell_looked_up_once_to_b[] = "One doorbell, looked up once, to be rung often or without the interpreter.\n\nKnows: an eventfd or a register, and whether it is still there. Does not know: whose it is.\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_5_bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4peer___get__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6vector___get__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_bell_Doorbell(PyObject *o, 
+static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4peer___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6vector___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3386,13 +3386,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell(PyTypeObject *
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_5_bell_Doorbell __pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell
+#define __pyx_tp_new_7ivshmem_6native_4bell_Doorbell __pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3418,18 +3418,18 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Mapping;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Atomic;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU32;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU64;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Registers;
-    PyObject *__pyx_type_7ivshmem_5_bell_Doorbell;
-    PyTypeObject *__pyx_ptype_7ivshmem_5_bell_Doorbell;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
+    PyObject *__pyx_type_7ivshmem_6native_4bell_Doorbell;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[1];
@@ -3490,7 +3490,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[10]
 #define __pyx_kp_u_isenabled __pyx_string_tab[11]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[12]
-#define __pyx_kp_u_ivshmem__bell_pyx __pyx_string_tab[13]
+#define __pyx_kp_u_ivshmem_native_bell_pyx __pyx_string_tab[13]
 #define __pyx_kp_u_peer __pyx_string_tab[14]
 #define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[15]
 #define __pyx_n_u_ClosedError __pyx_string_tab[16]
@@ -3515,7 +3515,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_closed __pyx_string_tab[35]
 #define __pyx_n_u_errors __pyx_string_tab[36]
 #define __pyx_n_u_items __pyx_string_tab[37]
-#define __pyx_n_u_ivshmem__bell __pyx_string_tab[38]
+#define __pyx_n_u_ivshmem_native_bell __pyx_string_tab[38]
 #define __pyx_n_u_self __pyx_string_tab[39]
 #define __pyx_n_u_setdefault __pyx_string_tab[40]
 #define __pyx_n_u_values __pyx_string_tab[41]
@@ -3537,18 +3537,18 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_bell_Doorbell);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
@@ -3576,18 +3576,18 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_bell_Doorbell);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
@@ -3605,7 +3605,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":28
+/* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3613,11 +3613,11 @@ return 0;
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":30
+  /* "descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3626,7 +3626,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":31
+  /* "descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3639,7 +3639,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":28
+  /* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3653,7 +3653,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":34
+/* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3661,7 +3661,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
   int __pyx_t_2;
@@ -3670,7 +3670,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":36
+  /* "descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3695,7 +3695,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
     }
 
 
-    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
 
   } else {
 
@@ -3707,7 +3707,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":34
+  /* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3720,7 +3720,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":39
+/* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3728,7 +3728,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
  *     cdef int64_t nanoseconds
 */
 
-static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
   int64_t __pyx_v_nanoseconds;
   struct timespec *__pyx_r;
   int __pyx_t_1;
@@ -3736,7 +3736,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":42
+  /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3748,7 +3748,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":43
+    /* "descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -3761,7 +3761,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":42
+    /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3770,7 +3770,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":44
+  /* "descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -3780,7 +3780,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 
   __pyx_t_2 = ((int64_t)0);
 
-  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
   __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
 
   if (__pyx_t_1) {
@@ -3794,7 +3794,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":45
+  /* "descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -3803,7 +3803,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -3812,7 +3812,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":47
+  /* "descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -3825,7 +3825,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":39
+  /* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3839,7 +3839,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":50
+/* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3847,14 +3847,14 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
   uint64_t __pyx_t_2;
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":52
+  /* "descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -3882,7 +3882,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":50
+  /* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3895,7 +3895,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":55
+/* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3903,14 +3903,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
   uint64_t __pyx_v_count;
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":61
+  /* "descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -3919,7 +3919,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":64
+  /* "descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -3928,7 +3928,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":65
+  /* "descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -3937,7 +3937,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":66
+  /* "descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -3946,7 +3946,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":67
+    /* "descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -3955,7 +3955,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":68
+    /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3967,7 +3967,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":69
+      /* "descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -3976,11 +3976,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
       {
 
-        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":68
+      /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3989,7 +3989,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":70
+    /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4001,7 +4001,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":71
+      /* "descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4014,7 +4014,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":70
+      /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4023,7 +4023,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":72
+    /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4035,7 +4035,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":73
+      /* "descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4048,7 +4048,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":72
+      /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4057,7 +4057,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":74
+    /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4069,7 +4069,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":75
+      /* "descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4082,7 +4082,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":74
+      /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4092,7 +4092,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":55
+  /* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4109,7 +4109,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":78
+/* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4117,13 +4117,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
  *     cdef uint64_t one = 1
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
   uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":80
+  /* "descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4132,7 +4132,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":81
+  /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4158,7 +4158,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":82
+    /* "descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4171,7 +4171,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":81
+    /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4180,7 +4180,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":83
+  /* "descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4193,7 +4193,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":78
+  /* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4207,7 +4207,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":107
+/* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4215,10 +4215,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
  *     return ivshmem_length(&array.count)
 */
 
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":109
+  /* "descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4231,7 +4231,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":107
+  /* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4244,7 +4244,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":112
+/* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4252,10 +4252,10 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
  *     return &ivshmem_elements(&array.fds)[index]
 */
 
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":114
+  /* "descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4268,7 +4268,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":112
+  /* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4281,7 +4281,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":23
+/* "ivshmem/native/bell.pyx":23
  * 
  * 
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4289,22 +4289,22 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
  *     cdef Bell *bell = <Bell *>context
 */
 
-static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSED int64_t __pyx_v_rings) {
-  struct __pyx_t_7ivshmem_5_bell_Bell *__pyx_v_bell;
+static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSED int64_t __pyx_v_rings) {
+  struct __pyx_t_7ivshmem_6native_4bell_Bell *__pyx_v_bell;
   int __pyx_v_code;
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_bell.pyx":25
+  /* "ivshmem/native/bell.pyx":25
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:
  *     """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
  *     cdef Bell *bell = <Bell *>context             # <<<<<<<<<<<<<<
  *     cdef int code
  *     if not ivshmem_enter(bell.state):
 */
-  __pyx_v_bell = ((struct __pyx_t_7ivshmem_5_bell_Bell *)__pyx_v_context);
+  __pyx_v_bell = ((struct __pyx_t_7ivshmem_6native_4bell_Bell *)__pyx_v_context);
 
-  /* "ivshmem/_bell.pyx":27
+  /* "ivshmem/native/bell.pyx":27
  *     cdef Bell *bell = <Bell *>context
  *     cdef int code
  *     if not ivshmem_enter(bell.state):             # <<<<<<<<<<<<<<
@@ -4316,7 +4316,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_bell.pyx":28
+    /* "ivshmem/native/bell.pyx":28
  *     cdef int code
  *     if not ivshmem_enter(bell.state):
  *         return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4329,7 +4329,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_bell.pyx":27
+    /* "ivshmem/native/bell.pyx":27
  *     cdef Bell *bell = <Bell *>context
  *     cdef int code
  *     if not ivshmem_enter(bell.state):             # <<<<<<<<<<<<<<
@@ -4338,7 +4338,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
 */
   }
 
-  /* "ivshmem/_bell.pyx":29
+  /* "ivshmem/native/bell.pyx":29
  *     if not ivshmem_enter(bell.state):
  *         return ESHUTDOWN
  *     if bell.fds != NULL:             # <<<<<<<<<<<<<<
@@ -4350,25 +4350,25 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_bell.pyx":30
+    /* "ivshmem/native/bell.pyx":30
  *         return ESHUTDOWN
  *     if bell.fds != NULL:
  *         code = add_one(bell.fd)             # <<<<<<<<<<<<<<
  *         (<FdArray>bell.fds).leave()
  *     else:
 */
-    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one(__pyx_v_bell->fd);
+    __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_bell->fd);
 
-    /* "ivshmem/_bell.pyx":31
+    /* "ivshmem/native/bell.pyx":31
  *     if bell.fds != NULL:
  *         code = add_one(bell.fd)
  *         (<FdArray>bell.fds).leave()             # <<<<<<<<<<<<<<
  *     else:
  *         code = (<Registers>bell.registers).put(bell.at, bell.value)
 */
-    ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_bell->fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_bell->fds));
+    ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bell->fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bell->fds));
 
-    /* "ivshmem/_bell.pyx":29
+    /* "ivshmem/native/bell.pyx":29
  *     if not ivshmem_enter(bell.state):
  *         return ESHUTDOWN
  *     if bell.fds != NULL:             # <<<<<<<<<<<<<<
@@ -4378,7 +4378,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_bell.pyx":33
+  /* "ivshmem/native/bell.pyx":33
  *         (<FdArray>bell.fds).leave()
  *     else:
  *         code = (<Registers>bell.registers).put(bell.at, bell.value)             # <<<<<<<<<<<<<<
@@ -4386,20 +4386,20 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
  *     return code
 */
   /*else*/ {
-    __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *)((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_bell->registers)->__pyx_vtab)->put(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_bell->registers), __pyx_v_bell->at, __pyx_v_bell->value);
+    __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *)((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_bell->registers)->__pyx_vtab)->put(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_bell->registers), __pyx_v_bell->at, __pyx_v_bell->value);
 
-    /* "ivshmem/_bell.pyx":34
+    /* "ivshmem/native/bell.pyx":34
  *     else:
  *         code = (<Registers>bell.registers).put(bell.at, bell.value)
  *         (<Registers>bell.registers).leave()             # <<<<<<<<<<<<<<
  *     return code
  * 
 */
-    ((struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *)((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_bell->registers)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_bell->registers));
+    ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *)((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_bell->registers)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_bell->registers));
   }
   __pyx_L4:;
 
-  /* "ivshmem/_bell.pyx":35
+  /* "ivshmem/native/bell.pyx":35
  *         code = (<Registers>bell.registers).put(bell.at, bell.value)
  *         (<Registers>bell.registers).leave()
  *     return code             # <<<<<<<<<<<<<<
@@ -4412,7 +4412,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_bell.pyx":23
+  /* "ivshmem/native/bell.pyx":23
  * 
  * 
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4427,7 +4427,7 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":48
+/* "ivshmem/native/bell.pyx":48
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4436,14 +4436,14 @@ static int __pyx_f_7ivshmem_5_bell_ring_bell(void *__pyx_v_context, CYTHON_UNUSE
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_5_bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_5_bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4469,26 +4469,26 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell___cinit__(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_5_bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_bell.pyx":49
+  /* "ivshmem/native/bell.pyx":49
  * 
  *     def __cinit__(self):
  *         self.bell.state = &NOBODY             # <<<<<<<<<<<<<<
  * 
  *     cdef int ring_nogil(self) noexcept nogil:
 */
-  __pyx_v_self->bell.state = (&__pyx_v_7ivshmem_5_bell_NOBODY);
+  __pyx_v_self->bell.state = (&__pyx_v_7ivshmem_6native_4bell_NOBODY);
 
-  /* "ivshmem/_bell.pyx":48
+  /* "ivshmem/native/bell.pyx":48
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4502,7 +4502,7 @@ static int __pyx_pf_7ivshmem_5_bell_8Doorbell___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":51
+/* "ivshmem/native/bell.pyx":51
  *         self.bell.state = &NOBODY
  * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4510,10 +4510,10 @@ static int __pyx_pf_7ivshmem_5_bell_8Doorbell___cinit__(struct __pyx_obj_7ivshme
  * 
 */
 
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_bell.pyx":52
+  /* "ivshmem/native/bell.pyx":52
  * 
  *     cdef int ring_nogil(self) noexcept nogil:
  *         return ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4522,11 +4522,11 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshme
 */
   {
 
-    __pyx_r = __pyx_f_7ivshmem_5_bell_ring_bell((&__pyx_v_self->bell), 1);
+    __pyx_r = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_bell.pyx":51
+  /* "ivshmem/native/bell.pyx":51
  *         self.bell.state = &NOBODY
  * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4539,7 +4539,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":54
+/* "ivshmem/native/bell.pyx":54
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4547,7 +4547,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshme
  *             return ESHUTDOWN
 */
 
-static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -4566,7 +4566,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_gently", 0);
 
-  /* "ivshmem/_bell.pyx":55
+  /* "ivshmem/native/bell.pyx":55
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4578,7 +4578,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_bell.pyx":56
+    /* "ivshmem/native/bell.pyx":56
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4591,7 +4591,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_bell.pyx":55
+    /* "ivshmem/native/bell.pyx":55
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4600,7 +4600,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_bell.pyx":57
+  /* "ivshmem/native/bell.pyx":57
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
  *         try:             # <<<<<<<<<<<<<<
@@ -4609,7 +4609,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 */
   /*try:*/ {
 
-    /* "ivshmem/_bell.pyx":58
+    /* "ivshmem/native/bell.pyx":58
  *             return ESHUTDOWN
  *         try:
  *             add_one_nowait(self.signaller, self.bell.fd)             # <<<<<<<<<<<<<<
@@ -4618,12 +4618,12 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 58, __pyx_L5_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 58, __pyx_L5_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   }
 
-  /* "ivshmem/_bell.pyx":60
+  /* "ivshmem/native/bell.pyx":60
  *             add_one_nowait(self.signaller, self.bell.fd)
  *         finally:
  *             (<FdArray>self.bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -4632,7 +4632,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 */
   /*finally:*/ {
     /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self->bell.fds));
+      ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds));
       goto __pyx_L6;
     }
     __pyx_L5_error:;
@@ -4651,7 +4651,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
       __Pyx_XGOTREF(__pyx_t_11);
       __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
       {
-        ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self->bell.fds));
+        ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds));
       }
       __Pyx_XGIVEREF(__pyx_t_9);
       __Pyx_XGIVEREF(__pyx_t_10);
@@ -4668,7 +4668,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
     __pyx_L6:;
   }
 
-  /* "ivshmem/_bell.pyx":61
+  /* "ivshmem/native/bell.pyx":61
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
  *         return 0             # <<<<<<<<<<<<<<
@@ -4681,7 +4681,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_bell.pyx":54
+  /* "ivshmem/native/bell.pyx":54
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4692,7 +4692,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._bell.Doorbell.ring_gently", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.ring_gently", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -4700,7 +4700,7 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":63
+/* "ivshmem/native/bell.pyx":63
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -4709,15 +4709,15 @@ static int __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_bell_8Doorbell_2ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does; the peer was looked up before.\n\nA doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.\n\nRaises:\n    NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_2ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does; the peer was looked up before.\n\nA doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.\n\nRaises:\n    NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4743,14 +4743,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("ring", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -4769,7 +4769,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_bell.pyx":74
+  /* "ivshmem/native/bell.pyx":74
  *         """
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -4778,7 +4778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
   while (1) {
 
-    /* "ivshmem/_bell.pyx":75
+    /* "ivshmem/native/bell.pyx":75
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4787,17 +4787,17 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
     if (__pyx_v_self->nowait) {
 
-      /* "ivshmem/_bell.pyx":76
+      /* "ivshmem/native/bell.pyx":76
  *         while True:
  *             if self.nowait:
  *                 code = self.ring_gently()             # <<<<<<<<<<<<<<
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 76, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 76, __pyx_L1_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/_bell.pyx":75
+      /* "ivshmem/native/bell.pyx":75
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4807,7 +4807,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       goto __pyx_L5;
     }
 
-    /* "ivshmem/_bell.pyx":77
+    /* "ivshmem/native/bell.pyx":77
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4819,16 +4819,16 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_bell.pyx":78
+      /* "ivshmem/native/bell.pyx":78
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
  *             else:
  *                 with nogil:
 */
-      __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((&__pyx_v_self->bell), 1);
+      __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
 
-      /* "ivshmem/_bell.pyx":77
+      /* "ivshmem/native/bell.pyx":77
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4838,7 +4838,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       goto __pyx_L5;
     }
 
-    /* "ivshmem/_bell.pyx":80
+    /* "ivshmem/native/bell.pyx":80
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4852,17 +4852,17 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_bell.pyx":81
+            /* "ivshmem/native/bell.pyx":81
  *             else:
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
  *             if code == 0:
  *                 return
 */
-            __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((&__pyx_v_self->bell), 1);
+            __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
           }
 
-          /* "ivshmem/_bell.pyx":80
+          /* "ivshmem/native/bell.pyx":80
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4881,7 +4881,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
     }
     __pyx_L5:;
 
-    /* "ivshmem/_bell.pyx":82
+    /* "ivshmem/native/bell.pyx":82
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4893,7 +4893,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_bell.pyx":83
+      /* "ivshmem/native/bell.pyx":83
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -4910,7 +4910,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_bell.pyx":82
+      /* "ivshmem/native/bell.pyx":82
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4919,7 +4919,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/_bell.pyx":84
+    /* "ivshmem/native/bell.pyx":84
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -4931,7 +4931,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_bell.pyx":85
+      /* "ivshmem/native/bell.pyx":85
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -4942,7 +4942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/_bell.pyx":86
+        /* "ivshmem/native/bell.pyx":86
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")             # <<<<<<<<<<<<<<
@@ -4962,7 +4962,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __PYX_ERR(0, 86, __pyx_L1_error)
 
-        /* "ivshmem/_bell.pyx":85
+        /* "ivshmem/native/bell.pyx":85
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -4971,7 +4971,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/_bell.pyx":87
+      /* "ivshmem/native/bell.pyx":87
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
@@ -4985,7 +4985,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/_bell.pyx":88
+        /* "ivshmem/native/bell.pyx":88
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5019,7 +5019,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __PYX_ERR(0, 88, __pyx_L1_error)
 
-        /* "ivshmem/_bell.pyx":87
+        /* "ivshmem/native/bell.pyx":87
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
@@ -5028,7 +5028,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/_bell.pyx":89
+      /* "ivshmem/native/bell.pyx":89
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")             # <<<<<<<<<<<<<<
@@ -5080,7 +5080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __PYX_ERR(0, 89, __pyx_L1_error)
 
-      /* "ivshmem/_bell.pyx":84
+      /* "ivshmem/native/bell.pyx":84
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -5089,7 +5089,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/_bell.pyx":90
+    /* "ivshmem/native/bell.pyx":90
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5101,17 +5101,17 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_bell.pyx":91
+      /* "ivshmem/native/bell.pyx":91
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             PyErr_CheckSignals()
  * 
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
 
 
-      /* "ivshmem/_bell.pyx":90
+      /* "ivshmem/native/bell.pyx":90
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5120,7 +5120,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/_bell.pyx":92
+    /* "ivshmem/native/bell.pyx":92
  *             if code != EINTR:
  *                 fail_with(code)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -5131,7 +5131,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 
   }
 
-  /* "ivshmem/_bell.pyx":63
+  /* "ivshmem/native/bell.pyx":63
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5148,7 +5148,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem._bell.Doorbell.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -5157,7 +5157,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":94
+/* "ivshmem/native/bell.pyx":94
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5166,16 +5166,16 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_2ring(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_bell_8Doorbell_4__reduce__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_bell_8Doorbell_5__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_bell_8Doorbell_4__reduce__};
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4bell_8Doorbell_5__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__};
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5201,14 +5201,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5219,7 +5219,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_bell.pyx":95
+  /* "ivshmem/native/bell.pyx":95
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")             # <<<<<<<<<<<<<<
@@ -5239,7 +5239,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED st
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __PYX_ERR(0, 95, __pyx_L1_error)
 
-  /* "ivshmem/_bell.pyx":94
+  /* "ivshmem/native/bell.pyx":94
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5251,14 +5251,14 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED st
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._bell.Doorbell.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pyx":97
+/* "ivshmem/native/bell.pyx":97
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5266,21 +5266,21 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4__reduce__(CYTHON_UNUSED st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_7__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_7__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5294,7 +5294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/_bell.pyx":98
+  /* "ivshmem/native/bell.pyx":98
  * 
  *     def __repr__(self):
  *         return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"             # <<<<<<<<<<<<<<
@@ -5332,7 +5332,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_bell.pyx":97
+  /* "ivshmem/native/bell.pyx":97
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5344,7 +5344,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem._bell.Doorbell.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5352,7 +5352,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pxd":26
+/* "ivshmem/native/bell.pxd":26
  *     cdef object endpoint
  *     cdef object owner  # of what `bell` borrows
  *     cdef readonly object peer             # <<<<<<<<<<<<<<
@@ -5361,21 +5361,21 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6__repr__(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_4peer_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_4peer_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_4peer_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_4peer_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell_4peer___get__(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_4peer___get__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4peer___get__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4peer___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5419,7 +5419,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4peer___get__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_bell.pxd":27
+/* "ivshmem/native/bell.pxd":27
  *     cdef object owner  # of what `bell` borrows
  *     cdef readonly object peer
  *     cdef readonly Py_ssize_t vector             # <<<<<<<<<<<<<<
@@ -5428,21 +5428,21 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_4peer___get__(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_6vector_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_5_bell_8Doorbell_6vector_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_6vector_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_6vector_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_5_bell_8Doorbell_6vector___get__(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_6vector___get__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6vector___get__(struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6vector___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5493,7 +5493,7 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6vector___get__(struct __pyx
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._bell.Doorbell.vector.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.vector.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5501,23 +5501,23 @@ static PyObject *__pyx_pf_7ivshmem_5_bell_8Doorbell_6vector___get__(struct __pyx
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
-static struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell __pyx_vtable_7ivshmem_5_bell_Doorbell;
+static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell __pyx_vtable_7ivshmem_6native_4bell_Doorbell;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_bell_Doorbell(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_5_bell_Doorbell *p = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_5_bell_Doorbell;
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
   p->endpoint = Py_None; Py_INCREF(Py_None);
   p->owner = Py_None; Py_INCREF(Py_None);
   p->peer = Py_None; Py_INCREF(Py_None);
-  p->signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); Py_INCREF(Py_None);
+  p->signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None); Py_INCREF(Py_None);
   {
-    int cinit_result = __pyx_pw_7ivshmem_5_bell_8Doorbell_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -5531,7 +5531,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_bell_Doorbell(PyObject 
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -5541,7 +5541,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell(PyTypeObject *
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_5_bell_Doorbell(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -5551,24 +5551,24 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell(PyTypeObject *
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_5_bell_Doorbell((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_5_bell_Doorbell(PyObject *o) {
-  struct __pyx_obj_7ivshmem_5_bell_Doorbell *p = (struct __pyx_obj_7ivshmem_5_bell_Doorbell *)o;
+static void __pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell(PyObject *o) {
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = (struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o;
   PyObject_GC_UnTrack(o);
   Py_CLEAR(p->endpoint);
   Py_CLEAR(p->owner);
@@ -5588,9 +5588,9 @@ static void __pyx_tp_dealloc_7ivshmem_5_bell_Doorbell(PyObject *o) {
   #endif
 }
 
-static int __pyx_tp_traverse_7ivshmem_5_bell_Doorbell(PyObject *o, visitproc v, void *a) {
+static int __pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell(PyObject *o, visitproc v, void *a) {
   int e;
-  struct __pyx_obj_7ivshmem_5_bell_Doorbell *p = (struct __pyx_obj_7ivshmem_5_bell_Doorbell *)o;
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = (struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o;
   {
     e = __Pyx_call_type_traverse(o, 1, v, a);
     if (e) return e;
@@ -5610,9 +5610,9 @@ static int __pyx_tp_traverse_7ivshmem_5_bell_Doorbell(PyObject *o, visitproc v, 
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_5_bell_Doorbell(PyObject *o) {
+static int __pyx_tp_clear_7ivshmem_6native_4bell_Doorbell(PyObject *o) {
   PyObject* tmp;
-  struct __pyx_obj_7ivshmem_5_bell_Doorbell *p = (struct __pyx_obj_7ivshmem_5_bell_Doorbell *)o;
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = (struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o;
   tmp = ((PyObject*)p->endpoint);
   p->endpoint = Py_None; Py_INCREF(Py_None);
   Py_XDECREF(tmp);
@@ -5623,67 +5623,67 @@ static int __pyx_tp_clear_7ivshmem_5_bell_Doorbell(PyObject *o) {
   p->peer = Py_None; Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->signaller);
-  p->signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); Py_INCREF(Py_None);
+  p->signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   return 0;
 }
 
-static PyObject *__pyx_getprop_7ivshmem_5_bell_8Doorbell_peer(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_5_bell_8Doorbell_4peer_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_4bell_8Doorbell_peer(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_4bell_8Doorbell_4peer_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_5_bell_8Doorbell_vector(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_5_bell_8Doorbell_6vector_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_4bell_8Doorbell_vector(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_4bell_8Doorbell_6vector_1__get__(o);
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_5_bell_Doorbell[] = {
-  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_bell_8Doorbell_3ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_bell_8Doorbell_2ring},
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_bell_8Doorbell_4__reduce__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_4bell_Doorbell[] = {
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_2ring},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__},
   {0, 0, 0, 0}
 };
 
-static struct PyGetSetDef __pyx_getsets_7ivshmem_5_bell_Doorbell[] = {
-  {"peer", __pyx_getprop_7ivshmem_5_bell_8Doorbell_peer, 0, 0, 0},
-  {"vector", __pyx_getprop_7ivshmem_5_bell_8Doorbell_vector, 0, 0, 0},
+static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_4bell_Doorbell[] = {
+  {"peer", __pyx_getprop_7ivshmem_6native_4bell_8Doorbell_peer, 0, 0, 0},
+  {"vector", __pyx_getprop_7ivshmem_6native_4bell_8Doorbell_vector, 0, 0, 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_5_bell_Doorbell_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_bell_Doorbell},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_5_bell_8Doorbell_7__repr__},
+static PyType_Slot __pyx_type_7ivshmem_6native_4bell_Doorbell_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One vector of one peer, looked up once; made by `Doorbells.doorbell`.\n\n    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.\n\n    Attributes:\n        peer, vector: whom it rings.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_5_bell_Doorbell},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_5_bell_Doorbell},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_bell_Doorbell},
-  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_5_bell_Doorbell},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_5_bell_Doorbell},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_4bell_Doorbell},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_5_bell_Doorbell},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_5_bell_Doorbell_spec = {
-  "ivshmem._bell.Doorbell",
-  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
+static PyType_Spec __pyx_type_7ivshmem_6native_4bell_Doorbell_spec = {
+  "ivshmem.native.bell.Doorbell",
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_5_bell_Doorbell_slots,
+  __pyx_type_7ivshmem_6native_4bell_Doorbell_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_5_bell_Doorbell = {
+static PyTypeObject __pyx_type_7ivshmem_6native_4bell_Doorbell = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._bell.""Doorbell", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), /*tp_basicsize*/
+  "ivshmem.native.bell.""Doorbell", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_5_bell_Doorbell, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_5_bell_8Doorbell_7__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -5695,15 +5695,15 @@ static PyTypeObject __pyx_type_7ivshmem_5_bell_Doorbell = {
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One vector of one peer, looked up once; made by `Doorbells.doorbell`.\n\n    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.\n\n    Attributes:\n        peer, vector: whom it rings.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_5_bell_Doorbell, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_5_bell_Doorbell, /*tp_clear*/
+  __pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_6native_4bell_Doorbell, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_5_bell_Doorbell, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_4bell_Doorbell, /*tp_methods*/
   0, /*tp_members*/
-  __pyx_getsets_7ivshmem_5_bell_Doorbell, /*tp_getset*/
+  __pyx_getsets_7ivshmem_6native_4bell_Doorbell, /*tp_getset*/
   0, /*tp_base*/
   0, /*tp_dict*/
   0, /*tp_descr_get*/
@@ -5713,7 +5713,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_bell_Doorbell = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_5_bell_Doorbell, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_4bell_Doorbell, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -5730,7 +5730,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_bell_Doorbell = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_5_bell_Doorbell, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -5762,7 +5762,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_bell_Doorbell(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4bell_Doorbell(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -5804,7 +5804,7 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
     const char * __pyx_export_name = __pyx_export_signature + 22;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_5_bell_ring_bell, (void (*)(void)) NULL};
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_4bell_ring_bell, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -5824,37 +5824,37 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_bell_Doorbell(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4bell_Doorbell(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_bell_Doorbell", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_5_bell_Doorbell ---*/
-  __pyx_vtabptr_7ivshmem_5_bell_Doorbell = &__pyx_vtable_7ivshmem_5_bell_Doorbell;
-  __pyx_vtable_7ivshmem_5_bell_Doorbell.ring_nogil = (int (*)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *))__pyx_f_7ivshmem_5_bell_8Doorbell_ring_nogil;
-  __pyx_vtable_7ivshmem_5_bell_Doorbell.ring_gently = (int (*)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *))__pyx_f_7ivshmem_5_bell_8Doorbell_ring_gently;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4bell_Doorbell", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_4bell_Doorbell ---*/
+  __pyx_vtabptr_7ivshmem_6native_4bell_Doorbell = &__pyx_vtable_7ivshmem_6native_4bell_Doorbell;
+  __pyx_vtable_7ivshmem_6native_4bell_Doorbell.ring_nogil = (int (*)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *))__pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil;
+  __pyx_vtable_7ivshmem_6native_4bell_Doorbell.ring_gently = (int (*)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *))__pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_bell_Doorbell_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4bell_Doorbell_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)) __PYX_ERR(0, 38, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell = &__pyx_type_7ivshmem_5_bell_Doorbell;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = &__pyx_type_7ivshmem_6native_4bell_Doorbell;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell, __pyx_vtabptr_7ivshmem_5_bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbell, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbell, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -5883,110 +5883,110 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._memory"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Mapping",
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Mapping),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Mapping),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Mapping),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) __PYX_ERR(4, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Mapping) != 1)) __PYX_ERR(4, 6, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Atomic",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(4, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(4, 6, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Atomic),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Atomic),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Atomic),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) __PYX_ERR(4, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Atomic) != 1)) __PYX_ERR(4, 20, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "AtomicU32",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(4, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(4, 20, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) __PYX_ERR(4, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU32) != 1)) __PYX_ERR(4, 31, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "AtomicU64",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(4, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(4, 31, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) __PYX_ERR(4, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU64) != 1)) __PYX_ERR(4, 35, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Registers",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(4, 35, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(4, 35, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Registers),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Registers),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Registers),
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) __PYX_ERR(4, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Registers) != 1)) __PYX_ERR(4, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(4, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(4, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -6015,14 +6015,14 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_struct___pyx_obj_7iv);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 65;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 81;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -6044,10 +6044,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec__bell(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_bell(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec__bell},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_bell},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -6066,7 +6066,7 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "_bell",
+      "bell",
       __pyx_k_One_doorbell_looked_up_once_to_b, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
@@ -6104,8 +6104,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit__bell(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit__bell(void)
+__Pyx_PyMODINIT_FUNC PyInit_bell(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_bell(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -6223,7 +6223,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec__bell(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_bell(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -6242,7 +6242,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__bell(PyObject *__pyx_pyinit_modul
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module '_bell' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'bell' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -6258,7 +6258,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__bell(PyObject *__pyx_pyinit_modul
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "_bell" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "bell" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -6288,7 +6288,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__bell(PyObject *__pyx_pyinit_modul
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit__bell", 0);
+__Pyx_RefNannySetupContext("PyInit_bell", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -6299,13 +6299,13 @@ __Pyx_RefNannySetupContext("PyInit__bell", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem___bell) {
+  if (__pyx_module_is_main_ivshmem__native__bell) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem._bell")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem._bell", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.native.bell")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.bell", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -6318,23 +6318,23 @@ __Pyx_RefNannySetupContext("PyInit__bell", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_bell_Doorbell(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4bell_Doorbell(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_bell.pyx":18
- * from ._memory cimport Registers
+  /* "ivshmem/native/bell.pyx":18
+ * from .mapping cimport Registers
  * 
- * from .errors import ClosedError, NoSuchPeer             # <<<<<<<<<<<<<<
+ * from ..errors import ClosedError, NoSuchPeer             # <<<<<<<<<<<<<<
  * 
  * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchPeer};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
@@ -6349,31 +6349,31 @@ __Pyx_RefNannySetupContext("PyInit__bell", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_bell.pyx":20
- * from .errors import ClosedError, NoSuchPeer
+  /* "ivshmem/native/bell.pyx":20
+ * from ..errors import ClosedError, NoSuchPeer
  * 
  * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_v_7ivshmem_5_bell_NOBODY = IVSHMEM_CLOSING;
+  __pyx_v_7ivshmem_6native_4bell_NOBODY = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_bell.pyx":94
+  /* "ivshmem/native/bell.pyx":94
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_bell_8Doorbell_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_bell.pyx":1
+  /* "ivshmem/native/bell.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """One doorbell, looked up once, to be rung often or without the interpreter.
@@ -6391,7 +6391,7 @@ __Pyx_RefNannySetupContext("PyInit__bell", 0);
   __Pyx_XDECREF(__pyx_t_4);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem._bell", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.native.bell", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -6405,7 +6405,7 @@ __Pyx_RefNannySetupContext("PyInit__bell", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem._bell");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.bell");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -6445,22 +6445,22 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{9},{1},{26},{1},{1},{72},{41},{7},{6},{2},{9},{14},{17},{5},{22},{11},{8},{19},{10},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{18},{18},{6},{6},{5},{13},{4},{10},{6}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{89},{31},{11}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{9},{1},{26},{1},{1},{72},{41},{7},{6},{2},{9},{14},{23},{5},{22},{11},{8},{19},{10},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{18},{18},{6},{6},{5},{19},{4},{10},{6}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{105},{31},{11}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (403 bytes) */
-static const char cstring[] = "x\332UQ\273n\3350\014M\267N\375\006\216I\021\270K\320\002A\321\240h\262\006A\363\001\004-\321\327\314\225%G\242\357c\353\330\261c?\255\237SZ\327\276h\007\223\224txxx\014R`\223\"\337\202h\001\237Rn9\204\002{\316\014.\244\302\376\032v\3544eh>\313\256\364\003\017\315\375\202\203\324\301\310\234\341\313\035\301\371\322Q\214I\2415\2024\n{\260\336Q\3346\260\277\005*[\320\236\201\243\037\223D\205\316^\311\360\275\321\230\220\177xL\332@\236\241=\302\303\202nV\205\227W^\n\265\2019\316q\343\244\234*\277j\344\234S.\313\351\003\316M\315x<T\271\377\t\2601\247E\277\325\3700\367\255\032\326\334 f\366\223c\304\307\364<\271\376\311h\020\237\216\007\373\356\305)>\362A\277s\207X\227\0475$b7E7\347\201$\326\234\374\024\352K\244\241fS\204\216FY\353\235\316K\314\247\327\211\302\212Zg#\026\326s\257rQKR\320\245\234&\025s\257\034\243\223\324\234/\212\013\026\321\306k&\307-\271\355i\331\305\036\345a\365\250\251\036\025\016\235\r\361\334\321\024tGa\3422\273ti\341\352\242VE\363\344\024N\202S\373\202\237\026\006\274\301\316\027|\226M\244\020\314\347\367\327P\333:\222\200{\321\376\202\274G\373\313\030\323\236D+\335.\211_\220\037o\320\320Y\342\246j\371\361\365\317\333w?\345\327\353\3577\177\001\231\267\002\314";
-    PyObject *data = __Pyx_DecompressString(cstring, 403, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (420 bytes) */
+static const char cstring[] = "x\332UR\273n\0341\014t\272T\371\006\226\266a\254a p\000#p\020\304n\r#\376\000\202+q\357\230\323Jk\211\273w\327\245L\2312\237\226\317\t\367up\n\221\2244\034\216\006\002)\260I\221\357@\264\200O)\327\034B\201=g\006\027Ra\177\005\003;M\031\252\3172\224m\313m\365\260\340 5\3201g\270\377Bp:t\024cR\250\215 u\302\036\254\267\023\267\013\354\357\200\312\016t\313\300\321wI\242Bc\267d\370\255\321\230\2207<&\255%\317P\037\341qAW\253\302\363\013/\205\352\300\034\307\270qR\346\312\257\0329\347\224\313\262\273\216\2442\360\365\330Zu\307\303$\372?\0316l~\356\267)>\216\335\253\2225W\210\231}\357\030\361)\275\364n\373l4\210\317\307\203\255\007q\212O|\320\357\334 N\026\220\032\022\261\351\243\033sK\022\247\234|\037\246\233H\355\224M\021:\352d\255\007\035\2372\356^{\n+j\235\215XXO\275\312E-IA\227r\352U\314\303r\214NRu:(.XD\033\257\231\034\327\344v\363c\027\223\224\333\325\251jv\252\232\276\001\207\306Fyn\250\017:P\350\271\214^\235[\2708\233\252\242\271w\n\263\354T\377\300O\013\017\336\316Dxs\343m~\226\316\276P\301\027\331D\n\301\334\277\274\202\211\246!\t\270\027\335\236\221\367h?\000c\332\223\350D?$\361\013\362\366#\032:K\334\340\250\355\347\327\277\357?\374\222\337\257\177\336\375\003\342$\r\331";
+    PyObject *data = __Pyx_DecompressString(cstring, 420, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (680 bytes) */
-static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell()disableenablegcisenabledivshmem.errorsivshmem/_bell.pyxpeer the endpoint is closedClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem._bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
+    #else /* compression: none (708 bytes) */
+static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell()disableenablegcisenabledivshmem.errorsivshmem/native/bell.pyxpeer the endpoint is closedClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem.native.bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -6554,7 +6554,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 94};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__bell_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_bell_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
-from ._fds cimport Signaller
+from .descriptors cimport Signaller
 
 # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
 ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil

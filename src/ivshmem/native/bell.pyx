@@ -9,13 +9,13 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 
-from ._fds cimport add_one, add_one_nowait, fail_with, FdArray
-from ._libc cimport (
+from .descriptors cimport add_one, add_one_nowait, fail_with, FdArray
+from .syscalls cimport (
     EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_is_only_thread,
 )
-from ._memory cimport Registers
+from .mapping cimport Registers
 
-from .errors import ClosedError, NoSuchPeer
+from ..errors import ClosedError, NoSuchPeer
 
 cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made
 

@@ -1249,8 +1249,8 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem___fds
-#define __PYX_HAVE_API__ivshmem___fds
+#define __PYX_HAVE__ivshmem__native__descriptors
+#define __PYX_HAVE_API__ivshmem__native__descriptors
 /* Early includes */
 #include <stdint.h>
 #include <string.h>
@@ -1830,7 +1830,7 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/_fds.pyx",
+  "ivshmem/native/descriptors.pyx",
   "(tree fragment)",
   "cpython/type.pxd",
 };
@@ -2021,14 +2021,14 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_4_fds_Fd;
-struct __pyx_obj_7ivshmem_4_fds_FdArray;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
-struct __pyx_obj_7ivshmem_4_fds_Relay;
-struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_4_fds_Timer;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Timer;
 
-/* "ivshmem/_fds.pxd":10
+/* "ivshmem/native/descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2036,52 +2036,52 @@ struct __pyx_obj_7ivshmem_4_fds_Timer;
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
 
-/* "ivshmem/_fds.pxd":86
+/* "ivshmem/native/descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
  *     cdef int number  # -1: it is closed, or has another owner
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Fd {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
   PyObject_HEAD
   int number;
 };
 
 
-/* "ivshmem/_fds.pxd":93
+/* "ivshmem/native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
 */
-struct __pyx_obj_7ivshmem_4_fds_FdArray {
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
   unsigned int state;
-  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
   int outgrown_count;
 };
 
 
-/* "ivshmem/_fds.pxd":117
+/* "ivshmem/native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int zero
 */
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
   aio_context_t context;
   int zero;
   int pid;
@@ -2089,50 +2089,50 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "ivshmem/_fds.pxd":127
+/* "ivshmem/native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int pid
 */
-struct __pyx_obj_7ivshmem_4_fds_Relay {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
   aio_context_t context;
   int pid;
 };
 
 
-/* "ivshmem/_fds.pxd":134
+/* "ivshmem/native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Epoll {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
 };
 
 
-/* "ivshmem/_fds.pyx":590
+/* "ivshmem/native/descriptors.pyx":590
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Timer:
  *     """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
 */
-struct __pyx_obj_7ivshmem_4_fds_Timer {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Timer {
   PyObject_HEAD
   int fd;
 };
 
 
 
-/* "ivshmem/_fds.pyx":151
+/* "ivshmem/native/descriptors.pyx":151
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2140,20 +2140,20 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
  *     """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
-  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
-static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 
 
-/* "ivshmem/_fds.pyx":314
+/* "ivshmem/native/descriptors.pyx":314
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2161,16 +2161,16 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
  *     """Adds 1 to eventfds that are shared with other processes, and never waits for any.
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
-  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
-static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/_fds.pyx":453
+/* "ivshmem/native/descriptors.pyx":453
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2178,14 +2178,14 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
  *     """Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
-  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
-static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
+static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/_fds.pyx":505
+/* "ivshmem/native/descriptors.pyx":505
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2193,11 +2193,11 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
  *     """An epoll object whose events carry a token instead of a descriptor.
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
-  int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
-static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3384,14 +3384,14 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto*/
-static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
-static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
-static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto*/
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -3409,7 +3409,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "ivshmem._libc" */
+/* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "cython" */
 
@@ -3417,92 +3417,92 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 
 /* Module declarations from "libc.stdlib" */
 
-/* Module declarations from "ivshmem._fds" */
-static PyObject *__pyx_v_7ivshmem_4_fds__shared = 0;
-static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *); /*proto*/
-static int __pyx_f_7ivshmem_4_fds_fail(void); /*proto*/
-static int __pyx_f_7ivshmem_4_fds_fail_with(int); /*proto*/
-static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
-static int64_t __pyx_f_7ivshmem_4_fds_take_count(int); /*proto*/
-static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
-static int __pyx_f_7ivshmem_4_fds_taken(PyObject *); /*proto*/
+/* Module declarations from "ivshmem.native.descriptors" */
+static PyObject *__pyx_v_7ivshmem_6native_11descriptors__shared = 0;
+static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_fail(void); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
+static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem._fds"
-extern int __pyx_module_is_main_ivshmem___fds;
-int __pyx_module_is_main_ivshmem___fds = 0;
+#define __Pyx_MODULE_NAME "ivshmem.native.descriptors"
+extern int __pyx_module_is_main_ivshmem__native__descriptors;
+int __pyx_module_is_main_ivshmem__native__descriptors = 0;
 
-/* Implementation of "ivshmem._fds" */
+/* Implementation of "ivshmem.native.descriptors" */
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_staticmethod;
 static PyObject *__pyx_builtin_open;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   except those that ring by a plain write: see Doorbells.ring and ring_nowait.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_fd); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, PyObject *__pyx_v_fds); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self, int __pyx_v_source, PyObject *__pyx_v_targets); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self, double __pyx_v_seconds); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o, 
+static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_fd); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16signal(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, PyObject *__pyx_v_fds); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self, int __pyx_v_source, PyObject *__pyx_v_targets); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self, double __pyx_v_seconds); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Fd(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Fd(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3510,128 +3510,128 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t,
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Fd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Fd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Fd __pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_Fd __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Fd
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_FdArray(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_FdArray(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_FdArray(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_FdArray(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_FdArray __pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_FdArray __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_FdArray
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_FdArray(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_FdArray(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Signaller(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Signaller(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Signaller(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Signaller __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_Signaller __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Signaller
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Relay(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Relay(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Relay(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Relay(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Relay(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Relay __pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_Relay __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Relay
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Relay(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Relay(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Epoll(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Epoll(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Epoll(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Epoll(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Epoll(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Epoll __pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_Epoll __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Epoll
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Timer(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Timer(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Timer(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Timer(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Timer __pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer
+#define __pyx_tp_new_7ivshmem_6native_11descriptors_Timer __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Timer
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3657,18 +3657,18 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyObject *__pyx_type_7ivshmem_4_fds_Fd;
-    PyObject *__pyx_type_7ivshmem_4_fds_FdArray;
-    PyObject *__pyx_type_7ivshmem_4_fds_Signaller;
-    PyObject *__pyx_type_7ivshmem_4_fds_Relay;
-    PyObject *__pyx_type_7ivshmem_4_fds_Epoll;
-    PyObject *__pyx_type_7ivshmem_4_fds_Timer;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Timer;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_Fd;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_FdArray;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_Signaller;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_Relay;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_Epoll;
+    PyObject *__pyx_type_7ivshmem_6native_11descriptors_Timer;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Timer;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
@@ -3739,7 +3739,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[11]
 #define __pyx_kp_u_isenabled __pyx_string_tab[12]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
-#define __pyx_kp_u_ivshmem__fds_pyx __pyx_string_tab[14]
+#define __pyx_kp_u_ivshmem_native_descriptors_pyx __pyx_string_tab[14]
 #define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
 #define __pyx_kp_u_the_descriptor_was_taken_or_clos __pyx_string_tab[16]
 #define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[17]
@@ -3848,7 +3848,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_index __pyx_string_tab[120]
 #define __pyx_n_u_info __pyx_string_tab[121]
 #define __pyx_n_u_items __pyx_string_tab[122]
-#define __pyx_n_u_ivshmem__fds __pyx_string_tab[123]
+#define __pyx_n_u_ivshmem_native_descriptors __pyx_string_tab[123]
 #define __pyx_n_u_line __pyx_string_tab[124]
 #define __pyx_n_u_memfd __pyx_string_tab[125]
 #define __pyx_n_u_mode __pyx_string_tab[126]
@@ -3938,18 +3938,18 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Timer);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Timer);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_11descriptors_Timer);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -3980,18 +3980,18 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Timer);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Timer);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_11descriptors_Timer);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -4012,7 +4012,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_fds.pxd":28
+/* "ivshmem/native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4020,11 +4020,11 @@ return 0;
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":30
+  /* "ivshmem/native/descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4033,7 +4033,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/_fds.pxd":31
+  /* "ivshmem/native/descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4046,7 +4046,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":28
+  /* "ivshmem/native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4060,7 +4060,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":34
+/* "ivshmem/native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4068,7 +4068,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
   int __pyx_t_2;
@@ -4077,7 +4077,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "ivshmem/_fds.pxd":36
+  /* "ivshmem/native/descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4102,7 +4102,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
     }
 
 
-    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
 
   } else {
 
@@ -4114,7 +4114,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":34
+  /* "ivshmem/native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4127,7 +4127,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":39
+/* "ivshmem/native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4135,7 +4135,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
  *     cdef int64_t nanoseconds
 */
 
-static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
   int64_t __pyx_v_nanoseconds;
   struct timespec *__pyx_r;
   int __pyx_t_1;
@@ -4143,7 +4143,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":42
+  /* "ivshmem/native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4155,7 +4155,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":43
+    /* "ivshmem/native/descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4168,7 +4168,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":42
+    /* "ivshmem/native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4177,7 +4177,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "ivshmem/_fds.pxd":44
+  /* "ivshmem/native/descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4187,7 +4187,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 
   __pyx_t_2 = ((int64_t)0);
 
-  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
   __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
 
   if (__pyx_t_1) {
@@ -4201,7 +4201,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "ivshmem/_fds.pxd":45
+  /* "ivshmem/native/descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4210,7 +4210,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":46
+  /* "ivshmem/native/descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4219,7 +4219,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":47
+  /* "ivshmem/native/descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4232,7 +4232,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":39
+  /* "ivshmem/native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4246,7 +4246,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":50
+/* "ivshmem/native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4254,14 +4254,14 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
   uint64_t __pyx_t_2;
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":52
+  /* "ivshmem/native/descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4289,7 +4289,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":50
+  /* "ivshmem/native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4302,7 +4302,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":55
+/* "ivshmem/native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4310,14 +4310,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
   uint64_t __pyx_v_count;
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pxd":61
+  /* "ivshmem/native/descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4326,7 +4326,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_fds.pxd":64
+  /* "ivshmem/native/descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4335,7 +4335,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_fds.pxd":65
+  /* "ivshmem/native/descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4344,7 +4344,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_fds.pxd":66
+  /* "ivshmem/native/descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4353,7 +4353,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_fds.pxd":67
+    /* "ivshmem/native/descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4362,7 +4362,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_fds.pxd":68
+    /* "ivshmem/native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4374,7 +4374,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":69
+      /* "ivshmem/native/descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4383,11 +4383,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
       {
 
-        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":68
+      /* "ivshmem/native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4396,7 +4396,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":70
+    /* "ivshmem/native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4408,7 +4408,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":71
+      /* "ivshmem/native/descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4421,7 +4421,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":70
+      /* "ivshmem/native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4430,7 +4430,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":72
+    /* "ivshmem/native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4442,7 +4442,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":73
+      /* "ivshmem/native/descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4455,7 +4455,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":72
+      /* "ivshmem/native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4464,7 +4464,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":74
+    /* "ivshmem/native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4476,7 +4476,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":75
+      /* "ivshmem/native/descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4489,7 +4489,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":74
+      /* "ivshmem/native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4499,7 +4499,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_fds.pxd":55
+  /* "ivshmem/native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4516,7 +4516,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":78
+/* "ivshmem/native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4524,13 +4524,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
  *     cdef uint64_t one = 1
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
   uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pxd":80
+  /* "ivshmem/native/descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4539,7 +4539,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_fds.pxd":81
+  /* "ivshmem/native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4565,7 +4565,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":82
+    /* "ivshmem/native/descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4578,7 +4578,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":81
+    /* "ivshmem/native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4587,7 +4587,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pxd":83
+  /* "ivshmem/native/descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4600,7 +4600,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":78
+  /* "ivshmem/native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4614,7 +4614,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":107
+/* "ivshmem/native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4622,10 +4622,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
  *     return ivshmem_length(&array.count)
 */
 
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":109
+  /* "ivshmem/native/descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4638,7 +4638,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":107
+  /* "ivshmem/native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4651,7 +4651,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":112
+/* "ivshmem/native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4659,10 +4659,10 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
  *     return &ivshmem_elements(&array.fds)[index]
 */
 
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "ivshmem/_fds.pxd":114
+  /* "ivshmem/native/descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4675,7 +4675,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":112
+  /* "ivshmem/native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4688,7 +4688,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":80
+/* "ivshmem/native/descriptors.pyx":80
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4696,7 +4696,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
  *     cdef double seconds
 */
 
-static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
+static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__pyx_v_timeout) {
   double __pyx_v_seconds;
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -4710,7 +4710,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("deadline_of", 0);
 
-  /* "ivshmem/_fds.pyx":83
+  /* "ivshmem/native/descriptors.pyx":83
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4721,7 +4721,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":84
+    /* "ivshmem/native/descriptors.pyx":84
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4734,7 +4734,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":83
+    /* "ivshmem/native/descriptors.pyx":83
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4743,7 +4743,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":85
+  /* "ivshmem/native/descriptors.pyx":85
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = timeout             # <<<<<<<<<<<<<<
@@ -4753,7 +4753,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":86
+  /* "ivshmem/native/descriptors.pyx":86
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4765,7 +4765,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":87
+    /* "ivshmem/native/descriptors.pyx":87
  *     seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -4785,7 +4785,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 87, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":86
+    /* "ivshmem/native/descriptors.pyx":86
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4794,7 +4794,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":88
+  /* "ivshmem/native/descriptors.pyx":88
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4806,7 +4806,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":89
+    /* "ivshmem/native/descriptors.pyx":89
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4819,7 +4819,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":88
+    /* "ivshmem/native/descriptors.pyx":88
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4828,7 +4828,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":90
+  /* "ivshmem/native/descriptors.pyx":90
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4840,7 +4840,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":91
+    /* "ivshmem/native/descriptors.pyx":91
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4853,7 +4853,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":90
+    /* "ivshmem/native/descriptors.pyx":90
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4862,7 +4862,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":92
+  /* "ivshmem/native/descriptors.pyx":92
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -4871,11 +4871,11 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   {
 
-    __pyx_r = (__pyx_f_7ivshmem_4_fds_now() + ((int64_t)(__pyx_v_seconds * 1e9)));
+    __pyx_r = (__pyx_f_7ivshmem_6native_11descriptors_now() + ((int64_t)(__pyx_v_seconds * 1e9)));
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":80
+  /* "ivshmem/native/descriptors.pyx":80
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4887,7 +4887,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.deadline_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.deadline_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
 
@@ -4896,7 +4896,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":95
+/* "ivshmem/native/descriptors.pyx":95
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4904,14 +4904,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
  *     return -1
 */
 
-static int __pyx_f_7ivshmem_4_fds_fail(void) {
+static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   int __pyx_r;
   PyObject *__pyx_t_1;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":96
+  /* "ivshmem/native/descriptors.pyx":96
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
@@ -4921,7 +4921,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 96, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":97
+  /* "ivshmem/native/descriptors.pyx":97
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -4934,7 +4934,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":95
+  /* "ivshmem/native/descriptors.pyx":95
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4944,14 +4944,14 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":111
+/* "ivshmem/native/descriptors.pyx":111
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4960,14 +4960,14 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_2Fd_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_2Fd_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4993,17 +4993,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":112
+  /* "ivshmem/native/descriptors.pyx":112
  * 
  *     def __cinit__(self):
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5012,7 +5012,7 @@ static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_self->number = -1;
 
-  /* "ivshmem/_fds.pyx":111
+  /* "ivshmem/native/descriptors.pyx":111
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5026,7 +5026,7 @@ static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":114
+/* "ivshmem/native/descriptors.pyx":114
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5035,21 +5035,21 @@ static int __pyx_pf_7ivshmem_4_fds_2Fd___cinit__(struct __pyx_obj_7ivshmem_4_fds
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5taken_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5taken_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5058,7 +5058,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_fds.pyx":117
+  /* "ivshmem/native/descriptors.pyx":117
  *     def taken(self):
  *         """Whether it has an owner, or was closed."""
  *         return self.number < 0             # <<<<<<<<<<<<<<
@@ -5078,7 +5078,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7iv
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":114
+  /* "ivshmem/native/descriptors.pyx":114
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5089,7 +5089,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7iv
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._fds.Fd.taken.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Fd.taken.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5097,7 +5097,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":119
+/* "ivshmem/native/descriptors.pyx":119
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5106,16 +5106,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_5taken___get__(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_3fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_2fileno, "The descriptor, still owned by this.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_2fileno};
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_3fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno, "The descriptor, still owned by this.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5141,14 +5141,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_2fileno(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -5161,7 +5161,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":121
+  /* "ivshmem/native/descriptors.pyx":121
  *     def fileno(self):
  *         """The descriptor, still owned by this."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5173,7 +5173,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":122
+    /* "ivshmem/native/descriptors.pyx":122
  *         """The descriptor, still owned by this."""
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -5207,7 +5207,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 122, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":121
+    /* "ivshmem/native/descriptors.pyx":121
  *     def fileno(self):
  *         """The descriptor, still owned by this."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5216,7 +5216,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":123
+  /* "ivshmem/native/descriptors.pyx":123
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")
  *         return self.number             # <<<<<<<<<<<<<<
@@ -5236,7 +5236,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":119
+  /* "ivshmem/native/descriptors.pyx":119
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5249,7 +5249,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.Fd.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Fd.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5257,7 +5257,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":125
+/* "ivshmem/native/descriptors.pyx":125
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5266,16 +5266,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_2fileno(struct __pyx_obj_7ivshmem_4
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_4close, "Close it, unless it has an owner. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_4close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_5close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_4close, "Close it, unless it has an owner. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_4close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5301,14 +5301,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_4close(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5321,7 +5321,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":128
+        /* "ivshmem/native/descriptors.pyx":128
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5333,7 +5333,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":129
+          /* "ivshmem/native/descriptors.pyx":129
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5342,7 +5342,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
 */
           (void)(close(__pyx_v_self->number));
 
-          /* "ivshmem/_fds.pyx":128
+          /* "ivshmem/native/descriptors.pyx":128
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5351,7 +5351,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":130
+        /* "ivshmem/native/descriptors.pyx":130
  *         if self.number >= 0:
  *             c_close(self.number)
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5361,7 +5361,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
         __pyx_v_self->number = -1;
       }
 
-      /* "ivshmem/_fds.pyx":125
+      /* "ivshmem/native/descriptors.pyx":125
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5385,7 +5385,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":132
+/* "ivshmem/native/descriptors.pyx":132
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5394,22 +5394,22 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_4close(struct __pyx_obj_7ivshmem_4_
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_2Fd_7__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_2Fd_7__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":133
+  /* "ivshmem/native/descriptors.pyx":133
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5421,7 +5421,7 @@ static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":134
+    /* "ivshmem/native/descriptors.pyx":134
  *     def __dealloc__(self):
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5430,7 +5430,7 @@ static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4
 */
     (void)(close(__pyx_v_self->number));
 
-    /* "ivshmem/_fds.pyx":133
+    /* "ivshmem/native/descriptors.pyx":133
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5439,7 +5439,7 @@ static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":132
+  /* "ivshmem/native/descriptors.pyx":132
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5458,16 +5458,16 @@ static void __pyx_pf_7ivshmem_4_fds_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_4
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_9__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5493,14 +5493,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -5525,7 +5525,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED st
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Fd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Fd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -5540,16 +5540,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_8__reduce_cython__(CYTHON_UNUSED st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_2Fd_11__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5611,11 +5611,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5625,7 +5625,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -5650,14 +5650,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Fd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":137
+/* "ivshmem/native/descriptors.pyx":137
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -5665,8 +5665,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2Fd_10__setstate_cython__(CYTHON_UNUSED
  *     cdef Fd given
 */
 
-static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
-  struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_given = 0;
+static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_given = 0;
   int __pyx_v_number;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -5683,21 +5683,21 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken", 0);
 
-  /* "ivshmem/_fds.pyx":141
+  /* "ivshmem/native/descriptors.pyx":141
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
  *         return fd
  *     given = fd
 */
-  __pyx_t_1 = __Pyx_TypeCheck(__pyx_v_fd, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd); 
+  __pyx_t_1 = __Pyx_TypeCheck(__pyx_v_fd, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd); 
   __pyx_t_2 = (!__pyx_t_1);
 
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":142
+    /* "ivshmem/native/descriptors.pyx":142
  *     cdef int number
  *     if not isinstance(fd, Fd):
  *         return fd             # <<<<<<<<<<<<<<
@@ -5710,7 +5710,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":141
+    /* "ivshmem/native/descriptors.pyx":141
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
@@ -5719,7 +5719,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":143
+  /* "ivshmem/native/descriptors.pyx":143
  *     if not isinstance(fd, Fd):
  *         return fd
  *     given = fd             # <<<<<<<<<<<<<<
@@ -5728,11 +5728,11 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
 */
   __pyx_t_4 = __pyx_v_fd;
   __Pyx_INCREF(__pyx_t_4);
-  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd))))) __PYX_ERR(0, 143, __pyx_L1_error)
-  __pyx_v_given = ((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_t_4);
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd))))) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_v_given = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":144
+  /* "ivshmem/native/descriptors.pyx":144
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5747,7 +5747,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":145
+        /* "ivshmem/native/descriptors.pyx":145
  *     given = fd
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1             # <<<<<<<<<<<<<<
@@ -5762,7 +5762,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
         __pyx_v_given->number = __pyx_t_5;
       }
 
-      /* "ivshmem/_fds.pyx":144
+      /* "ivshmem/native/descriptors.pyx":144
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5779,7 +5779,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   }
 
-  /* "ivshmem/_fds.pyx":146
+  /* "ivshmem/native/descriptors.pyx":146
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -5791,7 +5791,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_fds.pyx":147
+    /* "ivshmem/native/descriptors.pyx":147
  *         number, given.number = given.number, -1
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -5825,7 +5825,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __PYX_ERR(0, 147, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":146
+    /* "ivshmem/native/descriptors.pyx":146
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -5834,7 +5834,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":148
+  /* "ivshmem/native/descriptors.pyx":148
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")
  *     return number             # <<<<<<<<<<<<<<
@@ -5847,7 +5847,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":137
+  /* "ivshmem/native/descriptors.pyx":137
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -5860,7 +5860,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem._fds.taken", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.taken", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_given);
@@ -5870,7 +5870,7 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":159
+/* "ivshmem/native/descriptors.pyx":159
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5879,14 +5879,14 @@ static int __pyx_f_7ivshmem_4_fds_taken(PyObject *__pyx_v_fd) {
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_7FdArray_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_7FdArray_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5912,17 +5912,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":160
+  /* "ivshmem/native/descriptors.pyx":160
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -5931,7 +5931,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_fds.pyx":159
+  /* "ivshmem/native/descriptors.pyx":159
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5945,7 +5945,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":162
+/* "ivshmem/native/descriptors.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5954,16 +5954,16 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_3eventfds(CYTHON_UNUSED PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_2eventfds, "`count` new eventfds: counter mode, non-blocking, close-on-exec.\n\n        Raises:\n            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds = {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_2eventfds};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_3eventfds(CYTHON_UNUSED PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds, "`count` new eventfds: counter mode, non-blocking, close-on-exec.\n\n        Raises:\n            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds = {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6025,11 +6025,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.eventfds", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.eventfds", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(__pyx_v_count);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(__pyx_v_count);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6040,8 +6040,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count) {
-  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array = 0;
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_ssize_t __pyx_v_count) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array = 0;
   int __pyx_v_fd;
   CYTHON_UNUSED Py_ssize_t __pyx_v__;
   PyObject *__pyx_r = NULL;
@@ -6067,7 +6067,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_fds.pyx":169
+  /* "ivshmem/native/descriptors.pyx":169
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6078,15 +6078,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   __pyx_t_3 = 1;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
-  __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
+  __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":171
+  /* "ivshmem/native/descriptors.pyx":171
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -6100,7 +6100,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":172
+    /* "ivshmem/native/descriptors.pyx":172
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -6109,7 +6109,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_fds.pyx":173
+    /* "ivshmem/native/descriptors.pyx":173
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6121,7 +6121,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":174
+      /* "ivshmem/native/descriptors.pyx":174
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -6130,18 +6130,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":175
+        /* "ivshmem/native/descriptors.pyx":175
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_fds.pyx":177
+      /* "ivshmem/native/descriptors.pyx":177
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -6217,7 +6217,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
         __pyx_L10:;
       }
 
-      /* "ivshmem/_fds.pyx":173
+      /* "ivshmem/native/descriptors.pyx":173
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6226,19 +6226,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     }
 
-    /* "ivshmem/_fds.pyx":178
+    /* "ivshmem/native/descriptors.pyx":178
  *                 finally:
  *                     array.close()
  *             array.add(fd)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
 
   }
 
 
-  /* "ivshmem/_fds.pyx":179
+  /* "ivshmem/native/descriptors.pyx":179
  *                     array.close()
  *             array.add(fd)
  *         return array             # <<<<<<<<<<<<<<
@@ -6256,7 +6256,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":162
+  /* "ivshmem/native/descriptors.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6268,7 +6268,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.eventfds", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.eventfds", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_array);
@@ -6279,7 +6279,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":181
+/* "ivshmem/native/descriptors.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6288,16 +6288,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5copy(CYTHON_UNUSED PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_4copy, "An array of one copy of `fd`, as dup(2) makes it, close-on-exec.\n\n        Raises:\n            OSError: EBADF or EMFILE.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_5copy = {"copy", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5copy, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4copy};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5copy(CYTHON_UNUSED PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy, "An array of one copy of `fd`, as dup(2) makes it, close-on-exec.\n\n        Raises:\n            OSError: EBADF or EMFILE.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy = {"copy", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6359,11 +6359,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_4copy(__pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(__pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6374,8 +6374,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
-  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array = 0;
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __pyx_v_fd) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array = 0;
   int __pyx_v_other;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -6389,7 +6389,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/_fds.pyx":188
+  /* "ivshmem/native/descriptors.pyx":188
  *             OSError: EBADF or EMFILE.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6400,15 +6400,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   __pyx_t_3 = 1;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
-  __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
+  __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":189
+  /* "ivshmem/native/descriptors.pyx":189
  *         """
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)             # <<<<<<<<<<<<<<
@@ -6417,7 +6417,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   __pyx_v_other = fcntl(__pyx_v_fd, F_DUPFD_CLOEXEC, 0);
 
-  /* "ivshmem/_fds.pyx":190
+  /* "ivshmem/native/descriptors.pyx":190
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6429,17 +6429,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_fds.pyx":191
+    /* "ivshmem/native/descriptors.pyx":191
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         array.add(other)
  *         return array
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":190
+    /* "ivshmem/native/descriptors.pyx":190
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6448,17 +6448,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":192
+  /* "ivshmem/native/descriptors.pyx":192
  *         if other < 0:
  *             fail()
  *         array.add(other)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":193
+  /* "ivshmem/native/descriptors.pyx":193
  *             fail()
  *         array.add(other)
  *         return array             # <<<<<<<<<<<<<<
@@ -6476,7 +6476,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":181
+  /* "ivshmem/native/descriptors.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6488,7 +6488,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_array);
@@ -6498,7 +6498,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":195
+/* "ivshmem/native/descriptors.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -6507,16 +6507,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_7open(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_6open, "open(2), and own what it gives at once: no signal\047s exception can come between the two.\n\n        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.\n\n        Raises:\n            OSError: as of open(2), with the path.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_7open = {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_7open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_6open};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_7open(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open, "open(2), and own what it gives at once: no signal\047s exception can come between the two.\n\n        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.\n\n        Raises:\n            OSError: as of open(2), with the path.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open = {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6609,11 +6609,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_6open(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_path, __pyx_v_flags, __pyx_v_mode, __pyx_v_dir_fd);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_path, __pyx_v_flags, __pyx_v_mode, __pyx_v_dir_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6626,7 +6626,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd) {
   PyObject *__pyx_v_where = 0;
   char const *__pyx_v_text;
   int __pyx_v_fd;
@@ -6649,7 +6649,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open", 0);
 
-  /* "ivshmem/_fds.pyx":203
+  /* "ivshmem/native/descriptors.pyx":203
  *             OSError: as of open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
@@ -6686,7 +6686,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   __pyx_v_where = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":204
+  /* "ivshmem/native/descriptors.pyx":204
  *         """
  *         cdef bytes where = os.fsencode(path)
  *         cdef const char *text = where             # <<<<<<<<<<<<<<
@@ -6700,7 +6700,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L1_error)
   __pyx_v_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":206
+  /* "ivshmem/native/descriptors.pyx":206
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6715,7 +6715,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/_fds.pyx":207
+    /* "ivshmem/native/descriptors.pyx":207
  *         cdef int fd, code
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
@@ -6735,7 +6735,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __PYX_ERR(0, 207, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":206
+    /* "ivshmem/native/descriptors.pyx":206
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6744,7 +6744,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":208
+  /* "ivshmem/native/descriptors.pyx":208
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")
  *         while True:             # <<<<<<<<<<<<<<
@@ -6753,7 +6753,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":209
+    /* "ivshmem/native/descriptors.pyx":209
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -6766,7 +6766,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_fds.pyx":210
+          /* "ivshmem/native/descriptors.pyx":210
  *         while True:
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
@@ -6775,7 +6775,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
           __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
 
-          /* "ivshmem/_fds.pyx":211
+          /* "ivshmem/native/descriptors.pyx":211
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno             # <<<<<<<<<<<<<<
@@ -6785,7 +6785,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
           __pyx_v_code = errno;
         }
 
-        /* "ivshmem/_fds.pyx":209
+        /* "ivshmem/native/descriptors.pyx":209
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -6802,7 +6802,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_fds.pyx":212
+    /* "ivshmem/native/descriptors.pyx":212
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -6814,17 +6814,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":213
+      /* "ivshmem/native/descriptors.pyx":213
  *                 code = errno
  *             if fd >= 0:
  *                 self.add(fd)             # <<<<<<<<<<<<<<
  *                 return fd
  *             if code != EINTR:
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
 
 
-      /* "ivshmem/_fds.pyx":214
+      /* "ivshmem/native/descriptors.pyx":214
  *             if fd >= 0:
  *                 self.add(fd)
  *                 return fd             # <<<<<<<<<<<<<<
@@ -6844,7 +6844,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":212
+      /* "ivshmem/native/descriptors.pyx":212
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -6853,7 +6853,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_fds.pyx":215
+    /* "ivshmem/native/descriptors.pyx":215
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -6865,7 +6865,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/_fds.pyx":216
+      /* "ivshmem/native/descriptors.pyx":216
  *                 return fd
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
@@ -6918,7 +6918,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       __PYX_ERR(0, 216, __pyx_L1_error)
 
-      /* "ivshmem/_fds.pyx":215
+      /* "ivshmem/native/descriptors.pyx":215
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -6927,7 +6927,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_fds.pyx":217
+    /* "ivshmem/native/descriptors.pyx":217
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -6938,7 +6938,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 
   }
 
-  /* "ivshmem/_fds.pyx":195
+  /* "ivshmem/native/descriptors.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -6957,7 +6957,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_where);
@@ -6969,7 +6969,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":219
+/* "ivshmem/native/descriptors.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -6978,16 +6978,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9memfd(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_8memfd, "memfd_create(2), owned at once like what `open` gives.\n\n        Raises:\n            OSError: as of memfd_create(2).\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd = {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_8memfd};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9memfd(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd, "memfd_create(2), owned at once like what `open` gives.\n\n        Raises:\n            OSError: as of memfd_create(2).\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd = {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7057,11 +7057,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_name, __pyx_v_flags);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_name, __pyx_v_flags);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7072,7 +7072,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags) {
   PyObject *__pyx_v_called = 0;
   int __pyx_v_fd;
   PyObject *__pyx_r = NULL;
@@ -7090,7 +7090,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("memfd", 0);
 
-  /* "ivshmem/_fds.pyx":225
+  /* "ivshmem/native/descriptors.pyx":225
  *             OSError: as of memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
@@ -7127,7 +7127,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __pyx_v_called = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":226
+  /* "ivshmem/native/descriptors.pyx":226
  *         """
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -7142,7 +7142,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
 
 
-  /* "ivshmem/_fds.pyx":227
+  /* "ivshmem/native/descriptors.pyx":227
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7154,17 +7154,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_fds.pyx":228
+    /* "ivshmem/native/descriptors.pyx":228
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.add(fd)
  *         return fd
 */
-    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":227
+    /* "ivshmem/native/descriptors.pyx":227
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7173,17 +7173,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":229
+  /* "ivshmem/native/descriptors.pyx":229
  *         if fd < 0:
  *             fail()
  *         self.add(fd)             # <<<<<<<<<<<<<<
  *         return fd
  * 
 */
-  __pyx_t_8 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":230
+  /* "ivshmem/native/descriptors.pyx":230
  *             fail()
  *         self.add(fd)
  *         return fd             # <<<<<<<<<<<<<<
@@ -7203,7 +7203,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":219
+  /* "ivshmem/native/descriptors.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -7217,7 +7217,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_called);
@@ -7227,7 +7227,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":232
+/* "ivshmem/native/descriptors.pyx":232
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7236,16 +7236,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11take(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10take, "Append `fd`, a number or an Fd, and own it from now on, also when this call fails.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_11take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10take};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11take(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take, "Append `fd`, a number or an Fd, and own it from now on, also when this call fails.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7307,11 +7307,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_10take(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7321,7 +7321,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, PyObject *__pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -7331,19 +7331,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/_fds.pyx":234
+  /* "ivshmem/native/descriptors.pyx":234
  *     def take(self, fd):
  *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
  *         self.add(taken(fd))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L1_error)
-  __pyx_t_2 = __pyx_f_7ivshmem_4_fds_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_fds.pyx":232
+  /* "ivshmem/native/descriptors.pyx":232
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7355,7 +7355,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -7363,7 +7363,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":236
+/* "ivshmem/native/descriptors.pyx":236
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7371,7 +7371,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
  *         cdef int *grown
 */
 
-static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, int __pyx_v_fd) {
   int *__pyx_v_grown;
   Py_ssize_t __pyx_v_i;
   int __pyx_r;
@@ -7398,7 +7398,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":240
+        /* "ivshmem/native/descriptors.pyx":240
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7410,7 +7410,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":241
+          /* "ivshmem/native/descriptors.pyx":241
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -7419,7 +7419,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/_fds.pyx":242
+          /* "ivshmem/native/descriptors.pyx":242
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -7453,7 +7453,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __PYX_ERR(0, 242, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":240
+          /* "ivshmem/native/descriptors.pyx":240
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7462,7 +7462,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
         }
 
-        /* "ivshmem/_fds.pyx":243
+        /* "ivshmem/native/descriptors.pyx":243
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7474,7 +7474,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":245
+          /* "ivshmem/native/descriptors.pyx":245
  *         if self.count == self.room:
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -7483,19 +7483,19 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/_fds.pyx":246
+          /* "ivshmem/native/descriptors.pyx":246
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
 */
-          __pyx_t_2 = (__pyx_v_self->outgrown_count < __pyx_e_7ivshmem_4_fds_OUTGROWN);
+          __pyx_t_2 = (__pyx_v_self->outgrown_count < __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN);
 
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_fds.pyx":247
+            /* "ivshmem/native/descriptors.pyx":247
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -7504,7 +7504,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/_fds.pyx":246
+            /* "ivshmem/native/descriptors.pyx":246
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -7513,7 +7513,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           }
 
-          /* "ivshmem/_fds.pyx":248
+          /* "ivshmem/native/descriptors.pyx":248
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7525,7 +7525,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/_fds.pyx":249
+            /* "ivshmem/native/descriptors.pyx":249
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -7534,7 +7534,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/_fds.pyx":250
+            /* "ivshmem/native/descriptors.pyx":250
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
@@ -7543,7 +7543,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
             PyErr_NoMemory(); __PYX_ERR(0, 250, __pyx_L4_error)
 
-            /* "ivshmem/_fds.pyx":248
+            /* "ivshmem/native/descriptors.pyx":248
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7552,7 +7552,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           }
 
-          /* "ivshmem/_fds.pyx":251
+          /* "ivshmem/native/descriptors.pyx":251
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -7566,7 +7566,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/_fds.pyx":252
+            /* "ivshmem/native/descriptors.pyx":252
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -7577,7 +7577,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
           }
 
 
-          /* "ivshmem/_fds.pyx":253
+          /* "ivshmem/native/descriptors.pyx":253
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
@@ -7589,7 +7589,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/_fds.pyx":254
+          /* "ivshmem/native/descriptors.pyx":254
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
@@ -7598,7 +7598,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/_fds.pyx":255
+          /* "ivshmem/native/descriptors.pyx":255
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)             # <<<<<<<<<<<<<<
@@ -7607,7 +7607,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           ivshmem_set_elements((&__pyx_v_self->fds), __pyx_v_grown);
 
-          /* "ivshmem/_fds.pyx":256
+          /* "ivshmem/native/descriptors.pyx":256
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -7616,7 +7616,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/_fds.pyx":243
+          /* "ivshmem/native/descriptors.pyx":243
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7625,7 +7625,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
         }
 
-        /* "ivshmem/_fds.pyx":257
+        /* "ivshmem/native/descriptors.pyx":257
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
@@ -7634,7 +7634,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/_fds.pyx":258
+        /* "ivshmem/native/descriptors.pyx":258
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)             # <<<<<<<<<<<<<<
@@ -7643,7 +7643,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
         ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
 
-        /* "ivshmem/_fds.pyx":259
+        /* "ivshmem/native/descriptors.pyx":259
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7658,7 +7658,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":236
+      /* "ivshmem/native/descriptors.pyx":236
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7688,7 +7688,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -7698,7 +7698,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":261
+/* "ivshmem/native/descriptors.pyx":261
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7707,26 +7707,26 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_add(struct __pyx_obj_7ivshmem_4_fds_F
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_13__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_13__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   Py_ssize_t __pyx_r;
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":262
+  /* "ivshmem/native/descriptors.pyx":262
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -7748,7 +7748,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":261
+  /* "ivshmem/native/descriptors.pyx":261
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7762,7 +7762,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":264
+/* "ivshmem/native/descriptors.pyx":264
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7771,18 +7771,18 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_14__getitem__, "The descriptor, still owned by the array.");
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_15__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__, "The descriptor, still owned by the array.");
 #if CYTHON_UPDATE_DESCRIPTOR_DOC
-struct wrapperbase __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__;
+struct wrapperbase __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
 #endif
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_15__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getitem__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), ((Py_ssize_t)__pyx_v_index));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), ((Py_ssize_t)__pyx_v_index));
 
   /* function exit code */
 
@@ -7790,7 +7790,7 @@ static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15__getitem__(PyObject *__pyx_
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7817,7 +7817,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":267
+        /* "ivshmem/native/descriptors.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -7845,7 +7845,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":268
+          /* "ivshmem/native/descriptors.pyx":268
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -7886,7 +7886,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __PYX_ERR(0, 268, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":267
+          /* "ivshmem/native/descriptors.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -7895,7 +7895,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_fds.pyx":269
+        /* "ivshmem/native/descriptors.pyx":269
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
@@ -7917,7 +7917,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":264
+      /* "ivshmem/native/descriptors.pyx":264
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7951,7 +7951,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.__getitem__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.__getitem__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -7959,7 +7959,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":271
+/* "ivshmem/native/descriptors.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7968,16 +7968,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_17signal(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_17signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_16signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_17signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_17signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_16signal};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_17signal(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_16signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_17signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_17signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_16signal};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_17signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8039,11 +8039,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_16signal(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16signal(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8054,7 +8054,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16signal(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -8065,7 +8065,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":274
+  /* "ivshmem/native/descriptors.pyx":274
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8077,7 +8077,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":275
+    /* "ivshmem/native/descriptors.pyx":275
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8094,7 +8094,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":274
+    /* "ivshmem/native/descriptors.pyx":274
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8103,7 +8103,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":276
+  /* "ivshmem/native/descriptors.pyx":276
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -8116,7 +8116,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   }
   if (__pyx_t_1) {
 
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_add_one((__pyx_v_self->fds[__pyx_v_index]));
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_v_self->fds[__pyx_v_index]));
   } else {
 
     __pyx_t_2 = 0;
@@ -8124,16 +8124,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":277
+  /* "ivshmem/native/descriptors.pyx":277
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
  *         if code:
  *             fail_with(code)
 */
-  __pyx_f_7ivshmem_4_fds_7FdArray_leave(__pyx_v_self);
+  __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":278
+  /* "ivshmem/native/descriptors.pyx":278
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8145,17 +8145,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":279
+    /* "ivshmem/native/descriptors.pyx":279
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def drain(self, Py_ssize_t index):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":278
+    /* "ivshmem/native/descriptors.pyx":278
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8164,7 +8164,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":271
+  /* "ivshmem/native/descriptors.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8176,7 +8176,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -8185,7 +8185,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":281
+/* "ivshmem/native/descriptors.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8194,16 +8194,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19drain(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_18drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_19drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18drain};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19drain(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18drain};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8265,11 +8265,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_18drain(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18drain(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8280,7 +8280,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8291,7 +8291,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/_fds.pyx":283
+  /* "ivshmem/native/descriptors.pyx":283
  *     def drain(self, Py_ssize_t index):
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
@@ -8302,7 +8302,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 283, __pyx_L1_error)
 
   __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -8318,7 +8318,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":281
+  /* "ivshmem/native/descriptors.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8329,7 +8329,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -8337,7 +8337,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":285
+/* "ivshmem/native/descriptors.pyx":285
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8345,14 +8345,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
  *         cdef Py_ssize_t count = self.count
 */
 
-static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   Py_ssize_t __pyx_v_i;
   Py_ssize_t __pyx_v_count;
   Py_ssize_t __pyx_t_1;
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":287
+  /* "ivshmem/native/descriptors.pyx":287
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -8363,7 +8363,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":288
+  /* "ivshmem/native/descriptors.pyx":288
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -8372,7 +8372,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/_fds.pyx":289
+  /* "ivshmem/native/descriptors.pyx":289
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8386,7 +8386,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":290
+    /* "ivshmem/native/descriptors.pyx":290
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -8397,7 +8397,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   }
 
 
-  /* "ivshmem/_fds.pyx":285
+  /* "ivshmem/native/descriptors.pyx":285
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8410,7 +8410,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
 }
 
-/* "ivshmem/_fds.pyx":292
+/* "ivshmem/native/descriptors.pyx":292
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8418,10 +8418,10 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
  *         return ivshmem_enter(&self.state)
 */
 
-static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":294
+  /* "ivshmem/native/descriptors.pyx":294
  *     cdef bint enter(self) noexcept nogil:
  *         """One user more; False if it is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -8434,7 +8434,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":292
+  /* "ivshmem/native/descriptors.pyx":292
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8447,7 +8447,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":296
+/* "ivshmem/native/descriptors.pyx":296
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8455,10 +8455,10 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
  *         if ivshmem_leave(&self.state):
 */
 
-static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":298
+  /* "ivshmem/native/descriptors.pyx":298
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8470,16 +8470,16 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":299
+    /* "ivshmem/native/descriptors.pyx":299
  *         """One user less."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
+    __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_fds.pyx":298
+    /* "ivshmem/native/descriptors.pyx":298
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8488,7 +8488,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
   }
 
-  /* "ivshmem/_fds.pyx":296
+  /* "ivshmem/native/descriptors.pyx":296
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8499,7 +8499,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   /* function exit code */
 }
 
-/* "ivshmem/_fds.pyx":301
+/* "ivshmem/native/descriptors.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8508,16 +8508,16 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_21close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_20close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_21close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_21close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_20close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_21close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8543,14 +8543,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_20close(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20close(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8563,7 +8563,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":303
+        /* "ivshmem/native/descriptors.pyx":303
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8575,16 +8575,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":304
+          /* "ivshmem/native/descriptors.pyx":304
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-          __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
+          __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/_fds.pyx":303
+          /* "ivshmem/native/descriptors.pyx":303
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8594,7 +8594,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         }
       }
 
-      /* "ivshmem/_fds.pyx":301
+      /* "ivshmem/native/descriptors.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8618,7 +8618,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":306
+/* "ivshmem/native/descriptors.pyx":306
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8627,34 +8627,34 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_7FdArray_23__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_7FdArray_23__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_v_i;
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":308
+  /* "ivshmem/native/descriptors.pyx":308
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
 */
-  __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
+  __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":309
+  /* "ivshmem/native/descriptors.pyx":309
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -8663,7 +8663,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_fds.pyx":310
+  /* "ivshmem/native/descriptors.pyx":310
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -8677,7 +8677,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":311
+    /* "ivshmem/native/descriptors.pyx":311
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -8688,7 +8688,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   }
 
 
-  /* "ivshmem/_fds.pyx":306
+  /* "ivshmem/native/descriptors.pyx":306
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8708,16 +8708,16 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_25__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_24__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_25__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_24__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_25__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8743,14 +8743,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_24__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8775,7 +8775,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__reduce_cython__(CYTHON_UNU
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -8790,16 +8790,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__reduce_cython__(CYTHON_UNU
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_27__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_26__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_27__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_26__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_27__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8861,11 +8861,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8875,7 +8875,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8900,14 +8900,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_U
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.FdArray.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":327
+/* "ivshmem/native/descriptors.pyx":327
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -8916,14 +8916,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_U
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_9Signaller_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_9Signaller_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8949,14 +8949,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8981,7 +8981,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":328
+  /* "ivshmem/native/descriptors.pyx":328
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -8990,7 +8990,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":329
+  /* "ivshmem/native/descriptors.pyx":329
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -8999,7 +8999,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":330
+  /* "ivshmem/native/descriptors.pyx":330
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -9008,7 +9008,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":331
+  /* "ivshmem/native/descriptors.pyx":331
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -9060,19 +9060,19 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_fds.pyx":333
+  /* "ivshmem/native/descriptors.pyx":333
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
  *             try:
  *                 fail()
 */
-  __pyx_t_9 = (ivshmem_io_setup(__pyx_e_7ivshmem_4_fds_BATCH, (&__pyx_v_self->context)) < 0);
+  __pyx_t_9 = (ivshmem_io_setup(__pyx_e_7ivshmem_6native_11descriptors_BATCH, (&__pyx_v_self->context)) < 0);
 
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_fds.pyx":334
+    /* "ivshmem/native/descriptors.pyx":334
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -9081,18 +9081,18 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":335
+      /* "ivshmem/native/descriptors.pyx":335
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_fds.pyx":337
+    /* "ivshmem/native/descriptors.pyx":337
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -9172,7 +9172,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
       __pyx_L6:;
     }
 
-    /* "ivshmem/_fds.pyx":333
+    /* "ivshmem/native/descriptors.pyx":333
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9181,7 +9181,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":327
+  /* "ivshmem/native/descriptors.pyx":327
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9199,7 +9199,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -9207,7 +9207,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":339
+/* "ivshmem/native/descriptors.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9216,16 +9216,16 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_3signal(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_9Signaller_2signal, "Add 1 to each eventfd of a sequence; a full counter stays full.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_9Signaller_3signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_2signal};
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_3signal(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal, "Add 1 to each eventfd of a sequence; a full counter stays full.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9287,11 +9287,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_9Signaller_2signal(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self), __pyx_v_fds);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self), __pyx_v_fds);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9301,8 +9301,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, PyObject *__pyx_v_fds) {
-  int __pyx_v_batch[__pyx_e_7ivshmem_4_fds_BATCH];
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, PyObject *__pyx_v_fds) {
+  int __pyx_v_batch[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
   Py_ssize_t __pyx_v_first;
   long __pyx_v_count;
   unsigned int __pyx_v_number;
@@ -9325,7 +9325,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":345
+  /* "ivshmem/native/descriptors.pyx":345
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9337,7 +9337,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":346
+    /* "ivshmem/native/descriptors.pyx":346
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9371,7 +9371,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 346, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":345
+    /* "ivshmem/native/descriptors.pyx":345
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9380,7 +9380,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/native/descriptors.pyx":347
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9392,7 +9392,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -9425,7 +9425,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":348
+    /* "ivshmem/native/descriptors.pyx":348
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -9434,14 +9434,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/_fds.pyx":349
+    /* "ivshmem/native/descriptors.pyx":349
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
@@ -9496,7 +9496,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_fds.pyx":350
+      /* "ivshmem/native/descriptors.pyx":350
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
@@ -9506,7 +9506,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 350, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/_fds.pyx":351
+      /* "ivshmem/native/descriptors.pyx":351
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -9515,7 +9515,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/_fds.pyx":352
+      /* "ivshmem/native/descriptors.pyx":352
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -9524,7 +9524,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/_fds.pyx":349
+      /* "ivshmem/native/descriptors.pyx":349
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -9534,17 +9534,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_fds.pyx":353
+    /* "ivshmem/native/descriptors.pyx":353
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":347
+    /* "ivshmem/native/descriptors.pyx":347
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9554,7 +9554,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/_fds.pyx":339
+  /* "ivshmem/native/descriptors.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9570,7 +9570,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -9583,7 +9583,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":355
+/* "ivshmem/native/descriptors.pyx":355
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -9591,7 +9591,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *         cdef int code
 */
 
-static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
   int __pyx_v_code;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -9607,7 +9607,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/_fds.pyx":358
+  /* "ivshmem/native/descriptors.pyx":358
  *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9621,7 +9621,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":359
+        /* "ivshmem/native/descriptors.pyx":359
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9633,7 +9633,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":360
+          /* "ivshmem/native/descriptors.pyx":360
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9667,7 +9667,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __PYX_ERR(0, 360, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":359
+          /* "ivshmem/native/descriptors.pyx":359
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9676,17 +9676,17 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":361
+        /* "ivshmem/native/descriptors.pyx":361
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
  *         if code:
  *             fail_with(code)
 */
-        __pyx_v_code = __pyx_f_7ivshmem_4_fds_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
+        __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/_fds.pyx":358
+      /* "ivshmem/native/descriptors.pyx":358
  *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9707,7 +9707,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_fds.pyx":362
+  /* "ivshmem/native/descriptors.pyx":362
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9719,17 +9719,17 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":363
+    /* "ivshmem/native/descriptors.pyx":363
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":362
+    /* "ivshmem/native/descriptors.pyx":362
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9738,7 +9738,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":364
+  /* "ivshmem/native/descriptors.pyx":364
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9751,7 +9751,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":355
+  /* "ivshmem/native/descriptors.pyx":355
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -9765,7 +9765,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -9774,7 +9774,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":366
+/* "ivshmem/native/descriptors.pyx":366
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9782,9 +9782,9 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_
  *         cdef iocb requests[BATCH]
 */
 
-static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
-  struct iocb __pyx_v_requests[__pyx_e_7ivshmem_4_fds_BATCH];
-  struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_4_fds_BATCH];
+static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
+  struct iocb __pyx_v_requests[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
+  struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
   char __pyx_v_nothing[1];
   long __pyx_v_i;
   long __pyx_v_n;
@@ -9796,7 +9796,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":372
+  /* "ivshmem/native/descriptors.pyx":372
  *         cdef char nothing[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -9805,7 +9805,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_fds.pyx":373
+  /* "ivshmem/native/descriptors.pyx":373
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -9814,7 +9814,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/_fds.pyx":374
+  /* "ivshmem/native/descriptors.pyx":374
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -9828,7 +9828,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":375
+    /* "ivshmem/native/descriptors.pyx":375
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -9837,7 +9837,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/_fds.pyx":376
+    /* "ivshmem/native/descriptors.pyx":376
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -9848,7 +9848,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/_fds.pyx":377
+    /* "ivshmem/native/descriptors.pyx":377
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
@@ -9857,7 +9857,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-    /* "ivshmem/_fds.pyx":378
+    /* "ivshmem/native/descriptors.pyx":378
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -9866,7 +9866,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/_fds.pyx":379
+    /* "ivshmem/native/descriptors.pyx":379
  *             requests[i].aio_buf = <uint64_t>&nothing[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -9875,7 +9875,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/_fds.pyx":380
+    /* "ivshmem/native/descriptors.pyx":380
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -9884,7 +9884,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/_fds.pyx":381
+    /* "ivshmem/native/descriptors.pyx":381
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -9895,7 +9895,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   }
 
 
-  /* "ivshmem/_fds.pyx":382
+  /* "ivshmem/native/descriptors.pyx":382
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -9908,7 +9908,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/_fds.pyx":383
+    /* "ivshmem/native/descriptors.pyx":383
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -9917,7 +9917,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/_fds.pyx":384
+    /* "ivshmem/native/descriptors.pyx":384
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -9929,7 +9929,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_fds.pyx":385
+      /* "ivshmem/native/descriptors.pyx":385
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -9938,7 +9938,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/_fds.pyx":386
+      /* "ivshmem/native/descriptors.pyx":386
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -9947,7 +9947,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/_fds.pyx":384
+      /* "ivshmem/native/descriptors.pyx":384
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -9957,7 +9957,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_fds.pyx":387
+    /* "ivshmem/native/descriptors.pyx":387
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -9976,7 +9976,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_fds.pyx":388
+      /* "ivshmem/native/descriptors.pyx":388
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -9989,7 +9989,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":387
+      /* "ivshmem/native/descriptors.pyx":387
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10000,7 +10000,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
     __pyx_L7:;
   }
 
-  /* "ivshmem/_fds.pyx":389
+  /* "ivshmem/native/descriptors.pyx":389
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -10013,7 +10013,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":366
+  /* "ivshmem/native/descriptors.pyx":366
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10032,7 +10032,7 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":391
+/* "ivshmem/native/descriptors.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10041,16 +10041,16 @@ static int __pyx_f_7ivshmem_4_fds_9Signaller_send(struct __pyx_obj_7ivshmem_4_fd
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_5close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_9Signaller_4close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_9Signaller_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_4close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_5close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_4close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_4close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10076,14 +10076,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_9Signaller_4close(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10097,7 +10097,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":393
+        /* "ivshmem/native/descriptors.pyx":393
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10123,7 +10123,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":394
+          /* "ivshmem/native/descriptors.pyx":394
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -10132,7 +10132,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/_fds.pyx":393
+          /* "ivshmem/native/descriptors.pyx":393
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10141,7 +10141,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":395
+        /* "ivshmem/native/descriptors.pyx":395
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10150,7 +10150,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/_fds.pyx":396
+        /* "ivshmem/native/descriptors.pyx":396
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10162,7 +10162,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":397
+          /* "ivshmem/native/descriptors.pyx":397
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -10171,7 +10171,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/_fds.pyx":396
+          /* "ivshmem/native/descriptors.pyx":396
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10180,7 +10180,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/_fds.pyx":398
+        /* "ivshmem/native/descriptors.pyx":398
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -10190,7 +10190,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/_fds.pyx":391
+      /* "ivshmem/native/descriptors.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10214,7 +10214,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":400
+/* "ivshmem/native/descriptors.pyx":400
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10223,19 +10223,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_9Signaller_7__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_9Signaller_7__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_7__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_7__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -10245,7 +10245,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":401
+  /* "ivshmem/native/descriptors.pyx":401
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10264,7 +10264,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":400
+  /* "ivshmem/native/descriptors.pyx":400
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10277,7 +10277,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_WriteUnraisable("ivshmem._fds.Signaller.__dealloc__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __Pyx_WriteUnraisable("ivshmem.native.descriptors.Signaller.__dealloc__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_L0:;
 
   __Pyx_RefNannyFinishContext();
@@ -10290,16 +10290,16 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_9Signaller_8__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_8__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10325,14 +10325,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_9Signaller_8__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -10357,7 +10357,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_8__reduce_cython__(CYTHON_UN
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -10372,16 +10372,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_8__reduce_cython__(CYTHON_UN
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_9Signaller_10__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_10__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10443,11 +10443,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10457,7 +10457,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -10482,14 +10482,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Signaller.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Signaller.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":408
+/* "ivshmem/native/descriptors.pyx":408
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -10497,9 +10497,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
  * 
 */
 
-static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_signaller(void) {
-  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller = 0;
-  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_r = NULL;
+static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshmem_6native_11descriptors_shared_signaller(void) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller = 0;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
@@ -10517,21 +10517,21 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/_fds.pyx":415
+  /* "ivshmem/native/descriptors.pyx":415
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
  *     if signaller is None or signaller.pid != getpid():
  *         try:
 */
-  __pyx_t_2 = (__pyx_v_7ivshmem_4_fds__shared == Py_None);
+  __pyx_t_2 = (__pyx_v_7ivshmem_6native_11descriptors__shared == Py_None);
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
     __pyx_t_4 = NULL;
-    __Pyx_INCREF(__pyx_v_7ivshmem_4_fds__shared);
-    __pyx_t_5 = __pyx_v_7ivshmem_4_fds__shared; 
+    __Pyx_INCREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
+    __pyx_t_5 = __pyx_v_7ivshmem_6native_11descriptors__shared; 
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_5))) {
@@ -10552,16 +10552,16 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 415, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
-  __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":416
+  /* "ivshmem/native/descriptors.pyx":416
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10586,7 +10586,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":417
+    /* "ivshmem/native/descriptors.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10602,7 +10602,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":418
+        /* "ivshmem/native/descriptors.pyx":418
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -10613,15 +10613,15 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
         __pyx_t_6 = 1;
         {
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
-          __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
-        __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
+        __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_fds.pyx":417
+        /* "ivshmem/native/descriptors.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10639,7 +10639,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_fds.pyx":419
+      /* "ivshmem/native/descriptors.pyx":419
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -10650,7 +10650,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/_fds.pyx":420
+        /* "ivshmem/native/descriptors.pyx":420
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -10658,10 +10658,10 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
  *     return signaller
 */
         {
-          struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_temp;
+          struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); __Pyx_INCREF(Py_None);
+            __pyx_r = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None); __Pyx_INCREF(Py_None);
           }
           __Pyx_XDECREF((PyObject *)__pyx_temp);
         }
@@ -10669,7 +10669,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/_fds.pyx":417
+      /* "ivshmem/native/descriptors.pyx":417
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10691,7 +10691,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/_fds.pyx":421
+    /* "ivshmem/native/descriptors.pyx":421
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -10724,12 +10724,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
       if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 421, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
-    __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, __pyx_t_1);
+    __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
+    __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_fds.pyx":416
+    /* "ivshmem/native/descriptors.pyx":416
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10738,7 +10738,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
 */
   }
 
-  /* "ivshmem/_fds.pyx":422
+  /* "ivshmem/native/descriptors.pyx":422
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -10746,7 +10746,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
  * 
 */
   {
-    struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_temp;
+    struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
       __Pyx_INCREF((PyObject *)__pyx_v_signaller);
@@ -10756,7 +10756,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":408
+  /* "ivshmem/native/descriptors.pyx":408
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -10770,7 +10770,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._fds.shared_signaller", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.shared_signaller", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_signaller);
@@ -10779,7 +10779,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":425
+/* "ivshmem/native/descriptors.pyx":425
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -10787,7 +10787,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_
  *     cdef int code = EINTR
 */
 
-static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller, int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller, int __pyx_v_fd) {
   int __pyx_v_code;
   int __pyx_r;
   int __pyx_t_1;
@@ -10796,7 +10796,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":427
+  /* "ivshmem/native/descriptors.pyx":427
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
@@ -10805,7 +10805,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/_fds.pyx":428
+  /* "ivshmem/native/descriptors.pyx":428
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -10816,20 +10816,20 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":429
+    /* "ivshmem/native/descriptors.pyx":429
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
  *     while code == EINTR:
  *         PyErr_CheckSignals()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":428
+    /* "ivshmem/native/descriptors.pyx":428
  *     """Add 1 to an eventfd that others share, and wait for nobody."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -10838,7 +10838,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":430
+  /* "ivshmem/native/descriptors.pyx":430
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:             # <<<<<<<<<<<<<<
@@ -10851,7 +10851,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/_fds.pyx":431
+    /* "ivshmem/native/descriptors.pyx":431
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10861,17 +10861,17 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
     __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":432
+    /* "ivshmem/native/descriptors.pyx":432
  *     while code == EINTR:
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
  *     if code:
  *         fail_with(code)
 */
-    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one_if_room(__pyx_v_fd);
+    __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(__pyx_v_fd);
   }
 
-  /* "ivshmem/_fds.pyx":433
+  /* "ivshmem/native/descriptors.pyx":433
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -10883,17 +10883,17 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":434
+    /* "ivshmem/native/descriptors.pyx":434
  *         code = add_one_if_room(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":433
+    /* "ivshmem/native/descriptors.pyx":433
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -10902,7 +10902,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":435
+  /* "ivshmem/native/descriptors.pyx":435
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -10915,7 +10915,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":425
+  /* "ivshmem/native/descriptors.pyx":425
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -10925,7 +10925,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -10933,7 +10933,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":438
+/* "ivshmem/native/descriptors.pyx":438
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10941,14 +10941,14 @@ static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds
  * 
 */
 
-static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd) {
   struct pollfd __pyx_v_one;
   struct timespec __pyx_v_none;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":445
+  /* "ivshmem/native/descriptors.pyx":445
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -10958,7 +10958,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_fds.pyx":446
+  /* "ivshmem/native/descriptors.pyx":446
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -10967,7 +10967,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_fds.pyx":447
+  /* "ivshmem/native/descriptors.pyx":447
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -10976,7 +10976,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/_fds.pyx":448
+  /* "ivshmem/native/descriptors.pyx":448
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -11002,7 +11002,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":449
+    /* "ivshmem/native/descriptors.pyx":449
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)             # <<<<<<<<<<<<<<
@@ -11011,11 +11011,11 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
     {
 
-      __pyx_r = __pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd);
+      __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":448
+    /* "ivshmem/native/descriptors.pyx":448
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -11024,7 +11024,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":450
+  /* "ivshmem/native/descriptors.pyx":450
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)
  *     return 0  # a full counter is an interrupt that is pending already             # <<<<<<<<<<<<<<
@@ -11037,7 +11037,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":438
+  /* "ivshmem/native/descriptors.pyx":438
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11052,7 +11052,7 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":467
+/* "ivshmem/native/descriptors.pyx":467
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11061,14 +11061,14 @@ static int __pyx_f_7ivshmem_4_fds_add_one_if_room(int __pyx_v_fd) {
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_5Relay_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Relay_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_5Relay_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Relay_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11138,11 +11138,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Relay *)__pyx_v_self), __pyx_v_source, __pyx_v_targets);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)__pyx_v_self), __pyx_v_source, __pyx_v_targets);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11153,7 +11153,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self, int __pyx_v_source, PyObject *__pyx_v_targets) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self, int __pyx_v_source, PyObject *__pyx_v_targets) {
   struct iocb __pyx_v_request;
   struct iocb *__pyx_v_pointer;
   PyObject *__pyx_v_fd = NULL;
@@ -11180,7 +11180,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":469
+  /* "ivshmem/native/descriptors.pyx":469
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -11189,7 +11189,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":470
+  /* "ivshmem/native/descriptors.pyx":470
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11198,7 +11198,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":471
+  /* "ivshmem/native/descriptors.pyx":471
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11207,7 +11207,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":472
+  /* "ivshmem/native/descriptors.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11223,7 +11223,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":473
+      /* "ivshmem/native/descriptors.pyx":473
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11250,17 +11250,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":474
+        /* "ivshmem/native/descriptors.pyx":474
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":473
+        /* "ivshmem/native/descriptors.pyx":473
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11269,7 +11269,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":475
+      /* "ivshmem/native/descriptors.pyx":475
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11281,17 +11281,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":476
+        /* "ivshmem/native/descriptors.pyx":476
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":475
+        /* "ivshmem/native/descriptors.pyx":475
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11300,7 +11300,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":477
+      /* "ivshmem/native/descriptors.pyx":477
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11359,7 +11359,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":478
+        /* "ivshmem/native/descriptors.pyx":478
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -11368,7 +11368,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":479
+        /* "ivshmem/native/descriptors.pyx":479
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -11377,7 +11377,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":480
+        /* "ivshmem/native/descriptors.pyx":480
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -11386,7 +11386,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":481
+        /* "ivshmem/native/descriptors.pyx":481
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -11395,7 +11395,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":482
+        /* "ivshmem/native/descriptors.pyx":482
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -11404,7 +11404,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":483
+        /* "ivshmem/native/descriptors.pyx":483
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
@@ -11414,7 +11414,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":484
+        /* "ivshmem/native/descriptors.pyx":484
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11426,17 +11426,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":485
+          /* "ivshmem/native/descriptors.pyx":485
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":484
+          /* "ivshmem/native/descriptors.pyx":484
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11445,7 +11445,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":477
+        /* "ivshmem/native/descriptors.pyx":477
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11455,7 +11455,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":472
+      /* "ivshmem/native/descriptors.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11471,7 +11471,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":486
+    /* "ivshmem/native/descriptors.pyx":486
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11480,13 +11480,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
-      __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
       if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":487
+      /* "ivshmem/native/descriptors.pyx":487
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -11505,7 +11505,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":488
+      /* "ivshmem/native/descriptors.pyx":488
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -11521,7 +11521,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":472
+    /* "ivshmem/native/descriptors.pyx":472
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11537,7 +11537,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":467
+  /* "ivshmem/native/descriptors.pyx":467
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11554,7 +11554,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   __Pyx_XDECREF(__pyx_t_13);
   __Pyx_XDECREF(__pyx_t_14);
   __Pyx_XDECREF(__pyx_t_15);
-  __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -11565,7 +11565,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":490
+/* "ivshmem/native/descriptors.pyx":490
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11573,12 +11573,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
 */
 
-static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self) {
+static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":492
+  /* "ivshmem/native/descriptors.pyx":492
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -11606,7 +11606,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":490
+  /* "ivshmem/native/descriptors.pyx":490
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11619,7 +11619,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":494
+/* "ivshmem/native/descriptors.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11628,16 +11628,16 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_3close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Relay_2close, "Forget about it; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Relay_3close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_2close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_3close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close, "Forget about it; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11663,14 +11663,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Relay_2close(((struct __pyx_obj_7ivshmem_4_fds_Relay *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self) {
   aio_context_t __pyx_v_context;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -11679,7 +11679,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":496
+  /* "ivshmem/native/descriptors.pyx":496
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -11690,7 +11690,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":497
+  /* "ivshmem/native/descriptors.pyx":497
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11699,7 +11699,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":498
+  /* "ivshmem/native/descriptors.pyx":498
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11725,7 +11725,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":499
+    /* "ivshmem/native/descriptors.pyx":499
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -11734,7 +11734,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":498
+    /* "ivshmem/native/descriptors.pyx":498
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11743,7 +11743,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":494
+  /* "ivshmem/native/descriptors.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11759,7 +11759,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":501
+/* "ivshmem/native/descriptors.pyx":501
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11768,19 +11768,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_5Relay_5__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_5Relay_5__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Relay_5__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Relay_5__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Relay *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -11790,7 +11790,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":502
+  /* "ivshmem/native/descriptors.pyx":502
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11809,7 +11809,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":501
+  /* "ivshmem/native/descriptors.pyx":501
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11822,7 +11822,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_WriteUnraisable("ivshmem._fds.Relay.__dealloc__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __Pyx_WriteUnraisable("ivshmem.native.descriptors.Relay.__dealloc__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_L0:;
 
   __Pyx_RefNannyFinishContext();
@@ -11835,16 +11835,16 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_7__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Relay_6__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_6__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_7__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11870,14 +11870,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Relay_6__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Relay *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -11902,7 +11902,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_6__reduce_cython__(CYTHON_UNUSED
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Relay.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -11917,16 +11917,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_6__reduce_cython__(CYTHON_UNUSED
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_9__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Relay_8__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_8__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Relay_9__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11988,11 +11988,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Relay.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Relay *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12002,7 +12002,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -12027,14 +12027,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Relay.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":513
+/* "ivshmem/native/descriptors.pyx":513
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12043,14 +12043,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_5Epoll_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_5Epoll_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12076,14 +12076,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -12091,7 +12091,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":514
+  /* "ivshmem/native/descriptors.pyx":514
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12100,7 +12100,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":515
+  /* "ivshmem/native/descriptors.pyx":515
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -12109,7 +12109,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":516
+  /* "ivshmem/native/descriptors.pyx":516
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12121,17 +12121,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":517
+    /* "ivshmem/native/descriptors.pyx":517
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":516
+    /* "ivshmem/native/descriptors.pyx":516
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12140,7 +12140,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":513
+  /* "ivshmem/native/descriptors.pyx":513
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12152,14 +12152,14 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":519
+/* "ivshmem/native/descriptors.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12168,16 +12168,16 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_3fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_2fileno, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_2fileno};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_3fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_2fileno, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_2fileno};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12203,14 +12203,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -12223,7 +12223,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":520
+  /* "ivshmem/native/descriptors.pyx":520
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12235,7 +12235,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":521
+    /* "ivshmem/native/descriptors.pyx":521
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -12269,7 +12269,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 521, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":520
+    /* "ivshmem/native/descriptors.pyx":520
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12278,7 +12278,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":522
+  /* "ivshmem/native/descriptors.pyx":522
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
@@ -12298,7 +12298,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":519
+  /* "ivshmem/native/descriptors.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12311,7 +12311,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12319,7 +12319,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":524
+/* "ivshmem/native/descriptors.pyx":524
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12327,7 +12327,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  *         memset(&event, 0, sizeof(event))
 */
 
-static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token) {
+static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token) {
   struct epoll_event __pyx_v_event;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -12341,7 +12341,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":526
+  /* "ivshmem/native/descriptors.pyx":526
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -12350,7 +12350,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":527
+  /* "ivshmem/native/descriptors.pyx":527
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -12359,7 +12359,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":528
+  /* "ivshmem/native/descriptors.pyx":528
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -12368,7 +12368,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":529
+  /* "ivshmem/native/descriptors.pyx":529
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12393,17 +12393,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":530
+    /* "ivshmem/native/descriptors.pyx":530
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":529
+    /* "ivshmem/native/descriptors.pyx":529
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12412,7 +12412,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":531
+  /* "ivshmem/native/descriptors.pyx":531
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12425,7 +12425,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":524
+  /* "ivshmem/native/descriptors.pyx":524
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12437,7 +12437,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.control", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.control", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -12446,7 +12446,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":533
+/* "ivshmem/native/descriptors.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12455,16 +12455,16 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_5add(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_4add, "Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_5add = {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_4add};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_5add(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add, "Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add = {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12542,11 +12542,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_4add(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self), __pyx_v_fd, __pyx_v_token, __pyx_v_events);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self), __pyx_v_fd, __pyx_v_token, __pyx_v_events);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12559,7 +12559,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -12568,17 +12568,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":535
+  /* "ivshmem/native/descriptors.pyx":535
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":533
+  /* "ivshmem/native/descriptors.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12590,7 +12590,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12598,7 +12598,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":537
+/* "ivshmem/native/descriptors.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12607,16 +12607,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_7modify(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_7modify(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_6modify, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_7modify = {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_6modify};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_7modify(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_6modify, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify = {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_6modify};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_7modify(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12694,11 +12694,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.modify", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.modify", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_6modify(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self), __pyx_v_fd, __pyx_v_token, __pyx_v_events);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self), __pyx_v_fd, __pyx_v_token, __pyx_v_events);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12711,7 +12711,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -12720,17 +12720,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":538
+  /* "ivshmem/native/descriptors.pyx":538
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":537
+  /* "ivshmem/native/descriptors.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12742,7 +12742,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.modify", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.modify", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12750,7 +12750,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":540
+/* "ivshmem/native/descriptors.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -12759,16 +12759,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_9remove(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_9remove(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_8remove, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_9remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_8remove};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_9remove(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_8remove, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_8remove};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_9remove(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12830,11 +12830,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_8remove(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12845,7 +12845,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, int __pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -12854,17 +12854,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":541
+  /* "ivshmem/native/descriptors.pyx":541
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":540
+  /* "ivshmem/native/descriptors.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -12876,7 +12876,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12884,7 +12884,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":543
+/* "ivshmem/native/descriptors.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -12893,16 +12893,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_11wait(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_10wait, "A list of (token, events), empty when `timeout` seconds are over first.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_11wait = {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_10wait};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_11wait(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait, "A list of (token, events), empty when `timeout` seconds are over first.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait = {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12967,11 +12967,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_10wait(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12981,8 +12981,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, PyObject *__pyx_v_timeout) {
-  struct epoll_event __pyx_v_events[__pyx_e_7ivshmem_4_fds_BATCH];
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, PyObject *__pyx_v_timeout) {
+  struct epoll_event __pyx_v_events[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
   int64_t __pyx_v_deadline;
   int __pyx_v_n;
   int __pyx_v_epfd;
@@ -13004,17 +13004,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":546
+  /* "ivshmem/native/descriptors.pyx":546
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 546, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 546, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":548
+  /* "ivshmem/native/descriptors.pyx":548
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13035,7 +13035,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":549
+  /* "ivshmem/native/descriptors.pyx":549
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -13044,17 +13044,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":550
+    /* "ivshmem/native/descriptors.pyx":550
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 550, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 550, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":551
+    /* "ivshmem/native/descriptors.pyx":551
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13066,7 +13066,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":552
+      /* "ivshmem/native/descriptors.pyx":552
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -13111,7 +13111,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":551
+      /* "ivshmem/native/descriptors.pyx":551
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13121,7 +13121,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":543
+  /* "ivshmem/native/descriptors.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13137,7 +13137,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -13150,7 +13150,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":554
+/* "ivshmem/native/descriptors.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13159,16 +13159,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_13close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_12close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_12close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_13close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_12close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_12close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13194,14 +13194,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_12close(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_v_epfd;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -13209,7 +13209,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":555
+  /* "ivshmem/native/descriptors.pyx":555
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -13220,7 +13220,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":556
+  /* "ivshmem/native/descriptors.pyx":556
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13229,7 +13229,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":557
+  /* "ivshmem/native/descriptors.pyx":557
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13241,7 +13241,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":558
+    /* "ivshmem/native/descriptors.pyx":558
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -13250,7 +13250,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":557
+    /* "ivshmem/native/descriptors.pyx":557
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13259,7 +13259,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":554
+  /* "ivshmem/native/descriptors.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13275,7 +13275,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":560
+/* "ivshmem/native/descriptors.pyx":560
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13284,22 +13284,22 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":561
+  /* "ivshmem/native/descriptors.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13311,7 +13311,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":562
+    /* "ivshmem/native/descriptors.pyx":562
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -13320,7 +13320,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":561
+    /* "ivshmem/native/descriptors.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13329,7 +13329,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":560
+  /* "ivshmem/native/descriptors.pyx":560
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13348,16 +13348,16 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_17__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_16__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_16__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_17__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13383,14 +13383,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_16__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -13415,7 +13415,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_16__reduce_cython__(CYTHON_UNUSE
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -13430,16 +13430,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_16__reduce_cython__(CYTHON_UNUSE
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_19__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Epoll_18__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_18__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Epoll_19__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13501,11 +13501,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13515,7 +13515,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -13540,14 +13540,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Epoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Epoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":565
+/* "ivshmem/native/descriptors.pyx":565
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -13555,7 +13555,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
  *     cdef int64_t left
 */
 
-static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_event *__pyx_v_events, int __pyx_v_limit, int64_t __pyx_v_deadline) {
+static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, struct epoll_event *__pyx_v_events, int __pyx_v_limit, int64_t __pyx_v_deadline) {
   int64_t __pyx_v_left;
   int __pyx_v_milliseconds;
   int __pyx_v_n;
@@ -13571,7 +13571,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":569
+  /* "ivshmem/native/descriptors.pyx":569
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13583,7 +13583,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":570
+    /* "ivshmem/native/descriptors.pyx":570
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -13592,7 +13592,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":569
+    /* "ivshmem/native/descriptors.pyx":569
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13602,7 +13602,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":572
+  /* "ivshmem/native/descriptors.pyx":572
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -13614,7 +13614,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     if (__pyx_t_1) {
 
-      __pyx_t_2 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+      __pyx_t_2 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
     } else {
 
       __pyx_t_2 = 0;
@@ -13622,7 +13622,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":574
+    /* "ivshmem/native/descriptors.pyx":574
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -13658,7 +13658,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":575
+  /* "ivshmem/native/descriptors.pyx":575
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13671,7 +13671,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":576
+        /* "ivshmem/native/descriptors.pyx":576
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -13680,7 +13680,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":577
+        /* "ivshmem/native/descriptors.pyx":577
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -13690,7 +13690,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":575
+      /* "ivshmem/native/descriptors.pyx":575
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13707,7 +13707,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":578
+  /* "ivshmem/native/descriptors.pyx":578
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13719,7 +13719,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":579
+    /* "ivshmem/native/descriptors.pyx":579
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -13732,7 +13732,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":578
+    /* "ivshmem/native/descriptors.pyx":578
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13741,7 +13741,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":580
+  /* "ivshmem/native/descriptors.pyx":580
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13753,17 +13753,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":581
+    /* "ivshmem/native/descriptors.pyx":581
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":580
+    /* "ivshmem/native/descriptors.pyx":580
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13772,7 +13772,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":582
+  /* "ivshmem/native/descriptors.pyx":582
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -13782,7 +13782,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":583
+  /* "ivshmem/native/descriptors.pyx":583
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -13795,7 +13795,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":565
+  /* "ivshmem/native/descriptors.pyx":565
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -13805,7 +13805,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.epoll_sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.epoll_sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
 
@@ -13816,7 +13816,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":586
+/* "ivshmem/native/descriptors.pyx":586
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -13824,7 +13824,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
  * 
 */
 
-static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
+static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13839,7 +13839,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":587
+  /* "ivshmem/native/descriptors.pyx":587
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -13870,7 +13870,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __PYX_ERR(0, 587, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":586
+  /* "ivshmem/native/descriptors.pyx":586
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -13884,14 +13884,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem._fds.fail_with", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.fail_with", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":596
+/* "ivshmem/native/descriptors.pyx":596
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13900,14 +13900,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_4_fds_5Timer_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Timer_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_4_fds_5Timer_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_11descriptors_5Timer_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13933,14 +13933,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
+static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -13948,7 +13948,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":597
+  /* "ivshmem/native/descriptors.pyx":597
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -13957,7 +13957,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":598
+  /* "ivshmem/native/descriptors.pyx":598
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -13966,7 +13966,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":599
+  /* "ivshmem/native/descriptors.pyx":599
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13978,17 +13978,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":600
+    /* "ivshmem/native/descriptors.pyx":600
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 600, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 600, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":599
+    /* "ivshmem/native/descriptors.pyx":599
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -13997,7 +13997,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":596
+  /* "ivshmem/native/descriptors.pyx":596
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14009,14 +14009,14 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Timer.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":602
+/* "ivshmem/native/descriptors.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14025,16 +14025,16 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_3fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Timer_2fileno, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Timer_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_2fileno};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_3fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_2fileno, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_2fileno};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14060,14 +14060,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer_2fileno(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -14080,7 +14080,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":603
+  /* "ivshmem/native/descriptors.pyx":603
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14092,7 +14092,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":604
+    /* "ivshmem/native/descriptors.pyx":604
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -14126,7 +14126,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 604, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":603
+    /* "ivshmem/native/descriptors.pyx":603
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14135,7 +14135,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":605
+  /* "ivshmem/native/descriptors.pyx":605
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
@@ -14155,7 +14155,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":602
+  /* "ivshmem/native/descriptors.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14168,7 +14168,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.Timer.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -14176,7 +14176,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":607
+/* "ivshmem/native/descriptors.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14185,16 +14185,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_5set(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Timer_4set, "Be readable in so many seconds, from now on, and not before; 0: never.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Timer_5set = {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_4set};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_5set(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set, "Be readable in so many seconds, from now on, and not before; 0: never.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set = {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14256,11 +14256,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer_4set(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self), __pyx_v_seconds);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self), __pyx_v_seconds);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -14271,7 +14271,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self, double __pyx_v_seconds) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self, double __pyx_v_seconds) {
   struct itimerspec __pyx_v_spec;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -14285,7 +14285,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":610
+  /* "ivshmem/native/descriptors.pyx":610
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -14294,7 +14294,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":611
+  /* "ivshmem/native/descriptors.pyx":611
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -14303,7 +14303,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":612
+  /* "ivshmem/native/descriptors.pyx":612
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -14312,7 +14312,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":613
+  /* "ivshmem/native/descriptors.pyx":613
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14337,17 +14337,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":614
+    /* "ivshmem/native/descriptors.pyx":614
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 614, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 614, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":613
+    /* "ivshmem/native/descriptors.pyx":613
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14356,7 +14356,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":607
+  /* "ivshmem/native/descriptors.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14370,7 +14370,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._fds.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -14379,7 +14379,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":616
+/* "ivshmem/native/descriptors.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14388,16 +14388,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_7close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Timer_6close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Timer_7close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_6close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_7close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_6close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_6close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14423,14 +14423,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer_6close(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_v_fd;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -14438,7 +14438,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":617
+  /* "ivshmem/native/descriptors.pyx":617
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -14449,7 +14449,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":618
+  /* "ivshmem/native/descriptors.pyx":618
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14458,7 +14458,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":619
+  /* "ivshmem/native/descriptors.pyx":619
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14470,7 +14470,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":620
+    /* "ivshmem/native/descriptors.pyx":620
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -14479,7 +14479,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":619
+    /* "ivshmem/native/descriptors.pyx":619
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14488,7 +14488,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":616
+  /* "ivshmem/native/descriptors.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14504,7 +14504,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":622
+/* "ivshmem/native/descriptors.pyx":622
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14513,22 +14513,22 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":623
+  /* "ivshmem/native/descriptors.pyx":623
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14540,7 +14540,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":624
+    /* "ivshmem/native/descriptors.pyx":624
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -14549,7 +14549,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":623
+    /* "ivshmem/native/descriptors.pyx":623
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14558,7 +14558,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":622
+  /* "ivshmem/native/descriptors.pyx":622
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14577,16 +14577,16 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Timer_10__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_10__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14612,14 +14612,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -14644,7 +14644,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(CYTHON_UNUSE
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Timer.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -14659,16 +14659,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(CYTHON_UNUSE
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_5Timer_12__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_12__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14730,11 +14730,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_Timer *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -14744,7 +14744,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -14769,14 +14769,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._fds.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":627
+/* "ivshmem/native/descriptors.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -14785,23 +14785,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_fork_sharing_files, "os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.\n\n    What one process opens, the other has, too; when one dies, nothing is closed.\n\n    Raises:\n        OSError: as of fork(2).\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_1fork_sharing_files = {"fork_sharing_files", (PyCFunction)__pyx_pw_7ivshmem_4_fds_1fork_sharing_files, METH_NOARGS, __pyx_doc_7ivshmem_4_fds_fork_sharing_files};
-static PyObject *__pyx_pw_7ivshmem_4_fds_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused) {
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_fork_sharing_files, "os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.\n\n    What one process opens, the other has, too; when one dies, nothing is closed.\n\n    Raises:\n        OSError: as of fork(2).\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files = {"fork_sharing_files", (PyCFunction)__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files, METH_NOARGS, __pyx_doc_7ivshmem_6native_11descriptors_fork_sharing_files};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("fork_sharing_files (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_fork_sharing_files(__pyx_self);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(__pyx_self);
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self) {
   long __pyx_v_pid;
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
@@ -14814,7 +14814,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/_fds.pyx":637
+  /* "ivshmem/native/descriptors.pyx":637
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -14823,7 +14823,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/_fds.pyx":638
+  /* "ivshmem/native/descriptors.pyx":638
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -14832,7 +14832,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/_fds.pyx":639
+  /* "ivshmem/native/descriptors.pyx":639
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -14841,7 +14841,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/_fds.pyx":640
+  /* "ivshmem/native/descriptors.pyx":640
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -14853,7 +14853,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":641
+    /* "ivshmem/native/descriptors.pyx":641
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -14862,7 +14862,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/_fds.pyx":642
+    /* "ivshmem/native/descriptors.pyx":642
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -14880,7 +14880,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":640
+    /* "ivshmem/native/descriptors.pyx":640
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -14889,7 +14889,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":643
+  /* "ivshmem/native/descriptors.pyx":643
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -14898,7 +14898,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/_fds.pyx":644
+  /* "ivshmem/native/descriptors.pyx":644
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -14910,17 +14910,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":645
+    /* "ivshmem/native/descriptors.pyx":645
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":644
+    /* "ivshmem/native/descriptors.pyx":644
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -14929,7 +14929,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":646
+  /* "ivshmem/native/descriptors.pyx":646
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
@@ -14949,7 +14949,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":627
+  /* "ivshmem/native/descriptors.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -14960,7 +14960,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._fds.fork_sharing_files", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.fork_sharing_files", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -14970,7 +14970,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":649
+/* "ivshmem/native/descriptors.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -14979,16 +14979,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_3rename_exclusive(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_3rename_exclusive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2rename_exclusive, "Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.\n\n    Raises:\n        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_3rename_exclusive = {"rename_exclusive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_3rename_exclusive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2rename_exclusive};
-static PyObject *__pyx_pw_7ivshmem_4_fds_3rename_exclusive(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2rename_exclusive, "Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.\n\n    Raises:\n        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive = {"rename_exclusive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_3rename_exclusive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2rename_exclusive};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_3rename_exclusive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15066,11 +15066,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2rename_exclusive(__pyx_self, __pyx_v_directory, __pyx_v_source, __pyx_v_target);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(__pyx_self, __pyx_v_directory, __pyx_v_source, __pyx_v_target);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -15081,7 +15081,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target) {
   PyObject *__pyx_v_old = 0;
   PyObject *__pyx_v_new = 0;
   char const *__pyx_v_old_text;
@@ -15103,7 +15103,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/_fds.pyx":655
+  /* "ivshmem/native/descriptors.pyx":655
  *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -15140,7 +15140,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":656
+  /* "ivshmem/native/descriptors.pyx":656
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -15177,7 +15177,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":657
+  /* "ivshmem/native/descriptors.pyx":657
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -15191,7 +15191,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":658
+  /* "ivshmem/native/descriptors.pyx":658
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -15205,7 +15205,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 658, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/_fds.pyx":660
+  /* "ivshmem/native/descriptors.pyx":660
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15218,7 +15218,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":661
+        /* "ivshmem/native/descriptors.pyx":661
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -15228,7 +15228,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/_fds.pyx":660
+      /* "ivshmem/native/descriptors.pyx":660
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15245,7 +15245,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       }
   }
 
-  /* "ivshmem/_fds.pyx":662
+  /* "ivshmem/native/descriptors.pyx":662
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15257,17 +15257,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_fds.pyx":663
+    /* "ivshmem/native/descriptors.pyx":663
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 663, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 663, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":662
+    /* "ivshmem/native/descriptors.pyx":662
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15276,7 +15276,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/_fds.pyx":649
+  /* "ivshmem/native/descriptors.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15292,7 +15292,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_old);
@@ -15305,7 +15305,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":666
+/* "ivshmem/native/descriptors.pyx":666
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15313,7 +15313,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef int64_t count = look(fd)
 */
 
-static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
+static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd) {
   int64_t __pyx_v_count;
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -15328,16 +15328,16 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":668
+  /* "ivshmem/native/descriptors.pyx":668
  * cdef int64_t take_count(int fd) except -1:
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
 */
-  __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
+  __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":669
+  /* "ivshmem/native/descriptors.pyx":669
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15349,7 +15349,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":670
+    /* "ivshmem/native/descriptors.pyx":670
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -15372,7 +15372,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 670, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":669
+    /* "ivshmem/native/descriptors.pyx":669
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15381,7 +15381,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":671
+  /* "ivshmem/native/descriptors.pyx":671
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15393,17 +15393,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":672
+    /* "ivshmem/native/descriptors.pyx":672
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":671
+    /* "ivshmem/native/descriptors.pyx":671
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15412,7 +15412,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":673
+  /* "ivshmem/native/descriptors.pyx":673
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -15425,7 +15425,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":666
+  /* "ivshmem/native/descriptors.pyx":666
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15438,7 +15438,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._fds.take_count", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.take_count", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
 
@@ -15447,7 +15447,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":676
+/* "ivshmem/native/descriptors.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -15456,16 +15456,16 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_5count_of_eventfd(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5count_of_eventfd(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_4count_of_eventfd, "The count of an eventfd, which stays what it is; proc_pid_fdinfo(5).");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5count_of_eventfd = {"count_of_eventfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5count_of_eventfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_4count_of_eventfd};
-static PyObject *__pyx_pw_7ivshmem_4_fds_5count_of_eventfd(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_4count_of_eventfd, "The count of an eventfd, which stays what it is; proc_pid_fdinfo(5).");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd = {"count_of_eventfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5count_of_eventfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_4count_of_eventfd};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5count_of_eventfd(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15527,11 +15527,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_4count_of_eventfd(__pyx_self, __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(__pyx_self, __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -15542,7 +15542,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd) {
   PyObject *__pyx_v_info = NULL;
   PyObject *__pyx_v_line = NULL;
   PyObject *__pyx_r = NULL;
@@ -15567,7 +15567,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/_fds.pyx":678
+  /* "ivshmem/native/descriptors.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -15630,7 +15630,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":679
+          /* "ivshmem/native/descriptors.pyx":679
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -15689,7 +15689,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/_fds.pyx":680
+            /* "ivshmem/native/descriptors.pyx":680
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -15711,7 +15711,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/_fds.pyx":681
+              /* "ivshmem/native/descriptors.pyx":681
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -15753,7 +15753,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/_fds.pyx":680
+              /* "ivshmem/native/descriptors.pyx":680
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -15762,7 +15762,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
             }
 
-            /* "ivshmem/_fds.pyx":679
+            /* "ivshmem/native/descriptors.pyx":679
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -15772,7 +15772,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":678
+          /* "ivshmem/native/descriptors.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -15791,7 +15791,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
-          __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+          __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
           if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 678, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
@@ -15880,7 +15880,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_L20:;
   }
 
-  /* "ivshmem/_fds.pyx":682
+  /* "ivshmem/native/descriptors.pyx":682
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -15903,7 +15903,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
   __PYX_ERR(0, 682, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":676
+  /* "ivshmem/native/descriptors.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -15918,7 +15918,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_info);
@@ -15928,7 +15928,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":685
+/* "ivshmem/native/descriptors.pyx":685
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15936,7 +15936,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
  * 
 */
 
-static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) {
+static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int __pyx_v_known) {
   char __pyx_v_data[7];
   struct iovec __pyx_v_iov;
   struct stat __pyx_v_one;
@@ -15945,7 +15945,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":696
+  /* "ivshmem/native/descriptors.pyx":696
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -15971,7 +15971,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":697
+    /* "ivshmem/native/descriptors.pyx":697
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -15984,7 +15984,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":696
+    /* "ivshmem/native/descriptors.pyx":696
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -15993,7 +15993,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":698
+  /* "ivshmem/native/descriptors.pyx":698
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16019,7 +16019,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":699
+    /* "ivshmem/native/descriptors.pyx":699
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -16032,7 +16032,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":698
+    /* "ivshmem/native/descriptors.pyx":698
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16041,7 +16041,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":700
+  /* "ivshmem/native/descriptors.pyx":700
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -16050,7 +16050,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_fds.pyx":701
+  /* "ivshmem/native/descriptors.pyx":701
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -16059,7 +16059,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_fds.pyx":702
+  /* "ivshmem/native/descriptors.pyx":702
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16085,7 +16085,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":703
+    /* "ivshmem/native/descriptors.pyx":703
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -16098,7 +16098,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":702
+    /* "ivshmem/native/descriptors.pyx":702
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16107,7 +16107,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   }
 
-  /* "ivshmem/_fds.pyx":704
+  /* "ivshmem/native/descriptors.pyx":704
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -16115,7 +16115,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/_fds.pyx":705
+  /* "ivshmem/native/descriptors.pyx":705
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -16126,7 +16126,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":685
+  /* "ivshmem/native/descriptors.pyx":685
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16144,7 +16144,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) 
 }
 /* #### Code section: module_exttypes ### */
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Fd(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
@@ -16152,7 +16152,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o,
 #endif
 ) {
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_2Fd_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_2Fd_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -16166,7 +16166,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(PyObject *o,
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Fd(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16176,7 +16176,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Fd(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Fd(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16186,28 +16186,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Fd(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Fd(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Fd, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Fd(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Fd((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Fd((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Fd(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Fd(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_2Fd_7__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_2Fd_7__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16225,51 +16225,51 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_Fd(PyObject *o) {
   #endif
 }
 
-static PyObject *__pyx_getprop_7ivshmem_4_fds_2Fd_taken(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_4_fds_2Fd_5taken_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_11descriptors_2Fd_taken(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_11descriptors_2Fd_5taken_1__get__(o);
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Fd[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_2fileno},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_4close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_8__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2Fd_10__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Fd[] = {
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_4close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython__},
   {0, 0, 0, 0}
 };
 
-static struct PyGetSetDef __pyx_getsets_7ivshmem_4_fds_Fd[] = {
-  {"taken", __pyx_getprop_7ivshmem_4_fds_2Fd_taken, 0, PyDoc_STR("Whether it has an owner, or was closed."), 0},
+static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_11descriptors_Fd[] = {
+  {"taken", __pyx_getprop_7ivshmem_6native_11descriptors_2Fd_taken, 0, PyDoc_STR("Whether it has an owner, or was closed."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Fd_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Fd},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Fd_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Fd},
   {Py_tp_doc, (void *)PyDoc_STR("One descriptor that the kernel has just given, until an owner takes it; else it is closed.\n\n    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises\n    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:\n    `FdArray.take` and what else says so, between two bytecodes.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Fd},
-  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_4_fds_Fd},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Fd},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Fd},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_11descriptors_Fd},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Fd},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Fd},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Fd},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Fd_spec = {
-  "ivshmem._fds.Fd",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_Fd_spec = {
+  "ivshmem.native.descriptors.Fd",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Fd_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_Fd_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Fd = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Fd", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""Fd", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Fd, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Fd, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16292,9 +16292,9 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Fd, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_Fd, /*tp_methods*/
   0, /*tp_members*/
-  __pyx_getsets_7ivshmem_4_fds_Fd, /*tp_getset*/
+  __pyx_getsets_7ivshmem_6native_11descriptors_Fd, /*tp_getset*/
   0, /*tp_base*/
   0, /*tp_dict*/
   0, /*tp_descr_get*/
@@ -16304,7 +16304,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Fd, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_Fd, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16321,7 +16321,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Fd, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Fd, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16340,19 +16340,19 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Fd = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray __pyx_vtable_7ivshmem_4_fds_FdArray;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray __pyx_vtable_7ivshmem_6native_11descriptors_FdArray;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_FdArray(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_4_fds_FdArray *p = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_4_fds_FdArray;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *p = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_7FdArray_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -16366,7 +16366,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_FdArray(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16376,7 +16376,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_FdArray(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16386,28 +16386,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_FdArray(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_FdArray(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_FdArray, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_FdArray(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_FdArray(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_FdArray((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_FdArray((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_FdArray(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_FdArray(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_7FdArray_23__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16425,59 +16425,59 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_FdArray(PyObject *o) {
   #endif
 }
 
-static PyObject *__pyx_sq_item_7ivshmem_4_fds_FdArray(PyObject *o, Py_ssize_t i) {
-  return __pyx_pw_7ivshmem_4_fds_7FdArray_15__getitem__(o, i);
+static PyObject *__pyx_sq_item_7ivshmem_6native_11descriptors_FdArray(PyObject *o, Py_ssize_t i) {
+  return __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_15__getitem__(o, i);
 }
 
-static PyObject *__pyx_mp_subscript_7ivshmem_4_fds_FdArray(PyObject *o, PyObject *i) {
+static PyObject *__pyx_mp_subscript_7ivshmem_6native_11descriptors_FdArray(PyObject *o, PyObject *i) {
   Py_ssize_t x = __Pyx_PyIndex_AsSsize_t(i); if (unlikely(x == -1 && PyErr_Occurred())) return NULL;
-  return __pyx_pw_7ivshmem_4_fds_7FdArray_15__getitem__(o, x);
+  return __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_15__getitem__(o, x);
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_FdArray[] = {
-  {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_2eventfds},
-  {"copy", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5copy, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4copy},
-  {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_7open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_6open},
-  {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_8memfd},
-  {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10take},
-  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_17signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_16signal},
-  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18drain},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_21close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_20close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_24__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_26__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_FdArray[] = {
+  {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds},
+  {"copy", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy},
+  {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open},
+  {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd},
+  {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take},
+  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_17signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_16signal},
+  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18drain},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_FdArray_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_FdArray},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_13__len__},
-  {Py_sq_item, (void *)__pyx_sq_item_7ivshmem_4_fds_FdArray},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_13__len__},
-  {Py_mp_subscript, (void *)__pyx_mp_subscript_7ivshmem_4_fds_FdArray},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_FdArray_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_FdArray},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__},
+  {Py_sq_item, (void *)__pyx_sq_item_7ivshmem_6native_11descriptors_FdArray},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__},
+  {Py_mp_subscript, (void *)__pyx_mp_subscript_7ivshmem_6native_11descriptors_FdArray},
   {Py_tp_doc, (void *)PyDoc_STR("Owned file descriptors in order, for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once; while another thread\047s call is using one, that call closes\n    them when it returns. A closed array has length 0.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_FdArray},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_FdArray},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_FdArray},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_FdArray},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_FdArray},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_FdArray},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_FdArray_spec = {
-  "ivshmem._fds.FdArray",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_FdArray_spec = {
+  "ivshmem.native.descriptors.FdArray",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_FdArray_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_FdArray_slots,
 };
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_FdArray = {
-  __pyx_pw_7ivshmem_4_fds_7FdArray_13__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
-  __pyx_sq_item_7ivshmem_4_fds_FdArray, /*sq_item*/
+  __pyx_sq_item_7ivshmem_6native_11descriptors_FdArray, /*sq_item*/
   0, /*sq_slice*/
   0, /*sq_ass_item*/
   0, /*sq_ass_slice*/
@@ -16487,17 +16487,17 @@ static PySequenceMethods __pyx_tp_as_sequence_FdArray = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_FdArray = {
-  __pyx_pw_7ivshmem_4_fds_7FdArray_13__len__, /*mp_length*/
-  __pyx_mp_subscript_7ivshmem_4_fds_FdArray, /*mp_subscript*/
+  __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__, /*mp_length*/
+  __pyx_mp_subscript_7ivshmem_6native_11descriptors_FdArray, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_FdArray = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""FdArray", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""FdArray", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_FdArray, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_FdArray, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16520,7 +16520,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_FdArray, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_FdArray, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -16532,7 +16532,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_FdArray, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_FdArray, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16549,7 +16549,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_FdArray, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_FdArray, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16568,19 +16568,19 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller __pyx_vtable_7ivshmem_4_fds_Signaller;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller __pyx_vtable_7ivshmem_6native_11descriptors_Signaller;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Signaller(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_4_fds_Signaller *p = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_4_fds_Signaller;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *p = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_9Signaller_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -16594,7 +16594,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject 
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Signaller(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16604,7 +16604,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Signaller(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16614,30 +16614,30 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Signaller(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Signaller, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Signaller((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Signaller(PyObject *o) {
-  struct __pyx_obj_7ivshmem_4_fds_Signaller *p = (struct __pyx_obj_7ivshmem_4_fds_Signaller *)o;
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Signaller(PyObject *o) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *p = (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)o;
   if (p->__weakref__) PyObject_ClearWeakRefs(o);
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_9Signaller_7__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_9Signaller_7__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16655,48 +16655,48 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_Signaller(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Signaller[] = {
-  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_2signal},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_4close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_8__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_10__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Signaller[] = {
+  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_4close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_10__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyMemberDef __pyx_type_7ivshmem_4_fds_Signaller_members[] = {
+static PyMemberDef __pyx_type_7ivshmem_6native_11descriptors_Signaller_members[] = {
   #if !CYTHON_USE_TYPE_SLOTS
-  {"__weaklistoffset__", T_PYSSIZET, offsetof(struct __pyx_obj_7ivshmem_4_fds_Signaller, __weakref__), READONLY, 0},
+  {"__weaklistoffset__", T_PYSSIZET, offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__), READONLY, 0},
   #endif
   {0, 0, 0, 0, 0}
 };
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Signaller_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Signaller},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Signaller_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Signaller},
   {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    three times as much as a write; 64 eventfds in one call, one and a half times as much each.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Signaller},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Signaller},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Signaller},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Signaller},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Signaller},
   #endif
   #endif
-  {Py_tp_members, (void*)__pyx_type_7ivshmem_4_fds_Signaller_members},
+  {Py_tp_members, (void*)__pyx_type_7ivshmem_6native_11descriptors_Signaller_members},
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Signaller_spec = {
-  "ivshmem._fds.Signaller",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_Signaller_spec = {
+  "ivshmem.native.descriptors.Signaller",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Signaller_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_Signaller_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Signaller = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Signaller", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""Signaller", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Signaller, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Signaller, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16719,7 +16719,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Signaller, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_Signaller, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -16731,7 +16731,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Signaller, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_Signaller, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16748,7 +16748,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Signaller, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Signaller, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16767,19 +16767,19 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay __pyx_vtable_7ivshmem_4_fds_Relay;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay __pyx_vtable_7ivshmem_6native_11descriptors_Relay;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Relay(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Relay(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_4_fds_Relay *p = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_4_fds_Relay;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *p = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_5Relay_1__cinit__(o, 
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_5Relay_1__cinit__(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16794,7 +16794,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Relay(PyObject *o,
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Relay(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16804,7 +16804,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Relay(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Relay(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16814,28 +16814,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Relay(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Relay(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Relay, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Relay(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Relay(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Relay((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Relay((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Relay(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Relay(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_5Relay_5__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_5Relay_5__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16853,40 +16853,40 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_Relay(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Relay[] = {
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_2close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_6__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Relay_8__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Relay[] = {
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_8__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Relay_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Relay},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Relay_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Relay},
   {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.\n\n    So who sleeps in a plain read of one of these eventfds hears of two things. It is the kernel\047s\n    doing: a poll by io_submit(2), since Linux 4.18, whose end is signalled (IOCB_FLAG_RESFD).\n\n    Args:\n        source: borrowed, like `targets`; it stays open as long as this.\n\n    Raises:\n        OSError: EAGAIN when fs.aio-max-nr is used up, ENOSYS or EINVAL where a kernel has none.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Relay},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Relay},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Relay},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Relay},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Relay},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Relay},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Relay_spec = {
-  "ivshmem._fds.Relay",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_Relay_spec = {
+  "ivshmem.native.descriptors.Relay",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Relay_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_Relay_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Relay = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Relay = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Relay", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""Relay", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Relay, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Relay, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16909,7 +16909,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Relay = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Relay, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_Relay, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -16921,7 +16921,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Relay = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Relay, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_Relay, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16938,7 +16938,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Relay = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Relay, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Relay, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16957,19 +16957,19 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Relay = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll __pyx_vtable_7ivshmem_4_fds_Epoll;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll __pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Epoll(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Epoll(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_4_fds_Epoll *p = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_4_fds_Epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *p = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_5Epoll_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -16983,7 +16983,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Epoll(PyObject *o,
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Epoll(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16993,7 +16993,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Epoll(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Epoll(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -17003,28 +17003,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Epoll(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Epoll(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Epoll, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Epoll((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Epoll((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Epoll(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Epoll(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -17042,45 +17042,45 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_Epoll(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Epoll[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_2fileno},
-  {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_4add},
-  {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_6modify},
-  {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_8remove},
-  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_10wait},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_12close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_16__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Epoll_18__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Epoll[] = {
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_2fileno},
+  {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add},
+  {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_6modify},
+  {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_8remove},
+  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_12close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Epoll_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Epoll},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Epoll_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Epoll},
   {Py_tp_doc, (void *)PyDoc_STR("An epoll object whose events carry a token instead of a descriptor.\n\n    A descriptor number is used again as soon as it is closed, so events that were already fetched\n    could speak of the wrong file; a token that is never used twice cannot.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Epoll},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Epoll},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Epoll},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Epoll},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Epoll},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Epoll},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Epoll_spec = {
-  "ivshmem._fds.Epoll",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_Epoll_spec = {
+  "ivshmem.native.descriptors.Epoll",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Epoll_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_Epoll_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Epoll = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Epoll", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""Epoll", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Epoll, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Epoll, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -17103,7 +17103,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Epoll, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_Epoll, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -17115,7 +17115,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Epoll, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_Epoll, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -17132,7 +17132,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Epoll, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Epoll, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -17152,7 +17152,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
 };
 #endif
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Timer(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
@@ -17160,7 +17160,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o,
 #endif
 ) {
   {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_5Timer_1__cinit__(
+    int cinit_result = __pyx_pw_7ivshmem_6native_11descriptors_5Timer_1__cinit__(
     #if CYTHON_VECTORCALL_TPNEW
     o, NULL, 0, NULL);
     #else
@@ -17174,7 +17174,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o,
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Timer(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -17184,7 +17184,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_11descriptors_Timer(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -17194,28 +17194,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Timer(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_11descriptors_Timer(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Timer, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Timer((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_11descriptors_Timer((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Timer(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Timer(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -17233,42 +17233,42 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_Timer(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Timer[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_2fileno},
-  {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_4set},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_6close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_10__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_5Timer_12__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Timer[] = {
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_2fileno},
+  {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_6close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_10__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_12__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Timer_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Timer},
+static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Timer_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Timer},
   {Py_tp_doc, (void *)PyDoc_STR("A clock as a descriptor that is readable when its time has come (timerfd_create(2)).")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Timer},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Timer},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Timer},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Timer},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Timer},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Timer},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Timer_spec = {
-  "ivshmem._fds.Timer",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Timer),
+static PyType_Spec __pyx_type_7ivshmem_6native_11descriptors_Timer_spec = {
+  "ivshmem.native.descriptors.Timer",
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Timer_slots,
+  __pyx_type_7ivshmem_6native_11descriptors_Timer_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Timer = {
+static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Timer = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Timer", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Timer), /*tp_basicsize*/
+  "ivshmem.native.descriptors.""Timer", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Timer, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_11descriptors_Timer, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -17291,7 +17291,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Timer = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Timer, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_11descriptors_Timer, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -17303,7 +17303,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Timer = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Timer, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_11descriptors_Timer, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -17320,7 +17320,7 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Timer = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Timer, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_11descriptors_Timer, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -17352,12 +17352,12 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArray(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signaller(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -17369,7 +17369,7 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Global_init_code", 0);
   /*--- Global init code ---*/
-  __pyx_v_7ivshmem_4_fds__shared = Py_None; Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_6native_11descriptors__shared = Py_None; Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -17399,8 +17399,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 240;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_taken, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 272;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_taken, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_take_count, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -17420,34 +17420,34 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Fd ---*/
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Fd ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd)) __PYX_ERR(0, 102, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = &__pyx_type_7ivshmem_4_fds_Fd;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = &__pyx_type_7ivshmem_6native_11descriptors_Fd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17455,50 +17455,50 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstatetype *_
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArray(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_FdArray ---*/
-  __pyx_vtabptr_7ivshmem_4_fds_FdArray = &__pyx_vtable_7ivshmem_4_fds_FdArray;
-  __pyx_vtable_7ivshmem_4_fds_FdArray.add = (int (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int))__pyx_f_7ivshmem_4_fds_7FdArray_add;
-  __pyx_vtable_7ivshmem_4_fds_FdArray.enter = (int (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_enter;
-  __pyx_vtable_7ivshmem_4_fds_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_leave;
-  __pyx_vtable_7ivshmem_4_fds_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_release;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArray", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_FdArray ---*/
+  __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray = &__pyx_vtable_7ivshmem_6native_11descriptors_FdArray;
+  __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.add = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_add;
+  __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.enter = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter;
+  __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave;
+  __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray)) __PYX_ERR(0, 151, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = &__pyx_type_7ivshmem_4_fds_FdArray;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = &__pyx_type_7ivshmem_6native_11descriptors_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 151, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 151, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
-      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
-      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_14__getitem__;
-      ((PyWrapperDescrObject *)wrapper)->d_base = &__pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__;
+      __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
+      __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
+      ((PyWrapperDescrObject *)wrapper)->d_base = &__pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17506,41 +17506,41 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signaller(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
-  __pyx_vtabptr_7ivshmem_4_fds_Signaller = &__pyx_vtable_7ivshmem_4_fds_Signaller;
-  __pyx_vtable_7ivshmem_4_fds_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_submit;
-  __pyx_vtable_7ivshmem_4_fds_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_send;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signaller", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Signaller ---*/
+  __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller = &__pyx_vtable_7ivshmem_6native_11descriptors_Signaller;
+  __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit;
+  __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 314, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = &__pyx_type_7ivshmem_6native_11descriptors_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_vtabptr_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_4_fds_Signaller, __weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17548,37 +17548,37 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Relay ---*/
-  __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
-  __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Relay ---*/
+  __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
+  __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 453, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17586,37 +17586,37 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Epoll ---*/
-  __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
-  __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Epoll ---*/
+  __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
+  __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 505, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17624,34 +17624,34 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 590, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17708,10 +17708,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec__fds(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_descriptors(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec__fds},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_descriptors},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -17730,7 +17730,7 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "_fds",
+      "descriptors",
       __pyx_k_Descriptors_at_C_speed_eventfds, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
@@ -17768,8 +17768,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit__fds(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit__fds(void)
+__Pyx_PyMODINIT_FUNC PyInit_descriptors(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_descriptors(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -17887,7 +17887,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec__fds(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_descriptors(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -17908,7 +17908,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__fds(PyObject *__pyx_pyinit_module
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module '_fds' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'descriptors' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -17924,7 +17924,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__fds(PyObject *__pyx_pyinit_module
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "_fds" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "descriptors" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -17954,7 +17954,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__fds(PyObject *__pyx_pyinit_module
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit__fds", 0);
+__Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17965,13 +17965,13 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem___fds) {
+  if (__pyx_module_is_main_ivshmem__native__descriptors) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name_2, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem._fds")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem._fds", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.native.descriptors")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.descriptors", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -17984,20 +17984,20 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Fd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArray(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signaller(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_fds.pyx":41
- * from ._libc cimport EPOLLOUT as _EPOLLOUT
+  /* "ivshmem/native/descriptors.pyx":41
+ * from .syscalls cimport EPOLLOUT as _EPOLLOUT
  * 
  * import os             # <<<<<<<<<<<<<<
  * import weakref
@@ -18009,12 +18009,12 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":42
+  /* "ivshmem/native/descriptors.pyx":42
  * 
  * import os
  * import weakref             # <<<<<<<<<<<<<<
  * 
- * from .errors import ClosedError
+ * from ..errors import ClosedError
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -18022,16 +18022,16 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":44
+  /* "ivshmem/native/descriptors.pyx":44
  * import weakref
  * 
- * from .errors import ClosedError             # <<<<<<<<<<<<<<
+ * from ..errors import ClosedError             # <<<<<<<<<<<<<<
  * 
  * cdef extern from "<fcntl.h>" nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
@@ -18046,7 +18046,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":73
+  /* "ivshmem/native/descriptors.pyx":73
  *     enum: MFD_CLOEXEC
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
@@ -18058,7 +18058,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":74
+  /* "ivshmem/native/descriptors.pyx":74
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
@@ -18070,7 +18070,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":75
+  /* "ivshmem/native/descriptors.pyx":75
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
@@ -18082,7 +18082,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":76
+  /* "ivshmem/native/descriptors.pyx":76
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
@@ -18094,34 +18094,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":119
+  /* "ivshmem/native/descriptors.pyx":119
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """The descriptor, still owned by this."""
  *         if self.number < 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":125
+  /* "ivshmem/native/descriptors.pyx":125
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18129,7 +18129,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18143,7 +18143,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_2Fd_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18151,22 +18151,22 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":162
+  /* "ivshmem/native/descriptors.pyx":162
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -18177,25 +18177,25 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":181
+  /* "ivshmem/native/descriptors.pyx":181
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
  *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_6 = 1;
   {
@@ -18206,10 +18206,10 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":195
+  /* "ivshmem/native/descriptors.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -18225,7 +18225,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_GOTREF(__pyx_t_4);
   if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18233,82 +18233,82 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":219
+  /* "ivshmem/native/descriptors.pyx":219
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
  *         """memfd_create(2), owned at once like what `open` gives.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":232
+  /* "ivshmem/native/descriptors.pyx":232
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
  *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
  *         self.add(taken(fd))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 232, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":271
+  /* "ivshmem/native/descriptors.pyx":271
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":281
+  /* "ivshmem/native/descriptors.pyx":281
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":301
+  /* "ivshmem/native/descriptors.pyx":301
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18316,7 +18316,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18330,7 +18330,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18338,34 +18338,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":339
+  /* "ivshmem/native/descriptors.pyx":339
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 339, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":391
+  /* "ivshmem/native/descriptors.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18373,7 +18373,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18387,7 +18387,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18395,7 +18395,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":405
+  /* "ivshmem/native/descriptors.pyx":405
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -18403,23 +18403,23 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * 
 */
   __Pyx_INCREF(Py_None);
-  __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
-  __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, Py_None);
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/_fds.pyx":494
+  /* "ivshmem/native/descriptors.pyx":494
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 494, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18427,7 +18427,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18441,7 +18441,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18449,95 +18449,95 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":519
+  /* "ivshmem/native/descriptors.pyx":519
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":533
+  /* "ivshmem/native/descriptors.pyx":533
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":537
+  /* "ivshmem/native/descriptors.pyx":537
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":540
+  /* "ivshmem/native/descriptors.pyx":540
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 540, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":543
+  /* "ivshmem/native/descriptors.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":554
+  /* "ivshmem/native/descriptors.pyx":554
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18545,7 +18545,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18559,7 +18559,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18567,49 +18567,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":602
+  /* "ivshmem/native/descriptors.pyx":602
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":607
+  /* "ivshmem/native/descriptors.pyx":607
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":616
+  /* "ivshmem/native/descriptors.pyx":616
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18617,7 +18617,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18631,7 +18631,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18639,14 +18639,14 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":627
+  /* "ivshmem/native/descriptors.pyx":627
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 627, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18654,14 +18654,14 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":649
+  /* "ivshmem/native/descriptors.pyx":649
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 649, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18669,14 +18669,14 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":676
+  /* "ivshmem/native/descriptors.pyx":676
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 676, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18684,7 +18684,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":1
+  /* "ivshmem/native/descriptors.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.
@@ -18703,7 +18703,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_XDECREF(__pyx_t_5);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem._fds", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.native.descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -18717,7 +18717,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem._fds");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.descriptors");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -18759,7 +18759,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":678
+  /* "ivshmem/native/descriptors.pyx":678
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -18773,7 +18773,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_fds.pyx":195
+  /* "ivshmem/native/descriptors.pyx":195
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -18787,7 +18787,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_fds.pyx":543
+  /* "ivshmem/native/descriptors.pyx":543
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18837,31 +18837,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{354},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{15},{40},{31},{68},{81},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{386},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{15},{40},{31},{68},{81},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1758 bytes) */
-static const char cstring[] = "x\332\225U\315S\033G\026\227l\034\013[\216\021\301v\250\315\246\006\234\304\330N\240d\0236\265\273U)l I\2312\026\330\273I\3660\325L\367@\307\243ii\272%P\252\266\212\243\216}\354\343\034\347\250#G\0379r\324\221?\301\177\302\276\327=#\300\362eU\320\037\357\373\343\327o<\021z\013*a\314\013\023\262\327d\261z\270\270DYw\351O\226\210\245V\"\202%\311\242p)\244<\016\305\322\217\304\353\262@\211\344\201\364(\223A\302[p\361\270\364b\341\261.\250\207\364\002\235rIv#\306\232\273\014\310\324\213;Q\344\355\366\024c1\322\367\002.\335\211\362\256\334o\262\346\"K\022\221\310\374\266\344\207T.\266z\207`\234\262\220t\"\345\371~\302h\047`\276\357\321\016\363\224\000\317\361w*\341]N\"\340\006<\346\312\367\325>\273\030\340\001\221\236\"oY\354\301%\210\204d\364\262\204\364H\302.pXK@\250b\367\017\310\026\323;\347H\276\027\223(b\311e\262\342\315K$\270\212\216r\225Q\036\201\324\241\010\311s\313\\\307$\327_mmn\256oo\333\375\3477\257\354\376\313K\273m\275y\275\216\001\330eq\224r\320S\373\"\366\375\202,\231\222\212\250\017\031\204Rw\260\241\270c\310#\026\013wn\n\312\303\236;\047\254)\272\271\314\001\341j\203n\320q\207\2266\346\r\250\326\003\354\316\374\006]M\022\322\313\267\217\231)\030\037\261\345X\271\301\374\"Z#c4!<..9\322dq\007\254\204\264\270\210\026\033\t\272f\0257D\300\226\377|sk\375\327\365\347[\376\366\332\326\313\315\337\266YDzv\031\017\270 \217\205\353\0306\330\235\002\017\243\303\270\235\213\2541[\347\314\313\366\362\340_#\260\3542n\267 \217\331t\014k\317\035]\203\334\031\244}\337\177\325;\204\3775\036(\377%;T\333,\364}\022\003X\321\016\374(r\340\007\225f\211=\034rK\010;q\200\373^\341\024~Mh\216\335\005\355D\226\022\223\246\335\341\365\372\001i\361\342\234\253\340\261\253\360\351#\243\335!Q\241P<\357\261dG\004v\210\027\314\242\320\221\027B\031\253\005\014\003&1r.\375@$\360*y\314\340\215\020\304\004\221\2758\340bq\304\220\273D\005\373\001v\200\006\021\020|\310L%$`\273$xk+\032\010\n\377P\226C\205\010\rD\047Vv\361E\350\217\206 \241\250My\002C\014V;5{\026\305\254\025R7\347\n\034\333]""\206\024\216\256Q!O\244\n#\262\047C\221\274\365\345>Ix\274\347#S\206031\004\316c\n=\201\261\314\025k\0263s\021g&z\266o\002\372\301\334s\217\261V1;\200?\037#w\363HD\024\376,\001\237\215\220\002fY\322\"j\277\305iK\264\222\335\204\205nF$\314V\233\035\006Q\007\234\301]\302<\306j\304T\3427\002\013\317T>\247\035v\245\350$\001\223-\026\310V\304\261/\211\222\007\\\355c\207x\320d\320!*\341\363\203\325\300\327\t\002\000+\267J\214*\237\243J\300\354\356\222\250\303$N\251\003F\336B`\007\020+\313k\370\235\355\300\337y\254\274\205W\275-7\270\037=,Y\002,\017K\243\343\267\236\275\237_!\202\016H\333\231\357\032\350=\262BvYY\366\013\351\\\320\301\027>\016\376\337\362\252\373\313X\366\363\247\234\353\347j]\301\251=\242\251\261\360\034\321J\377\037\366s\243\366\243V\0024\373\002\241\032\372\211\020\315RHx\344c\235K\200\371\274@%\227\236\204\317qk\244\020\013,\247\225/\025\220\005\024[\263\276\255h\t\261\307\250?\372\354\035\225\207\0237\372\217u\343\250|6y\253\3378\375t>\235KW\262\331\301\334\260R\355\377\254W\207\325\333}\245\377a\210i\017\247\356ii\346\314\262\351\246\333i;\233\310VQ\373\201\256\351\0053wT~_-]\273\253\267u/-\247\265\341\304\235\363\243\227\226\355r6ycX\251\235\326\036f\265\354\361\340\367\343\366p\342\372\321A\177W\227\321\333*\230\230)]\233\321u0{z\343\253\024\314\337\354\327QF\365\237\366\311\260\362\205Y\035Vn\367Am\326\324\034\375I\277\001&!\2049+|\004\0027\373\313\020\362\023\335\030V\247\365c\3230\004\225\224\0361\273\020Y\373cL\233\261\366\323\265\354j\366\001\2412(#\341\256\246\306\226\346\047\210\022\214=\355\007\2726\254~\246\353z\025\371\237\233\tc\365~\001\367\300\377^_\005\301\202\177f\335\037\352\004\242\037s\357\230=0\260\221\336Owly\253_B\341UZG\213/ \346<\374\035Sv6\327L9w\346\364\377\251\333\246lf\014\244>\245+\246\214\324j\177M\227\365\035Mt\333]/\245t\006\356\37745\363\025v\030\257_\247\257\263\332\005\177?\350e\3355;\351\325t9m\273\200@\356\375\047\245\311\252\315\005\020q)\226\027\372\002\373\277f\025r\244)\210\334\302D\017 \n\005\000j\2477\263""\047\331\316\240r<q\274yb\3656\240\203\025lw\365\216nh\342l\334\356\223~[\177\242\003s/\3153\375\035\320\327p\307\377\244\025H\342\312\340\233\343\311w\323\357l?~\264\370<Hiv?kd\341`\343x\376x\025\213\001\251\002>mP\037\266\037M\275\001\275\247&Hk\3517\031\324vF[%t\\3\013@\273\222\315\r\247\020tS\030\0357\035\000\247\275\203\324u(\372u[\024p\360W\363\314px\034e\304J\004\217\351\207le0=\310\301\202H\307`\206yWj\026\316\240\371ii\362K\363o0Z\2315w\260\347\247\367\227\007\026\256+z\032\021d\225n\365_[\244\177\240\204M]w\035\036Vkz\326\346\022e\363\231}\275R\317C6S\265\341\314\347\246|63k\356\032+6\203e\266\246N\047\376b\352X\3569hK=\003{\010\343\237\020v\223\350\371\246\251\003&\027\262\007\203\032\032L\364gh\360\036\300\030L\245W\322\257\323n\366\257A}\360l\300\217\325\273\357O\256\2354N\310\351\304\312\351\312\213\223\372\373\251\322\344\027\346\211\371-%\200\237\nN\001\233\025\332\200\036<B\204\240\237\3324\326\366Wh\311~\032f\033\203\371\301\213c;r\332.\211\373\360\240\246f\020e\330\205\234\334\321\317\3410uW\357\201^\230>Ky\326\036\\\0378\234\376\017\222_\004f";
-    PyObject *data = __Pyx_DecompressString(cstring, 1758, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1773 bytes) */
+static const char cstring[] = "x\332\245U\315S\033G\026\227l\034\013[\216\021\301v\250\315\246\006\234\304\330N\240d\0236\265\273U)l I\2312\006\354\335${\230j\246{\240\343\321\2644\335\022(U[\305Q\307>\366q\216s\324\221\243\217\0349\352\310\237\340?a\337\353\236\021\302\362mU\320\037\357\373\343\327o<\021z\013*a\314\013\023\262\337`\261z\270\270DYg\351O\226\210\245f\"\202%\311\242p)\244<\016\305\322\217\304\353\260@\211\344\201\364(\223A\302\233p\361\270\364b\341\261\016\250\207t\204N\271${\021c\215=\006d\352\305\355(\362\366\272\212\261\030\351\373\001\227\356DyG\0364Xc\221%\211Hd~[\212\211\342\035\266taQ.6\273G\340\212\262\220\264#\345\371~\302h;`\276\357\3216\363\224\2008\342\357T\302;\234D\300\rx\314\225\357\253\0036\032\356!\221\236\"oY\354\301%\210\204d\364\262\204\364H\302F8\254) p\261\367\007\344\216\311^p$\337\217I\024\261\3442Y\361\306%\022\\E[\271:)\217@!\240$\311s\313\\\307\224\327_mmn\256\357\354\330\375\3477\257\354\376\313K\273m\275y\275\216\001\330eq\230r\320U\007\"\366\375\202,\231\222\212\250\017\031\204Rw\260\241\270c\310#\026\013wn\010\312\303\256;\047\254!:\271\314!\341j\203n\320q\207\2266\346\r\250\326\003\354\316\374\006]M\022\322\315\267\217\231)\030\037\261\345X\271\301\374\"\232Cc4!<..9\356dq\007\344\204\264\270\210&\033\n\272f\0257D\300\226\377|sk\375\327\365\347[\376\316\332\326\313\315\337vXD\272v\031\017\270 \217\205\353\0306\330\335\002\017\303\303\270\235Q\326\230\255\013\346e{y\360\257\021Xv\031\267[\220\307l:\206\265\347\216\256A\356\014\322\276\357\277\352\036\301\377\032\017\224\377\222\035\251\035\026\372>\211\001\254h\007~\0249\360\203J\263\304\036\216\270%\204\3558\300}\277p\n\277\0064\307\356\202\266#K\211I\303\356\360z\375\2004yq\316U\360\330Q8\010\220\321j\223\250P(\236\367X\262C\002;\302\013fQ\350\310\221P\306j\001\303\200I\214\234K?\020\t\274J\0363x#\0041Ad7\016\270X\0342\344\036Q\301A\200\035\240A\004\004\0372S\t\t\330\036\t\336\332\212\006\202\302?\224\345H!B\003\321\216\225]|\021\372\303\221H(jS\236\370p\343\211\235\241]\213b\326\014\251\233z\005""\216\355.C\nG\327\250\220\047R\205\021\331\227\241H\336\372\362\200$<\336\367\221)C\230\240\030\002\3471\205\236\300\220\346\2125\212\t\272\350&\350\342\310h\3038\354\013\201\3560\367\370c\254\\\314\016\341\317\307<\334t\022\021\205?K\300G$\244\200\311\2264\211:hr\332\024\315d/a\241\233\030\t\263\265gGA\324\006\327p\2270\235\26161\225\370\375\30060\225Om\207d)\332I\300d\223\005\262\031q\354R\242\344!W\007\330/\0364\030\364\213J\3704am\360\255\202\000\200\314\255\022\243\312\247\252\0220\311;$j3\2113\353\220\221\267\020\330!\304\312\362\212~g\373\361w\036+o\341Uw\313\215\361G\017K\226\000\313\303\322\360\370\255g\357\027W\210\240\r\322\366\013\340\332\351=\262BvYY\366\013\351\\\320\201\031>\025\376\337\362\036\370+\256\t~\275>\322\206\213\207\236\333\313\315t\004\247\366\210\246\307\302uD+\375\177\370\313\235\330O`\t\260\357\013\004v\350\047B4J!\341\221\217}(\301\013\311\013Xr\351K\370\2247\207\n\261\300r[\371R\001p\300\2745\353\333\212\227\020\251\214\372\303\217\344qy0q\243\367Xo\037\227\317\047o\365\266\317>\235O\347\322\225l\266?7\250T{?\353\325A\365vO\351\177\030bZ\203\251{Z\2329\263l:\351N\332\312&\262U\324~\240kz\301\314\035\227\337WK\327\356\352\035\335M\313im0q\347\342\350\245e\273\234O\336\030Tjg\265\207Y-{\334\377\375\2445\230\270~|\330\333\323e\364\266\n&fJ\327ft\035\314\236\335\370*\005\3637{u\224Q\275\247=2\250|aV\007\225\333=P\23355G\177\322\333\006\223\020\302\234\025>\006\201\233\275e\010\371\211\336\036T\247\365c\263m\010*)=dv \262\326\307\2306c\355\247k\331\325\354\003B\245_F\302]M\215-\315O\020%\030{\332\013tmP\375L\327\365*\362?7\023\306\352\375\002\356\201\377\275\276\n\202\005\377\334\272?\322\tD?\346\3361\273``#\275\237\356\332\362V\277\204\302\253\264\216\026_@\314y\370\273\246\354l\256\231r\356\314\351\377S\267L\331\314\030H}JWL\031\251\325\336\232.\353;\232\350\226\273^J\351\034\334\377ij\346+\3540^\277N_g\265\021\177?\350e\3351\273\351\325t9m\271\200@\356\375\047\245\311\252\315\005\020q)\226\027z\204\375_\263\n9\322\024Dna\242\207\020""\205\002\000\265\322\233\331\223l\267_9\2318\331<\265z\033\320\301\n\266\273zGok\342l\334\356\221^K\177\242\003s/\3153\375\035\320\267\355\216\377I+\220\304\225\3767\047\223\357\246\337\331~\374h\361y\230\322\354~\266\235\205\375\215\223\371\223U,\006\244\n\370\264A}\330~4\365\006\364\236\232 \255\245\337dP\333\031m\225\320q\315,\000\355J67\230B\320Mat\334\264\001\234\366\016R\327\241\350\327mQ\300\301_\3153\303\341q\224\021+\021<\246\037\262\225\376t?\007\013\"\035\203\031\344]\251Y8\203\346\247\245\311/\315\277\301he\326\334\301\236\237\335_\356[\270\256\350iD\220U\272\325{m\221\376\201\0226u\335uxP\255\351Y\233K\224\315g\366\365J=\017\331L\325\0063\237\233\362\371\314\254\271k\254\330\014\226\331\232:\233\370\213\251c\271\347\240-\365\014\354!\214\177B\330M\242\347\233\246\016\230\\\310\036\364kh0\321\237\241\301{\000c0\225^I\277N;\331\277\372\365\376\263>?Q\357\276?\275v\272}J\316&V\316V^\234\326\337O\225&\2770O\314o)\001\374Tp\n\330\254\320\006\364\340\021\"\004\375\324\246\261\266\277BK\016\3220\333\350\317\367_\234\330\221\323rI\334\207\00755\203(\303.\344\344\266~\016\207\251\273z\037\364\302\364Y\312\263V\377z\337\341\364\177\367\226\034\275";
+    PyObject *data = __Pyx_DecompressString(cstring, 1773, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2318 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\225\t\377was take\377n or clo\367sed\024\013s ar\335e\017\010epo\250\000ob\361j\353\000\333\001*\007sign\337aller\t\013ti\271m\006\n\014\000out\224#t\263 a\370\000\202 rCv\002E\376\341\001EPOLLER\335R\003\002HUP\013\002IN\236\022\002OUTE}\001\000\002.\376\352\006cython_\375_\017\005setstawte_\013\013add3\003\374\344\002>\003fileno~J\003modifyV\003\277removeb\003w\177aitFdFd_\017\300\017\002]\016\047\000\306\"/\000Y\003Fd\037Array\000\0043\021\033\002`\316\0009\020\025\003J\004\006\004opD\006\237drainR\005\343ds\354b\005\267`fdo\005ope\360 \006\247C\211\005\376AO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\327/\017\005\330.*\003\304b\001S\210e\000\006\237O\017\t\244N.\007B\013\005.\344cT\325a\000\002\367O\017\005\370N\300*\003\344\204\0025\003\372CA\003\264`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\314b\362\035\000d\026\001%\000ente\335r-\000_ex\325\205\001__/func\014\001g\366eJ\000qm\232@ \001\330`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\253\204\003_\023\001vyt\231\207\001W\001qual)\005\030\327\206\005\345\204\016\361\206\006ex\213\001\302\001]\005\371s\200\010\204\205\016__tes\375t\357\000is_cor\377outinead\373da\250\204\001async\367io.\020\006sbatwchc\336\206\001dcl\047\000\377_in_trac\337eback\266\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\374\210\006ad~:\001dir_fd\003\000z\261\211\002y\301\204\002epfd\342\210\003\374\300\204\005\265\211\002sfdfds\376\243\206\003firstfl\377agsfork_\377sharing_\276\302\206\001sfsen\177\001i\367ind\221@nfoi\027tem\254\211\005.\260\211\001\264\001\217\205\002\351m\250\000\351\206\003n\215Anew\274\000\000\215 xtnu\214\210\001o\343ld\000\000\014\002\263\205\001oso\377therpath\377p""idpoprb\267ref\236\207\003re\316Be\377xclusive\177results\206!3ds\240\213\001\212\210\001et\241\212\004\240\211\003\377sourcesp\277ecspli\251\210\001r\277tswith\263\210\001i\377cmethodsstr\361\212\002\234\212\001tar\324`~\000\003stextt\302\211\003\377tokenval\367ues\242\210\001weak\252\226\000w\251\000e\357\213\004-\202B:\377int (PyO\316\263\212\003*)\000\014\002\023\000)\000f\002\006, \013\002\022\005, \177\000\317uct \357\212\002\273C *< \002%\00264_tA\004\"\004}_\272\204\002obj_7\261\214\004\213_4\247\214\001_\203\207\0069\004x\004v\007oid\205\002G\001\216\016\017\003\236\002\3625((O\003\320\214\002\000add\377_one_if_\377room\000fai\273l_\344!\000is\212\204\005\000\276\331\003sleep(\006n\271o\361\212\001+\002\000de\255\204\003_Wof\000\250\215\001_\324\204\002\000\370a\367ed_\356\214\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\024\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027\003y>\000F\240#\240Sv\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020""\220\010\230\260\000\375\340\304@D\220\001\220\025\220\247a\220q!\001\304\014\340\315 z\317\230\021\230$\336AA\001%\240\367T\250\021e\0108\2204\220\377v\230S\240\003\2404\240\372\262 \036\"\003\360\006\000\t\014b\345 x\216a\177\n\244\000\200A\027\005\367}\230A\375 d\240!\330\253\014\r\266Aw\203\000t\276`q\377\240\013\2502\250S\260\010\337\270\004\270L\310\371BF\220\374\360`\353A\014\025\220Q\220a\376>\003\017\210a\210q\220\006_\220c\230\027\240\343\004Z\373`\374\360@\336![\240\010\250\010\260\377\002\260&\270\t\300\022\300\356\242 \013\210?\233\204\002w\240d\377\250#\250Q\250f\260F\377\270\"\270A\330\014\020\220\306\273@\360\014\256\003\357M\251AU\230\377!\2303\230c\240\021\240\253&\250\331 \024\365\204\001\020t\002\021\373\230(\021\000\002\250!\330\020\372\361a\020\232\001i\230u\240A4\n\003X\000\007\362 \007\230\332 ]\001\177\035\230B\230i\240qB\000\377\010\026\220l\240!\2408_\2506\260\022\260\230\0023\345\204\002\312\211\001\330\217D\021\312\204\002\255 \016\000\377\t\036\230W\240A\330\010\367\031\230\025\360A\320#4\260\316\307\204\0026\220\022\276a\277\000\330\010\207\r\210T\345\204\002\200\205\001*\010\340AE\276\334C\330\014\021\220\031\307\002l\367\250\"\250\271\206\002s\220\"\220\376\252\000\021\330\024\030\230\001\340\277\024\031\230\026\230q#\001\024|\343!\312\205\002\320\004\033\2301\316AM!\224@1\250\307`\303\204\001G\363a\375\t\270!\013\2301\230F\240\337(\250\047\260\021\213\207\001r\220\335\023M\001\027\220rG\001\240\002\377\240%\240v\250V\2601\377\260B\260i\270t\3005\377\310\005\310Q\310a\320\004\3776\3206K\3101\360\020\377\000\t\034\2302\230Y\240\365a\275`\010\202\207\001\010\013\2106\336?\002\014\022\220*\236a\330\010\337\t\330\021\022\330\331 X\230\377Q\230h\240f\250F\260\257\"\260K\270\356\207\002q\377\207\001s\377\220#\220Q\330\020\024\220\237D\230\001\230\021\206\210\001\022\002u\377\220C\220q\330\020\026\220\377g\230Q\230f\240B\240?i\250q\260\007\260\242\204\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2318, 3343);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2337 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\177native/`\007\337s.pyxh\000de\377fault __\377reduce__\177 due to\205\000\377n-trivia\375l\033\000cinit_\357_the\243\twas\377 taken o\377r closed\276\024\013s are\017\010e;po\266\000obj\371\000\351\001\376*\007signall;er\t\013tim\006\n\014\000wout\242#t a\206 \326\220 rCv\002E\357\001EP\277OLLERR\003\002H\333UP\013\002IN\022\002OU\323TE}\001\000\002.\352\006cy\277thon__\017\005s\377etstate_\216\013\013add3\003\344\002>\003f\337ilenoJ\003mo\357difyV\003rem\367oveb\003wait\017FdFd_\017\017\002]\016\047\000\370\306\"/\000Y\003FdArr\003ay\000\0043\021\033\002\316\0009\020\025\003\354J\004\006\004opD\006dra\223inR\005\361dsb\005\305`f\035do\005ope \006\247C\211\005\376\376AO_CLOEX\377ECO_RDON\177LYRelay\000\002 \327/\017\005\330.*\003\304bS\210e\000\006\240\237O\017\t\244N.\007B\013.\344cT\000\325a\000\002\367O\017\005\370N*\003\344\204\0025\003\370\372CA\003\264`___Py\375x\001\000Dict_N\377extRef__Oanno\314b\035\000d\026\001\276%\000enter-\000_\373ex\325\205\001__fun%c\014\001g\366eJ\000m\232@ \001\356\330`ule*\001namz\003\002pd\000capi>\0014\010\001\253\204\003_\023\001vt\247\207\001W\001\017qual)\005\327\206\005\345\204\016\361\206\006#ex\213\001\302\001]\005s\200\010\204\205\016\277__test\357\000i\377s_corout\177ineadda\250\204\001\377asyncio.\376\020\006sbatchc\356\336\206\001dcl\047\000_in\377_traceba\373ck\266\207\002codec\375o\224 xtcopy\317coun\006\000\002\000_o\333f_\212\211\006ad:\001diOr_fd\003\000\277\211\002y\301\204\002\217epfd\360\210\003\300\204\005\303\211\002s\337fdfds\243\206\003fi\377rstflags\377fork_sha\337ring_\302\206\001sf\367sen\177\001iind\376\221@nfoitem\212\272\211\005.\274\211\003.\267\211\010\302\001\235\205\002mt\266\000\367\206\003n\233Anew\000\000\336\233 xtnu\232\210\001ol\361d\000\000\014\002\301\205""\001osot\377herpathp\377idpoprbr\333ef\254\207\003re\334Bex\377clusiver\277esults\224!d\231s\274\213\001\230\210\001et\257\212\004\256\211\003s\377ourcespe\337cspli\267\210\001rt\337swith\301\210\001ic\377methodst9r\215\213\002\252\212\001tar\342`\000\003\277stextt\320\211\003t\377okenvalu{es\260\210\001weak\226\000\325w\251\000e\213\214\004-\220B:i\177nt (PyO\301\212\003g*)\000\014\002\023\000)\000\002\006\263, \013\002\022\005, \177\000ugct \375\212\002\311C * \002\236%\00264_tA\004\"\004_\276\310\204\002obj_7\315\214\004_]6\301\214\003_11\276\214\010_\241\207\006<I\004\210\004void\225\002W\001\220\236\016\017\003\256\00258(_\003\376\214\002\000\377add_one_\377if_room\000\337fail_\204A\000i\365s\270\204\005\000\371\003slee\315p(\006no\237\213\001+\002\000d\275e\333\204\003_of\000\326\215\001_\272\202\205\002\000\246\204\001ed_\234\215\006\200\377\001\330\004\n\210+\220Q\377\200\001\340\t\r\210Q\320\377\016\"\240!\2406\250\031\377\260!\330\010\014\210H\220\377A\330\014\017\210t\220;\377\230a\230q\330\020\027\220\377s\230!\2304\230v\240\177R\240q\250\004\250A:\001\377\047\220\021\220(\230!\200\377\001\360\014\000\005\026\220R\377\220y\240\001\240\021\330\004\315\025\001\007 \240e\000\002\000\340\t\377\n\330\010\021\320\021)\250\377\021\250+\260Z\270q\330\377\004\007\200w\210b\220\001\372j\001A@\000\024\000\005\024\220\2751\222\000\320\n$\240\\\000\013\375\210\n\000\007\200t\2103\210\377a\330\010\034\230A\330\010\233\017\2104\000\031\230_\000\024\0012s\210QP\000\200\000!\330\004*\000\335\200\036\000\013\2104\260\0002\220\377Q\330\014\022\220+\230Q\251\2307\000\301\0011\025\005v\242\000q\374\t\021\355\002\220_\240D\250\003\271\250)\002\007\007\010\260\001X\001\026\327\220d\230\226\"G\243\000\010\013\376\224\000c\220\021\330\014\023\220w1\220Ax\001\030\230\004\240\001\347\014\210I|\000\035\0005\220\003\364\314\000\030\005\340/\0004\210x\220\321r\273\000\213\016\027\003y>\000F\240\267#\240S\332\"\014\036\366 t{\2401\211AK\220q\330;\002\337v\220S\230\001n\003D\230\354""\265\"j\000\200AY\001<\220q\337\230\001\230\024\230\370\000\020\220\353\010\230\260\000\340\304@D\220\001?\220\025\220a\220q!\001\304\014}\340\315 z\230\021\230$\336A\276A\001%\240T\250\021e\0108\377\2204\220v\230S\240\003\327\2404\240\262 \036\"\003\360\006\027\000\t\014\345 x\216a\177\n\244\000\273\200A\027\005}\230A\375 d_\240!\330\014\r\266Aw\203\000\375t\276`q\240\013\2502\250\377S\260\010\270\004\270L\310\346\371BF\220\360`\353A\014\025\220\367Q\220a>\003\017\210a\210\377q\220\006\220c\230\027\240\342\343\004Z\373`\360@\336![\240\010\377\250\010\260\002\260&\270\tw\300\022\300\242 \013\210?\233\204\002\377w\240d\250#\250Q\250\377f\260F\270\"\270A\3307\014\020\220\273@\360\014\256\003\357M\376\251AU\230!\2303\230c_\240\021\240&\250\331 \024\365\204\001\335\020t\002\021\230(\021\000\002\250\327!\330\020\361a\020\232\001i\230\247u\240A\n\003X\000\007\362 \007\371\230\332 ]\001\035\230B\230i\373\240qB\000\010\026\220l\240\377!\2408\2506\260\022\260R\230\0023\345\204\002\211\001\330\217D\021\312\204\002\376\255 \016\000\t\036\230W\240\277A\330\010\031\230\025\360A\320w#4\260\307\204\0026\220\022\276a>\277\000\330\010\r\210T\345\204\002\200\205\001\364*\010\340AE\334C\330\014\021\220\275\031\307\002l\250\"\250\271\206\002s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\345q#\001\024\343!\312\205\002\320\004\033k\2301\316A!\224@1\250\307`\352\303\204\001G\363a\t\270!\013\2301\377\230F\240(\250\047\260\021\356\213\207\001r\220\023M\001\027\220r\376G\001\240\002\240%\240v\250\377V\2601\260B\260i\270\377t\3005\310\005\310Q\310\377a\320\0046\3206K\310\3771\360\020\000\t\034\2302\257\230Y\240a\275`\010\202\207\001\010\367\013\2106?\002\014\022\220*\376\236a\330\010\t\330\021\022\330\376\331 X\230Q\230h\240f\177\250F\260\"\260K\270\356\207\002\375q\377\207\001s\220#\220Q\330\377\020\024\220D\230\001\230\021\374\206\210\001\022\002u\220C\220q\330\377\020\026\220g\230Q\230f\377\240B\240i\250q\260\007\001\260\242\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2337, 3403);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3343 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Sign""aller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023""\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017""\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3403 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (""int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a""\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330""\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -18987,12 +18987,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 119};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4xr_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4xr_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4xs_1D_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4xs_1D_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19007,42 +19007,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 162};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 232};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_D_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_D_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19057,12 +19057,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 339};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19077,7 +19077,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 494};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19092,32 +19092,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 519};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 533};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 537};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 540};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 543};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19132,17 +19132,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 607};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 616};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -19157,17 +19157,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 627};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 649};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 676};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -1,8 +1,8 @@
-# What the other modules in Cython use of _fds.pyx, and, inline, what each of them does often.
+# What the other modules in Cython use of descriptors.pyx, and, inline, what each of them does often.
 
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
-from ._libc cimport (
+from .syscalls cimport (
     aio_context_t, c_write, clock_gettime, CLOCK_MONOTONIC, EAGAIN, EINTR, EINVAL, epoll_event,
     errno, iovec, ivshmem_elements, ivshmem_length, preadv2, RWF_NOWAIT, timespec,
 )

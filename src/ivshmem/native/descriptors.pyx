@@ -22,7 +22,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 
-from ._libc cimport (
+from .syscalls cimport (
     aio_context_t, c_close, c_eventfd, c_fstat, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
     EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, file_stat, getpid, iocb,
@@ -33,15 +33,15 @@ from ._libc cimport (
     PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork, RWF_NOWAIT, TFD_CLOEXEC,
     TFD_NONBLOCK, timerfd_create, timerfd_settime, timespec, writev,
 )
-from ._libc cimport EPOLLERR as _EPOLLERR
-from ._libc cimport EPOLLHUP as _EPOLLHUP
-from ._libc cimport EPOLLIN as _EPOLLIN
-from ._libc cimport EPOLLOUT as _EPOLLOUT
+from .syscalls cimport EPOLLERR as _EPOLLERR
+from .syscalls cimport EPOLLHUP as _EPOLLHUP
+from .syscalls cimport EPOLLIN as _EPOLLIN
+from .syscalls cimport EPOLLOUT as _EPOLLOUT
 
 import os
 import weakref
 
-from .errors import ClosedError
+from ..errors import ClosedError
 
 cdef extern from "<fcntl.h>" nogil:
     int c_openat "openat"(int directory, const char *path, int flags, unsigned int mode)

@@ -1249,8 +1249,8 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem___memory
-#define __PYX_HAVE_API__ivshmem___memory
+#define __PYX_HAVE__ivshmem__native__mapping
+#define __PYX_HAVE_API__ivshmem__native__mapping
 /* Early includes */
 #include <stdint.h>
 #include <string.h>
@@ -1872,11 +1872,11 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/_memory.pyx",
-  "ivshmem/_memory.pxd",
+  "ivshmem/native/mapping.pyx",
+  "ivshmem/native/mapping.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/_fds.pxd",
+  "ivshmem/native/descriptors.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2065,19 +2065,19 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_4_fds_Fd;
-struct __pyx_obj_7ivshmem_4_fds_FdArray;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
-struct __pyx_obj_7ivshmem_4_fds_Relay;
-struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_7_memory_Mapping;
-struct __pyx_obj_7ivshmem_7_memory_Atomic;
-struct __pyx_obj_7ivshmem_7_memory_AtomicU32;
-struct __pyx_obj_7ivshmem_7_memory_AtomicU64;
-struct __pyx_obj_7ivshmem_7_memory_Registers;
-struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
+struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
+struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
+struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
 
-/* "_fds.pxd":10
+/* "descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2085,12 +2085,12 @@ struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr;
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
 
-/* "ivshmem/_memory.pyx":46
- * from .errors import ClosedError
+/* "ivshmem/native/mapping.pyx":46
+ * from ..errors import ClosedError
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes from which on a copy, or unmapping, lets go of the GIL. That takes 50 ns if nobody wants
@@ -2098,79 +2098,79 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_memory.pyx":52
+  /* "ivshmem/native/mapping.pyx":52
  *     LARGE = 1 << 18
  *     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB
  *     PAGES_AT_ONCE = 1 << 14  # that mincore(2) is asked for, a byte of the stack each             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_e_7ivshmem_7_memory_LARGE = (1 << 18),
-  __pyx_e_7ivshmem_7_memory_HUGE = (1 << 21),
-  __pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE = (1 << 14)
+  __pyx_e_7ivshmem_6native_7mapping_LARGE = (1 << 18),
+  __pyx_e_7ivshmem_6native_7mapping_HUGE = (1 << 21),
+  __pyx_e_7ivshmem_6native_7mapping_PAGES_AT_ONCE = (1 << 14)
 };
 
-/* "ivshmem/_memory.pyx":725
+/* "ivshmem/native/mapping.pyx":725
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     REGISTER_PAGE = 4096  # the smallest there is; a larger page makes mmap fail, and nothing worse
 */
 enum  {
-  __pyx_e_7ivshmem_7_memory_REGISTER_PAGE = 0x1000
+  __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE = 0x1000
 };
 
-/* "ivshmem/_memory.pyx":441
+/* "ivshmem/native/mapping.pyx":441
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
  * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil             # <<<<<<<<<<<<<<
  * 
  * 
 */
-typedef uint64_t (*__pyx_t_7ivshmem_7_memory_Change)(void *, int, uint64_t, int);
+typedef uint64_t (*__pyx_t_7ivshmem_6native_7mapping_Change)(void *, int, uint64_t, int);
 
-/* "_fds.pxd":86
+/* "descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
  *     cdef int number  # -1: it is closed, or has another owner
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Fd {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
   PyObject_HEAD
   int number;
 };
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
 */
-struct __pyx_obj_7ivshmem_4_fds_FdArray {
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
   unsigned int state;
-  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
   int outgrown_count;
 };
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int zero
 */
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
   aio_context_t context;
   int zero;
   int pid;
@@ -2178,45 +2178,45 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int pid
 */
-struct __pyx_obj_7ivshmem_4_fds_Relay {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
   aio_context_t context;
   int pid;
 };
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Epoll {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
 };
 
 
-/* "ivshmem/_memory.pxd":6
+/* "ivshmem/native/mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
  *     cdef char *start
  *     cdef Py_ssize_t length
 */
-struct __pyx_obj_7ivshmem_7_memory_Mapping {
+struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtab;
   char *start;
   Py_ssize_t length;
   unsigned int views;
@@ -2225,56 +2225,56 @@ struct __pyx_obj_7ivshmem_7_memory_Mapping {
 };
 
 
-/* "ivshmem/_memory.pxd":20
+/* "ivshmem/native/mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
  *     cdef Mapping mapping
  *     cdef readonly Py_ssize_t offset
 */
-struct __pyx_obj_7ivshmem_7_memory_Atomic {
+struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7_memory_Mapping *mapping;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *mapping;
   Py_ssize_t offset;
   int wide;
 };
 
 
-/* "ivshmem/_memory.pxd":31
+/* "ivshmem/native/mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
  *     pass
  * 
 */
-struct __pyx_obj_7ivshmem_7_memory_AtomicU32 {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
 
 
-/* "ivshmem/_memory.pxd":35
+/* "ivshmem/native/mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
  *     pass
  * 
 */
-struct __pyx_obj_7ivshmem_7_memory_AtomicU64 {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
 
 
-/* "ivshmem/_memory.pxd":39
+/* "ivshmem/native/mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
  *     cdef char *page
  *     cdef char *first
 */
-struct __pyx_obj_7ivshmem_7_memory_Registers {
+struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtab;
   char *page;
   char *first;
   int64_t offset;
@@ -2285,14 +2285,14 @@ struct __pyx_obj_7ivshmem_7_memory_Registers {
 };
 
 
-/* "ivshmem/_memory.pyx":324
+/* "ivshmem/native/mapping.pyx":324
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
 */
-struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr {
+struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr {
   PyObject_HEAD
   PyObject *__pyx_genexpr_arg_0;
   PyObject *__pyx_v_length;
@@ -2300,7 +2300,7 @@ struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr {
 
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2308,16 +2308,16 @@ struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr {
  *     cdef Py_ssize_t count
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
-  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2325,14 +2325,14 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
  *     cdef int zero
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
-  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2340,13 +2340,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_
  *     cdef int pid
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
-  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2354,13 +2354,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
-  int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
 
 
-/* "ivshmem/_memory.pyx":55
+/* "ivshmem/native/mapping.pyx":55
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -2368,17 +2368,17 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping {
-  int (*pin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
-  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
-  PyObject *(*exchange)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, PyObject *, int);
-  Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, Py_ssize_t);
-  int (*copy)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
+  int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
+  Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
+  int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem_7_memory_Mapping;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "ivshmem/_memory.pyx":444
+/* "ivshmem/native/mapping.pyx":444
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2386,16 +2386,16 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic {
-  void *(*pin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  void *(*pin_own)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
-  uint64_t (*peek)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
+  void *(*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  void *(*pin_own)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
+  uint64_t (*peek)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "ivshmem/_memory.pyx":566
+/* "ivshmem/native/mapping.pyx":566
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2403,13 +2403,13 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_
  *     """A 32-bit word of shared memory; see Atomic."""
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 {
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "ivshmem/_memory.pyx":571
+/* "ivshmem/native/mapping.pyx":571
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2417,13 +2417,13 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshm
  *     """A 64-bit word of shared memory; see Atomic."""
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 {
-  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
+  struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic __pyx_base;
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "ivshmem/_memory.pyx":620
+/* "ivshmem/native/mapping.pyx":620
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2431,17 +2431,17 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshm
  *     """The 32-bit registers of a device, in one page mapped from `fd` or behind reads and writes.
 */
 
-struct __pyx_vtabstruct_7ivshmem_7_memory_Registers {
-  int (*check)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t);
-  int (*put)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t);
-  void (*leave)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
-  void (*release)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
+struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
+  int (*check)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t);
+  int (*put)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t, uint32_t);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshmem_7_memory_Registers;
-static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t);
-static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t);
-static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *);
-static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *);
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t);
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t, uint32_t);
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3618,19 +3618,19 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into); /* proto*/
-static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size); /* proto*/
-static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into); /* proto*/
-static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
-static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
-static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto*/
-static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto*/
-static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into); /* proto*/
+static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size); /* proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into); /* proto*/
+static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto*/
+static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto*/
+static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -3662,93 +3662,93 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "ivshmem._libc" */
+/* Module declarations from "ivshmem.native.syscalls" */
 
-/* Module declarations from "ivshmem._fds" */
-static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
-static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
+/* Module declarations from "ivshmem.native.descriptors" */
+static int (*__pyx_f_7ivshmem_6native_11descriptors_fail)(void); /*proto*/
+static int (*__pyx_f_7ivshmem_6native_11descriptors_fail_with)(int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 
-/* Module declarations from "ivshmem._memory" */
-static PyObject *__pyx_v_7ivshmem_7_memory_LOADS = 0;
-static PyObject *__pyx_v_7ivshmem_7_memory_STORES = 0;
-static PyObject *__pyx_v_7ivshmem_7_memory_CHANGES = 0;
-static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
-static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
-static void *__pyx_f_7ivshmem_7_memory_free_place(size_t); /*proto*/
-static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
-static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *, char *, Py_ssize_t, int); /*proto*/
-static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj_7ivshmem_7_memory_Atomic *, __pyx_t_7ivshmem_7_memory_Change, PyObject *, PyObject *); /*proto*/
-static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *, PyObject *); /*proto*/
-static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj_7ivshmem_7_memory_Atomic *, PyObject *); /*proto*/
-static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
-static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshmem_7_memory_Atomic *); /*proto*/
+/* Module declarations from "ivshmem.native.mapping" */
+static PyObject *__pyx_v_7ivshmem_6native_7mapping_LOADS = 0;
+static PyObject *__pyx_v_7ivshmem_6native_7mapping_STORES = 0;
+static PyObject *__pyx_v_7ivshmem_6native_7mapping_CHANGES = 0;
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *); /*proto*/
+static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t); /*proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *, char *, Py_ssize_t, int); /*proto*/
+static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *, __pyx_t_7ivshmem_6native_7mapping_Change, PyObject *, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *, PyObject *); /*proto*/
+static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *, PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *); /*proto*/
+static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem._memory"
-extern int __pyx_module_is_main_ivshmem___memory;
-int __pyx_module_is_main_ivshmem___memory = 0;
+#define __Pyx_MODULE_NAME "ivshmem.native.mapping"
+extern int __pyx_module_is_main_ivshmem__native__mapping;
+int __pyx_module_is_main_ivshmem__native__mapping = 0;
 
-/* Implementation of "ivshmem._memory" */
+/* Implementation of "ivshmem.native.mapping" */
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_map;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Memory_at_C_speed_mappings_words[] = "Memory at C speed: mappings, words and copies in them, and the registers of a device.\n\nKnows: mmap, and what the processor guarantees. Does not know: where memory comes from.\n\nInvariants:\n1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its\n   `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a\n   call is counted, and so is one that waits for a word: the last unmaps what was closed before.\n2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.\n\n(`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_dtype, PyObject *__pyx_v_shape, PyObject *__pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_fence(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
-static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_offset, Py_ssize_t __pyx_v_size, int __pyx_v_mapped); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Mapping(PyObject *o, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Mapping(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(PyObject *o, 
+static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4size___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_dtype, PyObject *__pyx_v_shape, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
+static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
+static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_offset, Py_ssize_t __pyx_v_size, int __pyx_v_mapped); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Mapping(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Mapping(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Atomic(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3756,105 +3756,105 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Atomic(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Atomic(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory_Atomic __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic
+#define __pyx_tp_new_7ivshmem_6native_7mapping_Atomic __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU32(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU32(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory_AtomicU32 __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32
+#define __pyx_tp_new_7ivshmem_6native_7mapping_AtomicU32 __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU32
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU64(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU64(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory_AtomicU64 __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64
+#define __pyx_tp_new_7ivshmem_6native_7mapping_AtomicU64 __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU64
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Registers(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Registers(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Registers(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Registers(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory_Registers __pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers
+#define __pyx_tp_new_7ivshmem_6native_7mapping_Registers __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Registers
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyTypeObject *t, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr __pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr
+#define __pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3880,23 +3880,23 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyObject *__pyx_type_7ivshmem_7_memory_Mapping;
-    PyObject *__pyx_type_7ivshmem_7_memory_Atomic;
-    PyObject *__pyx_type_7ivshmem_7_memory_AtomicU32;
-    PyObject *__pyx_type_7ivshmem_7_memory_AtomicU64;
-    PyObject *__pyx_type_7ivshmem_7_memory_Registers;
-    PyObject *__pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Mapping;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Atomic;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU32;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU64;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Registers;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping_Mapping;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping_Atomic;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping_AtomicU32;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping_AtomicU64;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping_Registers;
+    PyObject *__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
@@ -3907,8 +3907,8 @@ namespace {
 /* #### Code section: module_state_contents ### */
 
 #if CYTHON_USE_FREELISTS
-struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *__pyx_freelist_7ivshmem_7_memory___pyx_scope_struct__genexpr[8];
-int __pyx_freecount_7ivshmem_7_memory___pyx_scope_struct__genexpr;
+struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *__pyx_freelist_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr[8];
+int __pyx_freecount_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
 #endif
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
@@ -3989,7 +3989,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[34]
 #define __pyx_kp_u_isenabled __pyx_string_tab[35]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[36]
-#define __pyx_kp_u_ivshmem__memory_pyx __pyx_string_tab[37]
+#define __pyx_kp_u_ivshmem_native_mapping_pyx __pyx_string_tab[37]
 #define __pyx_kp_u_no __pyx_string_tab[38]
 #define __pyx_kp_u_no_aligned __pyx_string_tab[39]
 #define __pyx_kp_u_no_array_of __pyx_string_tab[40]
@@ -4053,7 +4053,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_index __pyx_string_tab[98]
 #define __pyx_n_u_items __pyx_string_tab[99]
 #define __pyx_n_u_itemsize __pyx_string_tab[100]
-#define __pyx_n_u_ivshmem__memory __pyx_string_tab[101]
+#define __pyx_n_u_ivshmem_native_mapping __pyx_string_tab[101]
 #define __pyx_n_u_length __pyx_string_tab[102]
 #define __pyx_n_u_load __pyx_string_tab[103]
 #define __pyx_n_u_map __pyx_string_tab[104]
@@ -4102,23 +4102,23 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Atomic);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_AtomicU32);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_AtomicU64);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Registers);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping_Mapping);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping_Atomic);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping_AtomicU32);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping_AtomicU64);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping_Registers);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -4149,23 +4149,23 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Atomic);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_AtomicU32);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_AtomicU64);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Registers);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping_Mapping);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping_Atomic);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping_AtomicU32);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping_AtomicU64);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping_Registers);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -4186,7 +4186,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":28
+/* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4194,11 +4194,11 @@ return 0;
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":30
+  /* "descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4207,7 +4207,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":31
+  /* "descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4220,7 +4220,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":28
+  /* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4234,7 +4234,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":34
+/* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4242,7 +4242,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
   int __pyx_t_2;
@@ -4251,7 +4251,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":36
+  /* "descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4276,7 +4276,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
     }
 
 
-    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
 
   } else {
 
@@ -4288,7 +4288,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":34
+  /* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4301,7 +4301,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":39
+/* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4309,7 +4309,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
  *     cdef int64_t nanoseconds
 */
 
-static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
   int64_t __pyx_v_nanoseconds;
   struct timespec *__pyx_r;
   int __pyx_t_1;
@@ -4317,7 +4317,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":42
+  /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4329,7 +4329,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":43
+    /* "descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4342,7 +4342,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":42
+    /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4351,7 +4351,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":44
+  /* "descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4361,7 +4361,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 
   __pyx_t_2 = ((int64_t)0);
 
-  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
   __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
 
   if (__pyx_t_1) {
@@ -4375,7 +4375,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":45
+  /* "descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4384,7 +4384,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4393,7 +4393,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":47
+  /* "descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4406,7 +4406,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":39
+  /* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4420,7 +4420,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":50
+/* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4428,14 +4428,14 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
   uint64_t __pyx_t_2;
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":52
+  /* "descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4463,7 +4463,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":50
+  /* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4476,7 +4476,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":55
+/* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4484,14 +4484,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
   uint64_t __pyx_v_count;
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":61
+  /* "descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4500,7 +4500,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":64
+  /* "descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4509,7 +4509,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":65
+  /* "descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4518,7 +4518,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":66
+  /* "descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4527,7 +4527,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":67
+    /* "descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4536,7 +4536,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":68
+    /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4548,7 +4548,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":69
+      /* "descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4557,11 +4557,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
       {
 
-        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":68
+      /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4570,7 +4570,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":70
+    /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4582,7 +4582,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":71
+      /* "descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4595,7 +4595,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":70
+      /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4604,7 +4604,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":72
+    /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4616,7 +4616,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":73
+      /* "descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4629,7 +4629,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":72
+      /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4638,7 +4638,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":74
+    /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4650,7 +4650,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":75
+      /* "descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4663,7 +4663,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":74
+      /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4673,7 +4673,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":55
+  /* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4690,7 +4690,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":78
+/* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4698,13 +4698,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
  *     cdef uint64_t one = 1
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
   uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":80
+  /* "descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4713,7 +4713,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":81
+  /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4739,7 +4739,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":82
+    /* "descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4752,7 +4752,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":81
+    /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4761,7 +4761,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":83
+  /* "descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4774,7 +4774,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":78
+  /* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4788,7 +4788,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":107
+/* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4796,10 +4796,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
  *     return ivshmem_length(&array.count)
 */
 
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":109
+  /* "descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4812,7 +4812,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":107
+  /* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4825,7 +4825,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":112
+/* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4833,10 +4833,10 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
  *     return &ivshmem_elements(&array.fds)[index]
 */
 
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":114
+  /* "descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4849,7 +4849,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":112
+  /* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4862,7 +4862,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":62
+/* "ivshmem/native/mapping.pyx":62
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -4871,8 +4871,8 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+static int __pyx_pw_7ivshmem_6native_7mapping_7Mapping_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_6native_7mapping_7Mapping_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   int __pyx_v_fd;
   Py_ssize_t __pyx_v_size;
   int __pyx_v_readonly;
@@ -4938,7 +4938,7 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
       __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 63, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_memory.pyx":63
+      /* "ivshmem/native/mapping.pyx":63
  * 
  *     def __cinit__(
  *         self, int fd, Py_ssize_t size, *args, bint readonly=False, int64_t offset=0, **kwargs             # <<<<<<<<<<<<<<
@@ -4964,13 +4964,13 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
   }
   __Pyx_DECREF(__pyx_v_args); __pyx_v_args = 0;
   __Pyx_XDECREF(__pyx_v_kwargs); __pyx_v_kwargs = 0;
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_fd, __pyx_v_size, __pyx_v_readonly, __pyx_v_offset, __pyx_v_args, __pyx_v_kwargs);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping___cinit__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_fd, __pyx_v_size, __pyx_v_readonly, __pyx_v_offset, __pyx_v_args, __pyx_v_kwargs);
 
-  /* "ivshmem/_memory.pyx":62
+  /* "ivshmem/native/mapping.pyx":62
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -4992,7 +4992,7 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs) {
+static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs) {
   void *__pyx_v_address;
   int __pyx_v_protection;
   int __pyx_r;
@@ -5011,7 +5011,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_memory.pyx":66
+  /* "ivshmem/native/mapping.pyx":66
  *     ):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
@@ -5027,7 +5027,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":67
+  /* "ivshmem/native/mapping.pyx":67
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -5036,7 +5036,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_memory.pyx":69
+  /* "ivshmem/native/mapping.pyx":69
  *         self.start = NULL
  *         # Closed, to a subclass's __del__ after a failure here.
  *         self.views = self.accesses = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -5046,7 +5046,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   __pyx_v_self->views = IVSHMEM_CLOSING;
   __pyx_v_self->accesses = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_memory.pyx":70
+  /* "ivshmem/native/mapping.pyx":70
  *         # Closed, to a subclass's __del__ after a failure here.
  *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -5058,7 +5058,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":71
+    /* "ivshmem/native/mapping.pyx":71
  *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
@@ -5093,7 +5093,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 71, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":70
+    /* "ivshmem/native/mapping.pyx":70
  *         # Closed, to a subclass's __del__ after a failure here.
  *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -5102,7 +5102,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_memory.pyx":72
+  /* "ivshmem/native/mapping.pyx":72
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -5115,17 +5115,17 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_memory.pyx":73
+        /* "ivshmem/native/mapping.pyx":73
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
  *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)             # <<<<<<<<<<<<<<
  *         if address == MAP_FAILED:
  *             fail()
 */
-        __pyx_v_address = mmap(__pyx_f_7ivshmem_7_memory_free_place(__pyx_v_size), __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, __pyx_v_offset);
+        __pyx_v_address = mmap(__pyx_f_7ivshmem_6native_7mapping_free_place(__pyx_v_size), __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, __pyx_v_offset);
       }
 
-      /* "ivshmem/_memory.pyx":72
+      /* "ivshmem/native/mapping.pyx":72
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -5142,7 +5142,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
       }
   }
 
-  /* "ivshmem/_memory.pyx":74
+  /* "ivshmem/native/mapping.pyx":74
  *         with nogil:
  *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -5154,17 +5154,17 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":75
+    /* "ivshmem/native/mapping.pyx":75
  *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 75, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 75, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":74
+    /* "ivshmem/native/mapping.pyx":74
  *         with nogil:
  *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -5173,7 +5173,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_memory.pyx":76
+  /* "ivshmem/native/mapping.pyx":76
  *         if address == MAP_FAILED:
  *             fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -5182,7 +5182,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_memory.pyx":77
+  /* "ivshmem/native/mapping.pyx":77
  *             fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
@@ -5191,7 +5191,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_memory.pyx":78
+  /* "ivshmem/native/mapping.pyx":78
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
@@ -5200,7 +5200,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_memory.pyx":79
+  /* "ivshmem/native/mapping.pyx":79
  *         self.length = size
  *         self.fixed = readonly
  *         self.views = self.accesses = 0             # <<<<<<<<<<<<<<
@@ -5210,7 +5210,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   __pyx_v_self->views = 0;
   __pyx_v_self->accesses = 0;
 
-  /* "ivshmem/_memory.pyx":62
+  /* "ivshmem/native/mapping.pyx":62
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5226,7 +5226,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -5236,7 +5236,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":81
+/* "ivshmem/native/mapping.pyx":81
  *         self.views = self.accesses = 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5245,21 +5245,21 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7address_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7address_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7address_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7address_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_7address___get__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5268,7 +5268,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":84
+  /* "ivshmem/native/mapping.pyx":84
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
@@ -5288,7 +5288,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":81
+  /* "ivshmem/native/mapping.pyx":81
  *         self.views = self.accesses = 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5299,7 +5299,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.address.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.address.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5307,7 +5307,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":86
+/* "ivshmem/native/mapping.pyx":86
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5316,21 +5316,21 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_4size_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_4size_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_4size_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_4size_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_4size___get__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4size___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5339,7 +5339,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":89
+  /* "ivshmem/native/mapping.pyx":89
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
@@ -5359,7 +5359,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":86
+  /* "ivshmem/native/mapping.pyx":86
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5370,7 +5370,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.size.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.size.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5378,7 +5378,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":91
+/* "ivshmem/native/mapping.pyx":91
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5387,21 +5387,21 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_8readonly_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_8readonly_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_8readonly_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_8readonly_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_8readonly___get__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5410,7 +5410,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":94
+  /* "ivshmem/native/mapping.pyx":94
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
@@ -5430,7 +5430,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":91
+  /* "ivshmem/native/mapping.pyx":91
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5441,7 +5441,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.readonly.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.readonly.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5449,7 +5449,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":96
+/* "ivshmem/native/mapping.pyx":96
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5458,21 +5458,21 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_6closed_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_6closed_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_6closed_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_6closed_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_6closed___get__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5483,7 +5483,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":100
+  /* "ivshmem/native/mapping.pyx":100
  *         """Whether the memory is not mapped here, or not any more."""
  *         # Without an address: __del__ of a subclass asks, after wrong arguments of the constructor.
  *         return self.start == NULL or ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
@@ -5521,7 +5521,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":96
+  /* "ivshmem/native/mapping.pyx":96
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5533,7 +5533,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.closed.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.closed.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5541,7 +5541,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":102
+/* "ivshmem/native/mapping.pyx":102
  *         return self.start == NULL or ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int pin(self) except -1:             # <<<<<<<<<<<<<<
@@ -5549,7 +5549,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
  *         if not ivshmem_enter(&self.views):
 */
 
-static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -5562,7 +5562,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/_memory.pyx":104
+  /* "ivshmem/native/mapping.pyx":104
  *     cdef int pin(self) except -1:
  *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
  *         if not ivshmem_enter(&self.views):             # <<<<<<<<<<<<<<
@@ -5574,7 +5574,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":105
+    /* "ivshmem/native/mapping.pyx":105
  *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
  *         if not ivshmem_enter(&self.views):
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -5608,7 +5608,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 105, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":104
+    /* "ivshmem/native/mapping.pyx":104
  *     cdef int pin(self) except -1:
  *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
  *         if not ivshmem_enter(&self.views):             # <<<<<<<<<<<<<<
@@ -5617,7 +5617,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
 */
   }
 
-  /* "ivshmem/_memory.pyx":106
+  /* "ivshmem/native/mapping.pyx":106
  *         if not ivshmem_enter(&self.views):
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -5630,7 +5630,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":102
+  /* "ivshmem/native/mapping.pyx":102
  *         return self.start == NULL or ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int pin(self) except -1:             # <<<<<<<<<<<<<<
@@ -5643,7 +5643,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -5651,7 +5651,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":108
+/* "ivshmem/native/mapping.pyx":108
  *         return 0
  * 
  *     cdef void unpin(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5659,9 +5659,9 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_me
  * 
 */
 
-static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
 
-  /* "ivshmem/_memory.pyx":109
+  /* "ivshmem/native/mapping.pyx":109
  * 
  *     cdef void unpin(self) noexcept nogil:
  *         ivshmem_leave(&self.views)             # <<<<<<<<<<<<<<
@@ -5670,7 +5670,7 @@ static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7
 */
   (void)(ivshmem_leave((&__pyx_v_self->views)));
 
-  /* "ivshmem/_memory.pyx":108
+  /* "ivshmem/native/mapping.pyx":108
  *         return 0
  * 
  *     cdef void unpin(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5681,7 +5681,7 @@ static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7
   /* function exit code */
 }
 
-/* "ivshmem/_memory.pyx":111
+/* "ivshmem/native/mapping.pyx":111
  *         ivshmem_leave(&self.views)
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -5690,15 +5690,15 @@ static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_3populate(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_2populate, "populate($self, page_size)\n--\n\nFault every page in, for writing where that is allowed; contents stay as they are.\n\nRaises:\n    OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_3populate(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_2populate, "populate($self, page_size)\n--\n\nFault every page in, for writing where that is allowed; contents stay as they are.\n\nRaises:\n    OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5760,11 +5760,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_2populate(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_page_size);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_page_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5775,7 +5775,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size) {
   int __pyx_v_advice;
   int __pyx_v_code;
   char *__pyx_v_page;
@@ -5807,7 +5807,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_memory.pyx":117
+  /* "ivshmem/native/mapping.pyx":117
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -5823,7 +5823,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":118
+  /* "ivshmem/native/mapping.pyx":118
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5832,7 +5832,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_memory.pyx":121
+  /* "ivshmem/native/mapping.pyx":121
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -5841,7 +5841,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_memory.pyx":122
+  /* "ivshmem/native/mapping.pyx":122
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5853,7 +5853,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":123
+    /* "ivshmem/native/mapping.pyx":123
  *         cdef char seen = 0
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")             # <<<<<<<<<<<<<<
@@ -5888,7 +5888,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 123, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":122
+    /* "ivshmem/native/mapping.pyx":122
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5897,17 +5897,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_memory.pyx":124
+  /* "ivshmem/native/mapping.pyx":124
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":125
+  /* "ivshmem/native/mapping.pyx":125
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -5916,7 +5916,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":126
+    /* "ivshmem/native/mapping.pyx":126
  *         self.pin()
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -5925,7 +5925,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
     while (1) {
 
-      /* "ivshmem/_memory.pyx":127
+      /* "ivshmem/native/mapping.pyx":127
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5938,7 +5938,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_memory.pyx":128
+            /* "ivshmem/native/mapping.pyx":128
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -5958,7 +5958,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
             __pyx_v_code = __pyx_t_8;
           }
 
-          /* "ivshmem/_memory.pyx":127
+          /* "ivshmem/native/mapping.pyx":127
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5975,7 +5975,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_memory.pyx":129
+      /* "ivshmem/native/mapping.pyx":129
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5994,7 +5994,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_memory.pyx":130
+        /* "ivshmem/native/mapping.pyx":130
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -6003,7 +6003,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
         goto __pyx_L8_break;
 
-        /* "ivshmem/_memory.pyx":129
+        /* "ivshmem/native/mapping.pyx":129
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6012,7 +6012,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_memory.pyx":131
+      /* "ivshmem/native/mapping.pyx":131
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -6024,7 +6024,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     }
     __pyx_L8_break:;
 
-    /* "ivshmem/_memory.pyx":132
+    /* "ivshmem/native/mapping.pyx":132
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6036,7 +6036,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_memory.pyx":133
+      /* "ivshmem/native/mapping.pyx":133
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -6047,7 +6047,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 
       __pyx_v_page = __pyx_t_11;
 
-      /* "ivshmem/_memory.pyx":134
+      /* "ivshmem/native/mapping.pyx":134
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -6056,7 +6056,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_memory.pyx":135
+      /* "ivshmem/native/mapping.pyx":135
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6069,7 +6069,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_memory.pyx":136
+            /* "ivshmem/native/mapping.pyx":136
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -6082,7 +6082,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 
               if (!__pyx_t_2) break;
 
-              /* "ivshmem/_memory.pyx":137
+              /* "ivshmem/native/mapping.pyx":137
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6094,7 +6094,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
               if (__pyx_t_2) {
 
 
-                /* "ivshmem/_memory.pyx":138
+                /* "ivshmem/native/mapping.pyx":138
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -6103,7 +6103,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_memory.pyx":137
+                /* "ivshmem/native/mapping.pyx":137
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6113,7 +6113,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
                 goto __pyx_L21;
               }
 
-              /* "ivshmem/_memory.pyx":140
+              /* "ivshmem/native/mapping.pyx":140
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -6125,7 +6125,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
               }
               __pyx_L21:;
 
-              /* "ivshmem/_memory.pyx":141
+              /* "ivshmem/native/mapping.pyx":141
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -6136,7 +6136,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
             }
           }
 
-          /* "ivshmem/_memory.pyx":135
+          /* "ivshmem/native/mapping.pyx":135
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6153,7 +6153,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_memory.pyx":132
+      /* "ivshmem/native/mapping.pyx":132
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6163,7 +6163,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
       goto __pyx_L15;
     }
 
-    /* "ivshmem/_memory.pyx":142
+    /* "ivshmem/native/mapping.pyx":142
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6175,17 +6175,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_memory.pyx":143
+      /* "ivshmem/native/mapping.pyx":143
  *                         page += page_size
  *             elif code:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.unpin()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L5_error)
 
 
-      /* "ivshmem/_memory.pyx":142
+      /* "ivshmem/native/mapping.pyx":142
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6196,7 +6196,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     __pyx_L15:;
   }
 
-  /* "ivshmem/_memory.pyx":145
+  /* "ivshmem/native/mapping.pyx":145
  *                 fail_with(code)
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6205,7 +6205,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   /*finally:*/ {
     /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       goto __pyx_L6;
     }
     __pyx_L5_error:;
@@ -6227,7 +6227,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
       __Pyx_XGOTREF(__pyx_t_19);
       __pyx_t_8 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
       {
-        ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       }
       __Pyx_XGIVEREF(__pyx_t_17);
       __Pyx_XGIVEREF(__pyx_t_18);
@@ -6244,7 +6244,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_memory.pyx":111
+  /* "ivshmem/native/mapping.pyx":111
  *         ivshmem_leave(&self.views)
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -6260,7 +6260,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6273,7 +6273,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":147
+/* "ivshmem/native/mapping.pyx":147
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6282,15 +6282,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_5resident(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_5resident(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self, offset=0, size=None)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).\n\nOf `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is\nnothing but holes. Other threads run in that time, and signals are handled.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_5resident(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_4resident, "resident($self, offset=0, size=None)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).\n\nOf `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is\nnothing but holes. Other threads run in that time, and signals are handled.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_5resident(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6369,11 +6369,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4resident(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6384,7 +6384,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size) {
   Py_ssize_t __pyx_v_page_size;
   Py_ssize_t __pyx_v_end;
   Py_ssize_t __pyx_v_count;
@@ -6392,7 +6392,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   Py_ssize_t __pyx_v_i;
   Py_ssize_t __pyx_v_length;
   int __pyx_v_code;
-  unsigned char __pyx_v_vector[__pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE];
+  unsigned char __pyx_v_vector[__pyx_e_7ivshmem_6native_7mapping_PAGES_AT_ONCE];
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   Py_ssize_t __pyx_t_1;
@@ -6422,7 +6422,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_memory.pyx":153
+  /* "ivshmem/native/mapping.pyx":153
  *         nothing but holes. Other threads run in that time, and signals are handled.
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
@@ -6431,7 +6431,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
   __pyx_v_page_size = sysconf(_SC_PAGESIZE);
 
-  /* "ivshmem/_memory.pyx":154
+  /* "ivshmem/native/mapping.pyx":154
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size             # <<<<<<<<<<<<<<
@@ -6451,7 +6451,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
   __pyx_v_end = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":155
+  /* "ivshmem/native/mapping.pyx":155
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -6460,7 +6460,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_memory.pyx":159
+  /* "ivshmem/native/mapping.pyx":159
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6480,7 +6480,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_memory.pyx":160
+    /* "ivshmem/native/mapping.pyx":160
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -6528,7 +6528,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __PYX_ERR(0, 160, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":159
+    /* "ivshmem/native/mapping.pyx":159
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6537,7 +6537,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_memory.pyx":161
+  /* "ivshmem/native/mapping.pyx":161
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size             # <<<<<<<<<<<<<<
@@ -6550,17 +6550,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   }
   __pyx_v_at = (__pyx_v_offset - __Pyx_mod_Py_ssize_t(__pyx_v_offset, __pyx_v_page_size, 0));
 
-  /* "ivshmem/_memory.pyx":162
+  /* "ivshmem/native/mapping.pyx":162
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while at < end:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":163
+  /* "ivshmem/native/mapping.pyx":163
  *         at = offset - offset % page_size
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -6569,7 +6569,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":164
+    /* "ivshmem/native/mapping.pyx":164
  *         self.pin()
  *         try:
  *             while at < end:             # <<<<<<<<<<<<<<
@@ -6582,7 +6582,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_memory.pyx":165
+      /* "ivshmem/native/mapping.pyx":165
  *         try:
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)             # <<<<<<<<<<<<<<
@@ -6590,7 +6590,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
 */
 
-      __pyx_t_1 = (__pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE * __pyx_v_page_size);
+      __pyx_t_1 = (__pyx_e_7ivshmem_6native_7mapping_PAGES_AT_ONCE * __pyx_v_page_size);
 
       __pyx_t_3 = (__pyx_v_end - __pyx_v_at);
       __pyx_t_4 = (__pyx_t_1 < __pyx_t_3);
@@ -6606,7 +6606,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
       __pyx_v_length = __pyx_t_14;
 
 
-      /* "ivshmem/_memory.pyx":166
+      /* "ivshmem/native/mapping.pyx":166
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6619,7 +6619,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_memory.pyx":167
+            /* "ivshmem/native/mapping.pyx":167
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0             # <<<<<<<<<<<<<<
@@ -6638,7 +6638,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
             __pyx_v_code = __pyx_t_11;
 
-            /* "ivshmem/_memory.pyx":168
+            /* "ivshmem/native/mapping.pyx":168
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6650,7 +6650,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
             if (__pyx_t_4) {
 
 
-              /* "ivshmem/_memory.pyx":169
+              /* "ivshmem/native/mapping.pyx":169
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):             # <<<<<<<<<<<<<<
@@ -6679,7 +6679,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
               for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_14; __pyx_t_3+=1) {
                 __pyx_v_i = __pyx_t_3;
 
-                /* "ivshmem/_memory.pyx":170
+                /* "ivshmem/native/mapping.pyx":170
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -6690,7 +6690,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
               }
 
 
-              /* "ivshmem/_memory.pyx":171
+              /* "ivshmem/native/mapping.pyx":171
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1
  *                         at += length             # <<<<<<<<<<<<<<
@@ -6699,7 +6699,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
               __pyx_v_at = (__pyx_v_at + __pyx_v_length);
 
-              /* "ivshmem/_memory.pyx":168
+              /* "ivshmem/native/mapping.pyx":168
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6709,7 +6709,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
             }
           }
 
-          /* "ivshmem/_memory.pyx":166
+          /* "ivshmem/native/mapping.pyx":166
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6731,7 +6731,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_memory.pyx":172
+      /* "ivshmem/native/mapping.pyx":172
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6757,17 +6757,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_memory.pyx":173
+        /* "ivshmem/native/mapping.pyx":173
  *                         at += length
  *                 if code and code != EAGAIN:
  *                     fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L5_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L5_error)
 
 
-        /* "ivshmem/_memory.pyx":172
+        /* "ivshmem/native/mapping.pyx":172
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6776,7 +6776,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_memory.pyx":174
+      /* "ivshmem/native/mapping.pyx":174
  *                 if code and code != EAGAIN:
  *                     fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -6788,7 +6788,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_memory.pyx":176
+  /* "ivshmem/native/mapping.pyx":176
  *                 PyErr_CheckSignals()
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6797,7 +6797,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
   /*finally:*/ {
     /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       goto __pyx_L6;
     }
     __pyx_L5_error:;
@@ -6821,7 +6821,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
       __Pyx_XGOTREF(__pyx_t_22);
       __pyx_t_11 = __pyx_lineno; __pyx_t_15 = __pyx_clineno; __pyx_t_16 = __pyx_filename;
       {
-        ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       }
       __Pyx_XGIVEREF(__pyx_t_20);
       __Pyx_XGIVEREF(__pyx_t_21);
@@ -6838,7 +6838,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_memory.pyx":177
+  /* "ivshmem/native/mapping.pyx":177
  *         finally:
  *             self.unpin()
  *         return count * page_size             # <<<<<<<<<<<<<<
@@ -6858,7 +6858,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   __pyx_t_5 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":147
+  /* "ivshmem/native/mapping.pyx":147
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6874,7 +6874,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6890,7 +6890,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":181
+/* "ivshmem/native/mapping.pyx":181
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -6899,15 +6899,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7read(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7read(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_6read, "read($self, offset, size)\n--\n\nA copy of `size` bytes at `offset`.\n\nOne copy, as memcpy(3) makes it; nothing orders it, so what another peer writes at that time\nmay be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares\nthe new object, whose pages, if it is large, take longer than the copy.\n\nRaises:\n    ValueError: they do not all lie in the memory.\n    ClosedError: the memory is closed.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7read(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_6read, "read($self, offset, size)\n--\n\nA copy of `size` bytes at `offset`.\n\nOne copy, as memcpy(3) makes it; nothing orders it, so what another peer writes at that time\nmay be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares\nthe new object, whose pages, if it is large, take longer than the copy.\n\nRaises:\n    ValueError: they do not all lie in the memory.\n    ClosedError: the memory is closed.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7read(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6977,11 +6977,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_6read(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6991,7 +6991,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size) {
   Py_ssize_t __pyx_v_length;
   Py_ssize_t __pyx_v_start;
   PyObject *__pyx_v_data = 0;
@@ -7005,7 +7005,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read", 0);
 
-  /* "ivshmem/_memory.pyx":192
+  /* "ivshmem/native/mapping.pyx":192
  *             ClosedError: the memory is closed.
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)             # <<<<<<<<<<<<<<
@@ -7015,17 +7015,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L1_error)
   __pyx_v_length = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":193
+  /* "ivshmem/native/mapping.pyx":193
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)             # <<<<<<<<<<<<<<
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 193, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":194
+  /* "ivshmem/native/mapping.pyx":194
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
@@ -7037,17 +7037,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":195
+  /* "ivshmem/native/mapping.pyx":195
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":196
+  /* "ivshmem/native/mapping.pyx":196
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data             # <<<<<<<<<<<<<<
@@ -7065,7 +7065,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":181
+  /* "ivshmem/native/mapping.pyx":181
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -7076,7 +7076,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -7087,7 +7087,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":198
+/* "ivshmem/native/mapping.pyx":198
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7096,15 +7096,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_9read_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_8read_into, "read_into($self, offset, buffer)\n--\n\nFill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.\n\nArgs:\n    buffer: anything contiguous that can be written: a bytearray, an array, a memoryview.\n\nRaises:\n    ValueError: so many bytes do not all lie in the memory.\n    TypeError, BufferError: it is no such buffer (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, the buffer is as it was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_8read_into, "read_into($self, offset, buffer)\n--\n\nFill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.\n\nArgs:\n    buffer: anything contiguous that can be written: a bytearray, an array, a memoryview.\n\nRaises:\n    ValueError: so many bytes do not all lie in the memory.\n    TypeError, BufferError: it is no such buffer (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, the buffer is as it was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_9read_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7174,11 +7174,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_buffer);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_buffer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7188,7 +7188,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7197,14 +7197,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read_into", 0);
 
-  /* "ivshmem/_memory.pyx":210
+  /* "ivshmem/native/mapping.pyx":210
  *                 Whatever is raised, the buffer is as it was.
  *         """
  *         return self.exchange(offset, buffer, False)             # <<<<<<<<<<<<<<
  * 
  *     def write(self, offset, data):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7217,7 +7217,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":198
+  /* "ivshmem/native/mapping.pyx":198
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7228,7 +7228,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -7236,7 +7236,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":212
+/* "ivshmem/native/mapping.pyx":212
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7245,15 +7245,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_11write(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_11write(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_10write, "write($self, offset, data)\n--\n\nCopy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.\n\nNothing orders it: to publish what was written, store a word or ring. `data` may be a view\nof this memory. Other threads run during a copy of 256 KiB or more.\n\nArgs:\n    data: anything contiguous: bytes, an array, a memoryview.\n\nRaises:\n    ValueError: it does not fit between `offset` and the end of the memory.\n    TypeError: it is no buffer, or the memory is mapped for reading only.\n    BufferError: it is not contiguous (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, nothing was written.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_11write(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_10write, "write($self, offset, data)\n--\n\nCopy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.\n\nNothing orders it: to publish what was written, store a word or ring. `data` may be a view\nof this memory. Other threads run during a copy of 256 KiB or more.\n\nArgs:\n    data: anything contiguous: bytes, an array, a memoryview.\n\nRaises:\n    ValueError: it does not fit between `offset` and the end of the memory.\n    TypeError: it is no buffer, or the memory is mapped for reading only.\n    BufferError: it is not contiguous (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, nothing was written.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_11write(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7323,11 +7323,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_10write(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_data);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_data);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7337,7 +7337,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7348,7 +7348,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("write", 0);
 
-  /* "ivshmem/_memory.pyx":228
+  /* "ivshmem/native/mapping.pyx":228
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7357,7 +7357,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->fixed)) {
 
-    /* "ivshmem/_memory.pyx":229
+    /* "ivshmem/native/mapping.pyx":229
  *         """
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -7377,7 +7377,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __PYX_ERR(0, 229, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":228
+    /* "ivshmem/native/mapping.pyx":228
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7386,14 +7386,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":230
+  /* "ivshmem/native/mapping.pyx":230
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.exchange(offset, data, True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7406,7 +7406,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":212
+  /* "ivshmem/native/mapping.pyx":212
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7418,7 +7418,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -7426,7 +7426,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":232
+/* "ivshmem/native/mapping.pyx":232
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7434,7 +7434,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
  *         cdef Py_buffer view
 */
 
-static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into) {
+static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into) {
   Py_buffer __pyx_v_view;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -7455,7 +7455,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/_memory.pyx":235
+  /* "ivshmem/native/mapping.pyx":235
  *         # By hand: a typed memoryview as an argument takes 60 ns longer.
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
@@ -7473,7 +7473,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
 
 
 
-  /* "ivshmem/_memory.pyx":236
+  /* "ivshmem/native/mapping.pyx":236
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7482,19 +7482,19 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":237
+    /* "ivshmem/native/mapping.pyx":237
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)             # <<<<<<<<<<<<<<
  *             return view.len
  *         finally:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 237, __pyx_L4_error)
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L4_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 237, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L4_error)
 
 
 
-    /* "ivshmem/_memory.pyx":238
+    /* "ivshmem/native/mapping.pyx":238
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
  *             return view.len             # <<<<<<<<<<<<<<
@@ -7515,7 +7515,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_memory.pyx":240
+  /* "ivshmem/native/mapping.pyx":240
  *             return view.len
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7563,7 +7563,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_memory.pyx":232
+  /* "ivshmem/native/mapping.pyx":232
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7574,7 +7574,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
 
@@ -7583,7 +7583,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":242
+/* "ivshmem/native/mapping.pyx":242
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7591,7 +7591,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
 */
 
-static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size) {
+static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size) {
   Py_ssize_t __pyx_v_start;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -7612,7 +7612,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("place", 0);
 
-  /* "ivshmem/_memory.pyx":244
+  /* "ivshmem/native/mapping.pyx":244
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
@@ -7622,7 +7622,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":245
+  /* "ivshmem/native/mapping.pyx":245
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7658,7 +7658,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":246
+    /* "ivshmem/native/mapping.pyx":246
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -7706,7 +7706,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __PYX_ERR(0, 246, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":245
+    /* "ivshmem/native/mapping.pyx":245
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7715,7 +7715,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":247
+  /* "ivshmem/native/mapping.pyx":247
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         return start             # <<<<<<<<<<<<<<
@@ -7728,7 +7728,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":242
+  /* "ivshmem/native/mapping.pyx":242
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7744,7 +7744,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.place", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
 
@@ -7753,7 +7753,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":249
+/* "ivshmem/native/mapping.pyx":249
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7761,7 +7761,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
  *             hold(self)
 */
 
-static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -7769,47 +7769,47 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_memory.pyx":250
+  /* "ivshmem/native/mapping.pyx":250
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
  *             hold(self)
  *             move(self.start + start, buffer, size, into)
 */
-  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_7_memory_LARGE);
+  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_6native_7mapping_LARGE);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":251
+    /* "ivshmem/native/mapping.pyx":251
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:
  *             hold(self)             # <<<<<<<<<<<<<<
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":252
+    /* "ivshmem/native/mapping.pyx":252
  *         if size < LARGE:
  *             hold(self)
  *             move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
  *             let_go(self)
  *         else:
 */
-    __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
+    __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
 
-    /* "ivshmem/_memory.pyx":253
+    /* "ivshmem/native/mapping.pyx":253
  *             hold(self)
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)             # <<<<<<<<<<<<<<
  *         else:
  *             self.pin()
 */
-    __pyx_f_7ivshmem_7_memory_let_go(__pyx_v_self);
+    __pyx_f_7ivshmem_6native_7mapping_let_go(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":250
+    /* "ivshmem/native/mapping.pyx":250
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7819,7 +7819,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":255
+  /* "ivshmem/native/mapping.pyx":255
  *             let_go(self)
  *         else:
  *             self.pin()             # <<<<<<<<<<<<<<
@@ -7827,10 +7827,10 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
  *                 move(self.start + start, buffer, size, into)
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":256
+    /* "ivshmem/native/mapping.pyx":256
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7843,17 +7843,17 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_memory.pyx":257
+          /* "ivshmem/native/mapping.pyx":257
  *             self.pin()
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
  *             self.unpin()
  *         return 0
 */
-          __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
+          __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
         }
 
-        /* "ivshmem/_memory.pyx":256
+        /* "ivshmem/native/mapping.pyx":256
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7870,18 +7870,18 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
         }
     }
 
-    /* "ivshmem/_memory.pyx":258
+    /* "ivshmem/native/mapping.pyx":258
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+    ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":259
+  /* "ivshmem/native/mapping.pyx":259
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7894,7 +7894,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":249
+  /* "ivshmem/native/mapping.pyx":249
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7904,14 +7904,14 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":263
+/* "ivshmem/native/mapping.pyx":263
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -7920,15 +7920,15 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_12atomic_u32, "atomic_u32($self, offset)\n--\n\nThe 32-bit word at `offset` bytes, a multiple of 4.\n\nRaises:\n    ValueError: there is no such word.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_12atomic_u32, "atomic_u32($self, offset)\n--\n\nThe 32-bit word at `offset` bytes, a multiple of 4.\n\nRaises:\n    ValueError: there is no such word.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7990,11 +7990,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8004,7 +8004,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8015,7 +8015,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u32", 0);
 
-  /* "ivshmem/_memory.pyx":269
+  /* "ivshmem/native/mapping.pyx":269
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU32(self, offset)             # <<<<<<<<<<<<<<
@@ -8026,7 +8026,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   __pyx_t_3 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
@@ -8042,7 +8042,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":263
+  /* "ivshmem/native/mapping.pyx":263
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -8054,7 +8054,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -8062,7 +8062,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":271
+/* "ivshmem/native/mapping.pyx":271
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8071,15 +8071,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_14atomic_u64, "atomic_u64($self, offset)\n--\n\nThe 64-bit word at `offset` bytes, a multiple of 8.\n\nRaises:\n    ValueError: there is no such word.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_14atomic_u64, "atomic_u64($self, offset)\n--\n\nThe 64-bit word at `offset` bytes, a multiple of 8.\n\nRaises:\n    ValueError: there is no such word.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8141,11 +8141,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u64", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.atomic_u64", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_offset);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8155,7 +8155,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8166,7 +8166,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/_memory.pyx":277
+  /* "ivshmem/native/mapping.pyx":277
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
@@ -8177,7 +8177,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   __pyx_t_3 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
@@ -8193,7 +8193,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":271
+  /* "ivshmem/native/mapping.pyx":271
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8205,7 +8205,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u64", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.atomic_u64", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -8213,7 +8213,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":281
+/* "ivshmem/native/mapping.pyx":281
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8222,15 +8222,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_17array(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_17array(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_16array, "array($self, dtype=\047uint8\047, shape=None, offset=0)\n--\n\nA numpy array over this memory: the memory itself, not a copy of it.\n\nWhile the array or a view of it is alive, `close` raises BufferError. Of memory that is\nmapped for reading only, the array is read-only.\n\nArgs:\n    dtype: of the elements: whatever numpy.dtype() takes. Peers should agree on the byte\n        order, for instance \"<u4\".\n    shape: a length or several; None: one dimension, with all elements that there is room\n        for.\n    offset: where it begins, in bytes: a multiple of the dtype\047s alignment.\n\nRaises:\n    ValueError: so many elements do not all lie in the memory, or they would be misaligned.\n    TypeError: the dtype has Python objects, whose addresses no peer may say.\n    ImportError: numpy is not installed.\n    ClosedError: the memory is closed.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_17array(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_16array, "array($self, dtype=\047uint8\047, shape=None, offset=0)\n--\n\nA numpy array over this memory: the memory itself, not a copy of it.\n\nWhile the array or a view of it is alive, `close` raises BufferError. Of memory that is\nmapped for reading only, the array is read-only.\n\nArgs:\n    dtype: of the elements: whatever numpy.dtype() takes. Peers should agree on the byte\n        order, for instance \"<u4\".\n    shape: a length or several; None: one dimension, with all elements that there is room\n        for.\n    offset: where it begins, in bytes: a multiple of the dtype\047s alignment.\n\nRaises:\n    ValueError: so many elements do not all lie in the memory, or they would be misaligned.\n    TypeError: the dtype has Python objects, whose addresses no peer may say.\n    ImportError: numpy is not installed.\n    ClosedError: the memory is closed.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_17array(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8319,11 +8319,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_16array(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_dtype, __pyx_v_shape, __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_dtype, __pyx_v_shape, __pyx_v_offset);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8332,9 +8332,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
-static PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
+static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/_memory.pyx":324
+/* "ivshmem/native/mapping.pyx":324
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -8342,17 +8342,17 @@ static PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator(__pyx_Cor
  *         size = math.prod(lengths) * kind.itemsize
 */
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0) {
-  struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *__pyx_cur_scope;
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0) {
+  struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *__pyx_cur_scope;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("genexpr", 0);
-  __pyx_cur_scope = (struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)__pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+  __pyx_cur_scope = (struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)__pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, __pyx_mstate_global->__pyx_empty_tuple, NULL);
   if (unlikely(!__pyx_cur_scope)) {
-    __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)Py_None);
+    __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
     __PYX_ERR(0, 324, __pyx_L1_error)
   } else {
@@ -8362,7 +8362,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(CYTHON_UNUSE
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem__memory); if (unlikely(!gen)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!gen)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8370,7 +8370,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(CYTHON_UNUSE
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.array.genexpr", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array.genexpr", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_DECREF((PyObject *)__pyx_cur_scope);
   __Pyx_XGIVEREF(__pyx_r);
@@ -8378,9 +8378,9 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(CYTHON_UNUSE
   return __pyx_r;
 }
 
-static PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
+static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
 {
-  struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)__pyx_generator->closure);
+  struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)__pyx_generator->closure);
   PyObject *__pyx_r = NULL;
   PyObject *__pyx_t_1 = NULL;
   Py_ssize_t __pyx_t_2;
@@ -8505,7 +8505,7 @@ static PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator(__pyx_Cor
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":281
+/* "ivshmem/native/mapping.pyx":281
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8513,7 +8513,7 @@ static PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator(__pyx_Cor
  * 
 */
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_dtype, PyObject *__pyx_v_shape, PyObject *__pyx_v_offset) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_dtype, PyObject *__pyx_v_shape, PyObject *__pyx_v_offset) {
   PyObject *__pyx_v_numpy = NULL;
   PyObject *__pyx_v_error = NULL;
   PyObject *__pyx_v_kind = NULL;
@@ -8521,7 +8521,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   PyObject *__pyx_v_lengths = NULL;
   PyObject *__pyx_v_size = NULL;
   PyObject *__pyx_v_view = NULL;
-  PyObject *__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator = 0;
+  PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8557,7 +8557,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("array", 0);
 
-  /* "ivshmem/_memory.pyx":300
+  /* "ivshmem/native/mapping.pyx":300
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8573,7 +8573,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_memory.pyx":301
+      /* "ivshmem/native/mapping.pyx":301
  *         """
  *         try:
  *             numpy = importlib.import_module("numpy")             # <<<<<<<<<<<<<<
@@ -8609,7 +8609,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
       __pyx_v_numpy = __pyx_t_4;
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_memory.pyx":300
+      /* "ivshmem/native/mapping.pyx":300
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8627,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/_memory.pyx":302
+    /* "ivshmem/native/mapping.pyx":302
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8636,7 +8636,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_ImportError))));
     if (__pyx_t_9) {
-      __Pyx_AddTraceback("ivshmem._memory.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
       if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 302, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
@@ -8645,7 +8645,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
       __pyx_v_error = __pyx_t_7;
       /*try:*/ {
 
-        /* "ivshmem/_memory.pyx":303
+        /* "ivshmem/native/mapping.pyx":303
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:
  *             raise ImportError(             # <<<<<<<<<<<<<<
@@ -8662,7 +8662,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
           __Pyx_GOTREF(__pyx_t_6);
         }
 
-        /* "ivshmem/_memory.pyx":305
+        /* "ivshmem/native/mapping.pyx":305
  *             raise ImportError(
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error             # <<<<<<<<<<<<<<
@@ -8674,7 +8674,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
         __PYX_ERR(0, 303, __pyx_L14_error)
       }
 
-      /* "ivshmem/_memory.pyx":302
+      /* "ivshmem/native/mapping.pyx":302
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8717,7 +8717,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_memory.pyx":300
+    /* "ivshmem/native/mapping.pyx":300
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8733,7 +8733,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_memory.pyx":306
+  /* "ivshmem/native/mapping.pyx":306
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error
  *         kind = numpy.dtype(dtype)             # <<<<<<<<<<<<<<
@@ -8753,7 +8753,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __pyx_v_kind = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/_memory.pyx":307
+  /* "ivshmem/native/mapping.pyx":307
  *             ) from error
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)             # <<<<<<<<<<<<<<
@@ -8789,7 +8789,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __pyx_v_start = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/_memory.pyx":308
+  /* "ivshmem/native/mapping.pyx":308
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
@@ -8803,7 +8803,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":309
+    /* "ivshmem/native/mapping.pyx":309
  *         start = operator.index(offset)
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")             # <<<<<<<<<<<<<<
@@ -8841,7 +8841,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __PYX_ERR(0, 309, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":308
+    /* "ivshmem/native/mapping.pyx":308
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
@@ -8850,7 +8850,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":310
+  /* "ivshmem/native/mapping.pyx":310
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
@@ -8864,7 +8864,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":311
+    /* "ivshmem/native/mapping.pyx":311
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")             # <<<<<<<<<<<<<<
@@ -8902,7 +8902,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __PYX_ERR(0, 311, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":310
+    /* "ivshmem/native/mapping.pyx":310
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
@@ -8911,7 +8911,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":312
+  /* "ivshmem/native/mapping.pyx":312
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
@@ -8925,7 +8925,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":313
+    /* "ivshmem/native/mapping.pyx":313
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")             # <<<<<<<<<<<<<<
@@ -8963,7 +8963,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __PYX_ERR(0, 313, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":312
+    /* "ivshmem/native/mapping.pyx":312
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
@@ -8972,7 +8972,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":314
+  /* "ivshmem/native/mapping.pyx":314
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
@@ -8989,7 +8989,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":315
+    /* "ivshmem/native/mapping.pyx":315
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -8998,7 +8998,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/_memory.pyx":316
+    /* "ivshmem/native/mapping.pyx":316
  *         if start % kind.alignment:
  *             raise ValueError(
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"             # <<<<<<<<<<<<<<
@@ -9047,7 +9047,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __PYX_ERR(0, 315, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":314
+    /* "ivshmem/native/mapping.pyx":314
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
@@ -9056,7 +9056,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":318
+  /* "ivshmem/native/mapping.pyx":318
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9067,7 +9067,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/_memory.pyx":319
+    /* "ivshmem/native/mapping.pyx":319
  *             )
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)             # <<<<<<<<<<<<<<
@@ -9110,7 +9110,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __pyx_v_lengths = __pyx_t_10;
     __pyx_t_10 = 0;
 
-    /* "ivshmem/_memory.pyx":318
+    /* "ivshmem/native/mapping.pyx":318
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9120,7 +9120,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     goto __pyx_L24;
   }
 
-  /* "ivshmem/_memory.pyx":320
+  /* "ivshmem/native/mapping.pyx":320
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
@@ -9131,7 +9131,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/_memory.pyx":321
+    /* "ivshmem/native/mapping.pyx":321
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):
  *             lengths = tuple(map(operator.index, shape))             # <<<<<<<<<<<<<<
@@ -9159,7 +9159,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __pyx_v_lengths = __pyx_t_22;
     __pyx_t_22 = 0;
 
-    /* "ivshmem/_memory.pyx":320
+    /* "ivshmem/native/mapping.pyx":320
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
@@ -9169,7 +9169,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     goto __pyx_L24;
   }
 
-  /* "ivshmem/_memory.pyx":323
+  /* "ivshmem/native/mapping.pyx":323
  *             lengths = tuple(map(operator.index, shape))
  *         else:
  *             lengths = (operator.index(shape),)             # <<<<<<<<<<<<<<
@@ -9213,14 +9213,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   }
   __pyx_L24:;
 
-  /* "ivshmem/_memory.pyx":324
+  /* "ivshmem/native/mapping.pyx":324
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
 */
-  __pyx_t_6 = __pyx_pf_7ivshmem_7_memory_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_6 = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_22 = __Pyx_Generator_GetInlinedResult(__pyx_t_6); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_22);
@@ -9230,7 +9230,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":325
+    /* "ivshmem/native/mapping.pyx":325
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")             # <<<<<<<<<<<<<<
@@ -9268,7 +9268,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
     __PYX_ERR(0, 325, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":324
+    /* "ivshmem/native/mapping.pyx":324
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -9277,7 +9277,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":326
+  /* "ivshmem/native/mapping.pyx":326
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize             # <<<<<<<<<<<<<<
@@ -9319,7 +9319,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __pyx_v_size = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/_memory.pyx":327
+  /* "ivshmem/native/mapping.pyx":327
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
@@ -9349,7 +9349,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/_memory.pyx":328
+    /* "ivshmem/native/mapping.pyx":328
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -9397,7 +9397,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __PYX_ERR(0, 328, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":327
+    /* "ivshmem/native/mapping.pyx":327
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
@@ -9406,7 +9406,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":330
+  /* "ivshmem/native/mapping.pyx":330
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]             # <<<<<<<<<<<<<<
@@ -9447,7 +9447,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __pyx_v_view = ((PyObject*)__pyx_t_7);
   __pyx_t_7 = 0;
 
-  /* "ivshmem/_memory.pyx":331
+  /* "ivshmem/native/mapping.pyx":331
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]
  *         return numpy.asarray(view).view(kind).reshape(lengths)             # <<<<<<<<<<<<<<
@@ -9497,7 +9497,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":281
+  /* "ivshmem/native/mapping.pyx":281
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -9513,7 +9513,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_22);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_numpy);
@@ -9523,13 +9523,13 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
   __Pyx_XDECREF(__pyx_v_lengths);
   __Pyx_XDECREF(__pyx_v_size);
   __Pyx_XDECREF(__pyx_v_view);
-  __Pyx_XDECREF(__pyx_gb_7ivshmem_7_memory_7Mapping_5array_2generator);
+  __Pyx_XDECREF(__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":333
+/* "ivshmem/native/mapping.pyx":333
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9538,15 +9538,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_16array(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_19__dlpack__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_19__dlpack__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_18__dlpack__, "__dlpack__($self, **options)\n--\n\nAll bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_19__dlpack__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_18__dlpack__, "__dlpack__($self, **options)\n--\n\nAll bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_19__dlpack__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9582,7 +9582,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     if (unlikely(!__pyx_v_options)) return NULL;
     __Pyx_GOTREF(__pyx_v_options);
   }
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_options);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_options);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_options);
@@ -9590,7 +9590,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_options) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_options) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9602,7 +9602,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/_memory.pyx":335
+  /* "ivshmem/native/mapping.pyx":335
  *     def __dlpack__(self, **options):
  *         """All bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy."""
  *         return self.array().__dlpack__(**options)             # <<<<<<<<<<<<<<
@@ -9639,7 +9639,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_o
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":333
+  /* "ivshmem/native/mapping.pyx":333
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9652,7 +9652,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_o
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.__dlpack__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__dlpack__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -9660,7 +9660,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":337
+/* "ivshmem/native/mapping.pyx":337
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9669,15 +9669,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__dlpack__(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_21__dlpack_device__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_21__dlpack_device__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_20__dlpack_device__, "__dlpack_device__($self)\n--\n\nThe processor\047s memory, in DLPack\047s words.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_21__dlpack_device__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__, "__dlpack_device__($self)\n--\n\nThe processor\047s memory, in DLPack\047s words.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_21__dlpack_device__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9703,19 +9703,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__dlpack_device__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/_memory.pyx":339
+  /* "ivshmem/native/mapping.pyx":339
  *     def __dlpack_device__(self):
  *         """The processor's memory, in DLPack's words."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -9733,7 +9733,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(CYTHON_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":337
+  /* "ivshmem/native/mapping.pyx":337
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9748,7 +9748,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":341
+/* "ivshmem/native/mapping.pyx":341
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9757,15 +9757,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__dlpack_device__(CYTHON_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_23__reduce__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_23__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_22__reduce__, "__reduce__($self)\n--\n\n");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_23__reduce__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_22__reduce__, "__reduce__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_23__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9791,14 +9791,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9814,7 +9814,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_memory.pyx":342
+  /* "ivshmem/native/mapping.pyx":342
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -9823,7 +9823,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_o
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/_memory.pyx":343
+  /* "ivshmem/native/mapping.pyx":343
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: attach or connect where it is"             # <<<<<<<<<<<<<<
@@ -9863,7 +9863,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_o
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __PYX_ERR(0, 342, __pyx_L1_error)
 
-  /* "ivshmem/_memory.pyx":341
+  /* "ivshmem/native/mapping.pyx":341
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9877,14 +9877,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_o
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":347
+/* "ivshmem/native/mapping.pyx":347
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9893,24 +9893,24 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22__reduce__(struct __pyx_o
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_25__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_25__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_memory.pyx":348
+  /* "ivshmem/native/mapping.pyx":348
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -9923,7 +9923,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":347
+  /* "ivshmem/native/mapping.pyx":347
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9937,7 +9937,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":350
+/* "ivshmem/native/mapping.pyx":350
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9946,14 +9946,14 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_24__len__(struct __pyx_obj
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_6native_7mapping_7Mapping_27__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_6native_7mapping_7Mapping_27__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
 
   /* function exit code */
 
@@ -9962,7 +9962,7 @@ CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__(PyO
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -9983,17 +9983,17 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_memory.pyx":351
+  /* "ivshmem/native/mapping.pyx":351
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":352
+  /* "ivshmem/native/mapping.pyx":352
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10009,7 +10009,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/_memory.pyx":353
+      /* "ivshmem/native/mapping.pyx":353
  *         self.pin()
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
@@ -10019,7 +10019,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
       __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L3_error)
 
 
-      /* "ivshmem/_memory.pyx":352
+      /* "ivshmem/native/mapping.pyx":352
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10033,7 +10033,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/_memory.pyx":354
+    /* "ivshmem/native/mapping.pyx":354
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10042,22 +10042,22 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
 */
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
-      __Pyx_AddTraceback("ivshmem._memory.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
       if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 354, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/_memory.pyx":355
+      /* "ivshmem/native/mapping.pyx":355
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:
  *             self.unpin()             # <<<<<<<<<<<<<<
  *             raise
  * 
 */
-      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-      /* "ivshmem/_memory.pyx":356
+      /* "ivshmem/native/mapping.pyx":356
  *         except BaseException:
  *             self.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -10073,7 +10073,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_memory.pyx":352
+    /* "ivshmem/native/mapping.pyx":352
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10089,7 +10089,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_memory.pyx":350
+  /* "ivshmem/native/mapping.pyx":350
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -10104,7 +10104,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   if (__pyx_v_view->obj != NULL) {
     __Pyx_GOTREF(__pyx_v_view->obj);
@@ -10122,7 +10122,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":358
+/* "ivshmem/native/mapping.pyx":358
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10131,31 +10131,31 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_26__getbuffer__(struct __pyx_obj_
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_29__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_29__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7_memory_7Mapping_28__releasebuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
+  __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
 
   /* function exit code */
 
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_memory.pyx":359
+  /* "ivshmem/native/mapping.pyx":359
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.unpin()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":358
+  /* "ivshmem/native/mapping.pyx":358
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10167,7 +10167,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_28__releasebuffer__(struct __pyx
 
 }
 
-/* "ivshmem/_memory.pyx":361
+/* "ivshmem/native/mapping.pyx":361
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10176,15 +10176,15 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_28__releasebuffer__(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_31close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_31close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_30close, "close($self)\n--\n\nUnmap; may be called twice.\n\nRaises:\n    BufferError: a memoryview, an array or a running call still uses the memory; nothing is\n        changed then.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_31close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_30close, "close($self)\n--\n\nUnmap; may be called twice.\n\nRaises:\n    BufferError: a memoryview, an array or a running call still uses the memory; nothing is\n        changed then.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_31close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10210,14 +10210,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_30close(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   unsigned int __pyx_v_views;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10235,7 +10235,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":368
+  /* "ivshmem/native/mapping.pyx":368
  *                 changed then.
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)             # <<<<<<<<<<<<<<
@@ -10244,7 +10244,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
   __pyx_v_views = ivshmem_shut_unused((&__pyx_v_self->views));
 
-  /* "ivshmem/_memory.pyx":369
+  /* "ivshmem/native/mapping.pyx":369
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10256,7 +10256,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":370
+    /* "ivshmem/native/mapping.pyx":370
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:
  *             return             # <<<<<<<<<<<<<<
@@ -10273,7 +10273,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":369
+    /* "ivshmem/native/mapping.pyx":369
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10282,7 +10282,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":371
+  /* "ivshmem/native/mapping.pyx":371
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10294,7 +10294,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":372
+    /* "ivshmem/native/mapping.pyx":372
  *             return
  *         if views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10303,7 +10303,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/_memory.pyx":373
+    /* "ivshmem/native/mapping.pyx":373
  *         if views:
  *             raise BufferError(
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
@@ -10337,7 +10337,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 372, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":371
+    /* "ivshmem/native/mapping.pyx":371
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10346,7 +10346,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":375
+  /* "ivshmem/native/mapping.pyx":375
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10358,16 +10358,16 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":376
+    /* "ivshmem/native/mapping.pyx":376
  *             )
  *         if ivshmem_shut(&self.accesses):
  *             unmap(self)             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-    __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_self);
+    __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":375
+    /* "ivshmem/native/mapping.pyx":375
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10376,7 +10376,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":361
+  /* "ivshmem/native/mapping.pyx":361
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10392,7 +10392,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -10401,7 +10401,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":378
+/* "ivshmem/native/mapping.pyx":378
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10410,22 +10410,22 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_30close(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7_memory_7Mapping_33__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7_memory_7Mapping_33__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_33__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_33__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":379
+  /* "ivshmem/native/mapping.pyx":379
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10437,7 +10437,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":380
+    /* "ivshmem/native/mapping.pyx":380
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -10446,7 +10446,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_memory.pyx":379
+    /* "ivshmem/native/mapping.pyx":379
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10455,7 +10455,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":378
+  /* "ivshmem/native/mapping.pyx":378
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10467,7 +10467,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7
 
 }
 
-/* "ivshmem/_memory.pyx":383
+/* "ivshmem/native/mapping.pyx":383
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10475,7 +10475,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_32__dealloc__(struct __pyx_obj_7
  *     if not ivshmem_enter_held(&mapping.accesses):
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10488,7 +10488,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold", 0);
 
-  /* "ivshmem/_memory.pyx":385
+  /* "ivshmem/native/mapping.pyx":385
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10500,7 +10500,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":386
+    /* "ivshmem/native/mapping.pyx":386
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -10534,7 +10534,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 386, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":385
+    /* "ivshmem/native/mapping.pyx":385
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10543,7 +10543,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_memory.pyx":387
+  /* "ivshmem/native/mapping.pyx":387
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")
  *     return 0             # <<<<<<<<<<<<<<
@@ -10556,7 +10556,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":383
+  /* "ivshmem/native/mapping.pyx":383
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10569,7 +10569,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.hold", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.hold", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -10577,7 +10577,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":390
+/* "ivshmem/native/mapping.pyx":390
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10585,10 +10585,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
  *         unmap(mapping)
 */
 
-static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":391
+  /* "ivshmem/native/mapping.pyx":391
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10600,16 +10600,16 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":392
+    /* "ivshmem/native/mapping.pyx":392
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):
  *         unmap(mapping)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_mapping);
+    __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_mapping);
 
-    /* "ivshmem/_memory.pyx":391
+    /* "ivshmem/native/mapping.pyx":391
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10618,7 +10618,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":390
+  /* "ivshmem/native/mapping.pyx":390
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10630,7 +10630,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
 
 }
 
-/* "ivshmem/_memory.pyx":395
+/* "ivshmem/native/mapping.pyx":395
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10638,24 +10638,24 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
  * 
 */
 
-static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
+static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   void *__pyx_v_place;
   void *__pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":402
+  /* "ivshmem/native/mapping.pyx":402
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
 */
-  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_7_memory_HUGE);
+  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_6native_7mapping_HUGE);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":403
+    /* "ivshmem/native/mapping.pyx":403
  *     cdef void *place
  *     if size < HUGE:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10668,7 +10668,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":402
+    /* "ivshmem/native/mapping.pyx":402
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -10677,16 +10677,16 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/_memory.pyx":404
+  /* "ivshmem/native/mapping.pyx":404
  *     if size < HUGE:
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)             # <<<<<<<<<<<<<<
  *     if place == MAP_FAILED:
  *         return NULL
 */
-  __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
+  __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
 
-  /* "ivshmem/_memory.pyx":405
+  /* "ivshmem/native/mapping.pyx":405
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10698,7 +10698,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":406
+    /* "ivshmem/native/mapping.pyx":406
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10711,7 +10711,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":405
+    /* "ivshmem/native/mapping.pyx":405
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10720,16 +10720,16 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/_memory.pyx":407
+  /* "ivshmem/native/mapping.pyx":407
  *     if place == MAP_FAILED:
  *         return NULL
  *     munmap(place, size + HUGE)             # <<<<<<<<<<<<<<
  *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))
  * 
 */
-  (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE)));
+  (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE)));
 
-  /* "ivshmem/_memory.pyx":408
+  /* "ivshmem/native/mapping.pyx":408
  *         return NULL
  *     munmap(place, size + HUGE)
  *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))             # <<<<<<<<<<<<<<
@@ -10738,11 +10738,11 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   {
 
-    __pyx_r = ((void *)(((((size_t)__pyx_v_place) + __pyx_e_7ivshmem_7_memory_HUGE) - 1) & (~((size_t)(__pyx_e_7ivshmem_7_memory_HUGE - 1)))));
+    __pyx_r = ((void *)(((((size_t)__pyx_v_place) + __pyx_e_7ivshmem_6native_7mapping_HUGE) - 1) & (~((size_t)(__pyx_e_7ivshmem_6native_7mapping_HUGE - 1)))));
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":395
+  /* "ivshmem/native/mapping.pyx":395
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10756,7 +10756,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":411
+/* "ivshmem/native/mapping.pyx":411
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10764,14 +10764,14 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
  *     cdef Py_ssize_t length = mapping.length
 */
 
-static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   char *__pyx_v_address;
   Py_ssize_t __pyx_v_length;
   char *__pyx_t_1;
   Py_ssize_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_memory.pyx":412
+  /* "ivshmem/native/mapping.pyx":412
  * 
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start             # <<<<<<<<<<<<<<
@@ -10782,7 +10782,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":413
+  /* "ivshmem/native/mapping.pyx":413
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length             # <<<<<<<<<<<<<<
@@ -10793,7 +10793,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":414
+  /* "ivshmem/native/mapping.pyx":414
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -10802,19 +10802,19 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 */
   __pyx_v_mapping->start = NULL;
 
-  /* "ivshmem/_memory.pyx":415
+  /* "ivshmem/native/mapping.pyx":415
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
  *         munmap(address, length)
  *     else:
 */
-  __pyx_t_3 = (__pyx_v_length < __pyx_e_7ivshmem_7_memory_LARGE);
+  __pyx_t_3 = (__pyx_v_length < __pyx_e_7ivshmem_6native_7mapping_LARGE);
 
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_memory.pyx":416
+    /* "ivshmem/native/mapping.pyx":416
  *     mapping.start = NULL
  *     if length < LARGE:
  *         munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10823,7 +10823,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 */
     (void)(munmap(__pyx_v_address, __pyx_v_length));
 
-    /* "ivshmem/_memory.pyx":415
+    /* "ivshmem/native/mapping.pyx":415
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -10833,7 +10833,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":418
+  /* "ivshmem/native/mapping.pyx":418
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10847,7 +10847,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_memory.pyx":419
+          /* "ivshmem/native/mapping.pyx":419
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages
  *             munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10857,7 +10857,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
           (void)(munmap(__pyx_v_address, __pyx_v_length));
         }
 
-        /* "ivshmem/_memory.pyx":418
+        /* "ivshmem/native/mapping.pyx":418
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10876,7 +10876,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":411
+  /* "ivshmem/native/mapping.pyx":411
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10890,7 +10890,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
 }
 
-/* "ivshmem/_memory.pyx":422
+/* "ivshmem/native/mapping.pyx":422
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10898,9 +10898,9 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
  *     if into:
 */
 
-static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
 
-  /* "ivshmem/_memory.pyx":424
+  /* "ivshmem/native/mapping.pyx":424
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10909,7 +10909,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
 */
   if (__pyx_v_into) {
 
-    /* "ivshmem/_memory.pyx":425
+    /* "ivshmem/native/mapping.pyx":425
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:
  *         memmove(memory, buffer, size)             # <<<<<<<<<<<<<<
@@ -10918,7 +10918,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
 */
     (void)(memmove(__pyx_v_memory, __pyx_v_buffer, __pyx_v_size));
 
-    /* "ivshmem/_memory.pyx":424
+    /* "ivshmem/native/mapping.pyx":424
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10928,7 +10928,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":427
+  /* "ivshmem/native/mapping.pyx":427
  *         memmove(memory, buffer, size)
  *     else:
  *         memmove(buffer, memory, size)             # <<<<<<<<<<<<<<
@@ -10940,7 +10940,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":422
+  /* "ivshmem/native/mapping.pyx":422
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10951,7 +10951,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
   /* function exit code */
 }
 
-/* "ivshmem/_memory.pyx":466
+/* "ivshmem/native/mapping.pyx":466
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -10960,21 +10960,21 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_7mapping_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_7mapping_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping = 0;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
   PyObject *__pyx_v_offset = 0;
   #if !CYTHON_VECTORCALL_TPNEW
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
@@ -11025,7 +11025,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
     }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)values[0]);
+    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
     __pyx_v_offset = values[1];
   }
   goto __pyx_L6_skip;
@@ -11037,12 +11037,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 466, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
   goto __pyx_L0;
@@ -11061,7 +11061,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset) {
+static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset) {
   Py_ssize_t __pyx_v_start;
   Py_ssize_t __pyx_v_size;
   int __pyx_r;
@@ -11083,7 +11083,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_memory.pyx":467
+  /* "ivshmem/native/mapping.pyx":467
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
@@ -11093,17 +11093,17 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 467, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":469
+  /* "ivshmem/native/mapping.pyx":469
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)             # <<<<<<<<<<<<<<
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:
 */
-  __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64); 
+  __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64); 
   __pyx_v_self->wide = __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":470
+  /* "ivshmem/native/mapping.pyx":470
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4             # <<<<<<<<<<<<<<
@@ -11119,7 +11119,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   }
   __pyx_v_size = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":471
+  /* "ivshmem/native/mapping.pyx":471
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11159,7 +11159,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":472
+    /* "ivshmem/native/mapping.pyx":472
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -11168,7 +11168,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/_memory.pyx":473
+    /* "ivshmem/native/mapping.pyx":473
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"             # <<<<<<<<<<<<<<
@@ -11215,7 +11215,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __PYX_ERR(0, 472, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":471
+    /* "ivshmem/native/mapping.pyx":471
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11224,7 +11224,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_memory.pyx":475
+  /* "ivshmem/native/mapping.pyx":475
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
  *             )
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
@@ -11236,7 +11236,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/_memory.pyx":476
+  /* "ivshmem/native/mapping.pyx":476
  *             )
  *         self.mapping = mapping
  *         self.offset = start             # <<<<<<<<<<<<<<
@@ -11245,7 +11245,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->offset = __pyx_v_start;
 
-  /* "ivshmem/_memory.pyx":466
+  /* "ivshmem/native/mapping.pyx":466
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -11263,7 +11263,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -11273,7 +11273,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":478
+/* "ivshmem/native/mapping.pyx":478
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11282,21 +11282,21 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   PyObject *__pyx_v_name = NULL;
   PyObject *__pyx_v_value = NULL;
   PyObject *__pyx_r = NULL;
@@ -11320,7 +11320,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/_memory.pyx":479
+  /* "ivshmem/native/mapping.pyx":479
  * 
  *     def __repr__(self):
  *         name = type(self).__name__             # <<<<<<<<<<<<<<
@@ -11332,7 +11332,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
   __pyx_v_name = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_memory.pyx":480
+  /* "ivshmem/native/mapping.pyx":480
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11348,7 +11348,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/_memory.pyx":481
+      /* "ivshmem/native/mapping.pyx":481
  *         name = type(self).__name__
  *         try:
  *             value = self.load()             # <<<<<<<<<<<<<<
@@ -11368,7 +11368,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
       __pyx_v_value = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_memory.pyx":480
+      /* "ivshmem/native/mapping.pyx":480
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11384,7 +11384,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_memory.pyx":482
+    /* "ivshmem/native/mapping.pyx":482
  *         try:
  *             value = self.load()
  *         except ClosedError:             # <<<<<<<<<<<<<<
@@ -11399,13 +11399,13 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
     __Pyx_ErrRestore(__pyx_t_1, __pyx_t_5, __pyx_t_7);
     __pyx_t_1 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
     if (__pyx_t_9) {
-      __Pyx_AddTraceback("ivshmem._memory.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
       if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 482, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/_memory.pyx":483
+      /* "ivshmem/native/mapping.pyx":483
  *             value = self.load()
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"             # <<<<<<<<<<<<<<
@@ -11453,7 +11453,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_memory.pyx":480
+    /* "ivshmem/native/mapping.pyx":480
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11475,7 +11475,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_memory.pyx":484
+  /* "ivshmem/native/mapping.pyx":484
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"             # <<<<<<<<<<<<<<
@@ -11523,7 +11523,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
   __pyx_t_10 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":478
+  /* "ivshmem/native/mapping.pyx":478
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11539,7 +11539,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_name);
@@ -11549,7 +11549,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":486
+/* "ivshmem/native/mapping.pyx":486
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11558,15 +11558,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2__repr__(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_5__reduce__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_5__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_4__reduce__, "__reduce__($self)\n--\n\n");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_5__reduce__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_4__reduce__, "__reduce__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_5__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11592,14 +11592,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -11615,7 +11615,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_memory.pyx":487
+  /* "ivshmem/native/mapping.pyx":487
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -11624,7 +11624,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/_memory.pyx":488
+  /* "ivshmem/native/mapping.pyx":488
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"an {type(self).__name__} cannot be copied or pickled: ask the region for another one"             # <<<<<<<<<<<<<<
@@ -11664,7 +11664,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __PYX_ERR(0, 487, __pyx_L1_error)
 
-  /* "ivshmem/_memory.pyx":486
+  /* "ivshmem/native/mapping.pyx":486
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11678,14 +11678,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":491
+/* "ivshmem/native/mapping.pyx":491
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11693,7 +11693,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4__reduce__(struct __pyx_obj
  *         if not ivshmem_enter(&self.mapping.accesses):
 */
 
-static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   void *__pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -11706,7 +11706,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/_memory.pyx":493
+  /* "ivshmem/native/mapping.pyx":493
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11718,7 +11718,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":494
+    /* "ivshmem/native/mapping.pyx":494
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -11752,7 +11752,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 494, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":493
+    /* "ivshmem/native/mapping.pyx":493
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11761,7 +11761,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
 */
   }
 
-  /* "ivshmem/_memory.pyx":495
+  /* "ivshmem/native/mapping.pyx":495
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")
  *         return at(self)             # <<<<<<<<<<<<<<
@@ -11770,11 +11770,11 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
 */
   {
 
-    __pyx_r = __pyx_f_7ivshmem_7_memory_at(__pyx_v_self);
+    __pyx_r = __pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":491
+  /* "ivshmem/native/mapping.pyx":491
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11787,7 +11787,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -11795,7 +11795,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":497
+/* "ivshmem/native/mapping.pyx":497
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11803,7 +11803,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
  *         if self.mapping.fixed:
 */
 
-static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   void *__pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -11815,7 +11815,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin_own", 0);
 
-  /* "ivshmem/_memory.pyx":499
+  /* "ivshmem/native/mapping.pyx":499
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11824,7 +11824,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/_memory.pyx":500
+    /* "ivshmem/native/mapping.pyx":500
  *         """The same, to be changed."""
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -11844,7 +11844,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __PYX_ERR(0, 500, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":499
+    /* "ivshmem/native/mapping.pyx":499
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11853,20 +11853,20 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_memory.pyx":501
+  /* "ivshmem/native/mapping.pyx":501
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.pin()             # <<<<<<<<<<<<<<
  * 
  *     cdef void unpin(self) noexcept:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 501, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":497
+  /* "ivshmem/native/mapping.pyx":497
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11878,7 +11878,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.pin_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.pin_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -11886,7 +11886,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":503
+/* "ivshmem/native/mapping.pyx":503
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11894,13 +11894,13 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
  *             unmap(self.mapping)
 */
 
-static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
   __Pyx_RefNannySetupContext("unpin", 0);
 
-  /* "ivshmem/_memory.pyx":504
+  /* "ivshmem/native/mapping.pyx":504
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11912,7 +11912,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":505
+    /* "ivshmem/native/mapping.pyx":505
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):
  *             unmap(self.mapping)             # <<<<<<<<<<<<<<
@@ -11921,10 +11921,10 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->mapping);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_f_7ivshmem_7_memory_unmap(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_2));
+    __pyx_f_7ivshmem_6native_7mapping_unmap(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2));
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_memory.pyx":504
+    /* "ivshmem/native/mapping.pyx":504
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11933,7 +11933,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
 */
   }
 
-  /* "ivshmem/_memory.pyx":503
+  /* "ivshmem/native/mapping.pyx":503
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11946,7 +11946,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_memory.pyx":507
+/* "ivshmem/native/mapping.pyx":507
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11954,10 +11954,10 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
 */
 
-static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   uint64_t __pyx_r;
 
-  /* "ivshmem/_memory.pyx":509
+  /* "ivshmem/native/mapping.pyx":509
  *     cdef uint64_t peek(self) noexcept nogil:
  *         """The value (acquire), for other Cython code; the word has to be pinned."""
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
@@ -11966,11 +11966,11 @@ static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem
 */
   {
 
-    __pyx_r = ivshmem_load(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __ATOMIC_ACQUIRE);
+    __pyx_r = ivshmem_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __ATOMIC_ACQUIRE);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":507
+  /* "ivshmem/native/mapping.pyx":507
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11983,7 +11983,7 @@ static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":511
+/* "ivshmem/native/mapping.pyx":511
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -11992,15 +11992,15 @@ static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_7load(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_7load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_6load, "load($self, order=\047acquire\047)\n--\n\nThe value.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_7load(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_6load, "load($self, order=\047acquire\047)\n--\n\nThe value.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_7load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12065,11 +12065,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_6load(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12079,7 +12079,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_order) {
   int __pyx_v_how;
   uint64_t __pyx_v_value;
   PyObject *__pyx_r = NULL;
@@ -12093,7 +12093,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":513
+  /* "ivshmem/native/mapping.pyx":513
  *     def load(self, order="acquire"):
  *         """The value."""
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)             # <<<<<<<<<<<<<<
@@ -12105,16 +12105,16 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
 
     __pyx_t_1 = __ATOMIC_ACQUIRE;
   } else {
-    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_LOADS;
+    __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_LOADS;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":515
+  /* "ivshmem/native/mapping.pyx":515
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
  *         cdef uint64_t value
  *         hold(self.mapping)             # <<<<<<<<<<<<<<
@@ -12123,20 +12123,20 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":516
+  /* "ivshmem/native/mapping.pyx":516
  *         cdef uint64_t value
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  *         return value
 */
-  __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
+  __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":517
+  /* "ivshmem/native/mapping.pyx":517
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12145,10 +12145,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":518
+  /* "ivshmem/native/mapping.pyx":518
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)
  *         return value             # <<<<<<<<<<<<<<
@@ -12168,7 +12168,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":511
+  /* "ivshmem/native/mapping.pyx":511
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -12179,7 +12179,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -12189,7 +12189,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":520
+/* "ivshmem/native/mapping.pyx":520
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12198,15 +12198,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6load(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_9store(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_9store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_8store, "store($self, value, order=\047release\047)\n--\n\nSet the value.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_9store(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_8store, "store($self, value, order=\047release\047)\n--\n\nSet the value.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_9store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12283,11 +12283,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_8store(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12297,7 +12297,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
   int __pyx_v_how;
   uint64_t __pyx_v_number;
   PyObject *__pyx_r = NULL;
@@ -12312,7 +12312,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":522
+  /* "ivshmem/native/mapping.pyx":522
  *     def store(self, value, order="release"):
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)             # <<<<<<<<<<<<<<
@@ -12324,26 +12324,26 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
 
     __pyx_t_1 = __ATOMIC_RELEASE;
   } else {
-    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_STORES;
+    __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_STORES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":523
+  /* "ivshmem/native/mapping.pyx":523
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 523, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":524
+  /* "ivshmem/native/mapping.pyx":524
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12352,20 +12352,20 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":525
+  /* "ivshmem/native/mapping.pyx":525
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  * 
 */
-  ivshmem_store(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
+  ivshmem_store(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":526
+  /* "ivshmem/native/mapping.pyx":526
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12374,10 +12374,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":520
+  /* "ivshmem/native/mapping.pyx":520
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12390,7 +12390,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -12400,7 +12400,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":528
+/* "ivshmem/native/mapping.pyx":528
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12409,15 +12409,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8store(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_11exchange(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_11exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_10exchange, "exchange($self, value, order=\047seq_cst\047)\n--\n\nSet the value; return what it was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_11exchange(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_10exchange, "exchange($self, value, order=\047seq_cst\047)\n--\n\nSet the value; return what it was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_11exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12494,11 +12494,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12508,7 +12508,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12517,14 +12517,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/_memory.pyx":530
+  /* "ivshmem/native/mapping.pyx":530
  *     def exchange(self, value, order="seq_cst"):
  *         """Set the value; return what it was."""
  *         return change(self, ivshmem_exchange, value, order)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12537,7 +12537,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":528
+  /* "ivshmem/native/mapping.pyx":528
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12548,7 +12548,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12556,7 +12556,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":532
+/* "ivshmem/native/mapping.pyx":532
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12565,15 +12565,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10exchange(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_13compare_exchange(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_13compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_12compare_exchange, "compare_exchange($self, expected, desired, order=\047seq_cst\047)\n--\n\nSet `desired` if the value is `expected`; return what it was.\n\nIf it was not, this is a load, and has of `order` what a load can have.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_13compare_exchange(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_12compare_exchange, "compare_exchange($self, expected, desired, order=\047seq_cst\047)\n--\n\nSet `desired` if the value is `expected`; return what it was.\n\nIf it was not, this is a load, and has of `order` what a load can have.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_13compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12658,11 +12658,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_expected, __pyx_v_desired, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_expected, __pyx_v_desired, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12672,7 +12672,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order) {
   int __pyx_v_how;
   uint64_t __pyx_v_old;
   uint64_t __pyx_v_new;
@@ -12688,7 +12688,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/_memory.pyx":537
+  /* "ivshmem/native/mapping.pyx":537
  *         If it was not, this is a load, and has of `order` what a load can have.
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -12700,36 +12700,36 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
 
     __pyx_t_1 = __ATOMIC_SEQ_CST;
   } else {
-    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
+    __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 537, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 537, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":538
+  /* "ivshmem/native/mapping.pyx":538
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)             # <<<<<<<<<<<<<<
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L1_error)
   __pyx_v_old = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":539
+  /* "ivshmem/native/mapping.pyx":539
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L1_error)
   __pyx_v_new = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":540
+  /* "ivshmem/native/mapping.pyx":540
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12738,20 +12738,20 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":541
+  /* "ivshmem/native/mapping.pyx":541
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  *         return old
 */
-  __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
+  __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":542
+  /* "ivshmem/native/mapping.pyx":542
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12760,10 +12760,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":543
+  /* "ivshmem/native/mapping.pyx":543
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
  *         return old             # <<<<<<<<<<<<<<
@@ -12783,7 +12783,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":532
+  /* "ivshmem/native/mapping.pyx":532
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12794,7 +12794,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -12805,7 +12805,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":545
+/* "ivshmem/native/mapping.pyx":545
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12814,15 +12814,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12compare_exchange(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_add(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_15fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_14fetch_add, "fetch_add($self, amount, order=\047seq_cst\047)\n--\n\nAdd, modulo 2**32 or 2**64; return what the value was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_add(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_14fetch_add, "fetch_add($self, amount, order=\047seq_cst\047)\n--\n\nAdd, modulo 2**32 or 2**64; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_15fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12899,11 +12899,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12913,7 +12913,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12922,14 +12922,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/_memory.pyx":547
+  /* "ivshmem/native/mapping.pyx":547
  *     def fetch_add(self, amount, order="seq_cst"):
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_add, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12942,7 +12942,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":545
+  /* "ivshmem/native/mapping.pyx":545
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12953,7 +12953,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -12961,7 +12961,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":549
+/* "ivshmem/native/mapping.pyx":549
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12970,15 +12970,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_add(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_sub(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_17fetch_sub(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_16fetch_sub, "fetch_sub($self, amount, order=\047seq_cst\047)\n--\n\nSubtract, modulo 2**32 or 2**64; return what the value was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_sub(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_16fetch_sub, "fetch_sub($self, amount, order=\047seq_cst\047)\n--\n\nSubtract, modulo 2**32 or 2**64; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_17fetch_sub(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13055,11 +13055,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13069,7 +13069,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13078,14 +13078,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_sub", 0);
 
-  /* "ivshmem/_memory.pyx":551
+  /* "ivshmem/native/mapping.pyx":551
  *     def fetch_sub(self, amount, order="seq_cst"):
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_sub, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_and(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 551, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13098,7 +13098,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":549
+  /* "ivshmem/native/mapping.pyx":549
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13109,7 +13109,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -13117,7 +13117,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":553
+/* "ivshmem/native/mapping.pyx":553
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13126,15 +13126,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_sub(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_and(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_19fetch_and(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_18fetch_and, "fetch_and($self, bits, order=\047seq_cst\047)\n--\n\nClear all but these bits; return what the value was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_and(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_18fetch_and, "fetch_and($self, bits, order=\047seq_cst\047)\n--\n\nClear all but these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_19fetch_and(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13211,11 +13211,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13225,7 +13225,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13234,14 +13234,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_and", 0);
 
-  /* "ivshmem/_memory.pyx":555
+  /* "ivshmem/native/mapping.pyx":555
  *     def fetch_and(self, bits, order="seq_cst"):
  *         """Clear all but these bits; return what the value was."""
  *         return change(self, ivshmem_and, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_or(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 555, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 555, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13254,7 +13254,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":553
+  /* "ivshmem/native/mapping.pyx":553
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13265,7 +13265,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -13273,7 +13273,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":557
+/* "ivshmem/native/mapping.pyx":557
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13282,15 +13282,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_and(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_21fetch_or(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_21fetch_or(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_20fetch_or, "fetch_or($self, bits, order=\047seq_cst\047)\n--\n\nSet these bits; return what the value was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_21fetch_or(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_20fetch_or, "fetch_or($self, bits, order=\047seq_cst\047)\n--\n\nSet these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_21fetch_or(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13367,11 +13367,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13381,7 +13381,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13390,14 +13390,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_or", 0);
 
-  /* "ivshmem/_memory.pyx":559
+  /* "ivshmem/native/mapping.pyx":559
  *     def fetch_or(self, bits, order="seq_cst"):
  *         """Set these bits; return what the value was."""
  *         return change(self, ivshmem_or, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13410,7 +13410,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":557
+  /* "ivshmem/native/mapping.pyx":557
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13421,7 +13421,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -13429,7 +13429,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":561
+/* "ivshmem/native/mapping.pyx":561
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13438,15 +13438,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20fetch_or(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_23fetch_xor(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_23fetch_xor(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_22fetch_xor, "fetch_xor($self, bits, order=\047seq_cst\047)\n--\n\nInvert these bits; return what the value was.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_23fetch_xor(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_6Atomic_22fetch_xor, "fetch_xor($self, bits, order=\047seq_cst\047)\n--\n\nInvert these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_23fetch_xor(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13523,11 +13523,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13537,7 +13537,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13546,14 +13546,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_xor", 0);
 
-  /* "ivshmem/_memory.pyx":563
+  /* "ivshmem/native/mapping.pyx":563
  *     def fetch_xor(self, bits, order="seq_cst"):
  *         """Invert these bits; return what the value was."""
  *         return change(self, ivshmem_xor, bits, order)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13566,7 +13566,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":561
+  /* "ivshmem/native/mapping.pyx":561
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13577,7 +13577,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -13585,7 +13585,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pxd":22
+/* "ivshmem/native/mapping.pxd":22
  * cdef class Atomic:
  *     cdef Mapping mapping
  *     cdef readonly Py_ssize_t offset             # <<<<<<<<<<<<<<
@@ -13594,21 +13594,21 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22fetch_xor(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_6offset_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_6offset_1__get__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_6offset_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_6Atomic_6offset_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13659,7 +13659,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(struct __pyx
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.Atomic.offset.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.offset.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -13667,7 +13667,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":576
+/* "ivshmem/native/mapping.pyx":576
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13675,7 +13675,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6offset___get__(struct __pyx
  *     cdef uint64_t number = fitting(word, value)
 */
 
-static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, __pyx_t_7ivshmem_7_memory_Change __pyx_v_operation, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_word, __pyx_t_7ivshmem_6native_7mapping_Change __pyx_v_operation, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
   int __pyx_v_how;
   uint64_t __pyx_v_number;
   PyObject *__pyx_r = NULL;
@@ -13690,7 +13690,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("change", 0);
 
-  /* "ivshmem/_memory.pyx":577
+  /* "ivshmem/native/mapping.pyx":577
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -13702,26 +13702,26 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
 
     __pyx_t_1 = __ATOMIC_SEQ_CST;
   } else {
-    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
+    __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":578
+  /* "ivshmem/native/mapping.pyx":578
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)             # <<<<<<<<<<<<<<
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":579
+  /* "ivshmem/native/mapping.pyx":579
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)             # <<<<<<<<<<<<<<
@@ -13730,20 +13730,20 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":580
+  /* "ivshmem/native/mapping.pyx":580
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)             # <<<<<<<<<<<<<<
  *     let_go(word.mapping)
  *     return number
 */
-  __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_7_memory_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
+  __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":581
+  /* "ivshmem/native/mapping.pyx":581
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)             # <<<<<<<<<<<<<<
@@ -13752,10 +13752,10 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":582
+  /* "ivshmem/native/mapping.pyx":582
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)
  *     return number             # <<<<<<<<<<<<<<
@@ -13775,7 +13775,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":576
+  /* "ivshmem/native/mapping.pyx":576
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13786,7 +13786,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem._memory.change", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.change", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
 
@@ -13796,7 +13796,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":585
+/* "ivshmem/native/mapping.pyx":585
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13804,7 +13804,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
  *     if found == NULL:
 */
 
-static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject *__pyx_v_allowed) {
+static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, PyObject *__pyx_v_allowed) {
   PyObject *__pyx_v_found;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -13824,7 +13824,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("order_of", 0);
 
-  /* "ivshmem/_memory.pyx":586
+  /* "ivshmem/native/mapping.pyx":586
  * 
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)             # <<<<<<<<<<<<<<
@@ -13834,7 +13834,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 586, __pyx_L1_error)
   __pyx_v_found = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":587
+  /* "ivshmem/native/mapping.pyx":587
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13846,7 +13846,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":588
+    /* "ivshmem/native/mapping.pyx":588
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")             # <<<<<<<<<<<<<<
@@ -13888,7 +13888,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 588, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":587
+    /* "ivshmem/native/mapping.pyx":587
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13897,7 +13897,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
 */
   }
 
-  /* "ivshmem/_memory.pyx":589
+  /* "ivshmem/native/mapping.pyx":589
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
  *     return <object>found             # <<<<<<<<<<<<<<
@@ -13910,7 +13910,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":585
+  /* "ivshmem/native/mapping.pyx":585
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13925,7 +13925,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem._memory.order_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.order_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -13934,7 +13934,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":592
+/* "ivshmem/native/mapping.pyx":592
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -13942,7 +13942,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
  *     if number > UINT32_MAX and not word.wide:
 */
 
-static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_value) {
+static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_word, PyObject *__pyx_v_value) {
   uint64_t __pyx_v_number;
   uint64_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -13960,7 +13960,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fitting", 0);
 
-  /* "ivshmem/_memory.pyx":593
+  /* "ivshmem/native/mapping.pyx":593
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)             # <<<<<<<<<<<<<<
@@ -13981,7 +13981,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":594
+  /* "ivshmem/native/mapping.pyx":594
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14007,7 +14007,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":595
+    /* "ivshmem/native/mapping.pyx":595
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -14033,7 +14033,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __PYX_ERR(0, 595, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":594
+    /* "ivshmem/native/mapping.pyx":594
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14042,7 +14042,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_memory.pyx":596
+  /* "ivshmem/native/mapping.pyx":596
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")
  *     return number             # <<<<<<<<<<<<<<
@@ -14055,7 +14055,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":592
+  /* "ivshmem/native/mapping.pyx":592
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -14069,7 +14069,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem._memory.fitting", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.fitting", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1LL;
   __pyx_L0:;
 
@@ -14078,7 +14078,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":599
+/* "ivshmem/native/mapping.pyx":599
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14086,7 +14086,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
  *         raise TypeError("the memory is mapped for reading only")
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -14098,7 +14098,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold_own", 0);
 
-  /* "ivshmem/_memory.pyx":600
+  /* "ivshmem/native/mapping.pyx":600
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14107,7 +14107,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 */
   if (unlikely(__pyx_v_mapping->fixed)) {
 
-    /* "ivshmem/_memory.pyx":601
+    /* "ivshmem/native/mapping.pyx":601
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14127,7 +14127,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __PYX_ERR(0, 601, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":600
+    /* "ivshmem/native/mapping.pyx":600
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14136,20 +14136,20 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_memory.pyx":602
+  /* "ivshmem/native/mapping.pyx":602
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")
  *     return hold(mapping)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 602, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":599
+  /* "ivshmem/native/mapping.pyx":599
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14161,7 +14161,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.hold_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.hold_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -14169,7 +14169,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":605
+/* "ivshmem/native/mapping.pyx":605
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14178,28 +14178,28 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_1fence(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_fence, "fence()\n--\n\nOrder all stores and loads before it before all that follow (a seq_cst fence of C11).\n\nTwo sides that each store, call this, and then look at what the other stores: at least one of\nthem sees the other\047s. Without it neither may, on processors other than x86.");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_1fence = {"fence", (PyCFunction)__pyx_pw_7ivshmem_7_memory_1fence, METH_NOARGS, __pyx_doc_7ivshmem_7_memory_fence};
-static PyObject *__pyx_pw_7ivshmem_7_memory_1fence(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused) {
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_1fence(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_fence, "fence()\n--\n\nOrder all stores and loads before it before all that follow (a seq_cst fence of C11).\n\nTwo sides that each store, call this, and then look at what the other stores: at least one of\nthem sees the other\047s. Without it neither may, on processors other than x86.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_7mapping_1fence = {"fence", (PyCFunction)__pyx_pw_7ivshmem_6native_7mapping_1fence, METH_NOARGS, __pyx_doc_7ivshmem_6native_7mapping_fence};
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_1fence(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("fence (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_fence(__pyx_self);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_fence(__pyx_self);
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_fence(CYTHON_UNUSED PyObject *__pyx_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject *__pyx_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("fence", 0);
 
-  /* "ivshmem/_memory.pyx":611
+  /* "ivshmem/native/mapping.pyx":611
  *     them sees the other's. Without it neither may, on processors other than x86.
  *     """
  *     ivshmem_fence()             # <<<<<<<<<<<<<<
@@ -14208,7 +14208,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_fence(CYTHON_UNUSED PyObject *__pyx_
 */
   ivshmem_fence();
 
-  /* "ivshmem/_memory.pyx":605
+  /* "ivshmem/native/mapping.pyx":605
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14223,7 +14223,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_fence(CYTHON_UNUSED PyObject *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":614
+/* "ivshmem/native/mapping.pyx":614
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14231,10 +14231,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_fence(CYTHON_UNUSED PyObject *__pyx_
  * 
 */
 
-static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word) {
+static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_word) {
   void *__pyx_r;
 
-  /* "ivshmem/_memory.pyx":615
+  /* "ivshmem/native/mapping.pyx":615
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:
  *     return word.mapping.start + word.offset             # <<<<<<<<<<<<<<
@@ -14247,7 +14247,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":614
+  /* "ivshmem/native/mapping.pyx":614
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14260,7 +14260,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":635
+/* "ivshmem/native/mapping.pyx":635
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14269,14 +14269,14 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7_memory_9Registers_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_7mapping_9Registers_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_7_memory_9Registers_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_7mapping_9Registers_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14360,11 +14360,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Registers.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self), __pyx_v_fd, __pyx_v_offset, __pyx_v_size, __pyx_v_mapped);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self), __pyx_v_fd, __pyx_v_offset, __pyx_v_size, __pyx_v_mapped);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -14378,7 +14378,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_offset, Py_ssize_t __pyx_v_size, int __pyx_v_mapped) {
+static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_offset, Py_ssize_t __pyx_v_size, int __pyx_v_mapped) {
   Py_ssize_t __pyx_v_inside;
   void *__pyx_v_address;
   int __pyx_r;
@@ -14388,20 +14388,20 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_memory.pyx":636
+  /* "ivshmem/native/mapping.pyx":636
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
  *         cdef void *address
  *         self.page = NULL
 */
-  if (unlikely(__pyx_e_7ivshmem_7_memory_REGISTER_PAGE == 0)) {
+  if (unlikely(__pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
     __PYX_ERR(0, 636, __pyx_L1_error)
   }
-  __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_7_memory_REGISTER_PAGE, 0);
+  __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE, 0);
 
-  /* "ivshmem/_memory.pyx":638
+  /* "ivshmem/native/mapping.pyx":638
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -14410,7 +14410,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_memory.pyx":639
+  /* "ivshmem/native/mapping.pyx":639
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -14419,7 +14419,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/_memory.pyx":640
+  /* "ivshmem/native/mapping.pyx":640
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -14428,7 +14428,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/_memory.pyx":641
+  /* "ivshmem/native/mapping.pyx":641
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -14437,7 +14437,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/_memory.pyx":642
+  /* "ivshmem/native/mapping.pyx":642
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14446,7 +14446,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/_memory.pyx":643
+    /* "ivshmem/native/mapping.pyx":643
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -14455,7 +14455,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/_memory.pyx":644
+    /* "ivshmem/native/mapping.pyx":644
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -14464,7 +14464,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/_memory.pyx":647
+    /* "ivshmem/native/mapping.pyx":647
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14476,17 +14476,17 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_memory.pyx":648
+      /* "ivshmem/native/mapping.pyx":648
  *             )
  *             if address == MAP_FAILED:
  *                 fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 648, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 648, __pyx_L1_error)
 
 
-      /* "ivshmem/_memory.pyx":647
+      /* "ivshmem/native/mapping.pyx":647
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14495,7 +14495,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/_memory.pyx":649
+    /* "ivshmem/native/mapping.pyx":649
  *             if address == MAP_FAILED:
  *                 fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
@@ -14504,7 +14504,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/_memory.pyx":650
+    /* "ivshmem/native/mapping.pyx":650
  *                 fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
@@ -14513,7 +14513,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/_memory.pyx":642
+    /* "ivshmem/native/mapping.pyx":642
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14522,7 +14522,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":635
+  /* "ivshmem/native/mapping.pyx":635
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14534,7 +14534,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.Registers.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -14543,7 +14543,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":652
+/* "ivshmem/native/mapping.pyx":652
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14551,7 +14551,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
 */
 
-static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -14570,7 +14570,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_memory.pyx":653
+  /* "ivshmem/native/mapping.pyx":653
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14606,7 +14606,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":654
+    /* "ivshmem/native/mapping.pyx":654
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
@@ -14646,7 +14646,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 654, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":653
+    /* "ivshmem/native/mapping.pyx":653
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14655,7 +14655,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_memory.pyx":655
+  /* "ivshmem/native/mapping.pyx":655
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14668,7 +14668,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":652
+  /* "ivshmem/native/mapping.pyx":652
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14683,7 +14683,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem._memory.Registers.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -14691,7 +14691,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":657
+/* "ivshmem/native/mapping.pyx":657
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -14700,15 +14700,15 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_3load(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_3load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_2load, "load($self, at)\n--\n\nThe register at `at` bytes.\n\nRaises:\n    IndexError: there is none.\n    OSError: as of pread(2), where it is not mapped.\n    ClosedError: the device is closed.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_3load(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_9Registers_2load, "load($self, at)\n--\n\nThe register at `at` bytes.\n\nRaises:\n    IndexError: there is none.\n    OSError: as of pread(2), where it is not mapped.\n    ClosedError: the device is closed.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_3load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14770,11 +14770,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Registers.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers_2load(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self), __pyx_v_at);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self), __pyx_v_at);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -14785,7 +14785,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
   uint32_t __pyx_v_value;
   int __pyx_v_code;
   Py_ssize_t __pyx_v_n;
@@ -14804,7 +14804,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":665
+  /* "ivshmem/native/mapping.pyx":665
  *             ClosedError: the device is closed.
  *         """
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
@@ -14813,7 +14813,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/_memory.pyx":666
+  /* "ivshmem/native/mapping.pyx":666
  *         """
  *         cdef uint32_t value = 0
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14822,17 +14822,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_memory.pyx":668
+  /* "ivshmem/native/mapping.pyx":668
  *         cdef int code = 0
  *         cdef Py_ssize_t n
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":669
+  /* "ivshmem/native/mapping.pyx":669
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14844,7 +14844,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":670
+    /* "ivshmem/native/mapping.pyx":670
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -14878,7 +14878,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 670, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":669
+    /* "ivshmem/native/mapping.pyx":669
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14887,7 +14887,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":671
+  /* "ivshmem/native/mapping.pyx":671
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14899,7 +14899,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":672
+    /* "ivshmem/native/mapping.pyx":672
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:
  *             value = ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
@@ -14908,7 +14908,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
     __pyx_v_value = ivshmem_load32((__pyx_v_self->first + __pyx_v_at));
 
-    /* "ivshmem/_memory.pyx":671
+    /* "ivshmem/native/mapping.pyx":671
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14918,7 +14918,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_memory.pyx":674
+  /* "ivshmem/native/mapping.pyx":674
  *             value = ivshmem_load32(self.first + at)
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -14928,7 +14928,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   /*else*/ {
     __pyx_v_n = pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-    /* "ivshmem/_memory.pyx":675
+    /* "ivshmem/native/mapping.pyx":675
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -14958,16 +14958,16 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_memory.pyx":676
+  /* "ivshmem/native/mapping.pyx":676
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()             # <<<<<<<<<<<<<<
  *         if code:
  *             fail_with(code)
 */
-  __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
+  __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":677
+  /* "ivshmem/native/mapping.pyx":677
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -14979,17 +14979,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":678
+    /* "ivshmem/native/mapping.pyx":678
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":677
+    /* "ivshmem/native/mapping.pyx":677
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -14998,7 +14998,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":679
+  /* "ivshmem/native/mapping.pyx":679
  *         if code:
  *             fail_with(code)
  *         return value             # <<<<<<<<<<<<<<
@@ -15018,7 +15018,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":657
+  /* "ivshmem/native/mapping.pyx":657
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -15031,7 +15031,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._memory.Registers.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -15042,7 +15042,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":681
+/* "ivshmem/native/mapping.pyx":681
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15051,15 +15051,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_5store(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_5store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_4store, "store($self, at, value)\n--\n\nSet the register at `at` bytes, after all that was written to memory before.\n\nRaises:\n    IndexError, OSError, ClosedError: as of `load`, but of pwrite(2).\n    OverflowError: the value has more than 32 bits.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_5store(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_9Registers_4store, "store($self, at, value)\n--\n\nSet the register at `at` bytes, after all that was written to memory before.\n\nRaises:\n    IndexError, OSError, ClosedError: as of `load`, but of pwrite(2).\n    OverflowError: the value has more than 32 bits.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_5store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15129,11 +15129,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Registers.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers_4store(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self), __pyx_v_at, __pyx_v_value);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self), __pyx_v_at, __pyx_v_value);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -15145,7 +15145,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -15160,17 +15160,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":689
+  /* "ivshmem/native/mapping.pyx":689
  *         """
  *         cdef int code
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 689, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 689, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":690
+  /* "ivshmem/native/mapping.pyx":690
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15182,7 +15182,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":691
+    /* "ivshmem/native/mapping.pyx":691
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -15216,7 +15216,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 691, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":690
+    /* "ivshmem/native/mapping.pyx":690
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15225,25 +15225,25 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":692
+  /* "ivshmem/native/mapping.pyx":692
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)             # <<<<<<<<<<<<<<
  *         self.leave()
  *         if code:
 */
-  __pyx_v_code = __pyx_f_7ivshmem_7_memory_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
+  __pyx_v_code = __pyx_f_7ivshmem_6native_7mapping_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
 
-  /* "ivshmem/_memory.pyx":693
+  /* "ivshmem/native/mapping.pyx":693
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)
  *         self.leave()             # <<<<<<<<<<<<<<
  *         if code:
  *             fail_with(code)
 */
-  __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
+  __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":694
+  /* "ivshmem/native/mapping.pyx":694
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15255,17 +15255,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":695
+    /* "ivshmem/native/mapping.pyx":695
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":694
+    /* "ivshmem/native/mapping.pyx":694
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15274,7 +15274,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":681
+  /* "ivshmem/native/mapping.pyx":681
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15289,7 +15289,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._memory.Registers.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -15298,7 +15298,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":697
+/* "ivshmem/native/mapping.pyx":697
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15306,7 +15306,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
  *         cdef Py_ssize_t n
 */
 
-static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
+static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
   Py_ssize_t __pyx_v_n;
   int __pyx_r;
   int __pyx_t_1;
@@ -15314,7 +15314,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_memory.pyx":700
+  /* "ivshmem/native/mapping.pyx":700
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15326,7 +15326,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":701
+    /* "ivshmem/native/mapping.pyx":701
  *         cdef Py_ssize_t n
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
@@ -15335,7 +15335,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/_memory.pyx":702
+    /* "ivshmem/native/mapping.pyx":702
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)
  *             return 0             # <<<<<<<<<<<<<<
@@ -15348,7 +15348,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":700
+    /* "ivshmem/native/mapping.pyx":700
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15357,7 +15357,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
   }
 
-  /* "ivshmem/_memory.pyx":703
+  /* "ivshmem/native/mapping.pyx":703
  *             ivshmem_store32(self.first + at, value)
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -15366,7 +15366,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
   __pyx_v_n = pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-  /* "ivshmem/_memory.pyx":704
+  /* "ivshmem/native/mapping.pyx":704
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -15397,7 +15397,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":697
+  /* "ivshmem/native/mapping.pyx":697
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15411,7 +15411,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":706
+/* "ivshmem/native/mapping.pyx":706
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15419,10 +15419,10 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
  *             self.release()
 */
 
-static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":707
+  /* "ivshmem/native/mapping.pyx":707
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15434,16 +15434,16 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":708
+    /* "ivshmem/native/mapping.pyx":708
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-    __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
+    __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":707
+    /* "ivshmem/native/mapping.pyx":707
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15452,7 +15452,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_memory.pyx":706
+  /* "ivshmem/native/mapping.pyx":706
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15463,7 +15463,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
   /* function exit code */
 }
 
-/* "ivshmem/_memory.pyx":710
+/* "ivshmem/native/mapping.pyx":710
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15471,12 +15471,12 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
  *         self.page = NULL
 */
 
-static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   char *__pyx_v_page;
   char *__pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":711
+  /* "ivshmem/native/mapping.pyx":711
  * 
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page             # <<<<<<<<<<<<<<
@@ -15487,7 +15487,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
   __pyx_v_page = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":712
+  /* "ivshmem/native/mapping.pyx":712
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -15496,7 +15496,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_memory.pyx":713
+  /* "ivshmem/native/mapping.pyx":713
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15508,7 +15508,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":714
+    /* "ivshmem/native/mapping.pyx":714
  *         self.page = NULL
  *         if page != NULL:
  *             munmap(page, self.length)             # <<<<<<<<<<<<<<
@@ -15517,7 +15517,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
     (void)(munmap(__pyx_v_page, __pyx_v_self->length));
 
-    /* "ivshmem/_memory.pyx":713
+    /* "ivshmem/native/mapping.pyx":713
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15526,7 +15526,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_memory.pyx":710
+  /* "ivshmem/native/mapping.pyx":710
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15538,7 +15538,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
 }
 
-/* "ivshmem/_memory.pyx":716
+/* "ivshmem/native/mapping.pyx":716
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15547,15 +15547,15 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_7close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_6close, "close($self)\n--\n\nUnmap, when the last call that uses them is over; may be called twice.");
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_7close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_9Registers_6close, "close($self)\n--\n\nUnmap, when the last call that uses them is over; may be called twice.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15581,20 +15581,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers_6close(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":718
+  /* "ivshmem/native/mapping.pyx":718
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15606,16 +15606,16 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":719
+    /* "ivshmem/native/mapping.pyx":719
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-    __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
+    __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":718
+    /* "ivshmem/native/mapping.pyx":718
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15624,7 +15624,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":716
+  /* "ivshmem/native/mapping.pyx":716
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15639,7 +15639,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":721
+/* "ivshmem/native/mapping.pyx":721
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15648,30 +15648,30 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7_memory_9Registers_9__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7_memory_9Registers_9__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_7mapping_9Registers_9__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_7mapping_9Registers_9__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
 
-  /* "ivshmem/_memory.pyx":722
+  /* "ivshmem/native/mapping.pyx":722
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
+  __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":721
+  /* "ivshmem/native/mapping.pyx":721
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15690,15 +15690,15 @@ static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_11__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_10__reduce_cython__, "__reduce_cython__($self)\n--\n\n");
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_11__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_9Registers_10__reduce_cython__, "__reduce_cython__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15724,14 +15724,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers_10__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -15756,7 +15756,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(CYTHO
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.Registers.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -15771,15 +15771,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(CYTHO
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_13__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_12__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
-static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_13__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_9Registers_12__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_9Registers_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15841,11 +15841,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.Registers.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9Registers_12__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_Registers *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_9Registers_12__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -15855,7 +15855,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -15880,20 +15880,20 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_12__setstate_cython__(CYT
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.Registers.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Registers.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping __pyx_vtable_7ivshmem_7_memory_Mapping;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping __pyx_vtable_7ivshmem_6native_7mapping_Mapping;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Mapping(PyObject *o, PyObject *a, PyObject *k) {
-  struct __pyx_obj_7ivshmem_7_memory_Mapping *p = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7_memory_Mapping;
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Mapping(PyObject *o, PyObject *a, PyObject *k) {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *p = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
   {
-    int cinit_result = __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(o, a, k);
+    int cinit_result = __pyx_pw_7ivshmem_6native_7mapping_7Mapping_1__cinit__(o, a, k);
     if (unlikely(cinit_result)) goto bad;
   }
   return o;
@@ -15902,17 +15902,17 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Mapping(PyObject
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Mapping(PyTypeObject *t, PyObject *a, PyObject *k) {
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Mapping(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 0);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_Mapping(o, a, k);
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Mapping(o, a, k);
 }
 
-static void __pyx_tp_dealloc_7ivshmem_7_memory_Mapping(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_7mapping_Mapping(PyObject *o) {
   #if CYTHON_USE_TP_FINALIZE
   if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && (!PyType_IS_GC(Py_TYPE(o)) || !__Pyx_PyObject_GC_IsFinalized(o))) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7_memory_Mapping) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_6native_7mapping_Mapping) {
       if (PyObject_CallFinalizerFromDealloc(o)) return;
     }
   }
@@ -15921,7 +15921,7 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory_Mapping(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_7_memory_7Mapping_33__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_7mapping_7Mapping_33__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -15939,80 +15939,80 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory_Mapping(PyObject *o) {
   #endif
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7_memory_7Mapping_address(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7_memory_7Mapping_7address_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_7Mapping_address(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_7mapping_7Mapping_7address_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7_memory_7Mapping_size(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7_memory_7Mapping_4size_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_7Mapping_size(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_7mapping_7Mapping_4size_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7_memory_7Mapping_readonly(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7_memory_7Mapping_8readonly_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_7Mapping_readonly(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_7mapping_7Mapping_8readonly_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7_memory_7Mapping_closed(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7_memory_7Mapping_6closed_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_7Mapping_closed(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_7mapping_7Mapping_6closed_1__get__(o);
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_7_memory_Mapping[] = {
-  {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_2populate},
-  {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_4resident},
-  {"read", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_7read, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_6read},
-  {"read_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_8read_into},
-  {"write", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_11write, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_10write},
-  {"atomic_u32", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_12atomic_u32},
-  {"atomic_u64", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_14atomic_u64},
-  {"array", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_17array, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_16array},
-  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_19__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_18__dlpack__},
-  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_21__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_20__dlpack_device__},
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_23__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_22__reduce__},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_31close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_30close},
+static PyMethodDef __pyx_methods_7ivshmem_6native_7mapping_Mapping[] = {
+  {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_2populate},
+  {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_4resident},
+  {"read", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7read, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_6read},
+  {"read_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_9read_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_8read_into},
+  {"write", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_11write, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_10write},
+  {"atomic_u32", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_13atomic_u32, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_12atomic_u32},
+  {"atomic_u64", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_15atomic_u64, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_14atomic_u64},
+  {"array", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_17array, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_16array},
+  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_19__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_18__dlpack__},
+  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_21__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_23__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_22__reduce__},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_31close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_30close},
   {0, 0, 0, 0}
 };
 
-static struct PyGetSetDef __pyx_getsets_7ivshmem_7_memory_Mapping[] = {
-  {"address", __pyx_getprop_7ivshmem_7_memory_7Mapping_address, 0, PyDoc_STR("Where the memory begins in this process, 0 when closed; for ctypes and its like."), 0},
-  {"size", __pyx_getprop_7ivshmem_7_memory_7Mapping_size, 0, PyDoc_STR("Bytes mapped."), 0},
-  {"readonly", __pyx_getprop_7ivshmem_7_memory_7Mapping_readonly, 0, PyDoc_STR("Whether this process may only read."), 0},
-  {"closed", __pyx_getprop_7ivshmem_7_memory_7Mapping_closed, 0, PyDoc_STR("Whether the memory is not mapped here, or not any more."), 0},
+static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_7mapping_Mapping[] = {
+  {"address", __pyx_getprop_7ivshmem_6native_7mapping_7Mapping_address, 0, PyDoc_STR("Where the memory begins in this process, 0 when closed; for ctypes and its like."), 0},
+  {"size", __pyx_getprop_7ivshmem_6native_7mapping_7Mapping_size, 0, PyDoc_STR("Bytes mapped."), 0},
+  {"readonly", __pyx_getprop_7ivshmem_6native_7mapping_7Mapping_readonly, 0, PyDoc_STR("Whether this process may only read."), 0},
+  {"closed", __pyx_getprop_7ivshmem_6native_7mapping_7Mapping_closed, 0, PyDoc_STR("Whether the memory is not mapped here, or not any more."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 #if !CYTHON_COMPILING_IN_LIMITED_API
 
 static PyBufferProcs __pyx_tp_as_buffer_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7_memory_7Mapping_29__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_27__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releasebuffer__, /*bf_releasebuffer*/
 };
 #endif
-static PyType_Slot __pyx_type_7ivshmem_7_memory_Mapping_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Mapping},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_25__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_25__len__},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping_Mapping_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping_Mapping},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__},
   #if defined(Py_bf_getbuffer)
-  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__},
+  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_27__getbuffer__},
   #endif
   #if defined(Py_bf_releasebuffer)
-  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_29__releasebuffer__},
+  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releasebuffer__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A shared mapping of a file, from `offset` on, offered through the buffer protocol.\n\n    Raises:\n        OSError: as of mmap(2).\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_Mapping},
-  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7_memory_Mapping},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_Mapping},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_7mapping_Mapping},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_7mapping_Mapping},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping_Mapping},
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory_Mapping_spec = {
-  "ivshmem._memory.Mapping",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping_Mapping_spec = {
+  "ivshmem.native.mapping.Mapping",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE,
-  __pyx_type_7ivshmem_7_memory_Mapping_slots,
+  __pyx_type_7ivshmem_6native_7mapping_Mapping_slots,
 };
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_25__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   0, /*sq_item*/
@@ -16025,22 +16025,22 @@ static PySequenceMethods __pyx_tp_as_sequence_Mapping = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_25__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__, /*mp_length*/
   0, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
 
 static PyBufferProcs __pyx_tp_as_buffer_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_27__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7_memory_7Mapping_29__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_27__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releasebuffer__, /*bf_releasebuffer*/
 };
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping_Mapping = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""Mapping", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping), /*tp_basicsize*/
+  "ivshmem.native.mapping.""Mapping", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_Mapping, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping_Mapping, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16063,9 +16063,9 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7_memory_Mapping, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_7mapping_Mapping, /*tp_methods*/
   0, /*tp_members*/
-  __pyx_getsets_7ivshmem_7_memory_Mapping, /*tp_getset*/
+  __pyx_getsets_7ivshmem_6native_7mapping_Mapping, /*tp_getset*/
   0, /*tp_base*/
   0, /*tp_dict*/
   0, /*tp_descr_get*/
@@ -16075,7 +16075,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_Mapping, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping_Mapping, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16111,20 +16111,20 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_vtable_7ivshmem_7_memory_Atomic;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic __pyx_vtable_7ivshmem_6native_7mapping_Atomic;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Atomic(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = ((struct __pyx_obj_7ivshmem_7_memory_Atomic *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7_memory_Atomic;
-  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *p = ((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
+  p->mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)Py_None); Py_INCREF(Py_None);
   {
-    int cinit_result = __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(o, 
+    int cinit_result = __pyx_pw_7ivshmem_6native_7mapping_6Atomic_1__cinit__(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16139,7 +16139,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(PyObject 
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16149,7 +16149,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 0);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Atomic(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16159,27 +16159,27 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Atomic(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Atomic(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_7_memory_Atomic(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+static void __pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic(PyObject *o) {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *p = (struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)o;
   #if CYTHON_USE_TP_FINALIZE
   if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7_memory_Atomic) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic) {
       if (PyObject_CallFinalizerFromDealloc(o)) return;
     }
   }
@@ -16200,9 +16200,9 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory_Atomic(PyObject *o) {
   #endif
 }
 
-static int __pyx_tp_traverse_7ivshmem_7_memory_Atomic(PyObject *o, visitproc v, void *a) {
+static int __pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic(PyObject *o, visitproc v, void *a) {
   int e;
-  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *p = (struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)o;
   {
     e = __Pyx_call_type_traverse(o, 1, v, a);
     if (e) return e;
@@ -16213,74 +16213,74 @@ static int __pyx_tp_traverse_7ivshmem_7_memory_Atomic(PyObject *o, visitproc v, 
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7_memory_Atomic(PyObject *o) {
+static int __pyx_tp_clear_7ivshmem_6native_7mapping_Atomic(PyObject *o) {
   PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *p = (struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)o;
   tmp = ((PyObject*)p->mapping);
-  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
+  p->mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   return 0;
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7_memory_6Atomic_offset(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7_memory_6Atomic_6offset_1__get__(o);
+static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_6Atomic_offset(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_6native_7mapping_6Atomic_6offset_1__get__(o);
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_7_memory_Atomic[] = {
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_4__reduce__},
-  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_7load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_6load},
-  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_9store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_8store},
-  {"exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_11exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_10exchange},
-  {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_13compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_12compare_exchange},
-  {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_14fetch_add},
-  {"fetch_sub", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_sub, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_16fetch_sub},
-  {"fetch_and", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_and, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_18fetch_and},
-  {"fetch_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_21fetch_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_20fetch_or},
-  {"fetch_xor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_23fetch_xor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_22fetch_xor},
+static PyMethodDef __pyx_methods_7ivshmem_6native_7mapping_Atomic[] = {
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_4__reduce__},
+  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_7load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_6load},
+  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_9store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_8store},
+  {"exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_11exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_10exchange},
+  {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_13compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_12compare_exchange},
+  {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_15fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_14fetch_add},
+  {"fetch_sub", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_17fetch_sub, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_16fetch_sub},
+  {"fetch_and", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_19fetch_and, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_18fetch_and},
+  {"fetch_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_21fetch_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_20fetch_or},
+  {"fetch_xor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_23fetch_xor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_6Atomic_22fetch_xor},
   {0, 0, 0, 0}
 };
 
-static struct PyGetSetDef __pyx_getsets_7ivshmem_7_memory_Atomic[] = {
-  {"offset", __pyx_getprop_7ivshmem_7_memory_6Atomic_offset, 0, 0, 0},
+static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_7mapping_Atomic[] = {
+  {"offset", __pyx_getprop_7ivshmem_6native_7mapping_6Atomic_offset, 0, 0, 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory_Atomic_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping_Atomic_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("A word of shared memory in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping\047s `close()`;\n    afterwards every call raises ClosedError.\n\n    Attributes:\n        offset: where it is in the memory, in bytes.\n\n    Memory orders have C11\047s names: \"relaxed\", \"acquire\", \"release\", \"acq_rel\" and \"seq_cst\".\n    A load can\047t have those with release, a store none with acquire. What was stored anywhere before\n    a release is seen by whoever acquires from this word and finds the value, or a later one.\n\n    Raises, in all calls:\n        ValueError: the operation cannot have that order.\n        OverflowError: a value that is negative or has more bits than the word.\n        TypeError: a value is no integer; or the memory is mapped for reading only, and this is not\n            a load.\n        ClosedError: the memory is closed.\n            Whatever is raised, the word is as it was.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_Atomic},
-  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7_memory_Atomic},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_Atomic},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping_Atomic},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Atomic},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory_Atomic_spec = {
-  "ivshmem._memory.Atomic",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping_Atomic_spec = {
+  "ivshmem.native.mapping.Atomic",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7_memory_Atomic_slots,
+  __pyx_type_7ivshmem_6native_7mapping_Atomic_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping_Atomic = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""Atomic", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), /*tp_basicsize*/
+  "ivshmem.native.mapping.""Atomic", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -16292,15 +16292,15 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A word of shared memory in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping\047s `close()`;\n    afterwards every call raises ClosedError.\n\n    Attributes:\n        offset: where it is in the memory, in bytes.\n\n    Memory orders have C11\047s names: \"relaxed\", \"acquire\", \"release\", \"acq_rel\" and \"seq_cst\".\n    A load can\047t have those with release, a store none with acquire. What was stored anywhere before\n    a release is seen by whoever acquires from this word and finds the value, or a later one.\n\n    Raises, in all calls:\n        ValueError: the operation cannot have that order.\n        OverflowError: a value that is negative or has more bits than the word.\n        TypeError: a value is no integer; or the memory is mapped for reading only, and this is not\n            a load.\n        ClosedError: the memory is closed.\n            Whatever is raised, the word is as it was.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  __pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_6native_7mapping_Atomic, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7_memory_Atomic, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_7mapping_Atomic, /*tp_methods*/
   0, /*tp_members*/
-  __pyx_getsets_7ivshmem_7_memory_Atomic, /*tp_getset*/
+  __pyx_getsets_7ivshmem_6native_7mapping_Atomic, /*tp_getset*/
   0, /*tp_base*/
   0, /*tp_dict*/
   0, /*tp_descr_get*/
@@ -16310,7 +16310,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_Atomic, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping_Atomic, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16327,7 +16327,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory_Atomic, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_7mapping_Atomic, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16346,21 +16346,21 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 __pyx_vtable_7ivshmem_7_memory_AtomicU32;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 __pyx_vtable_7ivshmem_6native_7mapping_AtomicU32;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU32(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *p = ((struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic*)__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
+  struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 *p = ((struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic*)__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
   return o;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU32(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16368,7 +16368,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObjec
 #endif
 ) {
   PyObject *o;
-  o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(t, 
+  o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic(t, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16376,7 +16376,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObjec
 #endif
 );
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU32(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16386,56 +16386,56 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObjec
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU32, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU32((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory_AtomicU32_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping_AtomicU32_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic},
   {Py_tp_doc, (void *)PyDoc_STR("A 32-bit word of shared memory; see Atomic.")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_AtomicU32},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU32},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU32},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory_AtomicU32_spec = {
-  "ivshmem._memory.AtomicU32",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping_AtomicU32_spec = {
+  "ivshmem.native.mapping.AtomicU32",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7_memory_AtomicU32_slots,
+  __pyx_type_7ivshmem_6native_7mapping_AtomicU32_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping_AtomicU32 = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""AtomicU32", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), /*tp_basicsize*/
+  "ivshmem.native.mapping.""AtomicU32", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
   #if CYTHON_COMPILING_IN_PYPY || 0
-  __pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__, /*tp_repr*/
   #else
   0, /*tp_repr*/
   #endif
@@ -16450,8 +16450,8 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A 32-bit word of shared memory; see Atomic."), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  __pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_6native_7mapping_Atomic, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -16468,7 +16468,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_AtomicU32, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping_AtomicU32, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16485,7 +16485,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU32, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16504,21 +16504,21 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 __pyx_vtable_7ivshmem_7_memory_AtomicU64;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 __pyx_vtable_7ivshmem_6native_7mapping_AtomicU64;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU64(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = ((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic*)__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
+  struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 *p = ((struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic*)__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
   return o;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU64(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16526,7 +16526,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObjec
 #endif
 ) {
   PyObject *o;
-  o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(t, 
+  o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Atomic(t, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16534,7 +16534,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObjec
 #endif
 );
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping_AtomicU64(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16544,56 +16544,56 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObjec
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU64, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_AtomicU64((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory_AtomicU64_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping_AtomicU64_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic},
   {Py_tp_doc, (void *)PyDoc_STR("A 64-bit word of shared memory; see Atomic.")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_AtomicU64},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_7mapping_Atomic},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping_AtomicU64},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU64},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory_AtomicU64_spec = {
-  "ivshmem._memory.AtomicU64",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping_AtomicU64_spec = {
+  "ivshmem.native.mapping.AtomicU64",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7_memory_AtomicU64_slots,
+  __pyx_type_7ivshmem_6native_7mapping_AtomicU64_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping_AtomicU64 = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""AtomicU64", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), /*tp_basicsize*/
+  "ivshmem.native.mapping.""AtomicU64", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping_Atomic, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
   #if CYTHON_COMPILING_IN_PYPY || 0
-  __pyx_pw_7ivshmem_7_memory_6Atomic_3__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_6native_7mapping_6Atomic_3__repr__, /*tp_repr*/
   #else
   0, /*tp_repr*/
   #endif
@@ -16608,8 +16608,8 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A 64-bit word of shared memory; see Atomic."), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  __pyx_tp_traverse_7ivshmem_6native_7mapping_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_6native_7mapping_Atomic, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -16626,7 +16626,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_AtomicU64, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping_AtomicU64, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16643,7 +16643,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_7mapping_AtomicU64, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16662,19 +16662,19 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers __pyx_vtable_7ivshmem_7_memory_Registers;
+static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers __pyx_vtable_7ivshmem_6native_7mapping_Registers;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Registers(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7_memory_Registers *p = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7_memory_Registers;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Registers *p = ((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
   {
-    int cinit_result = __pyx_pw_7ivshmem_7_memory_9Registers_1__cinit__(o, 
+    int cinit_result = __pyx_pw_7ivshmem_6native_7mapping_9Registers_1__cinit__(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16689,7 +16689,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(PyObje
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Registers(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16699,7 +16699,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObjec
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping_Registers(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16709,28 +16709,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObjec
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Registers(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping_Registers(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Registers, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Registers || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping_Registers((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_7_memory_Registers(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_7mapping_Registers(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_7_memory_9Registers_9__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_7mapping_9Registers_9__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16748,42 +16748,42 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory_Registers(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_7_memory_Registers[] = {
-  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_2load},
-  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_4store},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_6close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_10__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_12__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_7mapping_Registers[] = {
+  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_9Registers_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_9Registers_2load},
+  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_9Registers_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_9Registers_4store},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_9Registers_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_9Registers_6close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_9Registers_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_9Registers_10__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_9Registers_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_9Registers_12__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory_Registers_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Registers},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping_Registers_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping_Registers},
   {Py_tp_doc, (void *)PyDoc_STR("The 32-bit registers of a device, in one page mapped from `fd` or behind reads and writes.\n\n    Args:\n        fd: borrowed; with `mapped` it may be closed afterwards.\n        offset: of the first register in `fd`. It need not begin a page.\n        size: bytes of registers.\n        mapped: a load or store is then one of the processor\047s; otherwise one pread or pwrite of 4\n            bytes, which vfio carries out as such, for what it does not map.\n\n    Raises:\n        OSError: as of mmap(2), pread(2), pwrite(2).\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_Registers},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_Registers},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_7mapping_Registers},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping_Registers},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_Registers},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_7mapping_Registers},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory_Registers_spec = {
-  "ivshmem._memory.Registers",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping_Registers_spec = {
+  "ivshmem.native.mapping.Registers",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_7_memory_Registers_slots,
+  __pyx_type_7ivshmem_6native_7mapping_Registers_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping_Registers = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""Registers", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), /*tp_basicsize*/
+  "ivshmem.native.mapping.""Registers", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_Registers, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping_Registers, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -16806,7 +16806,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7_memory_Registers, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_7mapping_Registers, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -16818,7 +16818,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_Registers, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping_Registers, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -16835,7 +16835,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory_Registers, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_7mapping_Registers, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -16855,7 +16855,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
 };
 #endif
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
@@ -16865,7 +16865,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory___pyx_scope_stru
   return o;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -16874,13 +16874,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__g
 ) {
   PyObject *o;
   #if CYTHON_USE_FREELISTS
-  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7_memory___pyx_scope_struct__genexpr > 0) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr, sizeof(struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr))))
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr > 0) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, sizeof(struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr))))
   {
-    o = (PyObject*)__pyx_mstate_global->__pyx_freelist_7ivshmem_7_memory___pyx_scope_struct__genexpr[--__pyx_mstate_global->__pyx_freecount_7ivshmem_7_memory___pyx_scope_struct__genexpr];
+    o = (PyObject*)__pyx_mstate_global->__pyx_freelist_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr[--__pyx_mstate_global->__pyx_freecount_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr];
     #if CYTHON_USE_TYPE_SPECS
     Py_DECREF(Py_TYPE(o));
     #endif
-    memset(o, 0, sizeof(struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr));
+    memset(o, 0, sizeof(struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr));
     #if CYTHON_COMPILING_IN_LIMITED_API
     (void) PyObject_Init(o, t);
     #else
@@ -16893,7 +16893,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__g
     o = __Pyx_AllocateExtensionType(t, 1);
   }
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory___pyx_scope_struct__genexpr(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -16903,27 +16903,27 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__g
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *p = (struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)o;
+static void __pyx_tp_dealloc_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *o) {
+  struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *p = (struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)o;
   #if CYTHON_USE_TP_FINALIZE
   if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) {
       if (PyObject_CallFinalizerFromDealloc(o)) return;
     }
   }
@@ -16932,9 +16932,9 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObj
   Py_CLEAR(p->__pyx_genexpr_arg_0);
   Py_CLEAR(p->__pyx_v_length);
   #if CYTHON_USE_FREELISTS
-  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7_memory___pyx_scope_struct__genexpr < 8) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(Py_TYPE(o), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr, sizeof(struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr))))
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr < 8) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(Py_TYPE(o), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, sizeof(struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr))))
   {
-    __pyx_mstate_global->__pyx_freelist_7ivshmem_7_memory___pyx_scope_struct__genexpr[__pyx_mstate_global->__pyx_freecount_7ivshmem_7_memory___pyx_scope_struct__genexpr++] = ((struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)o);
+    __pyx_mstate_global->__pyx_freelist_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr[__pyx_mstate_global->__pyx_freecount_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr++] = ((struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)o);
   } else
   #endif
   {
@@ -16953,9 +16953,9 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObj
   }
 }
 
-static int __pyx_tp_traverse_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObject *o, visitproc v, void *a) {
+static int __pyx_tp_traverse_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(PyObject *o, visitproc v, void *a) {
   int e;
-  struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *p = (struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr *)o;
+  struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *p = (struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)o;
   {
     e = __Pyx_call_type_traverse(o, 1, v, a);
     if (e) return e;
@@ -16969,32 +16969,32 @@ static int __pyx_tp_traverse_7ivshmem_7_memory___pyx_scope_struct__genexpr(PyObj
   return 0;
 }
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory___pyx_scope_struct__genexpr},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr},
+static PyType_Slot __pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr_spec = {
-  "ivshmem._memory.__pyx_scope_struct__genexpr",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr),
+static PyType_Spec __pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec = {
+  "ivshmem.native.mapping.__pyx_scope_struct__genexpr",
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr_slots,
+  __pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr = {
+static PyTypeObject __pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""__pyx_scope_struct__genexpr", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr), /*tp_basicsize*/
+  "ivshmem.native.mapping.""__pyx_scope_struct__genexpr", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory___pyx_scope_struct__genexpr, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -17011,7 +17011,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr = {
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   0, /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7_memory___pyx_scope_struct__genexpr, /*tp_traverse*/
+  __pyx_tp_traverse_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
@@ -17029,7 +17029,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory___pyx_scope_struct__genexpr, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -17046,7 +17046,7 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory___pyx_scope_struct__genexpr, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -17078,12 +17078,12 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Mapping(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -17095,9 +17095,9 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Global_init_code", 0);
   /*--- Global init code ---*/
-  __pyx_v_7ivshmem_7_memory_LOADS = ((PyObject*)Py_None); Py_INCREF(Py_None);
-  __pyx_v_7ivshmem_7_memory_STORES = ((PyObject*)Py_None); Py_INCREF(Py_None);
-  __pyx_v_7ivshmem_7_memory_CHANGES = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_6native_7mapping_LOADS = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_6native_7mapping_STORES = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_6native_7mapping_CHANGES = ((PyObject*)Py_None); Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -17120,24 +17120,24 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return 0;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Mapping(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_Mapping ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_Mapping = &__pyx_vtable_7ivshmem_7_memory_Mapping;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.pin = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *))__pyx_f_7ivshmem_7_memory_7Mapping_pin;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.unpin = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *))__pyx_f_7ivshmem_7_memory_7Mapping_unpin;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.exchange = (PyObject *(*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, PyObject *, int))__pyx_f_7ivshmem_7_memory_7Mapping_exchange;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.place = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_7_memory_7Mapping_place;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.copy = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, Py_ssize_t, char *, Py_ssize_t, int))__pyx_f_7ivshmem_7_memory_7Mapping_copy;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Mapping", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping_Mapping ---*/
+  __pyx_vtabptr_7ivshmem_6native_7mapping_Mapping = &__pyx_vtable_7ivshmem_6native_7mapping_Mapping;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.pin = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_pin;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.unpin = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.exchange = (PyObject *(*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int))__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.place = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_6native_7mapping_7Mapping_place;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.copy = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int))__pyx_f_7ivshmem_6native_7mapping_7Mapping_copy;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping)) __PYX_ERR(0, 55, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
   /* PY_VERSION_HEX >= 0x03090000 || Py_LIMITED_API >= 0x030B0000 */
   #elif defined(_MSC_VER)
@@ -17146,23 +17146,23 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstat
   #warning "The buffer protocol is not supported in the Limited C-API < 3.11."
   #endif
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = &__pyx_type_7ivshmem_7_memory_Mapping;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = &__pyx_type_7ivshmem_6native_7mapping_Mapping;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_vtabptr_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, __pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17170,39 +17170,39 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstat
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_Atomic ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_Atomic = &__pyx_vtable_7ivshmem_7_memory_Atomic;
-  __pyx_vtable_7ivshmem_7_memory_Atomic.pin = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_pin;
-  __pyx_vtable_7ivshmem_7_memory_Atomic.pin_own = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_pin_own;
-  __pyx_vtable_7ivshmem_7_memory_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_unpin;
-  __pyx_vtable_7ivshmem_7_memory_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_peek;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping_Atomic ---*/
+  __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic = &__pyx_vtable_7ivshmem_6native_7mapping_Atomic;
+  __pyx_vtable_7ivshmem_6native_7mapping_Atomic.pin = (void *(*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin;
+  __pyx_vtable_7ivshmem_6native_7mapping_Atomic.pin_own = (void *(*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own;
+  __pyx_vtable_7ivshmem_6native_7mapping_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin;
+  __pyx_vtable_7ivshmem_6native_7mapping_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_peek;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic)) __PYX_ERR(0, 444, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic)) __PYX_ERR(0, 444, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = &__pyx_type_7ivshmem_7_memory_Atomic;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = &__pyx_type_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, __pyx_vtabptr_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17210,42 +17210,42 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstate
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_AtomicU32 ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_AtomicU32 = &__pyx_vtable_7ivshmem_7_memory_AtomicU32;
-  __pyx_vtable_7ivshmem_7_memory_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 ---*/
+  __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU32;
+  __pyx_vtable_7ivshmem_6native_7mapping_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU32_spec, __pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU32_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32)) __PYX_ERR(0, 566, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = &__pyx_type_7ivshmem_7_memory_AtomicU32;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU32;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_vtabptr_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17254,42 +17254,42 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mst
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_AtomicU64 ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_AtomicU64 = &__pyx_vtable_7ivshmem_7_memory_AtomicU64;
-  __pyx_vtable_7ivshmem_7_memory_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 ---*/
+  __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU64;
+  __pyx_vtable_7ivshmem_6native_7mapping_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU64_spec, __pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU64_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64)) __PYX_ERR(0, 571, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = &__pyx_type_7ivshmem_7_memory_AtomicU64;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU64;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_vtabptr_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17298,40 +17298,40 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mst
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_Registers ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_Registers = &__pyx_vtable_7ivshmem_7_memory_Registers;
-  __pyx_vtable_7ivshmem_7_memory_Registers.check = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t))__pyx_f_7ivshmem_7_memory_9Registers_check;
-  __pyx_vtable_7ivshmem_7_memory_Registers.put = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t))__pyx_f_7ivshmem_7_memory_9Registers_put;
-  __pyx_vtable_7ivshmem_7_memory_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_leave;
-  __pyx_vtable_7ivshmem_7_memory_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_release;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping_Registers ---*/
+  __pyx_vtabptr_7ivshmem_6native_7mapping_Registers = &__pyx_vtable_7ivshmem_6native_7mapping_Registers;
+  __pyx_vtable_7ivshmem_6native_7mapping_Registers.check = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t))__pyx_f_7ivshmem_6native_7mapping_9Registers_check;
+  __pyx_vtable_7ivshmem_6native_7mapping_Registers.put = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *, Py_ssize_t, uint32_t))__pyx_f_7ivshmem_6native_7mapping_9Registers_put;
+  __pyx_vtable_7ivshmem_6native_7mapping_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_leave;
+  __pyx_vtable_7ivshmem_6native_7mapping_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers)) __PYX_ERR(0, 620, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers)) __PYX_ERR(0, 620, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = &__pyx_type_7ivshmem_7_memory_Registers;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = &__pyx_type_7ivshmem_6native_7mapping_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_vtabptr_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, __pyx_vtabptr_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17339,30 +17339,30 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mst
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr ---*/
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr)) __PYX_ERR(0, 324, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr = &__pyx_type_7ivshmem_7_memory___pyx_scope_struct__genexpr;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory___pyx_scope_struct__genexpr->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
   __Pyx_RefNannyFinishContext();
@@ -17393,57 +17393,57 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -17472,14 +17472,14 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_void_fail_with_fail);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
     const char * __pyx_import_name = __pyx_import_signature + 21;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -17501,10 +17501,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec__memory(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_mapping(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec__memory},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_mapping},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -17523,7 +17523,7 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "_memory",
+      "mapping",
       __pyx_k_Memory_at_C_speed_mappings_words, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
@@ -17561,8 +17561,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit__memory(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit__memory(void)
+__Pyx_PyMODINIT_FUNC PyInit_mapping(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_mapping(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -17680,7 +17680,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec__memory(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_mapping(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -17699,7 +17699,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__memory(PyObject *__pyx_pyinit_mod
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module '_memory' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'mapping' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -17715,7 +17715,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__memory(PyObject *__pyx_pyinit_mod
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "_memory" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "mapping" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -17745,7 +17745,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__memory(PyObject *__pyx_pyinit_mod
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit__memory", 0);
+__Pyx_RefNannySetupContext("PyInit_mapping", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17756,13 +17756,13 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem___memory) {
+  if (__pyx_module_is_main_ivshmem__native__mapping) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem._memory")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem._memory", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.native.mapping")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.mapping", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -17775,19 +17775,19 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory___pyx_scope_struct__genexpr(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Mapping(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_memory.pyx":40
+  /* "ivshmem/native/mapping.pyx":40
  * )
  * 
  * import importlib             # <<<<<<<<<<<<<<
@@ -17800,7 +17800,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_importlib, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":41
+  /* "ivshmem/native/mapping.pyx":41
  * 
  * import importlib
  * import math             # <<<<<<<<<<<<<<
@@ -17813,12 +17813,12 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_math, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":42
+  /* "ivshmem/native/mapping.pyx":42
  * import importlib
  * import math
  * import operator             # <<<<<<<<<<<<<<
  * 
- * from .errors import ClosedError
+ * from ..errors import ClosedError
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -17826,16 +17826,16 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":44
+  /* "ivshmem/native/mapping.pyx":44
  * import operator
  * 
- * from .errors import ClosedError             # <<<<<<<<<<<<<<
+ * from ..errors import ClosedError             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
@@ -17850,7 +17850,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":437
+  /* "ivshmem/native/mapping.pyx":437
  * 
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
@@ -17871,12 +17871,12 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   __Pyx_GOTREF(__pyx_t_4);
   if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_LOADS);
-  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_LOADS, ((PyObject*)__pyx_t_2));
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_LOADS);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_LOADS, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":438
+  /* "ivshmem/native/mapping.pyx":438
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
@@ -17897,23 +17897,23 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   __Pyx_GOTREF(__pyx_t_4);
   if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_STORES);
-  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_STORES, ((PyObject*)__pyx_t_2));
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_STORES);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_STORES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":439
+  /* "ivshmem/native/mapping.pyx":439
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}             # <<<<<<<<<<<<<<
  * 
  * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil
 */
-  if (unlikely(__pyx_v_7ivshmem_7_memory_LOADS == Py_None)) {
+  if (unlikely(__pyx_v_7ivshmem_6native_7mapping_LOADS == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
     __PYX_ERR(0, 439, __pyx_L1_error)
   }
-  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_7_memory_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_6native_7mapping_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -17923,24 +17923,24 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   __Pyx_GOTREF(__pyx_t_4);
   if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_CHANGES);
-  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_CHANGES, ((PyObject*)__pyx_t_2));
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_CHANGES);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_CHANGES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":605
+  /* "ivshmem/native/mapping.pyx":605
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
  *     """Order all stores and loads before it before all that follow (a seq_cst fence of C11).
  * 
 */
-  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_7_memory_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_7mapping_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fence, __pyx_t_2) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":1
+  /* "ivshmem/native/mapping.pyx":1
  * # cython: language_level=3, binding=False, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Memory at C speed: mappings, words and copies in them, and the registers of a device.
@@ -17958,7 +17958,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   __Pyx_XDECREF(__pyx_t_4);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem._memory", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.native.mapping", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -17972,7 +17972,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem._memory");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.mapping");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -18013,7 +18013,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_memory.pyx":339
+  /* "ivshmem/native/mapping.pyx":339
  *     def __dlpack_device__(self):
  *         """The processor's memory, in DLPack's words."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18063,31 +18063,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{24},{6},{10},{14},{60},{90},{21},{38},{4},{42},{44},{2},{2},{9},{8},{13},{1},{14},{33},{28},{27},{12},{9},{1},{1},{179},{2},{8},{3},{11},{7},{6},{6},{2},{9},{14},{19},{3},{11},{12},{50},{9},{14},{15},{7},{73},{6},{20},{20},{24},{37},{6},{9},{9},{11},{7},{9},{20},{10},{12},{8},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{7},{7},{9},{6},{5},{22},{7},{2},{4},{6},{18},{5},{4},{7},{5},{6},{8},{2},{5},{7},{9},{13},{9},{5},{5},{8},{15},{6},{4},{3},{6},{7},{4},{4},{5},{6},{8},{5},{9},{3},{4},{8},{7},{7},{7},{4},{7},{10},{5},{4},{8},{5},{5},{5},{6},{4}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{24},{6},{10},{14},{60},{90},{21},{38},{4},{42},{44},{2},{2},{9},{8},{13},{1},{14},{33},{28},{27},{12},{9},{1},{1},{179},{2},{8},{3},{11},{7},{6},{6},{2},{9},{14},{26},{3},{11},{12},{50},{9},{14},{15},{7},{73},{6},{20},{20},{24},{37},{6},{9},{9},{11},{7},{9},{20},{10},{12},{8},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{7},{7},{9},{6},{5},{22},{7},{2},{4},{6},{18},{5},{4},{7},{5},{6},{8},{2},{5},{7},{9},{13},{9},{5},{5},{8},{22},{6},{4},{3},{6},{7},{4},{4},{5},{6},{8},{5},{9},{3},{4},{8},{7},{7},{7},{4},{7},{10},{5},{4},{8},{5},{5},{5},{6},{4}};
     const struct { const unsigned int length: 6; } bytes_length_index[] = {{35},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (921 bytes) */
-static const char cstring[] = "x\332\205TQo\3346\014\356O!\260\207&@r\003\332`(\016E\206\241\353\200=\254\010\n\354\331\345I\264\255E\226\034I\276;\357W\354\047\357\243\344K\322\207a\207\263LS$E~\374(\342B\261\357\263\024\242\203\014.\020\024L\323\342\213\233\275`\017\372\265H\336V.\227o\354\224Q&2\034B,p&\023g\047\226b\242\331\231G/vO\234\037\325\212\022B\307@=\366\030\326\243$\212A\376\307\267\0246\243\252L\014AL\241\023\374\204\\!\227)\210X\2617\325\203s\2066\223\225l\222\233\013tzR\031a\027gI\\p\370\236h\344LSD\2102r\250y\275\177G\007\365l\305\320)&K\300@\237<rBF\223\300c\335\353\251\247\270xKc\304\302\326&\311\0310\034\235\234\362\036\005z\341,\233yU\242R\030\246\304k\246\336\245\\~8\337\320\r\031\037\263\330\373\033:\262_\204n\01752\316\005\264\273=!\316$\241\245\264\247\301\035\245f\346\200@\322\234f\001\376\364\255J\337\366\265\354g\227\221a\035bk\320^%/a(\243\342\254 \007\031\000\305Q\366\032\0220\240@\372\350\216yD\326\273\373\237\277\304R\241)\364i-#\332\345\024R\357\016\212\240\370\225rI\316\024I\r\277\207\317\017\267w\037\356j\231I\376B\2032\345\345`<W`\220\377aq\240\021\220^g\311;\372\275\2475.\265sTbk\333+\007\344\004\324AD\255\367meFm\\\007w\027\206\267d]\302!\025\221H\277\261\317\262c\355D\007KAB\033\233&\236a\232\371\000\026\351\311$A\345\301\270\334${)YR\212)o_?v\255w\273y=\0039\374\331\273! W\025\265\215Z\022d+=c<\250\353\300\217\305H\327\221]jN!\206[@tt\354\261k\\p\245Cr\340\250\005hAK\036\344\245M:\024Y\341|\231\3016\047\273z\334\325u\205\nT_\246\031\014\234\335\014\032\344\302\3367\025]\201\344\313w\244\273j\001\256\257\033S\024I+GgD{\331\230\247\272\346\360_:tL\243\202f\337\353\001\354\0148t\264\222\260EO0\304~\375\245\304\311\231\266\376\371\376\335&\374t\367\251\206\376\254\030\377\001O\230\177\335\n\316]\367\260\236\361\374\n:u_\344\\\276J\337u\326\317l\036;\374\006)\250\263\210\312\016\016\372\236\330\205\372\216v\361u\047\360T\337hX\267\231\253x,\332d\335xZ\330_\214.\275z\226L\345\370+\205\234\365\003]x\016\234_\245\361,\277\370a\310\320_6O\210\340\361Z\300\317\312""\031\235F\236\342\202U\033Y\227\335G\037\r8{\277\033$\310yN\234\333f\321\013\350\260\364\275$\343]\220\016e\226\304F\016\000\243\265\207\013\343jCt[\t\335h\213\030\230\006\261\275\355%\030\331\242\342\212\213\007\235E7\3151\225\r\255\366\201Iv\301\312\031\210N\271-\177\313e\0266\366\267\013\303G\266\350vk\370\324\2327q\031qD\251\324ktmwkL\225\337\312\355N#\316q\236S\264J\021\245\207bs\026\273]\220\2705\225\231\230D\233\345\2513\271 \3166Qm\007\021p)\324B\313\230\342iq\241|\250we]\262\322\034*\272\302r\375\246J\307\350\354\365\233\236\235\357N\256\214U\372\207\377\0053\271\227\375";
-    PyObject *data = __Pyx_DecompressString(cstring, 921, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (925 bytes) */
+static const char cstring[] = "x\332\205T\333\216\3346\014\315\247\020\350Cv\200\335\t\220,\212`\020l\021\244)\320\207\006\213\000}v8\022m++K^I\236K\277\242\237\334C\311\263\273y\010:\030\3134ER\344\341\241\210\013\305\276\317R\210\3662\270@P0M\213/n\366\202=\350\317E\362\272r\271|c\247\2142\221\341\020b\2013\2318;\261\024\023\315\316<x\261;\342\374\240V\224\020:\006\352\261\307\260\036%Q\014\362?\276\245\260\031Ueb\010b\n\035\341\047\344\n\271LA\304\212\275\256\036\2343\264\231\254d\223\334\\\240\323\223\312\010\2738K\342\202\303wD#g\232\"B\224\221C\315\353\335[\332\253g+\206\2161Y\002\006\372\344\221\0232\232\004\036\347\235\236z\214\213\2674F,lm\222\234\001\303\301\3111\357P\240\027\316\262\232W%*\205aJ|\316\324\273\224\313/\247k\272&\343c\026{wM\007\366\213\320\315\276F\306\271\200v\273#\304\231$\264\224v4\270\203\324\314\034\020H\232\323,\300\237\276U\351\333\256\226\375\34422\254Cl\r\332\251\344%\014eT\234\025\344 \003\2408\310NC\002\006\024H\037\334!\217\310z{\367\333\227X*4\205>\235\313\210v9\205\324\273\275\"(\376L\271$g\212\244\206\337\375\347\373\233\333\367\267\265\314$\337\321\240Ly\331\033\317\025\030\344\277_\034h\004\244\317\263\344-\375\331\3239.\265sTbk\333\013\007\344\004\324AD\255\367ueFm\\\007w\027\206\327d]\302!\025\221H\177\260\317\262e\355D\007KAB+\233&\236a\232y\017\026\351\311$A\345\301\270\334${)YR\212)\257_oB\305\346\r\334\365\270\355|>\001@\374\331\273! e\025\265\233Z\031d+=cJ\250\353@\223\305H\327\221]jj!\206\033 up\354\261k\\p\245C\216\240\252\005vA+\037\344\271[:\033YQ}\036\3056.\333z\334\325\246\"\006\306/\323\014\"\316n\006\033ra\357\233\212\256\300\365\345\007\356]\265\000\233M#\214\002j\345\340\214hK\033\001U\327\034~\246C\3434*\330\366\243^\001\002\034:aI\330\002+\314\262?\177,qr\246\255\177\277{\273\n\277\336~\252\241?+\324\1775h\277\256\005\347\256\273?\237\360\374\016Vu_\344T\276J\337u\326\317l\036:\374\006)\250\263\210\312\016\016\372\236\330\205\372\216v\361u\047\360T\337hX\267\232\253x(\332k\335x\\\330_\214.\275z\222L\245\372\013\205\234\364\003]x\n\234_""\244\361$?\373a\326\320_6\217\210\340\361Z@\323\312\031\035J\236\342\202U\033Y\227\355\007\037\r\250{\267\035$\310iN\234\333f\321{h\277\364\275$\343]\220\016e\226\304F\366\000\243\265\207\013\343\206Ct[y\335\330\213\030\030\n\261\275\355%\030Y\243\342\246\213{\035I7\3151\225\025\255\366\201\201v\301\312\t\210N\271-\377\310e$\332\020l\327!h\327\207\217l\241h}_w&.#N*\225\201\215\265\355\246\215\251\322\\)\336i\3409\316s\212V\231\242,Q\210Nb\327\353\022w\250\022\024si\263<v&\027\304Y\007\253\355 \002\256\210Zo\031S<..\224\367\365\346\254KV\266CEWX6\257\252t\210\316n^\365\354|wte\254\322\277\374\0370^\235P";
+    PyObject *data = __Pyx_DecompressString(cstring, 925, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1343 bytes) */
-static const char cstring[] = "\377 at offs\377et  begi\375n\r\001a mult\317iple\031\000\025\000yt\217es b\001\002,\000\003\004o\377f them c\337annot:\000 c\377opied or\377 pickled\337: ask\"\001 r^X\000on f\031\000a+\000\177her one\035\034\337ttachK\001co\177nnect w5\000\377e it is \177needed,i\002\367ass\023\000s de?script\177\000f\001\373th%\000opera\377tion:  h\177as more\266\000\373an\223\00232 bi\367ts \307\003 wor\363d \201 \000\001shar\266\313\000me/\000y:r\001w\177ould ho\002\000\177address\224 \277views:\336\000l\237ease )\003\020\002 \377and arra\377ys first\377#x, , cl\377osed>, v?alue -}\000r\003\376\207@.: elem\373en\215\003: giv\330\252\001\362\000\377\000r \221\000peV\207@ `\005\002`\223\001s)\007\333ha+\000no\245C: ~\007\000length\240A\356\235Aneg\210 ve:\370\266A\204 \336\000 <ivs\375h\342\000.>?Not~\226\"t Cyth\254@\276\344 delib\276!e\377ly stric\355t\271@th\275 PEP\357-484\342\002rej\376\236@s subcl9a\224\"\235`bui\304`\347 \377ypes. If\357 you\265B toc p\263A&\010\313`n \205\204\001\346\324` \047\321b\264B_ty\377ping\047 di\371r\203`\215\"o Fal_se.a \207@_\375`\271e\316@\203\204\004map(\000s\363ab\377`8\000e en^\010\001gcis\004\003d\353\005\277errors\372\004/=_\345C.pyx\301 \304 \177aligned\304!\370\302B\211\205\001\333 defau\337lt __\235`uc\237e__ d\306@\317\000n\367on-\240 vial~\033\000cinit_\232\000\355 \323`er\213Apag\047es \237E\221\205\001s\313!\372\205\007\332\242\205\003.\261b()\340\204\002s \357nump\377`pip\377 install~\r\003 (or u\350j\315(\343\205\003))\244c\306!de\017vice\257\205\001\364c\332!\317\204\003\354\000\021\327\205\001inQ\002by \334\036\013\326 ped\300\206\002re\373ad\221@ only\277Atomic\000\003U\27332\002\00464C\344\204\002E\356\340!Map\277AReg\375i\355\001s__Pyx\372\001\000D\314`_Next\377Ref__dlp\377ack____g\353et\345\000t\330 __i\274\356`\020\001main\003\002owdul\025\002nam\035\0022\256@_(\004\007\001vt\367AC\001\217qual\035\005\244E\255Fc\330\337\204\002j\001\300Dexw\001se\213t_Q\005s|\010\003\006.\007t\273es\335@acq\206`l\306\004\000ui\224 \260a""\275\206\001am\317ount\372\206\002\377\206\002.<\377locals>.\377genexpra\365s\027\003t\375\207\001buff\377ercline_~\344\000traceb\212 \376\247\207\003atadesi\217redd\315\204\001\261\204\003A\000e\377ctedfdfe\367nceO\004haso\375b\210\206\001import\363_m\251\"\007\003libiondex\317 ms\000\002\307ize\367\206\005\367\204\004\253\207\003lo_admap\353Cm\267C/math\266\000t\211\204\002\255\213\003f\326\211\003or\333\204\002\330\204\001_sO\000\177popprod\237a\376\233arelaxed\354\004\000\235\211\001re\277\210\002sen\377dseq_cst\307set\313\205\004\024\003\221\000su\375b\344\002throwuOint8\247\211\002\254\211\002s\355\211\001\266\020\000 (\025\000)\000\005\002v\377oid)\000fai\277l_with\005\002\220\001a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1343, 1755);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1352 bytes) */
+static const char cstring[] = "\377 at offs\377et  begi\375n\r\001a mult\317iple\031\000\025\000yt\217es b\001\002,\000\003\004o\377f them c\337annot:\000 c\377opied or\377 pickled\337: ask\"\001 r^X\000on f\031\000a+\000\177her one\035\034\337ttachK\001co\177nnect w5\000\377e it is \177needed,i\002\367ass\023\000s de?script\177\000f\001\373th%\000opera\377tion:  h\177as more\266\000\373an\223\00232 bi\367ts \307\003 wor\363d \201 \000\001shar\266\313\000me/\000y:r\001w\177ould ho\002\000\177address\224 \277views:\336\000l\237ease )\003\020\002 \377and arra\377ys first\377#x, , cl\377osed>, v?alue -}\000r\003\376\207@.: elem\373en\215\003: giv\330\252\001\362\000\377\000r \221\000peV\207@ `\005\002`\223\001s)\007\333ha+\000no\245C: ~\007\000length\240A\356\235Aneg\210 ve:\370\266A\204 \336\000 <ivs\375h\342\000.>?Not~\226\"t Cyth\254@\276\344 delib\276!e\377ly stric\355t\271@th\275 PEP\357-484\342\002rej\376\236@s subcl9a\224\"\235`bui\304`\347 \377ypes. If\357 you\265B toc p\263A&\010\313`n \205\204\001\346\324` \047\321b\264B_ty\377ping\047 di\371r\203`\215\"o Fal_se.a \207@_\375`\271e\316@\203\204\004map(\000s\363ab\377`8\000e en^\010\001gcis\004\003d\353\005\277errors\372\004/\345n\227\"/<\000k\001.py\371x\310 \313 align\303ed\313!\311B\220\205\001\342 de\377fault __\376\244`uce__ d\274\315@\326\000non-\247 v\367ial\033\000cinikt_\241\000 \332`er\222A?pages \246E\230\205\001\321s\322!\201\206\007\251\205\003.\270b()\376\347\204\002s numpy\377: pip in\337stall\r\003 (\257or u\357j(\352\205\003)\371)\253c\315!devic\201e\266\205\001\373c\341!\326\204\003\000\021\336\205\001i\235nQ\002by \036\013\235!e\275d\307\206\002read\230@ \377onlyAtom\273ic\000\003U32\002\0046\3534C\353\204\002E\347!Map\336\306ARegi\355\001s_\257_Pyx\001\000D\323`_\377NextRef_\377_dlpack_\277___get\345\000t\316\330 __i\365`\020\001ma{in\003\002odul\025\002\047nam\035\002\256@_(\004\007\001\363vt\376AC\001qual\210\035\005\244E\255Fc\346\204\002j\001\300De\275xw\001set_Q\005s\270|\010\003\006.\007tes\335@akcq\206`l\004\000ui""\224 \374\260a\304\206\001amount\374\201\207\002\206\207\002.<loca\377ls>.gene_xpras\027\003t\204\210\001\377buffercl\357ine_\344\000tra\347ceb\212 \256\207\003ata\377desiredd\370\324\204\001\270\204\003A\000ected\177fdfenceO\004\337hasob\217\206\001im?port_m\251\"\007\003\377libindexv\317 ms\000\002ize\376\206\005\362\377\204\003.\376\204\004\271\207\003load\347map\362C\230\205\004mat\305h\275\000t\220\204\002\273\213\003\344\211\003or\354\342\204\002\337\204\001_sV\000pop\317prod\246a\242are\237laxed\004\000\253\211\001r\375e\315\210\002sendse\377q_cstset\270\322\205\004\024\003\230\000sub\353\002t\377hrowuint\3118\265\211\002\272\211\002s\373\211\001\020\000 (\366\025\000)\000\005\002void\377)\000fail_w7ith\005\002\220a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1352, 1769);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1755 bytes) */
-static const char bytes[] = " at offset  begin at a multiple of  bytes bytes at  bytes of them cannot be copied or pickled: ask the region for another one cannot be copied or pickled: attach or connect where it is needed, or pass its descriptor for this operation:  has more than the 32 bits of the word in  in shared memory: it would hold addresses views: release memoryviews and arrays first#x, , closed>, value -bit word at .: elements of : give the inner shape by `shape`: its elements have no bytes: no length can be negative: there are <ivshmem.>?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notean cannot map disabledtype enablegcisenabledivshmem.errorsivshmem/_memory.pyxno no aligned no array of no default __reduce__ due to non-trivial __cinit__no order no pages have no register at offset region.array() needs numpy: pip install numpy (or use memoryview(region))shape the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicAtomicU32AtomicU64ClosedErrorMappingRegisters__Pyx_PyDict_NextRef__dlpack____getstate____iter____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test__acq_relacquirealignmentamountarrayarray.<locals>.genexprasarrayatbitsbuffercline_in_tracebackclosedatadesireddtypeerrorsexpectedfdfencegenexprhasobjectimport_moduleimportlibindexitemsitemsizeivshmem._memorylengthloadmapmappedmappingmathnextnumpyoffsetoperatororderpage_sizepopprodreadonlyrelaxedreleasereshapesendseq_cstsetdefaultshapesizesubdtypethrowuint8valuevaluesviewint (int)\000int (void)\000fail_with\000fail\220a";
+    #else /* compression: none (1769 bytes) */
+static const char bytes[] = " at offset  begin at a multiple of  bytes bytes at  bytes of them cannot be copied or pickled: ask the region for another one cannot be copied or pickled: attach or connect where it is needed, or pass its descriptor for this operation:  has more than the 32 bits of the word in  in shared memory: it would hold addresses views: release memoryviews and arrays first#x, , closed>, value -bit word at .: elements of : give the inner shape by `shape`: its elements have no bytes: no length can be negative: there are <ivshmem.>?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notean cannot map disabledtype enablegcisenabledivshmem.errorsivshmem/native/mapping.pyxno no aligned no array of no default __reduce__ due to non-trivial __cinit__no order no pages have no register at offset region.array() needs numpy: pip install numpy (or use memoryview(region))shape the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicAtomicU32AtomicU64ClosedErrorMappingRegisters__Pyx_PyDict_NextRef__dlpack____getstate____iter____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test__acq_relacquirealignmentamountarrayarray.<locals>.genexprasarrayatbitsbuffercline_in_tracebackclosedatadesireddtypeerrorsexpectedfdfencegenexprhasobjectimport_moduleimportlibindexitemsitemsizeivshmem.native.mappinglengthloadmapmappedmappingmathnextnumpyoffsetoperatororderpage_sizepopprodreadonlyrelaxedreleasereshapesendseq_cstsetdefaultshapesizesubdtypethrowuint8valuevaluesviewint (int)\000int (void)\000fail_with\000fail\220a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -18212,7 +18212,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 324};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_length};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591_a_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_mapping_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591_a_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

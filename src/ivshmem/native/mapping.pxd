@@ -1,4 +1,4 @@
-# What the other modules in Cython use of _memory.pyx.
+# What the other modules in Cython use of mapping.pyx.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 

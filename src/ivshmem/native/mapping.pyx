@@ -25,8 +25,8 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t, UINT32_MAX
 from libc.string cimport memmove
 
-from ._fds cimport fail, fail_with
-from ._libc cimport (
+from .descriptors cimport fail, fail_with
+from .syscalls cimport (
     ACQ_REL, ACQUIRE, EAGAIN, EINTR, EINVAL, EIO, errno, ivshmem_add, ivshmem_and,
     IVSHMEM_CLOSING, ivshmem_compare_exchange, ivshmem_enter, ivshmem_enter_held,
     ivshmem_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, ivshmem_load,
@@ -41,7 +41,7 @@ import importlib
 import math
 import operator
 
-from .errors import ClosedError
+from ..errors import ClosedError
 
 cdef enum:
     # Bytes from which on a copy, or unmapping, lets go of the GIL. That takes 50 ns if nobody wants

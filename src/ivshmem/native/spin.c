@@ -1249,8 +1249,8 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem___spin
-#define __PYX_HAVE_API__ivshmem___spin
+#define __PYX_HAVE__ivshmem__native__spin
+#define __PYX_HAVE_API__ivshmem__native__spin
 /* Early includes */
 #include <stdint.h>
 #include <string.h>
@@ -1812,9 +1812,9 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/_spin.pyx",
+  "ivshmem/native/spin.pyx",
   "cpython/type.pxd",
-  "ivshmem/_fds.pxd",
+  "ivshmem/native/descriptors.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -1991,14 +1991,14 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_4_fds_Fd;
-struct __pyx_obj_7ivshmem_4_fds_FdArray;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
-struct __pyx_obj_7ivshmem_4_fds_Relay;
-struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_5_spin_Spinner;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 
-/* "_fds.pxd":10
+/* "descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2006,13 +2006,13 @@ struct __pyx_obj_7ivshmem_5_spin_Spinner;
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
-struct __pyx_t_7ivshmem_5_spin_Habit;
-struct __pyx_t_7ivshmem_5_spin_Turn;
+struct __pyx_t_7ivshmem_6native_4spin_Habit;
+struct __pyx_t_7ivshmem_6native_4spin_Turn;
 
-/* "ivshmem/_spin.pxd":5
+/* "ivshmem/native/spin.pxd":5
  * from libc.stdint cimport int64_t, uint32_t
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2021,25 +2021,25 @@ struct __pyx_t_7ivshmem_5_spin_Turn;
 */
 enum  {
 
-  /* "ivshmem/_spin.pxd":8
+  /* "ivshmem/native/spin.pxd":8
  *     # A spin as long as the learner thinks best, where others give nanoseconds.
  *     SPIN_AUTO = -1
  *     HABITS = 1 << 6             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_e_7ivshmem_5_spin_SPIN_AUTO = -1L,
-  __pyx_e_7ivshmem_5_spin_HABITS = (1 << 6)
+  __pyx_e_7ivshmem_6native_4spin_SPIN_AUTO = -1L,
+  __pyx_e_7ivshmem_6native_4spin_HABITS = (1 << 6)
 };
 
-/* "ivshmem/_spin.pxd":11
+/* "ivshmem/native/spin.pxd":11
  * 
  * 
  * cdef struct Habit:             # <<<<<<<<<<<<<<
  *     int64_t gap  # nanoseconds from the beginning of a spin to its success, smoothed
  *     uint32_t losses  # spins in a row that found nothing
 */
-struct __pyx_t_7ivshmem_5_spin_Habit {
+struct __pyx_t_7ivshmem_6native_4spin_Habit {
   int64_t gap;
   uint32_t losses;
   uint32_t wins;
@@ -2047,28 +2047,28 @@ struct __pyx_t_7ivshmem_5_spin_Habit {
   uint32_t left;
 };
 
-/* "ivshmem/_spin.pxd":19
+/* "ivshmem/native/spin.pxd":19
  * 
  * 
  * cdef struct Turn:             # <<<<<<<<<<<<<<
  *     int64_t left  # nanoseconds that one wait may still spin
  *     int64_t done  # and those it has
 */
-struct __pyx_t_7ivshmem_5_spin_Turn {
+struct __pyx_t_7ivshmem_6native_4spin_Turn {
   int64_t left;
   int64_t done;
 };
 
-/* "ivshmem/_spin.pxd":25
+/* "ivshmem/native/spin.pxd":25
  * 
  * # A look at something that may have come: 0 if it has not; it calls nothing of Python.
  * ctypedef int64_t (*Probe)(void *what) noexcept nogil             # <<<<<<<<<<<<<<
  * 
  * cdef int64_t spin_of(object spin) except -2
 */
-typedef int64_t (*__pyx_t_7ivshmem_5_spin_Probe)(void *);
+typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
 
-/* "ivshmem/_spin.pyx":29
+/* "ivshmem/native/spin.pyx":29
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2076,58 +2076,58 @@ typedef int64_t (*__pyx_t_7ivshmem_5_spin_Probe)(void *);
  *     # was held up; after how long a spin lets signal handlers run.
 */
 enum  {
-  __pyx_e_7ivshmem_5_spin_SHORTEST = 0x4E20,
-  __pyx_e_7ivshmem_5_spin_LONGEST = 0xC350,
-  __pyx_e_7ivshmem_5_spin_HELD_UP = 0xF4240,
-  __pyx_e_7ivshmem_5_spin_SLICE = 0xF4240,
-  __pyx_e_7ivshmem_5_spin_FIRST_PAUSE = 0x200,
-  __pyx_e_7ivshmem_5_spin_LAST_PAUSE = 0x1000,
-  __pyx_e_7ivshmem_5_spin_FORGET = 64,
-  __pyx_e_7ivshmem_5_spin_LOOKS = 4
+  __pyx_e_7ivshmem_6native_4spin_SHORTEST = 0x4E20,
+  __pyx_e_7ivshmem_6native_4spin_LONGEST = 0xC350,
+  __pyx_e_7ivshmem_6native_4spin_HELD_UP = 0xF4240,
+  __pyx_e_7ivshmem_6native_4spin_SLICE = 0xF4240,
+  __pyx_e_7ivshmem_6native_4spin_FIRST_PAUSE = 0x200,
+  __pyx_e_7ivshmem_6native_4spin_LAST_PAUSE = 0x1000,
+  __pyx_e_7ivshmem_6native_4spin_FORGET = 64,
+  __pyx_e_7ivshmem_6native_4spin_LOOKS = 4
 };
 
-/* "_fds.pxd":86
+/* "descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
  *     cdef int number  # -1: it is closed, or has another owner
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Fd {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
   PyObject_HEAD
   int number;
 };
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
 */
-struct __pyx_obj_7ivshmem_4_fds_FdArray {
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
   unsigned int state;
-  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
   int outgrown_count;
 };
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int zero
 */
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
   aio_context_t context;
   int zero;
   int pid;
@@ -2135,51 +2135,51 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int pid
 */
-struct __pyx_obj_7ivshmem_4_fds_Relay {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
   aio_context_t context;
   int pid;
 };
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Epoll {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
 };
 
 
-/* "ivshmem/_spin.pxd":30
+/* "ivshmem/native/spin.pxd":30
  * 
  * 
  * cdef class Spinner:             # <<<<<<<<<<<<<<
  *     cdef Habit habits[HABITS]
  * 
 */
-struct __pyx_obj_7ivshmem_5_spin_Spinner {
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *__pyx_vtab;
-  struct __pyx_t_7ivshmem_5_spin_Habit habits[__pyx_e_7ivshmem_5_spin_HABITS];
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2187,16 +2187,16 @@ struct __pyx_obj_7ivshmem_5_spin_Spinner {
  *     cdef Py_ssize_t count
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
-  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2204,14 +2204,14 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
  *     cdef int zero
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
-  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2219,13 +2219,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_
  *     cdef int pid
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
-  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2233,13 +2233,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
-  int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
 
 
-/* "ivshmem/_spin.pyx":77
+/* "ivshmem/native/spin.pyx":77
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2247,19 +2247,19 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
  *     """What spinning for each of up to 64 things brought; the rest share the last one's record.
 */
 
-struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner {
-  int64_t (*spin)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_5_spin_Probe, void *, struct __pyx_t_7ivshmem_5_spin_Turn *, unsigned int const *);
-  void (*begin)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, struct __pyx_t_7ivshmem_5_spin_Turn *, Py_ssize_t, int64_t);
-  int64_t (*budget)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t);
-  void (*won)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, int);
-  void (*lost)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t);
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *__pyx_vtabptr_7ivshmem_5_spin_Spinner;
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_5_spin_Probe, void *, struct __pyx_t_7ivshmem_5_spin_Turn *, unsigned int const *);
-static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_spin_Spinner *, struct __pyx_t_7ivshmem_5_spin_Turn *, Py_ssize_t, int64_t);
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t);
-static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, int);
-static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t);
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_begin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3138,11 +3138,11 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_deadline, __pyx_t_7ivshmem_5_spin_Probe __pyx_v_probe, void *__pyx_v_what, struct __pyx_t_7ivshmem_5_spin_Turn *__pyx_v_turn, unsigned int const *__pyx_v_state); /* proto*/
-static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, struct __pyx_t_7ivshmem_5_spin_Turn *__pyx_v_turn, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish); /* proto*/
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish); /* proto*/
-static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up); /* proto*/
-static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which); /* proto*/
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_deadline, __pyx_t_7ivshmem_6native_4spin_Probe __pyx_v_probe, void *__pyx_v_what, struct __pyx_t_7ivshmem_6native_4spin_Turn *__pyx_v_turn, unsigned int const *__pyx_v_state); /* proto*/
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_begin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, struct __pyx_t_7ivshmem_6native_4spin_Turn *__pyx_v_turn, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish); /* proto*/
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish); /* proto*/
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up); /* proto*/
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -3164,40 +3164,40 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "ivshmem._libc" */
+/* Module declarations from "ivshmem.native.syscalls" */
 
-/* Module declarations from "ivshmem._fds" */
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
+/* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 
-/* Module declarations from "ivshmem._spin" */
-static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *); /*proto*/
-static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_5_spin_get32(uint32_t *); /*proto*/
-static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set32(uint32_t *, uint32_t); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_spin_get64(int64_t *); /*proto*/
-static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set64(int64_t *, int64_t); /*proto*/
+/* Module declarations from "ivshmem.native.spin" */
+static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *); /*proto*/
+static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *, uint32_t); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *, int64_t); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem._spin"
-extern int __pyx_module_is_main_ivshmem___spin;
-int __pyx_module_is_main_ivshmem___spin = 0;
+#define __Pyx_MODULE_NAME "ivshmem.native.spin"
+extern int __pyx_module_is_main_ivshmem__native__spin;
+int __pyx_module_is_main_ivshmem__native__spin = 0;
 
-/* Implementation of "ivshmem._spin" */
+/* Implementation of "ivshmem.native.spin" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
 static const char __pyx_k_When_to_spin_before_sleeping_and[] = "When to spin before sleeping, and for how long.\n\nKnows: what spins brought in the past. Does not know: what is waited for.\n\nTo be woken costs ten times what all else costs, so a short spin that finds what it waits for makes\na round trip up to thirty times faster. One that finds nothing is lost time, and where it keeps the\npeer from running (both are on one core) it finds nothing every time. A process cannot see on which\ncore its peer runs; it can see what its own spins bring. So:\n\n- A spin is a try. Two in a row that find nothing, or one in which the processor was taken away for\n  long, and the next waits sleep at once: 512, then 4096 of them, then one more try. (Both ends try:\n  that is less than one wait in 2000, and leaves the 99.9th percentile alone.)\n- A spin that succeeds takes that back, and after 64 in a row all is forgotten.\n- What is tried is never short: a peer that has just been woken takes 5 to 15 microseconds for its\n  answer, and a budget below that would never succeed again.\n";
 /* #### Code section: decls ### */
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_2_won(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_4_lost(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_spin_Spinner(PyObject *o, 
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_4_lost(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4spin_Spinner(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4spin_Spinner(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3205,13 +3205,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner(PyTypeObject *t
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_spin_Spinner(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_4spin_Spinner(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_5_spin_Spinner __pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner
+#define __pyx_tp_new_7ivshmem_6native_4spin_Spinner __pyx_tp_new_vectorcall_7ivshmem_6native_4spin_Spinner
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_spin_Spinner(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4spin_Spinner(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3237,13 +3237,13 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyObject *__pyx_type_7ivshmem_5_spin_Spinner;
-    PyTypeObject *__pyx_ptype_7ivshmem_5_spin_Spinner;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyObject *__pyx_type_7ivshmem_6native_4spin_Spinner;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
@@ -3300,7 +3300,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_enable __pyx_string_tab[4]
 #define __pyx_kp_u_gc __pyx_string_tab[5]
 #define __pyx_kp_u_isenabled __pyx_string_tab[6]
-#define __pyx_kp_u_ivshmem__spin_pyx __pyx_string_tab[7]
+#define __pyx_kp_u_ivshmem_native_spin_pyx __pyx_string_tab[7]
 #define __pyx_kp_u_spin_is_seconds_or_auto_not __pyx_string_tab[8]
 #define __pyx_n_u_Spinner __pyx_string_tab[9]
 #define __pyx_n_u_Spinner__budget __pyx_string_tab[10]
@@ -3328,7 +3328,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_gap __pyx_string_tab[32]
 #define __pyx_n_u_held_up __pyx_string_tab[33]
 #define __pyx_n_u_items __pyx_string_tab[34]
-#define __pyx_n_u_ivshmem__spin __pyx_string_tab[35]
+#define __pyx_n_u_ivshmem_native_spin __pyx_string_tab[35]
 #define __pyx_n_u_pop __pyx_string_tab[36]
 #define __pyx_n_u_self __pyx_string_tab[37]
 #define __pyx_n_u_setdefault __pyx_string_tab[38]
@@ -3354,13 +3354,13 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_spin_Spinner);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_spin_Spinner);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -3390,13 +3390,13 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_spin_Spinner);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_spin_Spinner);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -3416,7 +3416,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":28
+/* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3424,11 +3424,11 @@ return 0;
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":30
+  /* "descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3437,7 +3437,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":31
+  /* "descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3450,7 +3450,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":28
+  /* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3464,7 +3464,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":34
+/* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3472,7 +3472,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
   int __pyx_t_2;
@@ -3481,7 +3481,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":36
+  /* "descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3506,7 +3506,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
     }
 
 
-    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
 
   } else {
 
@@ -3518,7 +3518,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":34
+  /* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3531,7 +3531,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":39
+/* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3539,7 +3539,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
  *     cdef int64_t nanoseconds
 */
 
-static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
   int64_t __pyx_v_nanoseconds;
   struct timespec *__pyx_r;
   int __pyx_t_1;
@@ -3547,7 +3547,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":42
+  /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3559,7 +3559,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":43
+    /* "descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -3572,7 +3572,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":42
+    /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3581,7 +3581,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":44
+  /* "descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -3591,7 +3591,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 
   __pyx_t_2 = ((int64_t)0);
 
-  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
   __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
 
   if (__pyx_t_1) {
@@ -3605,7 +3605,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":45
+  /* "descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -3614,7 +3614,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -3623,7 +3623,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":47
+  /* "descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -3636,7 +3636,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":39
+  /* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3650,7 +3650,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":50
+/* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3658,14 +3658,14 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
   uint64_t __pyx_t_2;
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":52
+  /* "descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -3693,7 +3693,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":50
+  /* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3706,7 +3706,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":55
+/* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3714,14 +3714,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
   uint64_t __pyx_v_count;
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":61
+  /* "descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -3730,7 +3730,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":64
+  /* "descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -3739,7 +3739,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":65
+  /* "descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -3748,7 +3748,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":66
+  /* "descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -3757,7 +3757,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":67
+    /* "descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -3766,7 +3766,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":68
+    /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3778,7 +3778,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":69
+      /* "descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -3787,11 +3787,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
       {
 
-        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":68
+      /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -3800,7 +3800,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":70
+    /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -3812,7 +3812,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":71
+      /* "descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -3825,7 +3825,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":70
+      /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -3834,7 +3834,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":72
+    /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -3846,7 +3846,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":73
+      /* "descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -3859,7 +3859,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":72
+      /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -3868,7 +3868,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":74
+    /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -3880,7 +3880,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":75
+      /* "descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -3893,7 +3893,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":74
+      /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -3903,7 +3903,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":55
+  /* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3920,7 +3920,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":78
+/* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3928,13 +3928,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
  *     cdef uint64_t one = 1
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
   uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":80
+  /* "descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -3943,7 +3943,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":81
+  /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -3969,7 +3969,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":82
+    /* "descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -3982,7 +3982,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":81
+    /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -3991,7 +3991,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":83
+  /* "descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4004,7 +4004,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":78
+  /* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4018,7 +4018,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":107
+/* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4026,10 +4026,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
  *     return ivshmem_length(&array.count)
 */
 
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":109
+  /* "descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4042,7 +4042,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":107
+  /* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4055,7 +4055,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":112
+/* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4063,10 +4063,10 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
  *     return &ivshmem_elements(&array.fds)[index]
 */
 
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":114
+  /* "descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4079,7 +4079,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":112
+  /* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4092,7 +4092,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":43
+/* "ivshmem/native/spin.pyx":43
  * 
  * 
  * cdef int64_t spin_of(object spin) except -2:             # <<<<<<<<<<<<<<
@@ -4100,7 +4100,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
  *     cdef double seconds
 */
 
-static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
+static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   double __pyx_v_seconds;
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -4121,7 +4121,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("spin_of", 0);
 
-  /* "ivshmem/_spin.pyx":46
+  /* "ivshmem/native/spin.pyx":46
  *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):             # <<<<<<<<<<<<<<
@@ -4133,7 +4133,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_spin.pyx":47
+    /* "ivshmem/native/spin.pyx":47
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)             # <<<<<<<<<<<<<<
@@ -4142,7 +4142,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 */
     __pyx_v_seconds = PyFloat_AS_DOUBLE(__pyx_v_spin);
 
-    /* "ivshmem/_spin.pyx":46
+    /* "ivshmem/native/spin.pyx":46
  *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):             # <<<<<<<<<<<<<<
@@ -4152,7 +4152,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_spin.pyx":48
+  /* "ivshmem/native/spin.pyx":48
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):             # <<<<<<<<<<<<<<
@@ -4163,7 +4163,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_spin.pyx":49
+    /* "ivshmem/native/spin.pyx":49
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):
  *         if spin != "auto":             # <<<<<<<<<<<<<<
@@ -4174,7 +4174,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_spin.pyx":50
+      /* "ivshmem/native/spin.pyx":50
  *     elif isinstance(spin, str):
  *         if spin != "auto":
  *             raise ValueError(f'spin is seconds or "auto", not {spin!r}')             # <<<<<<<<<<<<<<
@@ -4200,7 +4200,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __PYX_ERR(0, 50, __pyx_L1_error)
 
-      /* "ivshmem/_spin.pyx":49
+      /* "ivshmem/native/spin.pyx":49
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):
  *         if spin != "auto":             # <<<<<<<<<<<<<<
@@ -4209,7 +4209,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 */
     }
 
-    /* "ivshmem/_spin.pyx":51
+    /* "ivshmem/native/spin.pyx":51
  *         if spin != "auto":
  *             raise ValueError(f'spin is seconds or "auto", not {spin!r}')
  *         return SPIN_AUTO             # <<<<<<<<<<<<<<
@@ -4218,11 +4218,11 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 */
     {
 
-      __pyx_r = __pyx_e_7ivshmem_5_spin_SPIN_AUTO;
+      __pyx_r = __pyx_e_7ivshmem_6native_4spin_SPIN_AUTO;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":48
+    /* "ivshmem/native/spin.pyx":48
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):             # <<<<<<<<<<<<<<
@@ -4231,7 +4231,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 */
   }
 
-  /* "ivshmem/_spin.pyx":53
+  /* "ivshmem/native/spin.pyx":53
  *         return SPIN_AUTO
  *     else:
  *         seconds = spin             # <<<<<<<<<<<<<<
@@ -4244,7 +4244,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   }
   __pyx_L3:;
 
-  /* "ivshmem/_spin.pyx":54
+  /* "ivshmem/native/spin.pyx":54
  *     else:
  *         seconds = spin
  *     if not seconds >= 0:             # <<<<<<<<<<<<<<
@@ -4256,7 +4256,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_spin.pyx":55
+    /* "ivshmem/native/spin.pyx":55
  *         seconds = spin
  *     if not seconds >= 0:
  *         raise ValueError(f"cannot spin for {seconds:g} seconds")             # <<<<<<<<<<<<<<
@@ -4291,7 +4291,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __PYX_ERR(0, 55, __pyx_L1_error)
 
-    /* "ivshmem/_spin.pyx":54
+    /* "ivshmem/native/spin.pyx":54
  *     else:
  *         seconds = spin
  *     if not seconds >= 0:             # <<<<<<<<<<<<<<
@@ -4300,7 +4300,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 */
   }
 
-  /* "ivshmem/_spin.pyx":56
+  /* "ivshmem/native/spin.pyx":56
  *     if not seconds >= 0:
  *         raise ValueError(f"cannot spin for {seconds:g} seconds")
  *     return <int64_t>(min(seconds, 1e9) * 1e9)             # <<<<<<<<<<<<<<
@@ -4328,7 +4328,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
 
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":43
+  /* "ivshmem/native/spin.pyx":43
  * 
  * 
  * cdef int64_t spin_of(object spin) except -2:             # <<<<<<<<<<<<<<
@@ -4342,7 +4342,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem._spin.spin_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.spin.spin_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2L;
   __pyx_L0:;
 
@@ -4351,7 +4351,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":61
+/* "ivshmem/native/spin.pyx":61
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4359,10 +4359,10 @@ static int64_t __pyx_f_7ivshmem_5_spin_spin_of(PyObject *__pyx_v_spin) {
  * 
 */
 
-static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_5_spin_get32(uint32_t *__pyx_v_number) {
+static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__pyx_v_number) {
   uint32_t __pyx_r;
 
-  /* "ivshmem/_spin.pyx":62
+  /* "ivshmem/native/spin.pyx":62
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:
  *     return <uint32_t>ivshmem_load(number, False, RELAXED)             # <<<<<<<<<<<<<<
@@ -4375,7 +4375,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_5_spin_get32(uint32_t *__pyx_v_nu
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":61
+  /* "ivshmem/native/spin.pyx":61
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4388,7 +4388,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_5_spin_get32(uint32_t *__pyx_v_nu
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":65
+/* "ivshmem/native/spin.pyx":65
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4396,9 +4396,9 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_5_spin_get32(uint32_t *__pyx_v_nu
  * 
 */
 
-static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set32(uint32_t *__pyx_v_number, uint32_t __pyx_v_value) {
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v_number, uint32_t __pyx_v_value) {
 
-  /* "ivshmem/_spin.pyx":66
+  /* "ivshmem/native/spin.pyx":66
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:
  *     ivshmem_store(number, False, value, RELAXED)             # <<<<<<<<<<<<<<
@@ -4407,7 +4407,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set32(uint32_t *__pyx_v_number
 */
   ivshmem_store(__pyx_v_number, 0, __pyx_v_value, __ATOMIC_RELAXED);
 
-  /* "ivshmem/_spin.pyx":65
+  /* "ivshmem/native/spin.pyx":65
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4418,7 +4418,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set32(uint32_t *__pyx_v_number
   /* function exit code */
 }
 
-/* "ivshmem/_spin.pyx":69
+/* "ivshmem/native/spin.pyx":69
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4426,10 +4426,10 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set32(uint32_t *__pyx_v_number
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_spin_get64(int64_t *__pyx_v_number) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx_v_number) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_spin.pyx":70
+  /* "ivshmem/native/spin.pyx":70
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:
  *     return <int64_t>ivshmem_load(number, True, RELAXED)             # <<<<<<<<<<<<<<
@@ -4442,7 +4442,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_spin_get64(int64_t *__pyx_v_numb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":69
+  /* "ivshmem/native/spin.pyx":69
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4455,7 +4455,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_spin_get64(int64_t *__pyx_v_numb
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":73
+/* "ivshmem/native/spin.pyx":73
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4463,9 +4463,9 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_spin_get64(int64_t *__pyx_v_numb
  * 
 */
 
-static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set64(int64_t *__pyx_v_number, int64_t __pyx_v_value) {
+static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *__pyx_v_number, int64_t __pyx_v_value) {
 
-  /* "ivshmem/_spin.pyx":74
+  /* "ivshmem/native/spin.pyx":74
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
  *     ivshmem_store(number, True, <uint64_t>value, RELAXED)             # <<<<<<<<<<<<<<
@@ -4474,7 +4474,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set64(int64_t *__pyx_v_number,
 */
   ivshmem_store(__pyx_v_number, 1, ((uint64_t)__pyx_v_value), __ATOMIC_RELAXED);
 
-  /* "ivshmem/_spin.pyx":73
+  /* "ivshmem/native/spin.pyx":73
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4485,7 +4485,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set64(int64_t *__pyx_v_number,
   /* function exit code */
 }
 
-/* "ivshmem/_spin.pyx":84
+/* "ivshmem/native/spin.pyx":84
  *     """
  * 
  *     cdef int64_t spin(             # <<<<<<<<<<<<<<
@@ -4493,7 +4493,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_spin_set64(int64_t *__pyx_v_number,
  *         Py_ssize_t which,
 */
 
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_deadline, __pyx_t_7ivshmem_5_spin_Probe __pyx_v_probe, void *__pyx_v_what, struct __pyx_t_7ivshmem_5_spin_Turn *__pyx_v_turn, unsigned int const *__pyx_v_state) {
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_deadline, __pyx_t_7ivshmem_6native_4spin_Probe __pyx_v_probe, void *__pyx_v_what, struct __pyx_t_7ivshmem_6native_4spin_Turn *__pyx_v_turn, unsigned int const *__pyx_v_state) {
   int64_t __pyx_v_begun;
   int64_t __pyx_v_last;
   int64_t __pyx_v_t;
@@ -4514,7 +4514,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   long __pyx_t_9;
   int __pyx_t_10;
 
-  /* "ivshmem/_spin.pyx":105
+  /* "ivshmem/native/spin.pyx":105
  *         """
  *         cdef int64_t begun, last, t, n, until
  *         cdef bint held_up = False             # <<<<<<<<<<<<<<
@@ -4523,7 +4523,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_held_up = 0;
 
-  /* "ivshmem/_spin.pyx":107
+  /* "ivshmem/native/spin.pyx":107
  *         cdef bint held_up = False
  *         cdef int i
  *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks             # <<<<<<<<<<<<<<
@@ -4535,7 +4535,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_spin.pyx":108
+    /* "ivshmem/native/spin.pyx":108
  *         cdef int i
  *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks
  *             for i in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -4543,13 +4543,13 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
  *                 if n:
 */
 
-    __pyx_t_2 = __pyx_e_7ivshmem_5_spin_LOOKS;
+    __pyx_t_2 = __pyx_e_7ivshmem_6native_4spin_LOOKS;
     __pyx_t_3 = __pyx_t_2;
 
     for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
       __pyx_v_i = __pyx_t_4;
 
-      /* "ivshmem/_spin.pyx":109
+      /* "ivshmem/native/spin.pyx":109
  *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks
  *             for i in range(LOOKS):
  *                 n = probe(what)             # <<<<<<<<<<<<<<
@@ -4558,7 +4558,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
       __pyx_v_n = __pyx_v_probe(__pyx_v_what);
 
-      /* "ivshmem/_spin.pyx":110
+      /* "ivshmem/native/spin.pyx":110
  *             for i in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4570,7 +4570,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_spin.pyx":111
+        /* "ivshmem/native/spin.pyx":111
  *                 n = probe(what)
  *                 if n:
  *                     if i:  # else it was there already, which tells nothing             # <<<<<<<<<<<<<<
@@ -4582,16 +4582,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_spin.pyx":112
+          /* "ivshmem/native/spin.pyx":112
  *                 if n:
  *                     if i:  # else it was there already, which tells nothing
  *                         self.won(which, 1, False)             # <<<<<<<<<<<<<<
  *                     return n
  *         begun = last = t = now()
 */
-          __pyx_f_7ivshmem_5_spin_7Spinner_won(__pyx_v_self, __pyx_v_which, 1, 0);
+          __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, 1, 0);
 
-          /* "ivshmem/_spin.pyx":111
+          /* "ivshmem/native/spin.pyx":111
  *                 n = probe(what)
  *                 if n:
  *                     if i:  # else it was there already, which tells nothing             # <<<<<<<<<<<<<<
@@ -4600,7 +4600,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
         }
 
-        /* "ivshmem/_spin.pyx":113
+        /* "ivshmem/native/spin.pyx":113
  *                     if i:  # else it was there already, which tells nothing
  *                         self.won(which, 1, False)
  *                     return n             # <<<<<<<<<<<<<<
@@ -4613,7 +4613,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_spin.pyx":110
+        /* "ivshmem/native/spin.pyx":110
  *             for i in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4624,7 +4624,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
     }
 
 
-    /* "ivshmem/_spin.pyx":107
+    /* "ivshmem/native/spin.pyx":107
  *         cdef bint held_up = False
  *         cdef int i
  *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks             # <<<<<<<<<<<<<<
@@ -4633,21 +4633,21 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_spin.pyx":114
+  /* "ivshmem/native/spin.pyx":114
  *                         self.won(which, 1, False)
  *                     return n
  *         begun = last = t = now()             # <<<<<<<<<<<<<<
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
  *         while t < until:
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_4_fds_now();
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_now();
 
   __pyx_v_begun = __pyx_t_5;
   __pyx_v_last = __pyx_t_5;
   __pyx_v_t = __pyx_t_5;
 
 
-  /* "ivshmem/_spin.pyx":115
+  /* "ivshmem/native/spin.pyx":115
  *                     return n
  *         begun = last = t = now()
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)             # <<<<<<<<<<<<<<
@@ -4657,7 +4657,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 
   __pyx_t_5 = __pyx_v_deadline;
 
-  __pyx_t_6 = ((int64_t)__pyx_e_7ivshmem_5_spin_SLICE);
+  __pyx_t_6 = ((int64_t)__pyx_e_7ivshmem_6native_4spin_SLICE);
 
   __pyx_t_7 = __pyx_v_turn->left;
   __pyx_t_1 = (__pyx_t_6 < __pyx_t_7);
@@ -4686,7 +4686,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   __pyx_v_until = __pyx_t_8;
 
 
-  /* "ivshmem/_spin.pyx":116
+  /* "ivshmem/native/spin.pyx":116
  *         begun = last = t = now()
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
  *         while t < until:             # <<<<<<<<<<<<<<
@@ -4699,7 +4699,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/_spin.pyx":117
+    /* "ivshmem/native/spin.pyx":117
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
  *         while t < until:
  *             for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -4707,13 +4707,13 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
  *                 if n:
 */
 
-    __pyx_t_2 = __pyx_e_7ivshmem_5_spin_LOOKS;
+    __pyx_t_2 = __pyx_e_7ivshmem_6native_4spin_LOOKS;
     __pyx_t_3 = __pyx_t_2;
 
     for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_3; __pyx_t_9+=1) {
       __pyx_v__ = __pyx_t_9;
 
-      /* "ivshmem/_spin.pyx":118
+      /* "ivshmem/native/spin.pyx":118
  *         while t < until:
  *             for _ in range(LOOKS):
  *                 n = probe(what)             # <<<<<<<<<<<<<<
@@ -4722,7 +4722,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
       __pyx_v_n = __pyx_v_probe(__pyx_v_what);
 
-      /* "ivshmem/_spin.pyx":119
+      /* "ivshmem/native/spin.pyx":119
  *             for _ in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4734,16 +4734,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_spin.pyx":120
+        /* "ivshmem/native/spin.pyx":120
  *                 n = probe(what)
  *                 if n:
  *                     t = now()             # <<<<<<<<<<<<<<
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n
 */
-        __pyx_v_t = __pyx_f_7ivshmem_4_fds_now();
+        __pyx_v_t = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-        /* "ivshmem/_spin.pyx":121
+        /* "ivshmem/native/spin.pyx":121
  *                 if n:
  *                     t = now()
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)             # <<<<<<<<<<<<<<
@@ -4756,16 +4756,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
           __pyx_t_1 = __pyx_v_held_up;
           goto __pyx_L13_bool_binop_done;
         }
-        __pyx_t_10 = ((__pyx_v_t - __pyx_v_last) > __pyx_e_7ivshmem_5_spin_HELD_UP);
+        __pyx_t_10 = ((__pyx_v_t - __pyx_v_last) > __pyx_e_7ivshmem_6native_4spin_HELD_UP);
 
 
         __pyx_t_1 = __pyx_t_10;
 
         __pyx_L13_bool_binop_done:;
-        __pyx_f_7ivshmem_5_spin_7Spinner_won(__pyx_v_self, __pyx_v_which, ((__pyx_v_turn->done + __pyx_v_t) - __pyx_v_begun), __pyx_t_1);
+        __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, ((__pyx_v_turn->done + __pyx_v_t) - __pyx_v_begun), __pyx_t_1);
 
 
-        /* "ivshmem/_spin.pyx":122
+        /* "ivshmem/native/spin.pyx":122
  *                     t = now()
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n             # <<<<<<<<<<<<<<
@@ -4778,7 +4778,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_spin.pyx":119
+        /* "ivshmem/native/spin.pyx":119
  *             for _ in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4789,7 +4789,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
     }
 
 
-    /* "ivshmem/_spin.pyx":123
+    /* "ivshmem/native/spin.pyx":123
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -4801,7 +4801,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_spin.pyx":124
+      /* "ivshmem/native/spin.pyx":124
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:
  *                 return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4814,7 +4814,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_spin.pyx":123
+      /* "ivshmem/native/spin.pyx":123
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -4823,7 +4823,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
     }
 
-    /* "ivshmem/_spin.pyx":125
+    /* "ivshmem/native/spin.pyx":125
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:
  *                 return -ESHUTDOWN
  *             last = t             # <<<<<<<<<<<<<<
@@ -4832,26 +4832,26 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
     __pyx_v_last = __pyx_v_t;
 
-    /* "ivshmem/_spin.pyx":126
+    /* "ivshmem/native/spin.pyx":126
  *                 return -ESHUTDOWN
  *             last = t
  *             t = now()             # <<<<<<<<<<<<<<
  *             held_up |= t - last > HELD_UP
  *         turn.done += t - begun
 */
-    __pyx_v_t = __pyx_f_7ivshmem_4_fds_now();
+    __pyx_v_t = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-    /* "ivshmem/_spin.pyx":127
+    /* "ivshmem/native/spin.pyx":127
  *             last = t
  *             t = now()
  *             held_up |= t - last > HELD_UP             # <<<<<<<<<<<<<<
  *         turn.done += t - begun
  *         turn.left -= t - begun
 */
-    __pyx_v_held_up = (__pyx_v_held_up | ((__pyx_v_t - __pyx_v_last) > __pyx_e_7ivshmem_5_spin_HELD_UP));
+    __pyx_v_held_up = (__pyx_v_held_up | ((__pyx_v_t - __pyx_v_last) > __pyx_e_7ivshmem_6native_4spin_HELD_UP));
   }
 
-  /* "ivshmem/_spin.pyx":128
+  /* "ivshmem/native/spin.pyx":128
  *             t = now()
  *             held_up |= t - last > HELD_UP
  *         turn.done += t - begun             # <<<<<<<<<<<<<<
@@ -4860,7 +4860,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_turn->done = (__pyx_v_turn->done + (__pyx_v_t - __pyx_v_begun));
 
-  /* "ivshmem/_spin.pyx":129
+  /* "ivshmem/native/spin.pyx":129
  *             held_up |= t - last > HELD_UP
  *         turn.done += t - begun
  *         turn.left -= t - begun             # <<<<<<<<<<<<<<
@@ -4869,7 +4869,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_turn->left = (__pyx_v_turn->left - (__pyx_v_t - __pyx_v_begun));
 
-  /* "ivshmem/_spin.pyx":130
+  /* "ivshmem/native/spin.pyx":130
  *         turn.done += t - begun
  *         turn.left -= t - begun
  *         if t >= deadline:             # <<<<<<<<<<<<<<
@@ -4881,7 +4881,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_spin.pyx":131
+    /* "ivshmem/native/spin.pyx":131
  *         turn.left -= t - begun
  *         if t >= deadline:
  *             turn.left = 0  # it was not given its time, so nothing is learnt             # <<<<<<<<<<<<<<
@@ -4890,7 +4890,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
     __pyx_v_turn->left = 0;
 
-    /* "ivshmem/_spin.pyx":130
+    /* "ivshmem/native/spin.pyx":130
  *         turn.done += t - begun
  *         turn.left -= t - begun
  *         if t >= deadline:             # <<<<<<<<<<<<<<
@@ -4900,7 +4900,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
     goto __pyx_L16;
   }
 
-  /* "ivshmem/_spin.pyx":132
+  /* "ivshmem/native/spin.pyx":132
  *         if t >= deadline:
  *             turn.left = 0  # it was not given its time, so nothing is learnt
  *         elif turn.left <= 0:             # <<<<<<<<<<<<<<
@@ -4912,7 +4912,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_spin.pyx":133
+    /* "ivshmem/native/spin.pyx":133
  *             turn.left = 0  # it was not given its time, so nothing is learnt
  *         elif turn.left <= 0:
  *             turn.left = 0             # <<<<<<<<<<<<<<
@@ -4921,16 +4921,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
 */
     __pyx_v_turn->left = 0;
 
-    /* "ivshmem/_spin.pyx":134
+    /* "ivshmem/native/spin.pyx":134
  *         elif turn.left <= 0:
  *             turn.left = 0
  *             self.lost(which)             # <<<<<<<<<<<<<<
  *         return -EINTR
  * 
 */
-    __pyx_f_7ivshmem_5_spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
+    __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-    /* "ivshmem/_spin.pyx":132
+    /* "ivshmem/native/spin.pyx":132
  *         if t >= deadline:
  *             turn.left = 0  # it was not given its time, so nothing is learnt
  *         elif turn.left <= 0:             # <<<<<<<<<<<<<<
@@ -4940,7 +4940,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L16:;
 
-  /* "ivshmem/_spin.pyx":135
+  /* "ivshmem/native/spin.pyx":135
  *             turn.left = 0
  *             self.lost(which)
  *         return -EINTR             # <<<<<<<<<<<<<<
@@ -4953,7 +4953,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":84
+  /* "ivshmem/native/spin.pyx":84
  *     """
  * 
  *     cdef int64_t spin(             # <<<<<<<<<<<<<<
@@ -4974,7 +4974,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":137
+/* "ivshmem/native/spin.pyx":137
  *         return -EINTR
  * 
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4982,11 +4982,11 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_spin(struct __pyx_obj_7ivshmem_5
  *         turn.done = 0
 */
 
-static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, struct __pyx_t_7ivshmem_5_spin_Turn *__pyx_v_turn, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish) {
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_begin(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, struct __pyx_t_7ivshmem_6native_4spin_Turn *__pyx_v_turn, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish) {
   int64_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_spin.pyx":139
+  /* "ivshmem/native/spin.pyx":139
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:
  *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
  *         turn.done = 0             # <<<<<<<<<<<<<<
@@ -4995,7 +4995,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_s
 */
   __pyx_v_turn->done = 0;
 
-  /* "ivshmem/_spin.pyx":140
+  /* "ivshmem/native/spin.pyx":140
  *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
  *         turn.done = 0
  *         turn.left = self.budget(which, wish) if wish else 0             # <<<<<<<<<<<<<<
@@ -5006,7 +5006,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_s
 
   if (__pyx_t_2) {
 
-    __pyx_t_1 = __pyx_f_7ivshmem_5_spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_v_wish);
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_v_wish);
   } else {
 
     __pyx_t_1 = 0;
@@ -5014,7 +5014,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_s
 
   __pyx_v_turn->left = __pyx_t_1;
 
-  /* "ivshmem/_spin.pyx":137
+  /* "ivshmem/native/spin.pyx":137
  *         return -EINTR
  * 
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5025,7 +5025,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_s
   /* function exit code */
 }
 
-/* "ivshmem/_spin.pyx":142
+/* "ivshmem/native/spin.pyx":142
  *         turn.left = self.budget(which, wish) if wish else 0
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5033,8 +5033,8 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_begin(struct __pyx_obj_7ivshmem_5_s
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it
 */
 
-static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish) {
-  struct __pyx_t_7ivshmem_5_spin_Habit *__pyx_v_habit;
+static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_wish) {
+  struct __pyx_t_7ivshmem_6native_4spin_Habit *__pyx_v_habit;
   uint32_t __pyx_v_left;
   int64_t __pyx_v_gap;
   int64_t __pyx_r;
@@ -5047,7 +5047,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   int64_t __pyx_t_7;
   int64_t __pyx_t_8;
 
-  /* "ivshmem/_spin.pyx":143
+  /* "ivshmem/native/spin.pyx":143
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
@@ -5055,7 +5055,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
  *         cdef int64_t gap
 */
 
-  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_5_spin_HABITS) - 1);
+  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_6native_4spin_HABITS) - 1);
 
   __pyx_t_2 = ((size_t)__pyx_v_which);
   __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
@@ -5071,16 +5071,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/_spin.pyx":144
+  /* "ivshmem/native/spin.pyx":144
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it             # <<<<<<<<<<<<<<
  *         cdef int64_t gap
  *         if left:
 */
-  __pyx_v_left = __pyx_f_7ivshmem_5_spin_get32((&__pyx_v_habit->left));
+  __pyx_v_left = __pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->left));
 
-  /* "ivshmem/_spin.pyx":146
+  /* "ivshmem/native/spin.pyx":146
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it
  *         cdef int64_t gap
  *         if left:             # <<<<<<<<<<<<<<
@@ -5092,16 +5092,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_spin.pyx":147
+    /* "ivshmem/native/spin.pyx":147
  *         cdef int64_t gap
  *         if left:
  *             set32(&habit.left, left - 1)             # <<<<<<<<<<<<<<
  *             return 0
  *         if wish >= 0:
 */
-    __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->left), (__pyx_v_left - 1));
+    __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->left), (__pyx_v_left - 1));
 
-    /* "ivshmem/_spin.pyx":148
+    /* "ivshmem/native/spin.pyx":148
  *         if left:
  *             set32(&habit.left, left - 1)
  *             return 0             # <<<<<<<<<<<<<<
@@ -5114,7 +5114,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":146
+    /* "ivshmem/native/spin.pyx":146
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it
  *         cdef int64_t gap
  *         if left:             # <<<<<<<<<<<<<<
@@ -5123,7 +5123,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_spin.pyx":149
+  /* "ivshmem/native/spin.pyx":149
  *             set32(&habit.left, left - 1)
  *             return 0
  *         if wish >= 0:             # <<<<<<<<<<<<<<
@@ -5135,7 +5135,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_spin.pyx":150
+    /* "ivshmem/native/spin.pyx":150
  *             return 0
  *         if wish >= 0:
  *             return wish             # <<<<<<<<<<<<<<
@@ -5148,7 +5148,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":149
+    /* "ivshmem/native/spin.pyx":149
  *             set32(&habit.left, left - 1)
  *             return 0
  *         if wish >= 0:             # <<<<<<<<<<<<<<
@@ -5157,16 +5157,16 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_spin.pyx":151
+  /* "ivshmem/native/spin.pyx":151
  *         if wish >= 0:
  *             return wish
  *         gap = get64(&habit.gap)             # <<<<<<<<<<<<<<
  *         if gap == 0:
  *             return LONGEST
 */
-  __pyx_v_gap = __pyx_f_7ivshmem_5_spin_get64((&__pyx_v_habit->gap));
+  __pyx_v_gap = __pyx_f_7ivshmem_6native_4spin_get64((&__pyx_v_habit->gap));
 
-  /* "ivshmem/_spin.pyx":152
+  /* "ivshmem/native/spin.pyx":152
  *             return wish
  *         gap = get64(&habit.gap)
  *         if gap == 0:             # <<<<<<<<<<<<<<
@@ -5178,7 +5178,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_spin.pyx":153
+    /* "ivshmem/native/spin.pyx":153
  *         gap = get64(&habit.gap)
  *         if gap == 0:
  *             return LONGEST             # <<<<<<<<<<<<<<
@@ -5187,11 +5187,11 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
 */
     {
 
-      __pyx_r = __pyx_e_7ivshmem_5_spin_LONGEST;
+      __pyx_r = __pyx_e_7ivshmem_6native_4spin_LONGEST;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":152
+    /* "ivshmem/native/spin.pyx":152
  *             return wish
  *         gap = get64(&habit.gap)
  *         if gap == 0:             # <<<<<<<<<<<<<<
@@ -5200,7 +5200,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_spin.pyx":154
+  /* "ivshmem/native/spin.pyx":154
  *         if gap == 0:
  *             return LONGEST
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)             # <<<<<<<<<<<<<<
@@ -5208,9 +5208,9 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
 */
 
-  __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_spin_LONGEST);
+  __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_6native_4spin_LONGEST);
 
-  __pyx_t_6 = ((int64_t)__pyx_e_7ivshmem_5_spin_SHORTEST);
+  __pyx_t_6 = ((int64_t)__pyx_e_7ivshmem_6native_4spin_SHORTEST);
 
   __pyx_t_7 = (__pyx_v_gap * 4);
   __pyx_t_4 = (__pyx_t_6 > __pyx_t_7);
@@ -5243,7 +5243,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
 
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":142
+  /* "ivshmem/native/spin.pyx":142
  *         turn.left = self.budget(which, wish) if wish else 0
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5259,7 +5259,7 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":156
+/* "ivshmem/native/spin.pyx":156
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
  * 
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5267,8 +5267,8 @@ static int64_t __pyx_f_7ivshmem_5_spin_7Spinner_budget(struct __pyx_obj_7ivshmem
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
-static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up) {
-  struct __pyx_t_7ivshmem_5_spin_Habit *__pyx_v_habit;
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up) {
+  struct __pyx_t_7ivshmem_6native_4spin_Habit *__pyx_v_habit;
   int64_t __pyx_v_before;
   uint32_t __pyx_v_wins;
   size_t __pyx_t_1;
@@ -5280,7 +5280,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
   int64_t __pyx_t_7;
 
 
-  /* "ivshmem/_spin.pyx":158
+  /* "ivshmem/native/spin.pyx":158
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
  *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
@@ -5288,7 +5288,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
  *         cdef uint32_t wins = get32(&habit.wins) + 1
 */
 
-  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_5_spin_HABITS) - 1);
+  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_6native_4spin_HABITS) - 1);
 
   __pyx_t_2 = ((size_t)__pyx_v_which);
   __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
@@ -5304,25 +5304,25 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/_spin.pyx":159
+  /* "ivshmem/native/spin.pyx":159
  *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef int64_t before = get64(&habit.gap)             # <<<<<<<<<<<<<<
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:
 */
-  __pyx_v_before = __pyx_f_7ivshmem_5_spin_get64((&__pyx_v_habit->gap));
+  __pyx_v_before = __pyx_f_7ivshmem_6native_4spin_get64((&__pyx_v_habit->gap));
 
-  /* "ivshmem/_spin.pyx":160
+  /* "ivshmem/native/spin.pyx":160
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1             # <<<<<<<<<<<<<<
  *         if held_up:
  *             set32(&habit.losses, get32(&habit.losses) + 1)
 */
-  __pyx_v_wins = (__pyx_f_7ivshmem_5_spin_get32((&__pyx_v_habit->wins)) + 1);
+  __pyx_v_wins = (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->wins)) + 1);
 
-  /* "ivshmem/_spin.pyx":161
+  /* "ivshmem/native/spin.pyx":161
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:             # <<<<<<<<<<<<<<
@@ -5331,25 +5331,25 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
 */
   if (__pyx_v_held_up) {
 
-    /* "ivshmem/_spin.pyx":162
+    /* "ivshmem/native/spin.pyx":162
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:
  *             set32(&habit.losses, get32(&habit.losses) + 1)             # <<<<<<<<<<<<<<
  *             self.lost(which)
  *             return
 */
-    __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->losses), (__pyx_f_7ivshmem_5_spin_get32((&__pyx_v_habit->losses)) + 1));
+    __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->losses)) + 1));
 
-    /* "ivshmem/_spin.pyx":163
+    /* "ivshmem/native/spin.pyx":163
  *         if held_up:
  *             set32(&habit.losses, get32(&habit.losses) + 1)
  *             self.lost(which)             # <<<<<<<<<<<<<<
  *             return
  *         set32(&habit.losses, 0)
 */
-    __pyx_f_7ivshmem_5_spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
+    __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-    /* "ivshmem/_spin.pyx":164
+    /* "ivshmem/native/spin.pyx":164
  *             set32(&habit.losses, get32(&habit.losses) + 1)
  *             self.lost(which)
  *             return             # <<<<<<<<<<<<<<
@@ -5360,7 +5360,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":161
+    /* "ivshmem/native/spin.pyx":161
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:             # <<<<<<<<<<<<<<
@@ -5369,16 +5369,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
 */
   }
 
-  /* "ivshmem/_spin.pyx":165
+  /* "ivshmem/native/spin.pyx":165
  *             self.lost(which)
  *             return
  *         set32(&habit.losses, 0)             # <<<<<<<<<<<<<<
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->losses), 0);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), 0);
 
-  /* "ivshmem/_spin.pyx":166
+  /* "ivshmem/native/spin.pyx":166
  *             return
  *         set32(&habit.losses, 0)
  *         gap = max(gap, <int64_t>1)             # <<<<<<<<<<<<<<
@@ -5402,7 +5402,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
   __pyx_v_gap = __pyx_t_7;
 
 
-  /* "ivshmem/_spin.pyx":167
+  /* "ivshmem/native/spin.pyx":167
  *         set32(&habit.losses, 0)
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)             # <<<<<<<<<<<<<<
@@ -5419,22 +5419,22 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
     __pyx_t_7 = __pyx_v_gap;
   }
 
-  __pyx_f_7ivshmem_5_spin_set64((&__pyx_v_habit->gap), __pyx_t_7);
+  __pyx_f_7ivshmem_6native_4spin_set64((&__pyx_v_habit->gap), __pyx_t_7);
 
 
-  /* "ivshmem/_spin.pyx":168
+  /* "ivshmem/native/spin.pyx":168
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:             # <<<<<<<<<<<<<<
  *             wins = 0
  *             set32(&habit.pause, 0)
 */
-  __pyx_t_4 = (__pyx_v_wins >= __pyx_e_7ivshmem_5_spin_FORGET);
+  __pyx_t_4 = (__pyx_v_wins >= __pyx_e_7ivshmem_6native_4spin_FORGET);
 
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_spin.pyx":169
+    /* "ivshmem/native/spin.pyx":169
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:
  *             wins = 0             # <<<<<<<<<<<<<<
@@ -5443,16 +5443,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
 */
     __pyx_v_wins = 0;
 
-    /* "ivshmem/_spin.pyx":170
+    /* "ivshmem/native/spin.pyx":170
  *         if wins >= FORGET:
  *             wins = 0
  *             set32(&habit.pause, 0)             # <<<<<<<<<<<<<<
  *         set32(&habit.wins, wins)
  * 
 */
-    __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->pause), 0);
+    __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->pause), 0);
 
-    /* "ivshmem/_spin.pyx":168
+    /* "ivshmem/native/spin.pyx":168
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:             # <<<<<<<<<<<<<<
@@ -5461,16 +5461,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
 */
   }
 
-  /* "ivshmem/_spin.pyx":171
+  /* "ivshmem/native/spin.pyx":171
  *             wins = 0
  *             set32(&habit.pause, 0)
  *         set32(&habit.wins, wins)             # <<<<<<<<<<<<<<
  * 
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->wins), __pyx_v_wins);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->wins), __pyx_v_wins);
 
-  /* "ivshmem/_spin.pyx":156
+  /* "ivshmem/native/spin.pyx":156
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
  * 
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5486,7 +5486,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
 
 }
 
-/* "ivshmem/_spin.pyx":173
+/* "ivshmem/native/spin.pyx":173
  *         set32(&habit.wins, wins)
  * 
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5494,8 +5494,8 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_won(struct __pyx_obj_7ivshmem_5_spi
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
-static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which) {
-  struct __pyx_t_7ivshmem_5_spin_Habit *__pyx_v_habit;
+static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which) {
+  struct __pyx_t_7ivshmem_6native_4spin_Habit *__pyx_v_habit;
   uint32_t __pyx_v_losses;
   uint32_t __pyx_v_pause;
   size_t __pyx_t_1;
@@ -5508,7 +5508,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
   long __pyx_t_8;
   int __pyx_t_9;
 
-  /* "ivshmem/_spin.pyx":175
+  /* "ivshmem/native/spin.pyx":175
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:
  *         """A spin brought nothing."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
@@ -5516,7 +5516,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
  *         cdef uint32_t pause = get32(&habit.pause)
 */
 
-  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_5_spin_HABITS) - 1);
+  __pyx_t_1 = (((size_t)__pyx_e_7ivshmem_6native_4spin_HABITS) - 1);
 
   __pyx_t_2 = ((size_t)__pyx_v_which);
   __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
@@ -5532,43 +5532,43 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/_spin.pyx":176
+  /* "ivshmem/native/spin.pyx":176
  *         """A spin brought nothing."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t losses = get32(&habit.losses) + 1             # <<<<<<<<<<<<<<
  *         cdef uint32_t pause = get32(&habit.pause)
  *         set32(&habit.wins, 0)
 */
-  __pyx_v_losses = (__pyx_f_7ivshmem_5_spin_get32((&__pyx_v_habit->losses)) + 1);
+  __pyx_v_losses = (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->losses)) + 1);
 
-  /* "ivshmem/_spin.pyx":177
+  /* "ivshmem/native/spin.pyx":177
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t losses = get32(&habit.losses) + 1
  *         cdef uint32_t pause = get32(&habit.pause)             # <<<<<<<<<<<<<<
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)
 */
-  __pyx_v_pause = __pyx_f_7ivshmem_5_spin_get32((&__pyx_v_habit->pause));
+  __pyx_v_pause = __pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->pause));
 
-  /* "ivshmem/_spin.pyx":178
+  /* "ivshmem/native/spin.pyx":178
  *         cdef uint32_t losses = get32(&habit.losses) + 1
  *         cdef uint32_t pause = get32(&habit.pause)
  *         set32(&habit.wins, 0)             # <<<<<<<<<<<<<<
  *         set64(&habit.gap, 0)
  *         if losses < 2:
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->wins), 0);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->wins), 0);
 
-  /* "ivshmem/_spin.pyx":179
+  /* "ivshmem/native/spin.pyx":179
  *         cdef uint32_t pause = get32(&habit.pause)
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)             # <<<<<<<<<<<<<<
  *         if losses < 2:
  *             set32(&habit.losses, losses)
 */
-  __pyx_f_7ivshmem_5_spin_set64((&__pyx_v_habit->gap), 0);
+  __pyx_f_7ivshmem_6native_4spin_set64((&__pyx_v_habit->gap), 0);
 
-  /* "ivshmem/_spin.pyx":180
+  /* "ivshmem/native/spin.pyx":180
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)
  *         if losses < 2:             # <<<<<<<<<<<<<<
@@ -5580,16 +5580,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_spin.pyx":181
+    /* "ivshmem/native/spin.pyx":181
  *         set64(&habit.gap, 0)
  *         if losses < 2:
  *             set32(&habit.losses, losses)             # <<<<<<<<<<<<<<
  *             return
  *         set32(&habit.losses, 1)  # the next try has to succeed
 */
-    __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->losses), __pyx_v_losses);
+    __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), __pyx_v_losses);
 
-    /* "ivshmem/_spin.pyx":182
+    /* "ivshmem/native/spin.pyx":182
  *         if losses < 2:
  *             set32(&habit.losses, losses)
  *             return             # <<<<<<<<<<<<<<
@@ -5600,7 +5600,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_spin.pyx":180
+    /* "ivshmem/native/spin.pyx":180
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)
  *         if losses < 2:             # <<<<<<<<<<<<<<
@@ -5609,16 +5609,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 */
   }
 
-  /* "ivshmem/_spin.pyx":183
+  /* "ivshmem/native/spin.pyx":183
  *             set32(&habit.losses, losses)
  *             return
  *         set32(&habit.losses, 1)  # the next try has to succeed             # <<<<<<<<<<<<<<
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
  *         set32(&habit.pause, pause)
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->losses), 1);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), 1);
 
-  /* "ivshmem/_spin.pyx":184
+  /* "ivshmem/native/spin.pyx":184
  *             return
  *         set32(&habit.losses, 1)  # the next try has to succeed
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -5629,7 +5629,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 
   if (__pyx_t_4) {
 
-    __pyx_t_6 = ((uint32_t)__pyx_e_7ivshmem_5_spin_LAST_PAUSE);
+    __pyx_t_6 = ((uint32_t)__pyx_e_7ivshmem_6native_4spin_LAST_PAUSE);
 
     __pyx_t_7 = (__pyx_v_pause * 8);
     __pyx_t_9 = (__pyx_t_6 < __pyx_t_7);
@@ -5647,30 +5647,30 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 
   } else {
 
-    __pyx_t_5 = __pyx_e_7ivshmem_5_spin_FIRST_PAUSE;
+    __pyx_t_5 = __pyx_e_7ivshmem_6native_4spin_FIRST_PAUSE;
   }
 
   __pyx_v_pause = __pyx_t_5;
 
-  /* "ivshmem/_spin.pyx":185
+  /* "ivshmem/native/spin.pyx":185
  *         set32(&habit.losses, 1)  # the next try has to succeed
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
  *         set32(&habit.pause, pause)             # <<<<<<<<<<<<<<
  *         set32(&habit.left, pause)
  * 
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->pause), __pyx_v_pause);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->pause), __pyx_v_pause);
 
-  /* "ivshmem/_spin.pyx":186
+  /* "ivshmem/native/spin.pyx":186
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
  *         set32(&habit.pause, pause)
  *         set32(&habit.left, pause)             # <<<<<<<<<<<<<<
  * 
  *     # The same for tests.
 */
-  __pyx_f_7ivshmem_5_spin_set32((&__pyx_v_habit->left), __pyx_v_pause);
+  __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->left), __pyx_v_pause);
 
-  /* "ivshmem/_spin.pyx":173
+  /* "ivshmem/native/spin.pyx":173
  *         set32(&habit.wins, wins)
  * 
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5685,7 +5685,7 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 
 }
 
-/* "ivshmem/_spin.pyx":190
+/* "ivshmem/native/spin.pyx":190
  *     # The same for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
@@ -5694,16 +5694,16 @@ static void __pyx_f_7ivshmem_5_spin_7Spinner_lost(struct __pyx_obj_7ivshmem_5_sp
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_1_budget(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_1_budget(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_spin_7Spinner__budget, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_spin_7Spinner_1_budget = {"_budget", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_1_budget, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner__budget};
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_1_budget(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4spin_7Spinner__budget, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4spin_7Spinner_1_budget = {"_budget", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_1_budget, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner__budget};
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_1_budget(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5773,11 +5773,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._spin.Spinner._budget", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.spin.Spinner._budget", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_spin_7Spinner__budget(((struct __pyx_obj_7ivshmem_5_spin_Spinner *)__pyx_v_self), __pyx_v_which, __pyx_v_spin);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_v_self), __pyx_v_which, __pyx_v_spin);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5788,7 +5788,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, PyObject *__pyx_v_spin) {
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, PyObject *__pyx_v_spin) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int64_t __pyx_t_1;
@@ -5798,15 +5798,15 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_budget", 0);
 
-  /* "ivshmem/_spin.pyx":191
+  /* "ivshmem/native/spin.pyx":191
  * 
  *     def _budget(self, Py_ssize_t which, spin):
  *         return self.budget(which, spin_of(spin))             # <<<<<<<<<<<<<<
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 191, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int64_t(__pyx_f_7ivshmem_5_spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int64_t(__pyx_f_7ivshmem_6native_4spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -5820,7 +5820,7 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivs
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_spin.pyx":190
+  /* "ivshmem/native/spin.pyx":190
  *     # The same for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
@@ -5831,7 +5831,7 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivs
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._spin.Spinner._budget", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.spin.Spinner._budget", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -5839,7 +5839,7 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":193
+/* "ivshmem/native/spin.pyx":193
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -5848,16 +5848,16 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner__budget(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_3_won(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_3_won(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_spin_7Spinner_2_won, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_spin_7Spinner_3_won = {"_won", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_3_won, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner_2_won};
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_3_won(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4spin_7Spinner_2_won, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4spin_7Spinner_3_won = {"_won", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_3_won, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner_2_won};
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_3_won(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5944,11 +5944,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._spin.Spinner._won", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.spin.Spinner._won", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_spin_7Spinner_2_won(((struct __pyx_obj_7ivshmem_5_spin_Spinner *)__pyx_v_self), __pyx_v_which, __pyx_v_gap, __pyx_v_held_up);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_v_self), __pyx_v_which, __pyx_v_gap, __pyx_v_held_up);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5961,21 +5961,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_2_won(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up) {
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_won", 0);
 
-  /* "ivshmem/_spin.pyx":194
+  /* "ivshmem/native/spin.pyx":194
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):
  *         self.won(which, gap, held_up)             # <<<<<<<<<<<<<<
  * 
  *     def _lost(self, Py_ssize_t which):
 */
-  __pyx_f_7ivshmem_5_spin_7Spinner_won(__pyx_v_self, __pyx_v_which, __pyx_v_gap, __pyx_v_held_up);
+  __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, __pyx_v_gap, __pyx_v_held_up);
 
-  /* "ivshmem/_spin.pyx":193
+  /* "ivshmem/native/spin.pyx":193
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -5990,7 +5990,7 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_2_won(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_spin.pyx":196
+/* "ivshmem/native/spin.pyx":196
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
@@ -5998,16 +5998,16 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_2_won(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_5_lost(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_5_lost(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_spin_7Spinner_4_lost, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_spin_7Spinner_5_lost = {"_lost", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_5_lost, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner_4_lost};
-static PyObject *__pyx_pw_7ivshmem_5_spin_7Spinner_5_lost(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4spin_7Spinner_4_lost, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4spin_7Spinner_5_lost = {"_lost", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_5_lost, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner_4_lost};
+static PyObject *__pyx_pw_7ivshmem_6native_4spin_7Spinner_5_lost(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6069,11 +6069,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._spin.Spinner._lost", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.spin.Spinner._lost", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_spin_7Spinner_4_lost(((struct __pyx_obj_7ivshmem_5_spin_Spinner *)__pyx_v_self), __pyx_v_which);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4spin_7Spinner_4_lost(((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_v_self), __pyx_v_which);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6084,19 +6084,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_4_lost(struct __pyx_obj_7ivshmem_5_spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which) {
+static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_4_lost(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_lost", 0);
 
-  /* "ivshmem/_spin.pyx":197
+  /* "ivshmem/native/spin.pyx":197
  * 
  *     def _lost(self, Py_ssize_t which):
  *         self.lost(which)             # <<<<<<<<<<<<<<
 */
-  __pyx_f_7ivshmem_5_spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
+  __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-  /* "ivshmem/_spin.pyx":196
+  /* "ivshmem/native/spin.pyx":196
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
@@ -6110,21 +6110,21 @@ static PyObject *__pyx_pf_7ivshmem_5_spin_7Spinner_4_lost(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
-static struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner __pyx_vtable_7ivshmem_5_spin_Spinner;
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner __pyx_vtable_7ivshmem_6native_4spin_Spinner;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_spin_Spinner(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4spin_Spinner(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
     CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_5_spin_Spinner *p = ((struct __pyx_obj_7ivshmem_5_spin_Spinner *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_5_spin_Spinner;
+  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *p = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
   return o;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4spin_Spinner(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -6134,7 +6134,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner(PyTypeObject *t
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_5_spin_Spinner(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_4spin_Spinner(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -6144,23 +6144,23 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner(PyTypeObject *t
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_spin_Spinner(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_4spin_Spinner(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_4spin_Spinner, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_spin_Spinner(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4spin_Spinner(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_5_spin_Spinner((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_4spin_Spinner((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_5_spin_Spinner(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_4spin_Spinner(PyObject *o) {
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
   (*tp->tp_free)(o);
@@ -6175,40 +6175,40 @@ static void __pyx_tp_dealloc_7ivshmem_5_spin_Spinner(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_5_spin_Spinner[] = {
-  {"_budget", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_1_budget, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner__budget},
-  {"_won", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_3_won, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner_2_won},
-  {"_lost", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_spin_7Spinner_5_lost, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_spin_7Spinner_4_lost},
+static PyMethodDef __pyx_methods_7ivshmem_6native_4spin_Spinner[] = {
+  {"_budget", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_1_budget, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner__budget},
+  {"_won", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_3_won, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner_2_won},
+  {"_lost", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4spin_7Spinner_5_lost, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4spin_7Spinner_4_lost},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_5_spin_Spinner_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_spin_Spinner},
+static PyType_Slot __pyx_type_7ivshmem_6native_4spin_Spinner_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4spin_Spinner},
   {Py_tp_doc, (void *)PyDoc_STR("What spinning for each of up to 64 things brought; the rest share the last one\047s record.\n\n    Threads may use it at once without a lock: what they then overwrite is a guess.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_spin_Spinner},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_5_spin_Spinner},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4spin_Spinner},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_4spin_Spinner},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_5_spin_Spinner},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_4spin_Spinner},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_5_spin_Spinner_spec = {
-  "ivshmem._spin.Spinner",
-  sizeof(struct __pyx_obj_7ivshmem_5_spin_Spinner),
+static PyType_Spec __pyx_type_7ivshmem_6native_4spin_Spinner_spec = {
+  "ivshmem.native.spin.Spinner",
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_5_spin_Spinner_slots,
+  __pyx_type_7ivshmem_6native_4spin_Spinner_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_5_spin_Spinner = {
+static PyTypeObject __pyx_type_7ivshmem_6native_4spin_Spinner = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._spin.""Spinner", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_5_spin_Spinner), /*tp_basicsize*/
+  "ivshmem.native.spin.""Spinner", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_5_spin_Spinner, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_4spin_Spinner, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -6231,7 +6231,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_spin_Spinner = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_5_spin_Spinner, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_4spin_Spinner, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -6243,7 +6243,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_spin_Spinner = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_5_spin_Spinner, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_4spin_Spinner, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -6260,7 +6260,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_spin_Spinner = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_5_spin_Spinner, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_4spin_Spinner, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -6292,7 +6292,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_spin_Spinner(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -6334,7 +6334,7 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
     const char * __pyx_export_name = __pyx_export_signature + 21;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_5_spin_spin_of, (void (*)(void)) NULL};
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_4spin_spin_of, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -6354,40 +6354,40 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_spin_Spinner(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_spin_Spinner", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_5_spin_Spinner ---*/
-  __pyx_vtabptr_7ivshmem_5_spin_Spinner = &__pyx_vtable_7ivshmem_5_spin_Spinner;
-  __pyx_vtable_7ivshmem_5_spin_Spinner.spin = (int64_t (*)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_5_spin_Probe, void *, struct __pyx_t_7ivshmem_5_spin_Turn *, unsigned int const *))__pyx_f_7ivshmem_5_spin_7Spinner_spin;
-  __pyx_vtable_7ivshmem_5_spin_Spinner.begin = (void (*)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, struct __pyx_t_7ivshmem_5_spin_Turn *, Py_ssize_t, int64_t))__pyx_f_7ivshmem_5_spin_7Spinner_begin;
-  __pyx_vtable_7ivshmem_5_spin_Spinner.budget = (int64_t (*)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t))__pyx_f_7ivshmem_5_spin_7Spinner_budget;
-  __pyx_vtable_7ivshmem_5_spin_Spinner.won = (void (*)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t, int64_t, int))__pyx_f_7ivshmem_5_spin_7Spinner_won;
-  __pyx_vtable_7ivshmem_5_spin_Spinner.lost = (void (*)(struct __pyx_obj_7ivshmem_5_spin_Spinner *, Py_ssize_t))__pyx_f_7ivshmem_5_spin_7Spinner_lost;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_4spin_Spinner ---*/
+  __pyx_vtabptr_7ivshmem_6native_4spin_Spinner = &__pyx_vtable_7ivshmem_6native_4spin_Spinner;
+  __pyx_vtable_7ivshmem_6native_4spin_Spinner.spin = (int64_t (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *))__pyx_f_7ivshmem_6native_4spin_7Spinner_spin;
+  __pyx_vtable_7ivshmem_6native_4spin_Spinner.begin = (void (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t))__pyx_f_7ivshmem_6native_4spin_7Spinner_begin;
+  __pyx_vtable_7ivshmem_6native_4spin_Spinner.budget = (int64_t (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t))__pyx_f_7ivshmem_6native_4spin_7Spinner_budget;
+  __pyx_vtable_7ivshmem_6native_4spin_Spinner.won = (void (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int))__pyx_f_7ivshmem_6native_4spin_7Spinner_won;
+  __pyx_vtable_7ivshmem_6native_4spin_Spinner.lost = (void (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t))__pyx_f_7ivshmem_6native_4spin_7Spinner_lost;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_spin_Spinner_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner)) __PYX_ERR(0, 77, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4spin_Spinner_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner)) __PYX_ERR(0, 77, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner = &__pyx_type_7ivshmem_5_spin_Spinner;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = &__pyx_type_7ivshmem_6native_4spin_Spinner;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_vtabptr_7ivshmem_5_spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Spinner, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_vtabptr_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Spinner, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -6416,57 +6416,57 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -6496,10 +6496,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec__spin(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_spin(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec__spin},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_spin},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -6518,7 +6518,7 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "_spin",
+      "spin",
       __pyx_k_When_to_spin_before_sleeping_and, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
@@ -6556,8 +6556,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit__spin(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit__spin(void)
+__Pyx_PyMODINIT_FUNC PyInit_spin(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_spin(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -6675,7 +6675,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec__spin(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_spin(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -6692,7 +6692,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__spin(PyObject *__pyx_pyinit_modul
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module '_spin' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'spin' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -6708,7 +6708,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__spin(PyObject *__pyx_pyinit_modul
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "_spin" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "spin" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -6738,7 +6738,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__spin(PyObject *__pyx_pyinit_modul
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit__spin", 0);
+__Pyx_RefNannySetupContext("PyInit_spin", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -6749,13 +6749,13 @@ __Pyx_RefNannySetupContext("PyInit__spin", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem___spin) {
+  if (__pyx_module_is_main_ivshmem__native__spin) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem._spin")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem._spin", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.native.spin")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.spin", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -6768,59 +6768,59 @@ __Pyx_RefNannySetupContext("PyInit__spin", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_spin_Spinner(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_spin.pyx":190
+  /* "ivshmem/native/spin.pyx":190
  *     # The same for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
  *         return self.budget(which, spin_of(spin))
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_spin_7Spinner_1_budget, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__budget, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_1_budget, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__budget, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_mstate_global->__pyx_n_u_budget, __pyx_t_2) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_budget, __pyx_t_2) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_spin.pyx":193
+  /* "ivshmem/native/spin.pyx":193
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
  *         self.won(which, gap, held_up)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_spin_7Spinner_3_won, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__won, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_3_won, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__won, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_mstate_global->__pyx_n_u_won, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_won, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_spin.pyx":196
+  /* "ivshmem/native/spin.pyx":196
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
  *         self.lost(which)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_spin_7Spinner_5_lost, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__lost, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_5_lost, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__lost, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_mstate_global->__pyx_n_u_lost, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_lost, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_spin.pyx":1
+  /* "ivshmem/native/spin.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic, auto_pickle=False
  * """When to spin before sleeping, and for how long.
@@ -6837,7 +6837,7 @@ __Pyx_RefNannySetupContext("PyInit__spin", 0);
   __Pyx_XDECREF(__pyx_t_2);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem._spin", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.native.spin", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -6851,7 +6851,7 @@ __Pyx_RefNannySetupContext("PyInit__spin", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem._spin");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.spin");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -6886,7 +6886,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_spin.pyx":193
+  /* "ivshmem/native/spin.pyx":193
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -6936,10 +6936,10 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 5; } str_length_index[] = {{8},{1},{16},{7},{6},{2},{9},{17},{31},{7},{15},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{12},{8},{7},{13},{5},{4},{18},{4},{18},{1},{3},{7},{5},{13},{3},{4},{10},{4},{6},{5}};
+    const struct { const unsigned int length: 5; } str_length_index[] = {{8},{1},{16},{7},{6},{2},{9},{23},{31},{7},{15},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{12},{8},{7},{13},{5},{4},{18},{4},{18},{1},{3},{7},{5},{19},{3},{4},{10},{4},{6},{5}};
     const struct { const unsigned int length: 5; } bytes_length_index[] = {{28},{11},{19},{18}};
-    /* compression: none (474 bytes) */
-static const char bytes[] = " seconds?cannot spin for disableenablegcisenabledivshmem/_spin.pyxspin is seconds or \"auto\", not SpinnerSpinner._budgetSpinner._lostSpinner._won__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____set_name____test___budget_is_coroutine_lost_wonasyncio.coroutinesautocline_in_tracebackggapheld_upitemsivshmem._spinpopselfsetdefaultspinvalueswhichint64_t (PyObject *)\000spin_of\200A\330\010\014\210E\220\021\220!\200A\330\010\017\210t\2207\230!\2307\240\047\250\021\250!\320\004?\270q\330\010\014\210D\220\001\220\027\230\005\230Q";
+    /* compression: none (486 bytes) */
+static const char bytes[] = " seconds?cannot spin for disableenablegcisenabledivshmem/native/spin.pyxspin is seconds or \"auto\", not SpinnerSpinner._budgetSpinner._lostSpinner._won__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____set_name____test___budget_is_coroutine_lost_wonasyncio.coroutinesautocline_in_tracebackggapheld_upitemsivshmem.native.spinpopselfsetdefaultspinvalueswhichint64_t (PyObject *)\000spin_of\200A\330\010\014\210E\220\021\220!\200A\330\010\017\210t\2207\230!\2307\240\047\250\021\250!\320\004?\270q\330\010\014\210D\220\001\220\027\230\005\230Q";
     PyObject *data = NULL;
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
@@ -7030,17 +7030,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__spin_pyx, __pyx_mstate->__pyx_n_u_budget, __pyx_mstate->__pyx_kp_b_iso88591_A_t7_7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_budget, __pyx_mstate->__pyx_kp_b_iso88591_A_t7_7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_gap, __pyx_mstate->__pyx_n_u_held_up};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__spin_pyx, __pyx_mstate->__pyx_n_u_won, __pyx_mstate->__pyx_kp_b_iso88591_q_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_won, __pyx_mstate->__pyx_kp_b_iso88591_q_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__spin_pyx, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_kp_b_iso88591_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_kp_b_iso88591_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

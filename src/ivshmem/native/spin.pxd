@@ -1,4 +1,4 @@
-# What the other modules in Cython use of _spin.pyx.
+# What the other modules in Cython use of spin.pyx.
 
 from libc.stdint cimport int64_t, uint32_t
 

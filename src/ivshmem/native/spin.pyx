@@ -21,8 +21,8 @@ cimport cython
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ._fds cimport now
-from ._libc cimport (
+from .descriptors cimport now
+from .syscalls cimport (
     EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_load, ivshmem_state, ivshmem_store, RELAXED,
 )
 

@@ -1249,8 +1249,8 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem___wire
-#define __PYX_HAVE_API__ivshmem___wire
+#define __PYX_HAVE__ivshmem__native__wire
+#define __PYX_HAVE_API__ivshmem__native__wire
 /* Early includes */
 #include <string.h>
 #include <stdio.h>
@@ -1818,10 +1818,10 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/_wire.pyx",
+  "ivshmem/native/wire.pyx",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/_fds.pxd",
+  "ivshmem/native/descriptors.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2010,14 +2010,14 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_4_fds_Fd;
-struct __pyx_obj_7ivshmem_4_fds_FdArray;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
-struct __pyx_obj_7ivshmem_4_fds_Relay;
-struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_5_wire_Outbox;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4wire_Outbox;
 
-/* "_fds.pxd":10
+/* "descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2025,81 +2025,81 @@ struct __pyx_obj_7ivshmem_5_wire_Outbox;
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
-struct __pyx_t_7ivshmem_5_wire_Box;
+struct __pyx_t_7ivshmem_6native_4wire_Box;
 
-/* "ivshmem/_wire.pyx":28
- * from .errors import ProtocolError
+/* "ivshmem/native/wire.pyx":28
+ * from ..errors import ProtocolError
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes in a message of protocol version 0.
  *     MESSAGE = 8
 */
 enum  {
-  __pyx_e_7ivshmem_5_wire_MESSAGE = 8
+  __pyx_e_7ivshmem_6native_4wire_MESSAGE = 8
 };
 
-/* "ivshmem/_wire.pyx":41
+/* "ivshmem/native/wire.pyx":41
  * 
  * 
  * cdef struct Box:             # <<<<<<<<<<<<<<
  *     uint64_t end  # how far the owner's record has got
  *     uint64_t open  # what `end` was when the sending began that is under way; 0: none is
 */
-struct __pyx_t_7ivshmem_5_wire_Box {
+struct __pyx_t_7ivshmem_6native_4wire_Box {
   uint64_t end;
   uint64_t open;
   int64_t region;
   int64_t serial;
   int64_t step;
   int64_t filled[2];
-  struct mmsghdr messages[2][__pyx_e_7ivshmem_4_fds_BATCH];
+  struct mmsghdr messages[2][__pyx_e_7ivshmem_6native_11descriptors_BATCH];
 };
 
-/* "_fds.pxd":86
+/* "descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
  *     cdef int number  # -1: it is closed, or has another owner
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Fd {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
   PyObject_HEAD
   int number;
 };
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
  *     cdef int *fds
  *     cdef Py_ssize_t count
 */
-struct __pyx_obj_7ivshmem_4_fds_FdArray {
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
   unsigned int state;
-  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
   int outgrown_count;
 };
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int zero
 */
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
   aio_context_t context;
   int zero;
   int pid;
@@ -2107,56 +2107,56 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
  *     cdef aio_context_t context
  *     cdef int pid
 */
-struct __pyx_obj_7ivshmem_4_fds_Relay {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
   aio_context_t context;
   int pid;
 };
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
 */
-struct __pyx_obj_7ivshmem_4_fds_Epoll {
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
 };
 
 
-/* "ivshmem/_wire.pyx":53
+/* "ivshmem/native/wire.pyx":53
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Outbox:
  *     """Sends messages in batches, and leaves in its memory what went out.
 */
-struct __pyx_obj_7ivshmem_5_wire_Outbox {
+struct __pyx_obj_7ivshmem_6native_4wire_Outbox {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox *__pyx_vtab;
-  struct __pyx_t_7ivshmem_5_wire_Box *box;
+  struct __pyx_vtabstruct_7ivshmem_6native_4wire_Outbox *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4wire_Box *box;
   int borrowed;
   Py_buffer view;
-  struct iovec iov[2][__pyx_e_7ivshmem_4_fds_BATCH];
-  int64_t values[2][__pyx_e_7ivshmem_4_fds_BATCH];
-  ivshmem_control controls[2][__pyx_e_7ivshmem_4_fds_BATCH];
+  struct iovec iov[2][__pyx_e_7ivshmem_6native_11descriptors_BATCH];
+  int64_t values[2][__pyx_e_7ivshmem_6native_11descriptors_BATCH];
+  ivshmem_control controls[2][__pyx_e_7ivshmem_6native_11descriptors_BATCH];
 };
 
 
 
-/* "_fds.pxd":93
+/* "descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2164,16 +2164,16 @@ struct __pyx_obj_7ivshmem_5_wire_Outbox {
  *     cdef Py_ssize_t count
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
-  int (*add)(struct __pyx_obj_7ivshmem_4_fds_FdArray *, int);
-  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "_fds.pxd":117
+/* "descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2181,14 +2181,14 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
  *     cdef int zero
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
-  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
-  int (*send)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "_fds.pxd":127
+/* "descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2196,13 +2196,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_
  *     cdef int pid
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
-  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "_fds.pxd":134
+/* "descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2210,13 +2210,13 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
-  int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
-static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
 
 
-/* "ivshmem/_wire.pyx":53
+/* "ivshmem/native/wire.pyx":53
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2224,19 +2224,19 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
  *     """Sends messages in batches, and leaves in its memory what went out.
 */
 
-struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox {
-  int (*check)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t);
-  void (*begin)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t);
-  void (*put)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t);
-  int (*batch)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t);
-  int (*batch_nogil)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *);
+struct __pyx_vtabstruct_7ivshmem_6native_4wire_Outbox {
+  int (*check)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t, Py_ssize_t);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int64_t, int64_t);
+  void (*put)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t);
+  int (*batch)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, Py_ssize_t);
+  int (*batch_nogil)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, int *);
 };
-static struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox *__pyx_vtabptr_7ivshmem_5_wire_Outbox;
-static int __pyx_f_7ivshmem_5_wire_6Outbox_check(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t);
-static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t);
-static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t);
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t);
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *);
+static struct __pyx_vtabstruct_7ivshmem_6native_4wire_Outbox *__pyx_vtabptr_7ivshmem_6native_4wire_Outbox;
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_check(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t, Py_ssize_t);
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_begin(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int64_t, int64_t);
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_put(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t);
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, Py_ssize_t);
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, int *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3375,11 +3375,11 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count); /* proto*/
-static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto*/
-static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i); /* proto*/
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before); /* proto*/
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code); /* proto*/
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count); /* proto*/
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_begin(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto*/
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_put(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i); /* proto*/
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before); /* proto*/
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code); /* proto*/
 
 /* Module declarations from "cython" */
 
@@ -3405,45 +3405,45 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "ivshmem._libc" */
+/* Module declarations from "ivshmem.native.syscalls" */
 
-/* Module declarations from "ivshmem._fds" */
-static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
-static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *); /*proto*/
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t); /*proto*/
+/* Module declarations from "ivshmem.native.descriptors" */
+static int (*__pyx_f_7ivshmem_6native_11descriptors_fail)(void); /*proto*/
+static int (*__pyx_f_7ivshmem_6native_11descriptors_fail_with)(int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *); /*proto*/
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t); /*proto*/
 
-/* Module declarations from "ivshmem._wire" */
-static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *, int); /*proto*/
+/* Module declarations from "ivshmem.native.wire" */
+static PyObject *__pyx_f_7ivshmem_6native_4wire__descriptors(struct mmsghdr *, int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem._wire"
-extern int __pyx_module_is_main_ivshmem___wire;
-int __pyx_module_is_main_ivshmem___wire = 0;
+#define __Pyx_MODULE_NAME "ivshmem.native.wire"
+extern int __pyx_module_is_main_ivshmem__native__wire;
+int __pyx_module_is_main_ivshmem__native__wire = 0;
 
-/* Implementation of "ivshmem._wire" */
+/* Implementation of "ivshmem.native.wire" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Messages_with_descriptors_over_U[] = "Messages with descriptors over Unix sockets, in batches.\n\nKnows: sendmmsg, recvmmsg, SCM_RIGHTS. Does not know: what a message means.\n\nInvariants:\n1. Whoever reads an outbox\047s memory after its process was killed knows how many messages went out:\n   the kernel writes that there itself, see Outbox.\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer); /* proto */
-static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o, 
+static int __pyx_pf_7ivshmem_6native_4wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer); /* proto */
+static void __pyx_pf_7ivshmem_6native_4wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_4send(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4wire_Outbox(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4wire_Outbox(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3451,13 +3451,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t,
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_6native_4wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_5_wire_Outbox __pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox
+#define __pyx_tp_new_7ivshmem_6native_4wire_Outbox __pyx_tp_new_vectorcall_7ivshmem_6native_4wire_Outbox
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3483,13 +3483,13 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Fd;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyObject *__pyx_type_7ivshmem_5_wire_Outbox;
-    PyTypeObject *__pyx_ptype_7ivshmem_5_wire_Outbox;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyObject *__pyx_type_7ivshmem_6native_4wire_Outbox;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4wire_Outbox;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
@@ -3565,7 +3565,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[16]
 #define __pyx_kp_u_isenabled __pyx_string_tab[17]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem_native_wire_pyx __pyx_string_tab[19]
 #define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[20]
 #define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[21]
 #define __pyx_n_u_Outbox __pyx_string_tab[22]
@@ -3617,7 +3617,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_into __pyx_string_tab[68]
 #define __pyx_n_u_iov __pyx_string_tab[69]
 #define __pyx_n_u_items __pyx_string_tab[70]
-#define __pyx_n_u_ivshmem__wire __pyx_string_tab[71]
+#define __pyx_n_u_ivshmem_native_wire __pyx_string_tab[71]
 #define __pyx_n_u_length __pyx_string_tab[72]
 #define __pyx_n_u_limit __pyx_string_tab[73]
 #define __pyx_n_u_lost __pyx_string_tab[74]
@@ -3666,13 +3666,13 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_wire_Outbox);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_wire_Outbox);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4wire_Outbox);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_6native_4wire_Outbox);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -3704,13 +3704,13 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Fd);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_wire_Outbox);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_wire_Outbox);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4wire_Outbox);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_6native_4wire_Outbox);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
@@ -3732,7 +3732,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":28
+/* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3740,11 +3740,11 @@ return 0;
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":30
+  /* "descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3753,7 +3753,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":31
+  /* "descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3766,7 +3766,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":28
+  /* "descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3780,7 +3780,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":34
+/* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3788,7 +3788,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
   int __pyx_t_2;
@@ -3797,7 +3797,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":36
+  /* "descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3822,7 +3822,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
     }
 
 
-    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
 
   } else {
 
@@ -3834,7 +3834,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":34
+  /* "descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3847,7 +3847,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":39
+/* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3855,7 +3855,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
  *     cdef int64_t nanoseconds
 */
 
-static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
   int64_t __pyx_v_nanoseconds;
   struct timespec *__pyx_r;
   int __pyx_t_1;
@@ -3863,7 +3863,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":42
+  /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3875,7 +3875,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":43
+    /* "descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -3888,7 +3888,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":42
+    /* "descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -3897,7 +3897,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":44
+  /* "descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -3907,7 +3907,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 
   __pyx_t_2 = ((int64_t)0);
 
-  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
   __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
 
   if (__pyx_t_1) {
@@ -3921,7 +3921,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":45
+  /* "descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -3930,7 +3930,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":46
+  /* "descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -3939,7 +3939,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":47
+  /* "descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -3952,7 +3952,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":39
+  /* "descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3966,7 +3966,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":50
+/* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3974,14 +3974,14 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
   uint64_t __pyx_t_2;
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":52
+  /* "descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4009,7 +4009,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":50
+  /* "descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4022,7 +4022,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":55
+/* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4030,14 +4030,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
  * 
 */
 
-static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
   uint64_t __pyx_v_count;
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":61
+  /* "descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4046,7 +4046,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":64
+  /* "descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4055,7 +4055,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":65
+  /* "descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4064,7 +4064,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":66
+  /* "descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4073,7 +4073,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":67
+    /* "descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4082,7 +4082,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":68
+    /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4094,7 +4094,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":69
+      /* "descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4103,11 +4103,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
       {
 
-        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":68
+      /* "descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4116,7 +4116,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":70
+    /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4128,7 +4128,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":71
+      /* "descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4141,7 +4141,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":70
+      /* "descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4150,7 +4150,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":72
+    /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4162,7 +4162,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":73
+      /* "descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4175,7 +4175,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":72
+      /* "descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4184,7 +4184,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":74
+    /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4196,7 +4196,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":75
+      /* "descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4209,7 +4209,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":74
+      /* "descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4219,7 +4219,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":55
+  /* "descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4236,7 +4236,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":78
+/* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4244,13 +4244,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
  *     cdef uint64_t one = 1
 */
 
-static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
   uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":80
+  /* "descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4259,7 +4259,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":81
+  /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4285,7 +4285,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":82
+    /* "descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4298,7 +4298,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":81
+    /* "descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4307,7 +4307,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":83
+  /* "descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4320,7 +4320,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":78
+  /* "descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4334,7 +4334,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":107
+/* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4342,10 +4342,10 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
  *     return ivshmem_length(&array.count)
 */
 
-static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "_fds.pxd":109
+  /* "descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4358,7 +4358,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":107
+  /* "descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4371,7 +4371,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "_fds.pxd":112
+/* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4379,10 +4379,10 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_ob
  *     return &ivshmem_elements(&array.fds)[index]
 */
 
-static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "_fds.pxd":114
+  /* "descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4395,7 +4395,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":112
+  /* "descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4408,7 +4408,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":78
+/* "ivshmem/native/wire.pyx":78
  *     cdef ivshmem_control controls[2][BATCH]
  * 
  *     def __cinit__(self, buffer=None):             # <<<<<<<<<<<<<<
@@ -4417,14 +4417,14 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_4wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_6native_4wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4489,11 +4489,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_buffer);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox___cinit__(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self), __pyx_v_buffer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4503,7 +4503,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer) {
+static int __pyx_pf_7ivshmem_6native_4wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -4521,7 +4521,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_wire.pyx":79
+  /* "ivshmem/native/wire.pyx":79
  * 
  *     def __cinit__(self, buffer=None):
  *         self.box = NULL             # <<<<<<<<<<<<<<
@@ -4530,7 +4530,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->box = NULL;
 
-  /* "ivshmem/_wire.pyx":80
+  /* "ivshmem/native/wire.pyx":80
  *     def __cinit__(self, buffer=None):
  *         self.box = NULL
  *         self.borrowed = False             # <<<<<<<<<<<<<<
@@ -4539,7 +4539,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->borrowed = 0;
 
-  /* "ivshmem/_wire.pyx":81
+  /* "ivshmem/native/wire.pyx":81
  *         self.box = NULL
  *         self.borrowed = False
  *         if buffer is None:             # <<<<<<<<<<<<<<
@@ -4550,16 +4550,16 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":82
+    /* "ivshmem/native/wire.pyx":82
  *         self.borrowed = False
  *         if buffer is None:
  *             self.box = <Box *>calloc(1, sizeof(Box))             # <<<<<<<<<<<<<<
  *             if self.box == NULL:
  *                 raise MemoryError
 */
-    __pyx_v_self->box = ((struct __pyx_t_7ivshmem_5_wire_Box *)calloc(1, (sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+    __pyx_v_self->box = ((struct __pyx_t_7ivshmem_6native_4wire_Box *)calloc(1, (sizeof(struct __pyx_t_7ivshmem_6native_4wire_Box))));
 
-    /* "ivshmem/_wire.pyx":83
+    /* "ivshmem/native/wire.pyx":83
  *         if buffer is None:
  *             self.box = <Box *>calloc(1, sizeof(Box))
  *             if self.box == NULL:             # <<<<<<<<<<<<<<
@@ -4571,7 +4571,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_wire.pyx":84
+      /* "ivshmem/native/wire.pyx":84
  *             self.box = <Box *>calloc(1, sizeof(Box))
  *             if self.box == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
@@ -4580,7 +4580,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
       PyErr_NoMemory(); __PYX_ERR(0, 84, __pyx_L1_error)
 
-      /* "ivshmem/_wire.pyx":83
+      /* "ivshmem/native/wire.pyx":83
  *         if buffer is None:
  *             self.box = <Box *>calloc(1, sizeof(Box))
  *             if self.box == NULL:             # <<<<<<<<<<<<<<
@@ -4589,7 +4589,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
     }
 
-    /* "ivshmem/_wire.pyx":85
+    /* "ivshmem/native/wire.pyx":85
  *             if self.box == NULL:
  *                 raise MemoryError
  *             self.box.end = 1             # <<<<<<<<<<<<<<
@@ -4598,7 +4598,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
     __pyx_v_self->box->end = 1;
 
-    /* "ivshmem/_wire.pyx":86
+    /* "ivshmem/native/wire.pyx":86
  *                 raise MemoryError
  *             self.box.end = 1
  *             return             # <<<<<<<<<<<<<<
@@ -4610,7 +4610,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_wire.pyx":81
+    /* "ivshmem/native/wire.pyx":81
  *         self.box = NULL
  *         self.borrowed = False
  *         if buffer is None:             # <<<<<<<<<<<<<<
@@ -4619,7 +4619,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_wire.pyx":87
+  /* "ivshmem/native/wire.pyx":87
  *             self.box.end = 1
  *             return
  *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
@@ -4629,14 +4629,14 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_self->view), (PyBUF_SIMPLE | PyBUF_WRITABLE)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
 
 
-  /* "ivshmem/_wire.pyx":88
+  /* "ivshmem/native/wire.pyx":88
  *             return
  *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
  *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):             # <<<<<<<<<<<<<<
  *             PyBuffer_Release(&self.view)
  *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
 */
-  __pyx_t_3 = (__pyx_v_self->view.len < ((Py_ssize_t)(sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+  __pyx_t_3 = (__pyx_v_self->view.len < ((Py_ssize_t)(sizeof(struct __pyx_t_7ivshmem_6native_4wire_Box))));
 
   if (!__pyx_t_3) {
 
@@ -4662,7 +4662,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_wire.pyx":89
+    /* "ivshmem/native/wire.pyx":89
  *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
  *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
  *             PyBuffer_Release(&self.view)             # <<<<<<<<<<<<<<
@@ -4671,7 +4671,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
     PyBuffer_Release((&__pyx_v_self->view));
 
-    /* "ivshmem/_wire.pyx":90
+    /* "ivshmem/native/wire.pyx":90
  *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
  *             PyBuffer_Release(&self.view)
  *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")             # <<<<<<<<<<<<<<
@@ -4679,7 +4679,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
  *         self.box = <Box *>self.view.buf
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyUnicode_From_size_t((sizeof(struct __pyx_t_7ivshmem_5_wire_Box)), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 90, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_size_t((sizeof(struct __pyx_t_7ivshmem_6native_4wire_Box)), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 90, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_an_outbox_needs;
     __pyx_t_8[1] = __pyx_t_7;
@@ -4706,7 +4706,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __PYX_ERR(0, 90, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":88
+    /* "ivshmem/native/wire.pyx":88
  *             return
  *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
  *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):             # <<<<<<<<<<<<<<
@@ -4715,7 +4715,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_wire.pyx":91
+  /* "ivshmem/native/wire.pyx":91
  *             PyBuffer_Release(&self.view)
  *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
  *         self.borrowed = True             # <<<<<<<<<<<<<<
@@ -4724,25 +4724,25 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->borrowed = 1;
 
-  /* "ivshmem/_wire.pyx":92
+  /* "ivshmem/native/wire.pyx":92
  *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
  *         self.borrowed = True
  *         self.box = <Box *>self.view.buf             # <<<<<<<<<<<<<<
  *         # A page that must be fetched when the kernel writes to it would not be, for the dying.
  *         mlock(self.box, sizeof(Box))
 */
-  __pyx_v_self->box = ((struct __pyx_t_7ivshmem_5_wire_Box *)__pyx_v_self->view.buf);
+  __pyx_v_self->box = ((struct __pyx_t_7ivshmem_6native_4wire_Box *)__pyx_v_self->view.buf);
 
-  /* "ivshmem/_wire.pyx":94
+  /* "ivshmem/native/wire.pyx":94
  *         self.box = <Box *>self.view.buf
  *         # A page that must be fetched when the kernel writes to it would not be, for the dying.
  *         mlock(self.box, sizeof(Box))             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  (void)(mlock(__pyx_v_self->box, (sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+  (void)(mlock(__pyx_v_self->box, (sizeof(struct __pyx_t_7ivshmem_6native_4wire_Box))));
 
-  /* "ivshmem/_wire.pyx":78
+  /* "ivshmem/native/wire.pyx":78
  *     cdef ivshmem_control controls[2][BATCH]
  * 
  *     def __cinit__(self, buffer=None):             # <<<<<<<<<<<<<<
@@ -4758,7 +4758,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -4766,7 +4766,7 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":96
+/* "ivshmem/native/wire.pyx":96
  *         mlock(self.box, sizeof(Box))
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -4775,21 +4775,21 @@ static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_4wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_4wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_4wire_6Outbox_2__dealloc__(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_4wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self) {
 
-  /* "ivshmem/_wire.pyx":97
+  /* "ivshmem/native/wire.pyx":97
  * 
  *     def __dealloc__(self):
  *         if self.borrowed:             # <<<<<<<<<<<<<<
@@ -4798,7 +4798,7 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
 */
   if (__pyx_v_self->borrowed) {
 
-    /* "ivshmem/_wire.pyx":98
+    /* "ivshmem/native/wire.pyx":98
  *     def __dealloc__(self):
  *         if self.borrowed:
  *             PyBuffer_Release(&self.view)             # <<<<<<<<<<<<<<
@@ -4807,7 +4807,7 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
 */
     PyBuffer_Release((&__pyx_v_self->view));
 
-    /* "ivshmem/_wire.pyx":97
+    /* "ivshmem/native/wire.pyx":97
  * 
  *     def __dealloc__(self):
  *         if self.borrowed:             # <<<<<<<<<<<<<<
@@ -4817,7 +4817,7 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_wire.pyx":100
+  /* "ivshmem/native/wire.pyx":100
  *             PyBuffer_Release(&self.view)
  *         else:
  *             free(self.box)             # <<<<<<<<<<<<<<
@@ -4829,7 +4829,7 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/_wire.pyx":96
+  /* "ivshmem/native/wire.pyx":96
  *         mlock(self.box, sizeof(Box))
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -4841,7 +4841,7 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
 
 }
 
-/* "ivshmem/_wire.pyx":102
+/* "ivshmem/native/wire.pyx":102
  *             free(self.box)
  * 
  *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
@@ -4850,16 +4850,16 @@ static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_5send(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_5send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_4send, "Send messages without blocking, in batches of sendmmsg.\n\n        Args:\n            runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where\n                `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is\n                None nothing.\n            region, serial: left in the memory, to say whose messages these are.\n\n        Returns:\n            How many messages went out, in order, before the socket\047s buffer was full (or the kernel\n            refused for want of memory or of descriptors in flight: the next call says so).\n\n        Raises:\n            OSError: the first message could not be sent, for another reason than a full buffer.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_5send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_4send};
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_5send(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_6Outbox_4send, "Send messages without blocking, in batches of sendmmsg.\n\n        Args:\n            runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where\n                `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is\n                None nothing.\n            region, serial: left in the memory, to say whose messages these are.\n\n        Returns:\n            How many messages went out, in order, before the socket\047s buffer was full (or the kernel\n            refused for want of memory or of descriptors in flight: the next call says so).\n\n        Raises:\n            OSError: the first message could not be sent, for another reason than a full buffer.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_6Outbox_5send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_4send};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_5send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4960,11 +4960,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_4send(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_sock, __pyx_v_runs, __pyx_v_region, __pyx_v_serial);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox_4send(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self), __pyx_v_sock, __pyx_v_runs, __pyx_v_region, __pyx_v_serial);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4977,7 +4977,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_4send(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
   Py_ssize_t __pyx_v_total;
   Py_ssize_t __pyx_v_first;
   Py_ssize_t __pyx_v_count;
@@ -4986,7 +4986,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   int __pyx_v_sent;
   int64_t __pyx_v_step;
   int64_t __pyx_v_value;
-  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds = 0;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds = 0;
   PyObject *__pyx_v_run = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -5006,7 +5006,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/_wire.pyx":118
+  /* "ivshmem/native/wire.pyx":118
  *             OSError: the first message could not be sent, for another reason than a full buffer.
  *         """
  *         cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
@@ -5015,7 +5015,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_wire.pyx":120
+  /* "ivshmem/native/wire.pyx":120
  *         cdef Py_ssize_t total = 0
  *         cdef Py_ssize_t first, count, i
  *         cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -5024,7 +5024,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_wire.pyx":122
+  /* "ivshmem/native/wire.pyx":122
  *         cdef int filled = 0
  *         cdef int sent
  *         cdef int64_t step = 0             # <<<<<<<<<<<<<<
@@ -5033,16 +5033,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
   __pyx_v_step = 0;
 
-  /* "ivshmem/_wire.pyx":125
+  /* "ivshmem/native/wire.pyx":125
  *         cdef int64_t value
  *         cdef FdArray fds
  *         self.begin(region, serial)             # <<<<<<<<<<<<<<
  *         for run in runs:
  *             value, fds, first, count = run[0], run[1], run[2], run[3]
 */
-  __pyx_f_7ivshmem_5_wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, __pyx_v_serial);
+  __pyx_f_7ivshmem_6native_4wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, __pyx_v_serial);
 
-  /* "ivshmem/_wire.pyx":126
+  /* "ivshmem/native/wire.pyx":126
  *         cdef FdArray fds
  *         self.begin(region, serial)
  *         for run in runs:             # <<<<<<<<<<<<<<
@@ -5101,7 +5101,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_wire.pyx":127
+    /* "ivshmem/native/wire.pyx":127
  *         self.begin(region, serial)
  *         for run in runs:
  *             value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
@@ -5114,7 +5114,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 127, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 127, __pyx_L1_error)
     __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L1_error)
@@ -5124,22 +5124,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
     __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
-    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4));
+    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4));
     __pyx_t_4 = 0;
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_wire.pyx":128
+    /* "ivshmem/native/wire.pyx":128
  *         for run in runs:
  *             value, fds, first, count = run[0], run[1], run[2], run[3]
  *             self.check(fds, first, count)             # <<<<<<<<<<<<<<
  *             for i in range(first, first + count):
  *                 self.put(step & 1, filled, value, fds, i)
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_first, __pyx_v_count); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_4wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_first, __pyx_v_count); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
 
 
-    /* "ivshmem/_wire.pyx":129
+    /* "ivshmem/native/wire.pyx":129
  *             value, fds, first, count = run[0], run[1], run[2], run[3]
  *             self.check(fds, first, count)
  *             for i in range(first, first + count):             # <<<<<<<<<<<<<<
@@ -5153,16 +5153,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
     for (__pyx_t_10 = __pyx_v_first; __pyx_t_10 < __pyx_t_7; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_wire.pyx":130
+      /* "ivshmem/native/wire.pyx":130
  *             self.check(fds, first, count)
  *             for i in range(first, first + count):
  *                 self.put(step & 1, filled, value, fds, i)             # <<<<<<<<<<<<<<
  *                 filled += 1
  *                 if filled == BATCH:
 */
-      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, (__pyx_v_step & 1), __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
+      __pyx_f_7ivshmem_6native_4wire_6Outbox_put(__pyx_v_self, (__pyx_v_step & 1), __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
 
-      /* "ivshmem/_wire.pyx":131
+      /* "ivshmem/native/wire.pyx":131
  *             for i in range(first, first + count):
  *                 self.put(step & 1, filled, value, fds, i)
  *                 filled += 1             # <<<<<<<<<<<<<<
@@ -5171,29 +5171,29 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_wire.pyx":132
+      /* "ivshmem/native/wire.pyx":132
  *                 self.put(step & 1, filled, value, fds, i)
  *                 filled += 1
  *                 if filled == BATCH:             # <<<<<<<<<<<<<<
  *                     sent = self.batch(sock, step, filled, total)
  *                     total += sent
 */
-      __pyx_t_11 = (__pyx_v_filled == __pyx_e_7ivshmem_4_fds_BATCH);
+      __pyx_t_11 = (__pyx_v_filled == __pyx_e_7ivshmem_6native_11descriptors_BATCH);
 
       if (__pyx_t_11) {
 
 
-        /* "ivshmem/_wire.pyx":133
+        /* "ivshmem/native/wire.pyx":133
  *                 filled += 1
  *                 if filled == BATCH:
  *                     sent = self.batch(sock, step, filled, total)             # <<<<<<<<<<<<<<
  *                     total += sent
  *                     if sent < filled:
 */
-        __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
+        __pyx_t_9 = __pyx_f_7ivshmem_6native_4wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
         __pyx_v_sent = __pyx_t_9;
 
-        /* "ivshmem/_wire.pyx":134
+        /* "ivshmem/native/wire.pyx":134
  *                 if filled == BATCH:
  *                     sent = self.batch(sock, step, filled, total)
  *                     total += sent             # <<<<<<<<<<<<<<
@@ -5202,7 +5202,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_wire.pyx":135
+        /* "ivshmem/native/wire.pyx":135
  *                     sent = self.batch(sock, step, filled, total)
  *                     total += sent
  *                     if sent < filled:             # <<<<<<<<<<<<<<
@@ -5214,7 +5214,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
         if (__pyx_t_11) {
 
 
-          /* "ivshmem/_wire.pyx":136
+          /* "ivshmem/native/wire.pyx":136
  *                     total += sent
  *                     if sent < filled:
  *                         return total             # <<<<<<<<<<<<<<
@@ -5235,7 +5235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_wire.pyx":135
+          /* "ivshmem/native/wire.pyx":135
  *                     sent = self.batch(sock, step, filled, total)
  *                     total += sent
  *                     if sent < filled:             # <<<<<<<<<<<<<<
@@ -5244,7 +5244,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
         }
 
-        /* "ivshmem/_wire.pyx":137
+        /* "ivshmem/native/wire.pyx":137
  *                     if sent < filled:
  *                         return total
  *                     filled = 0             # <<<<<<<<<<<<<<
@@ -5253,7 +5253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_wire.pyx":138
+        /* "ivshmem/native/wire.pyx":138
  *                         return total
  *                     filled = 0
  *                     step += 1             # <<<<<<<<<<<<<<
@@ -5262,7 +5262,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
         __pyx_v_step = (__pyx_v_step + 1);
 
-        /* "ivshmem/_wire.pyx":132
+        /* "ivshmem/native/wire.pyx":132
  *                 self.put(step & 1, filled, value, fds, i)
  *                 filled += 1
  *                 if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -5273,7 +5273,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
     }
 
 
-    /* "ivshmem/_wire.pyx":126
+    /* "ivshmem/native/wire.pyx":126
  *         cdef FdArray fds
  *         self.begin(region, serial)
  *         for run in runs:             # <<<<<<<<<<<<<<
@@ -5283,7 +5283,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":139
+  /* "ivshmem/native/wire.pyx":139
  *                     filled = 0
  *                     step += 1
  *         if filled:             # <<<<<<<<<<<<<<
@@ -5295,18 +5295,18 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   if (__pyx_t_11) {
 
 
-    /* "ivshmem/_wire.pyx":140
+    /* "ivshmem/native/wire.pyx":140
  *                     step += 1
  *         if filled:
  *             total += self.batch(sock, step, filled, total)             # <<<<<<<<<<<<<<
  *         return total
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_4wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
     __pyx_v_total = (__pyx_v_total + __pyx_t_9);
 
 
-    /* "ivshmem/_wire.pyx":139
+    /* "ivshmem/native/wire.pyx":139
  *                     filled = 0
  *                     step += 1
  *         if filled:             # <<<<<<<<<<<<<<
@@ -5315,7 +5315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_wire.pyx":141
+  /* "ivshmem/native/wire.pyx":141
  *         if filled:
  *             total += self.batch(sock, step, filled, total)
  *         return total             # <<<<<<<<<<<<<<
@@ -5335,7 +5335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":102
+  /* "ivshmem/native/wire.pyx":102
  *             free(self.box)
  * 
  *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
@@ -5348,7 +5348,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -5366,7 +5366,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":143
+/* "ivshmem/native/wire.pyx":143
  *         return total
  * 
  *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
@@ -5375,16 +5375,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all, "Send the same batch to many, until one takes less than all of it.\n\n        Args:\n            socks: descriptors of sockets, of which the first `first` have got it already.\n            runs: as for `send`; only the first messages of them, at most 64, are sent.\n\n        Returns:\n            (done, sent, error, count): socks[:done] have got all `count` messages; if that are not\n            all, socks[done] has got `sent`, and `error` is 0 or what its errno was.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_7send_to_all = {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all};
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_6Outbox_6send_to_all, "Send the same batch to many, until one takes less than all of it.\n\n        Args:\n            socks: descriptors of sockets, of which the first `first` have got it already.\n            runs: as for `send`; only the first messages of them, at most 64, are sent.\n\n        Returns:\n            (done, sent, error, count): socks[:done] have got all `count` messages; if that are not\n            all, socks[done] has got `sent`, and `error` is 0 or what its errno was.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_6Outbox_7send_to_all = {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_6send_to_all};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5479,11 +5479,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_socks, __pyx_v_first, __pyx_v_runs, __pyx_v_region);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox_6send_to_all(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self), __pyx_v_socks, __pyx_v_first, __pyx_v_runs, __pyx_v_region);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5495,7 +5495,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region) {
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region) {
   Py_ssize_t __pyx_v_total;
   Py_ssize_t __pyx_v_start;
   Py_ssize_t __pyx_v_length;
@@ -5506,7 +5506,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   int __pyx_v_code;
   int *__pyx_v_fds_of;
   int64_t __pyx_v_value;
-  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds = 0;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds = 0;
   PyObject *__pyx_v_run = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -5536,7 +5536,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_all", 0);
 
-  /* "ivshmem/_wire.pyx":154
+  /* "ivshmem/native/wire.pyx":154
  *             all, socks[done] has got `sent`, and `error` is 0 or what its errno was.
  *         """
  *         cdef Py_ssize_t total = len(socks)             # <<<<<<<<<<<<<<
@@ -5546,7 +5546,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   __pyx_t_1 = PyObject_Length(__pyx_v_socks); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
   __pyx_v_total = __pyx_t_1;
 
-  /* "ivshmem/_wire.pyx":156
+  /* "ivshmem/native/wire.pyx":156
  *         cdef Py_ssize_t total = len(socks)
  *         cdef Py_ssize_t start, length, i, done
  *         cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -5555,7 +5555,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_wire.pyx":157
+  /* "ivshmem/native/wire.pyx":157
  *         cdef Py_ssize_t start, length, i, done
  *         cdef int filled = 0
  *         cdef int sent = 0             # <<<<<<<<<<<<<<
@@ -5564,7 +5564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   __pyx_v_sent = 0;
 
-  /* "ivshmem/_wire.pyx":158
+  /* "ivshmem/native/wire.pyx":158
  *         cdef int filled = 0
  *         cdef int sent = 0
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5573,7 +5573,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_wire.pyx":159
+  /* "ivshmem/native/wire.pyx":159
  *         cdef int sent = 0
  *         cdef int code = 0
  *         cdef int *fds_of = NULL             # <<<<<<<<<<<<<<
@@ -5582,16 +5582,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   __pyx_v_fds_of = NULL;
 
-  /* "ivshmem/_wire.pyx":162
+  /* "ivshmem/native/wire.pyx":162
  *         cdef int64_t value
  *         cdef FdArray fds
  *         self.begin(region, -1)             # <<<<<<<<<<<<<<
  *         for run in runs:
  *             value, fds, start, length = run[0], run[1], run[2], run[3]
 */
-  __pyx_f_7ivshmem_5_wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, -1L);
+  __pyx_f_7ivshmem_6native_4wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, -1L);
 
-  /* "ivshmem/_wire.pyx":163
+  /* "ivshmem/native/wire.pyx":163
  *         cdef FdArray fds
  *         self.begin(region, -1)
  *         for run in runs:             # <<<<<<<<<<<<<<
@@ -5650,7 +5650,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_wire.pyx":164
+    /* "ivshmem/native/wire.pyx":164
  *         self.begin(region, -1)
  *         for run in runs:
  *             value, fds, start, length = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
@@ -5663,7 +5663,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 164, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 164, __pyx_L1_error)
     __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L1_error)
@@ -5673,22 +5673,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
-    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4));
+    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4));
     __pyx_t_4 = 0;
     __pyx_v_start = __pyx_t_7;
     __pyx_v_length = __pyx_t_8;
 
-    /* "ivshmem/_wire.pyx":165
+    /* "ivshmem/native/wire.pyx":165
  *         for run in runs:
  *             value, fds, start, length = run[0], run[1], run[2], run[3]
  *             self.check(fds, start, length)             # <<<<<<<<<<<<<<
  *             for i in range(start, min(start + length, start + BATCH - filled)):
  *                 self.put(0, filled, value, fds, i)
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_start, __pyx_v_length); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_4wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_start, __pyx_v_length); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
 
 
-    /* "ivshmem/_wire.pyx":166
+    /* "ivshmem/native/wire.pyx":166
  *             value, fds, start, length = run[0], run[1], run[2], run[3]
  *             self.check(fds, start, length)
  *             for i in range(start, min(start + length, start + BATCH - filled)):             # <<<<<<<<<<<<<<
@@ -5696,7 +5696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
  *                 self.put(1, filled, value, fds, i)
 */
 
-    __pyx_t_8 = ((__pyx_v_start + __pyx_e_7ivshmem_4_fds_BATCH) - __pyx_v_filled);
+    __pyx_t_8 = ((__pyx_v_start + __pyx_e_7ivshmem_6native_11descriptors_BATCH) - __pyx_v_filled);
 
     __pyx_t_7 = (__pyx_v_start + __pyx_v_length);
     __pyx_t_11 = (__pyx_t_8 < __pyx_t_7);
@@ -5717,25 +5717,25 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     for (__pyx_t_7 = __pyx_v_start; __pyx_t_7 < __pyx_t_10; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_wire.pyx":167
+      /* "ivshmem/native/wire.pyx":167
  *             self.check(fds, start, length)
  *             for i in range(start, min(start + length, start + BATCH - filled)):
  *                 self.put(0, filled, value, fds, i)             # <<<<<<<<<<<<<<
  *                 self.put(1, filled, value, fds, i)
  *                 filled += 1
 */
-      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, 0, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
+      __pyx_f_7ivshmem_6native_4wire_6Outbox_put(__pyx_v_self, 0, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
 
-      /* "ivshmem/_wire.pyx":168
+      /* "ivshmem/native/wire.pyx":168
  *             for i in range(start, min(start + length, start + BATCH - filled)):
  *                 self.put(0, filled, value, fds, i)
  *                 self.put(1, filled, value, fds, i)             # <<<<<<<<<<<<<<
  *                 filled += 1
  *         fds_of = <int *>malloc((total + 1) * sizeof(int))
 */
-      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, 1, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
+      __pyx_f_7ivshmem_6native_4wire_6Outbox_put(__pyx_v_self, 1, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
 
-      /* "ivshmem/_wire.pyx":169
+      /* "ivshmem/native/wire.pyx":169
  *                 self.put(0, filled, value, fds, i)
  *                 self.put(1, filled, value, fds, i)
  *                 filled += 1             # <<<<<<<<<<<<<<
@@ -5746,7 +5746,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     }
 
 
-    /* "ivshmem/_wire.pyx":163
+    /* "ivshmem/native/wire.pyx":163
  *         cdef FdArray fds
  *         self.begin(region, -1)
  *         for run in runs:             # <<<<<<<<<<<<<<
@@ -5756,7 +5756,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":170
+  /* "ivshmem/native/wire.pyx":170
  *                 self.put(1, filled, value, fds, i)
  *                 filled += 1
  *         fds_of = <int *>malloc((total + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -5765,7 +5765,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   __pyx_v_fds_of = ((int *)malloc(((__pyx_v_total + 1) * (sizeof(int)))));
 
-  /* "ivshmem/_wire.pyx":171
+  /* "ivshmem/native/wire.pyx":171
  *                 filled += 1
  *         fds_of = <int *>malloc((total + 1) * sizeof(int))
  *         if fds_of == NULL:             # <<<<<<<<<<<<<<
@@ -5777,7 +5777,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   if (unlikely(__pyx_t_11)) {
 
 
-    /* "ivshmem/_wire.pyx":172
+    /* "ivshmem/native/wire.pyx":172
  *         fds_of = <int *>malloc((total + 1) * sizeof(int))
  *         if fds_of == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
@@ -5786,7 +5786,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
     PyErr_NoMemory(); __PYX_ERR(0, 172, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":171
+    /* "ivshmem/native/wire.pyx":171
  *                 filled += 1
  *         fds_of = <int *>malloc((total + 1) * sizeof(int))
  *         if fds_of == NULL:             # <<<<<<<<<<<<<<
@@ -5795,7 +5795,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_wire.pyx":173
+  /* "ivshmem/native/wire.pyx":173
  *         if fds_of == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -5804,7 +5804,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/_wire.pyx":174
+    /* "ivshmem/native/wire.pyx":174
  *             raise MemoryError
  *         try:
  *             for i in range(total):             # <<<<<<<<<<<<<<
@@ -5818,7 +5818,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_8; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_wire.pyx":175
+      /* "ivshmem/native/wire.pyx":175
  *         try:
  *             for i in range(total):
  *                 fds_of[i] = socks[i]             # <<<<<<<<<<<<<<
@@ -5834,7 +5834,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     }
 
 
-    /* "ivshmem/_wire.pyx":176
+    /* "ivshmem/native/wire.pyx":176
  *             for i in range(total):
  *                 fds_of[i] = socks[i]
  *             done = first             # <<<<<<<<<<<<<<
@@ -5843,7 +5843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
     __pyx_v_done = __pyx_v_first;
 
-    /* "ivshmem/_wire.pyx":177
+    /* "ivshmem/native/wire.pyx":177
  *                 fds_of[i] = socks[i]
  *             done = first
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5856,7 +5856,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_wire.pyx":178
+          /* "ivshmem/native/wire.pyx":178
  *             done = first
  *             with nogil:
  *                 while done < total:             # <<<<<<<<<<<<<<
@@ -5869,16 +5869,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 
             if (!__pyx_t_11) break;
 
-            /* "ivshmem/_wire.pyx":179
+            /* "ivshmem/native/wire.pyx":179
  *             with nogil:
  *                 while done < total:
  *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)             # <<<<<<<<<<<<<<
  *                     if sent < filled:
  *                         break
 */
-            __pyx_v_sent = __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(__pyx_v_self, (__pyx_v_fds_of[__pyx_v_done]), __pyx_v_done, __pyx_v_filled, (&__pyx_v_code));
+            __pyx_v_sent = __pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil(__pyx_v_self, (__pyx_v_fds_of[__pyx_v_done]), __pyx_v_done, __pyx_v_filled, (&__pyx_v_code));
 
-            /* "ivshmem/_wire.pyx":180
+            /* "ivshmem/native/wire.pyx":180
  *                 while done < total:
  *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
  *                     if sent < filled:             # <<<<<<<<<<<<<<
@@ -5890,7 +5890,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
             if (__pyx_t_11) {
 
 
-              /* "ivshmem/_wire.pyx":181
+              /* "ivshmem/native/wire.pyx":181
  *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
  *                     if sent < filled:
  *                         break             # <<<<<<<<<<<<<<
@@ -5899,7 +5899,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
               goto __pyx_L18_break;
 
-              /* "ivshmem/_wire.pyx":180
+              /* "ivshmem/native/wire.pyx":180
  *                 while done < total:
  *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
  *                     if sent < filled:             # <<<<<<<<<<<<<<
@@ -5908,7 +5908,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
             }
 
-            /* "ivshmem/_wire.pyx":182
+            /* "ivshmem/native/wire.pyx":182
  *                     if sent < filled:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -5920,7 +5920,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
           __pyx_L18_break:;
         }
 
-        /* "ivshmem/_wire.pyx":177
+        /* "ivshmem/native/wire.pyx":177
  *                 fds_of[i] = socks[i]
  *             done = first
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5938,7 +5938,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_wire.pyx":184
+  /* "ivshmem/native/wire.pyx":184
  *                     done += 1
  *         finally:
  *             free(fds_of)             # <<<<<<<<<<<<<<
@@ -5985,7 +5985,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
     __pyx_L11:;
   }
 
-  /* "ivshmem/_wire.pyx":185
+  /* "ivshmem/native/wire.pyx":185
  *         finally:
  *             free(fds_of)
  *         return done, sent if done < total else 0, code, filled             # <<<<<<<<<<<<<<
@@ -6035,7 +6035,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   __pyx_t_21 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":143
+  /* "ivshmem/native/wire.pyx":143
  *         return total
  * 
  *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
@@ -6050,7 +6050,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_20);
   __Pyx_XDECREF(__pyx_t_21);
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6070,7 +6070,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":187
+/* "ivshmem/native/wire.pyx":187
  *         return done, sent if done < total else 0, code, filled
  * 
  *     def unfinished(self):             # <<<<<<<<<<<<<<
@@ -6079,16 +6079,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished, "What a sending was about whose end is not in the record: None, or a tuple.\n\n        (region, serial, step, sent, count): after `step` whole batches, `sent` messages of one of\n        `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer\047s.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_9unfinished = {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished};
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_6Outbox_8unfinished, "What a sending was about whose end is not in the record: None, or a tuple.\n\n        (region, serial, step, sent, count): after `step` whole batches, `sent` messages of one of\n        `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer\047s.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_6Outbox_9unfinished = {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_8unfinished};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6114,14 +6114,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("unfinished", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox_8unfinished(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self) {
   int __pyx_v_which;
   int __pyx_v_sent;
   int64_t __pyx_v_filled;
@@ -6144,7 +6144,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("unfinished", 0);
 
-  /* "ivshmem/_wire.pyx":193
+  /* "ivshmem/native/wire.pyx":193
  *         `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer's.
  *         """
  *         cdef int which = self.box.step & 1             # <<<<<<<<<<<<<<
@@ -6153,7 +6153,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   __pyx_v_which = (__pyx_v_self->box->step & 1);
 
-  /* "ivshmem/_wire.pyx":194
+  /* "ivshmem/native/wire.pyx":194
  *         """
  *         cdef int which = self.box.step & 1
  *         cdef int sent = 0             # <<<<<<<<<<<<<<
@@ -6162,7 +6162,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   __pyx_v_sent = 0;
 
-  /* "ivshmem/_wire.pyx":196
+  /* "ivshmem/native/wire.pyx":196
  *         cdef int sent = 0
  *         # One copy: the memory is a journal's, which another process can have damaged.
  *         cdef int64_t filled = self.box.filled[which]             # <<<<<<<<<<<<<<
@@ -6171,7 +6171,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   __pyx_v_filled = (__pyx_v_self->box->filled[__pyx_v_which]);
 
-  /* "ivshmem/_wire.pyx":197
+  /* "ivshmem/native/wire.pyx":197
  *         # One copy: the memory is a journal's, which another process can have damaged.
  *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
@@ -6197,7 +6197,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":198
+    /* "ivshmem/native/wire.pyx":198
  *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:
  *             return None             # <<<<<<<<<<<<<<
@@ -6214,7 +6214,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_wire.pyx":197
+    /* "ivshmem/native/wire.pyx":197
  *         # One copy: the memory is a journal's, which another process can have damaged.
  *         cdef int64_t filled = self.box.filled[which]
  *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
@@ -6223,7 +6223,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_wire.pyx":199
+  /* "ivshmem/native/wire.pyx":199
  *         if self.box.open == 0 or self.box.open != self.box.end:
  *             return None
  *         if not 0 <= filled <= BATCH:             # <<<<<<<<<<<<<<
@@ -6232,7 +6232,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   __pyx_t_1 = (0 <= __pyx_v_filled);
   if (__pyx_t_1) {
-    __pyx_t_1 = (__pyx_v_filled <= __pyx_e_7ivshmem_4_fds_BATCH);
+    __pyx_t_1 = (__pyx_v_filled <= __pyx_e_7ivshmem_6native_11descriptors_BATCH);
   }
   __pyx_t_2 = (!__pyx_t_1);
 
@@ -6240,7 +6240,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_wire.pyx":200
+    /* "ivshmem/native/wire.pyx":200
  *             return None
  *         if not 0 <= filled <= BATCH:
  *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")             # <<<<<<<<<<<<<<
@@ -6250,7 +6250,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
     __pyx_t_4 = NULL;
     __pyx_t_5 = __Pyx_PyUnicode_From_int64_t(__pyx_v_filled, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_a_batch_of;
     __pyx_t_7[1] = __pyx_t_5;
@@ -6280,7 +6280,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 200, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":199
+    /* "ivshmem/native/wire.pyx":199
  *         if self.box.open == 0 or self.box.open != self.box.end:
  *             return None
  *         if not 0 <= filled <= BATCH:             # <<<<<<<<<<<<<<
@@ -6289,7 +6289,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_wire.pyx":201
+  /* "ivshmem/native/wire.pyx":201
  *         if not 0 <= filled <= BATCH:
  *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
  *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:             # <<<<<<<<<<<<<<
@@ -6307,7 +6307,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_1 = (((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_sent]).msg_len == __pyx_e_7ivshmem_5_wire_MESSAGE);
+    __pyx_t_1 = (((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_sent]).msg_len == __pyx_e_7ivshmem_6native_4wire_MESSAGE);
 
 
     __pyx_t_2 = __pyx_t_1;
@@ -6316,7 +6316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":202
+    /* "ivshmem/native/wire.pyx":202
  *             raise ValueError(f"a batch of {filled} messages: at most {BATCH} are possible")
  *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
  *             sent += 1             # <<<<<<<<<<<<<<
@@ -6326,7 +6326,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
     __pyx_v_sent = (__pyx_v_sent + 1);
   }
 
-  /* "ivshmem/_wire.pyx":203
+  /* "ivshmem/native/wire.pyx":203
  *         while sent < filled and self.box.messages[which][sent].msg_len == MESSAGE:
  *             sent += 1
  *         return self.box.region, self.box.serial, self.box.step, sent, filled             # <<<<<<<<<<<<<<
@@ -6371,7 +6371,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   __pyx_t_12 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":187
+  /* "ivshmem/native/wire.pyx":187
  *         return done, sent if done < total else 0, code, filled
  * 
  *     def unfinished(self):             # <<<<<<<<<<<<<<
@@ -6387,7 +6387,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.unfinished", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.unfinished", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6398,7 +6398,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":205
+/* "ivshmem/native/wire.pyx":205
  *         return self.box.region, self.box.serial, self.box.step, sent, filled
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
@@ -6406,7 +6406,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")
 */
 
-static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count) {
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -6426,7 +6426,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_wire.pyx":206
+  /* "ivshmem/native/wire.pyx":206
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):             # <<<<<<<<<<<<<<
@@ -6452,7 +6452,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = ((__pyx_v_first + __pyx_v_count) > __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_fds));
+  __pyx_t_2 = ((__pyx_v_first + __pyx_v_count) > __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_fds));
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -6461,7 +6461,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_wire.pyx":207
+    /* "ivshmem/native/wire.pyx":207
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")             # <<<<<<<<<<<<<<
@@ -6473,7 +6473,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_fds), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_fds), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
     __pyx_t_8[1] = __pyx_t_5;
@@ -6505,7 +6505,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __PYX_ERR(0, 207, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":206
+    /* "ivshmem/native/wire.pyx":206
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):             # <<<<<<<<<<<<<<
@@ -6514,7 +6514,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_wire.pyx":208
+  /* "ivshmem/native/wire.pyx":208
  *         if fds is not None and (first < 0 or first + count > length_of(fds)):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")
  *         return 0             # <<<<<<<<<<<<<<
@@ -6527,7 +6527,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":205
+  /* "ivshmem/native/wire.pyx":205
  *         return self.box.region, self.box.serial, self.box.step, sent, filled
  * 
  *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
@@ -6543,7 +6543,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -6551,7 +6551,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":210
+/* "ivshmem/native/wire.pyx":210
  *         return 0
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
@@ -6559,9 +6559,9 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_
  *         ivshmem_in_order()
 */
 
-static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_begin(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
 
-  /* "ivshmem/_wire.pyx":211
+  /* "ivshmem/native/wire.pyx":211
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
  *         self.box.open = 0             # <<<<<<<<<<<<<<
@@ -6570,7 +6570,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->open = 0;
 
-  /* "ivshmem/_wire.pyx":212
+  /* "ivshmem/native/wire.pyx":212
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
  *         self.box.open = 0
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6579,7 +6579,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":213
+  /* "ivshmem/native/wire.pyx":213
  *         self.box.open = 0
  *         ivshmem_in_order()
  *         self.box.region = region             # <<<<<<<<<<<<<<
@@ -6588,7 +6588,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->region = __pyx_v_region;
 
-  /* "ivshmem/_wire.pyx":214
+  /* "ivshmem/native/wire.pyx":214
  *         ivshmem_in_order()
  *         self.box.region = region
  *         self.box.serial = serial             # <<<<<<<<<<<<<<
@@ -6597,7 +6597,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->serial = __pyx_v_serial;
 
-  /* "ivshmem/_wire.pyx":215
+  /* "ivshmem/native/wire.pyx":215
  *         self.box.region = region
  *         self.box.serial = serial
  *         self.box.step = 0             # <<<<<<<<<<<<<<
@@ -6606,7 +6606,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 */
   __pyx_v_self->box->step = 0;
 
-  /* "ivshmem/_wire.pyx":210
+  /* "ivshmem/native/wire.pyx":210
  *         return 0
  * 
  *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
@@ -6618,7 +6618,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
 
 }
 
-/* "ivshmem/_wire.pyx":217
+/* "ivshmem/native/wire.pyx":217
  *         self.box.step = 0
  * 
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
@@ -6626,12 +6626,12 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wi
  *         cdef mmsghdr *message = &self.box.messages[which][n]
 */
 
-static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i) {
+static void __pyx_f_7ivshmem_6native_4wire_6Outbox_put(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i) {
   struct mmsghdr *__pyx_v_message;
   struct cmsghdr *__pyx_v_header;
   int __pyx_t_1;
 
-  /* "ivshmem/_wire.pyx":219
+  /* "ivshmem/native/wire.pyx":219
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:
  *         """Write message number `n` of a batch."""
  *         cdef mmsghdr *message = &self.box.messages[which][n]             # <<<<<<<<<<<<<<
@@ -6640,7 +6640,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message = (&((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":221
+  /* "ivshmem/native/wire.pyx":221
  *         cdef mmsghdr *message = &self.box.messages[which][n]
  *         cdef cmsghdr *header
  *         self.values[which][n] = value             # <<<<<<<<<<<<<<
@@ -6649,7 +6649,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   ((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]) = __pyx_v_value;
 
-  /* "ivshmem/_wire.pyx":222
+  /* "ivshmem/native/wire.pyx":222
  *         cdef cmsghdr *header
  *         self.values[which][n] = value
  *         self.iov[which][n].iov_base = &self.values[which][n]             # <<<<<<<<<<<<<<
@@ -6658,16 +6658,16 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_base = (&((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":223
+  /* "ivshmem/native/wire.pyx":223
  *         self.values[which][n] = value
  *         self.iov[which][n].iov_base = &self.values[which][n]
  *         self.iov[which][n].iov_len = MESSAGE             # <<<<<<<<<<<<<<
  *         memset(message, 0, sizeof(mmsghdr))
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
 */
-  ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
+  ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_len = __pyx_e_7ivshmem_6native_4wire_MESSAGE;
 
-  /* "ivshmem/_wire.pyx":224
+  /* "ivshmem/native/wire.pyx":224
  *         self.iov[which][n].iov_base = &self.values[which][n]
  *         self.iov[which][n].iov_len = MESSAGE
  *         memset(message, 0, sizeof(mmsghdr))             # <<<<<<<<<<<<<<
@@ -6676,7 +6676,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   (void)(memset(__pyx_v_message, 0, (sizeof(struct mmsghdr))));
 
-  /* "ivshmem/_wire.pyx":225
+  /* "ivshmem/native/wire.pyx":225
  *         self.iov[which][n].iov_len = MESSAGE
  *         memset(message, 0, sizeof(mmsghdr))
  *         message.msg_hdr.msg_iov = &self.iov[which][n]             # <<<<<<<<<<<<<<
@@ -6685,7 +6685,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message->msg_hdr.msg_iov = (&((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":226
+  /* "ivshmem/native/wire.pyx":226
  *         memset(message, 0, sizeof(mmsghdr))
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -6694,7 +6694,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   __pyx_v_message->msg_hdr.msg_iovlen = 1;
 
-  /* "ivshmem/_wire.pyx":227
+  /* "ivshmem/native/wire.pyx":227
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:             # <<<<<<<<<<<<<<
@@ -6705,7 +6705,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":228
+    /* "ivshmem/native/wire.pyx":228
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -6714,7 +6714,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     (void)(memset((&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n])), 0, (sizeof(ivshmem_control))));
 
-    /* "ivshmem/_wire.pyx":229
+    /* "ivshmem/native/wire.pyx":229
  *         if fds is not None:
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
  *             message.msg_hdr.msg_control = &self.controls[which][n]             # <<<<<<<<<<<<<<
@@ -6723,7 +6723,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_message->msg_hdr.msg_control = (&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n]));
 
-    /* "ivshmem/_wire.pyx":230
+    /* "ivshmem/native/wire.pyx":230
  *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
  *             message.msg_hdr.msg_control = &self.controls[which][n]
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -6732,7 +6732,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-    /* "ivshmem/_wire.pyx":231
+    /* "ivshmem/native/wire.pyx":231
  *             message.msg_hdr.msg_control = &self.controls[which][n]
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -6741,7 +6741,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-    /* "ivshmem/_wire.pyx":232
+    /* "ivshmem/native/wire.pyx":232
  *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)
  *             header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -6750,7 +6750,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-    /* "ivshmem/_wire.pyx":233
+    /* "ivshmem/native/wire.pyx":233
  *             header = CMSG_FIRSTHDR(&message.msg_hdr)
  *             header.cmsg_len = CMSG_LEN(sizeof(int))
  *             header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -6759,7 +6759,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-    /* "ivshmem/_wire.pyx":234
+    /* "ivshmem/native/wire.pyx":234
  *             header.cmsg_len = CMSG_LEN(sizeof(int))
  *             header.cmsg_level = SOL_SOCKET
  *             header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -6768,16 +6768,16 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
     __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-    /* "ivshmem/_wire.pyx":235
+    /* "ivshmem/native/wire.pyx":235
  *             header.cmsg_level = SOL_SOCKET
  *             header.cmsg_type = SCM_RIGHTS
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))             # <<<<<<<<<<<<<<
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
 */
-    (void)(memcpy(CMSG_DATA(__pyx_v_header), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_fds, __pyx_v_i), (sizeof(int))));
+    (void)(memcpy(CMSG_DATA(__pyx_v_header), __pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_fds, __pyx_v_i), (sizeof(int))));
 
-    /* "ivshmem/_wire.pyx":227
+    /* "ivshmem/native/wire.pyx":227
  *         message.msg_hdr.msg_iov = &self.iov[which][n]
  *         message.msg_hdr.msg_iovlen = 1
  *         if fds is not None:             # <<<<<<<<<<<<<<
@@ -6786,7 +6786,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 */
   }
 
-  /* "ivshmem/_wire.pyx":217
+  /* "ivshmem/native/wire.pyx":217
  *         self.box.step = 0
  * 
  *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
@@ -6800,7 +6800,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
 
 }
 
-/* "ivshmem/_wire.pyx":237
+/* "ivshmem/native/wire.pyx":237
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -6808,7 +6808,7 @@ static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
 */
 
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before) {
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before) {
   int __pyx_v_code;
   int __pyx_v_sent;
   int __pyx_r;
@@ -6819,7 +6819,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_wire.pyx":238
+  /* "ivshmem/native/wire.pyx":238
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -6828,16 +6828,16 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_wire.pyx":239
+  /* "ivshmem/native/wire.pyx":239
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)             # <<<<<<<<<<<<<<
  *         if code and before == 0:
  *             return fail_with(code)
 */
-  __pyx_v_sent = __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_count, (&__pyx_v_code));
+  __pyx_v_sent = __pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_count, (&__pyx_v_code));
 
-  /* "ivshmem/_wire.pyx":240
+  /* "ivshmem/native/wire.pyx":240
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:             # <<<<<<<<<<<<<<
@@ -6863,20 +6863,20 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_wire.pyx":241
+    /* "ivshmem/native/wire.pyx":241
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:
  *             return fail_with(code)             # <<<<<<<<<<<<<<
  *         return sent
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_wire.pyx":240
+    /* "ivshmem/native/wire.pyx":240
  *         cdef int code = 0
  *         cdef int sent = self.batch_nogil(sock, step, count, &code)
  *         if code and before == 0:             # <<<<<<<<<<<<<<
@@ -6885,7 +6885,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 */
   }
 
-  /* "ivshmem/_wire.pyx":242
+  /* "ivshmem/native/wire.pyx":242
  *         if code and before == 0:
  *             return fail_with(code)
  *         return sent             # <<<<<<<<<<<<<<
@@ -6898,7 +6898,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":237
+  /* "ivshmem/native/wire.pyx":237
  *             memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))
  * 
  *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -6908,7 +6908,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.batch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.batch", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -6917,7 +6917,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":244
+/* "ivshmem/native/wire.pyx":244
  *         return sent
  * 
  *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6925,7 +6925,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wir
  * 
 */
 
-static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code) {
+static int __pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code) {
   int __pyx_v_which;
   int __pyx_v_i;
   int __pyx_v_n;
@@ -6936,7 +6936,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   uint64_t __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/_wire.pyx":249
+  /* "ivshmem/native/wire.pyx":249
  *         0 with `code` 0: the buffer is full. 8 bytes written to a Unix stream socket are not split.
  *         """
  *         cdef int which = step & 1             # <<<<<<<<<<<<<<
@@ -6945,7 +6945,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   __pyx_v_which = (__pyx_v_step & 1);
 
-  /* "ivshmem/_wire.pyx":252
+  /* "ivshmem/native/wire.pyx":252
  *         cdef int i, n
  *         # `step` still means the other batch, or none is open.
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -6959,7 +6959,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_wire.pyx":253
+    /* "ivshmem/native/wire.pyx":253
  *         # `step` still means the other batch, or none is open.
  *         for i in range(count):
  *             self.box.messages[which][i].msg_len = 0             # <<<<<<<<<<<<<<
@@ -6970,7 +6970,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
   }
 
 
-  /* "ivshmem/_wire.pyx":254
+  /* "ivshmem/native/wire.pyx":254
  *         for i in range(count):
  *             self.box.messages[which][i].msg_len = 0
  *         self.box.filled[which] = count             # <<<<<<<<<<<<<<
@@ -6979,7 +6979,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   (__pyx_v_self->box->filled[__pyx_v_which]) = __pyx_v_count;
 
-  /* "ivshmem/_wire.pyx":255
+  /* "ivshmem/native/wire.pyx":255
  *             self.box.messages[which][i].msg_len = 0
  *         self.box.filled[which] = count
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -6988,7 +6988,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":256
+  /* "ivshmem/native/wire.pyx":256
  *         self.box.filled[which] = count
  *         ivshmem_in_order()
  *         self.box.step = step             # <<<<<<<<<<<<<<
@@ -6997,7 +6997,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->box->step = __pyx_v_step;
 
-  /* "ivshmem/_wire.pyx":257
+  /* "ivshmem/native/wire.pyx":257
  *         ivshmem_in_order()
  *         self.box.step = step
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -7006,7 +7006,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":258
+  /* "ivshmem/native/wire.pyx":258
  *         self.box.step = step
  *         ivshmem_in_order()
  *         self.box.open = self.box.end             # <<<<<<<<<<<<<<
@@ -7017,7 +7017,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 
   __pyx_v_self->box->open = __pyx_t_4;
 
-  /* "ivshmem/_wire.pyx":259
+  /* "ivshmem/native/wire.pyx":259
  *         ivshmem_in_order()
  *         self.box.open = self.box.end
  *         ivshmem_in_order()             # <<<<<<<<<<<<<<
@@ -7026,7 +7026,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   ivshmem_in_order();
 
-  /* "ivshmem/_wire.pyx":260
+  /* "ivshmem/native/wire.pyx":260
  *         self.box.open = self.box.end
  *         ivshmem_in_order()
  *         while True:             # <<<<<<<<<<<<<<
@@ -7035,7 +7035,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_wire.pyx":261
+    /* "ivshmem/native/wire.pyx":261
  *         ivshmem_in_order()
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -7044,7 +7044,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, (__pyx_v_self->box->messages[__pyx_v_which]), __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_wire.pyx":262
+    /* "ivshmem/native/wire.pyx":262
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -7056,7 +7056,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":263
+      /* "ivshmem/native/wire.pyx":263
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -7069,7 +7069,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":262
+      /* "ivshmem/native/wire.pyx":262
  *         while True:
  *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -7078,7 +7078,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/_wire.pyx":264
+    /* "ivshmem/native/wire.pyx":264
  *             if n >= 0:
  *                 return n
  *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -7090,7 +7090,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":265
+      /* "ivshmem/native/wire.pyx":265
  *                 return n
  *             if errno == EAGAIN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7103,7 +7103,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":264
+      /* "ivshmem/native/wire.pyx":264
  *             if n >= 0:
  *                 return n
  *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -7112,7 +7112,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/_wire.pyx":266
+    /* "ivshmem/native/wire.pyx":266
  *             if errno == EAGAIN:
  *                 return 0
  *             if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -7124,7 +7124,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":267
+      /* "ivshmem/native/wire.pyx":267
  *                 return 0
  *             if errno != EINTR:
  *                 code[0] = errno             # <<<<<<<<<<<<<<
@@ -7133,7 +7133,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
       (__pyx_v_code[0]) = errno;
 
-      /* "ivshmem/_wire.pyx":268
+      /* "ivshmem/native/wire.pyx":268
  *             if errno != EINTR:
  *                 code[0] = errno
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7146,7 +7146,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":266
+      /* "ivshmem/native/wire.pyx":266
  *             if errno == EAGAIN:
  *                 return 0
  *             if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -7156,7 +7156,7 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_wire.pyx":244
+  /* "ivshmem/native/wire.pyx":244
  *         return sent
  * 
  *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7180,16 +7180,16 @@ static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7215,14 +7215,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7247,7 +7247,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNU
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -7262,16 +7262,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNU
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7333,11 +7333,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7347,7 +7347,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7372,14 +7372,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_U
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":271
+/* "ivshmem/native/wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
@@ -7388,16 +7388,16 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_U
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_1receive(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_1receive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Args:\n        into: an empty list, to which the chunks are added: so they are its owner\047s before the\n            handler of a signal can raise.\n\n    Returns:\n        (chunks, eof): chunks is `into`, or a new list, of (data, fds): at most 8 bytes and a tuple\n        with an Fd for each descriptor that came with them. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which nothing can repair.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_1receive = {"receive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_1receive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_receive};
-static PyObject *__pyx_pw_7ivshmem_5_wire_1receive(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4wire_receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Args:\n        into: an empty list, to which the chunks are added: so they are its owner\047s before the\n            handler of a signal can raise.\n\n    Returns:\n        (chunks, eof): chunks is `into`, or a new list, of (data, fds): at most 8 bytes and a tuple\n        with an Fd for each descriptor that came with them. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which nothing can repair.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4wire_1receive = {"receive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_1receive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_receive};
+static PyObject *__pyx_pw_7ivshmem_6native_4wire_1receive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7482,12 +7482,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
   if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_into), (&PyList_Type), 1, "into", 1))) __PYX_ERR(0, 271, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_receive(__pyx_self, __pyx_v_sock, __pyx_v_limit, __pyx_v_into);
+  __pyx_r = __pyx_pf_7ivshmem_6native_4wire_receive(__pyx_self, __pyx_v_sock, __pyx_v_limit, __pyx_v_into);
 
   /* function exit code */
   goto __pyx_L0;
@@ -7508,11 +7508,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into) {
-  struct mmsghdr __pyx_v_messages[__pyx_e_7ivshmem_4_fds_BATCH];
-  struct iovec __pyx_v_iov[__pyx_e_7ivshmem_4_fds_BATCH];
-  char __pyx_v_data[(__pyx_e_7ivshmem_4_fds_BATCH * __pyx_e_7ivshmem_5_wire_MESSAGE)];
-  ivshmem_control __pyx_v_controls[__pyx_e_7ivshmem_4_fds_BATCH];
+static PyObject *__pyx_pf_7ivshmem_6native_4wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit, PyObject *__pyx_v_into) {
+  struct mmsghdr __pyx_v_messages[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
+  struct iovec __pyx_v_iov[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
+  char __pyx_v_data[(__pyx_e_7ivshmem_6native_11descriptors_BATCH * __pyx_e_7ivshmem_6native_4wire_MESSAGE)];
+  ivshmem_control __pyx_v_controls[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
   int __pyx_v_n;
   int __pyx_v_i;
   int __pyx_v_want;
@@ -7549,7 +7549,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_wire.pyx":293
+  /* "ivshmem/native/wire.pyx":293
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = [] if into is None else into             # <<<<<<<<<<<<<<
@@ -7570,7 +7570,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":295
+  /* "ivshmem/native/wire.pyx":295
  *     cdef list chunks = [] if into is None else into
  *     cdef list came
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -7579,7 +7579,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_wire.pyx":296
+  /* "ivshmem/native/wire.pyx":296
  *     cdef list came
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -7588,7 +7588,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_wire.pyx":297
+  /* "ivshmem/native/wire.pyx":297
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -7631,7 +7631,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":298
+    /* "ivshmem/native/wire.pyx":298
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -7640,7 +7640,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_wire.pyx":299
+    /* "ivshmem/native/wire.pyx":299
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -7648,31 +7648,31 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *             iov[i].iov_len = MESSAGE
 */
 
-    __pyx_t_6 = __pyx_e_7ivshmem_4_fds_BATCH;
+    __pyx_t_6 = __pyx_e_7ivshmem_6native_11descriptors_BATCH;
     __pyx_t_7 = __pyx_t_6;
 
     for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
       __pyx_v_i = __pyx_t_8;
 
-      /* "ivshmem/_wire.pyx":300
+      /* "ivshmem/native/wire.pyx":300
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
 */
-      (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)]));
+      (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_6native_4wire_MESSAGE)]));
 
-      /* "ivshmem/_wire.pyx":301
+      /* "ivshmem/native/wire.pyx":301
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
 */
-      (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
+      (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_6native_4wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":302
+      /* "ivshmem/native/wire.pyx":302
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -7681,7 +7681,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":303
+      /* "ivshmem/native/wire.pyx":303
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -7690,7 +7690,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":304
+      /* "ivshmem/native/wire.pyx":304
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -7699,7 +7699,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":305
+      /* "ivshmem/native/wire.pyx":305
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -7710,7 +7710,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
 
 
-    /* "ivshmem/_wire.pyx":306
+    /* "ivshmem/native/wire.pyx":306
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -7718,7 +7718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *         if n < 0:
 */
 
-    __pyx_t_4 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
+    __pyx_t_4 = ((Py_ssize_t)__pyx_e_7ivshmem_6native_11descriptors_BATCH);
     if (unlikely(__pyx_v_chunks == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
       __PYX_ERR(0, 306, __pyx_L1_error)
@@ -7740,7 +7740,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     __pyx_v_want = ((int)__pyx_t_9);
 
 
-    /* "ivshmem/_wire.pyx":307
+    /* "ivshmem/native/wire.pyx":307
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -7749,7 +7749,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_wire.pyx":308
+    /* "ivshmem/native/wire.pyx":308
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7761,7 +7761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":309
+      /* "ivshmem/native/wire.pyx":309
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7773,7 +7773,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":310
+        /* "ivshmem/native/wire.pyx":310
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -7782,7 +7782,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_wire.pyx":309
+        /* "ivshmem/native/wire.pyx":309
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -7791,7 +7791,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":311
+      /* "ivshmem/native/wire.pyx":311
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -7823,7 +7823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":312
+        /* "ivshmem/native/wire.pyx":312
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -7832,7 +7832,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_wire.pyx":311
+        /* "ivshmem/native/wire.pyx":311
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -7841,17 +7841,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       }
 
-      /* "ivshmem/_wire.pyx":313
+      /* "ivshmem/native/wire.pyx":313
  *             if errno == EAGAIN or chunks:
  *                 break
  *             fail()             # <<<<<<<<<<<<<<
  *         came = _descriptors(messages, n)
  *         for i in range(n):
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
 
 
-      /* "ivshmem/_wire.pyx":308
+      /* "ivshmem/native/wire.pyx":308
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -7860,19 +7860,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
     }
 
-    /* "ivshmem/_wire.pyx":314
+    /* "ivshmem/native/wire.pyx":314
  *                 break
  *             fail()
  *         came = _descriptors(messages, n)             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors(__pyx_v_messages, __pyx_v_n); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_4wire__descriptors(__pyx_v_messages, __pyx_v_n); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_XDECREF_SET(__pyx_v_came, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_wire.pyx":315
+    /* "ivshmem/native/wire.pyx":315
  *             fail()
  *         came = _descriptors(messages, n)
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -7886,7 +7886,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_11; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_wire.pyx":316
+      /* "ivshmem/native/wire.pyx":316
  *         came = _descriptors(messages, n)
  *         for i in range(n):
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -7907,7 +7907,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":317
+      /* "ivshmem/native/wire.pyx":317
  *         for i in range(n):
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -7928,7 +7928,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":318
+      /* "ivshmem/native/wire.pyx":318
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -7940,7 +7940,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":319
+        /* "ivshmem/native/wire.pyx":319
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
@@ -7952,17 +7952,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
           __PYX_ERR(0, 319, __pyx_L1_error)
         }
 
-        /* "ivshmem/_wire.pyx":321
+        /* "ivshmem/native/wire.pyx":321
  *                 chunks.append(
  *                     (
  *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),             # <<<<<<<<<<<<<<
  *                         came[i],
  *                     )
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_6native_4wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
 
-        /* "ivshmem/_wire.pyx":322
+        /* "ivshmem/native/wire.pyx":322
  *                     (
  *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
  *                         came[i],             # <<<<<<<<<<<<<<
@@ -7976,7 +7976,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_came, __pyx_v_i, int, 1, __Pyx_PyLong_From_int, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
 
-        /* "ivshmem/_wire.pyx":321
+        /* "ivshmem/native/wire.pyx":321
  *                 chunks.append(
  *                     (
  *                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),             # <<<<<<<<<<<<<<
@@ -7992,7 +7992,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __pyx_t_1 = 0;
         __pyx_t_3 = 0;
 
-        /* "ivshmem/_wire.pyx":319
+        /* "ivshmem/native/wire.pyx":319
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
@@ -8003,7 +8003,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-        /* "ivshmem/_wire.pyx":318
+        /* "ivshmem/native/wire.pyx":318
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -8014,7 +8014,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
 
 
-    /* "ivshmem/_wire.pyx":325
+    /* "ivshmem/native/wire.pyx":325
  *                     )
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8026,7 +8026,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":326
+      /* "ivshmem/native/wire.pyx":326
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -8035,7 +8035,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_wire.pyx":325
+      /* "ivshmem/native/wire.pyx":325
  *                     )
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8047,7 +8047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_wire.pyx":327
+  /* "ivshmem/native/wire.pyx":327
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8056,7 +8056,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_wire.pyx":328
+    /* "ivshmem/native/wire.pyx":328
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -8136,7 +8136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_wire.pyx":329
+      /* "ivshmem/native/wire.pyx":329
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -8195,7 +8195,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":330
+        /* "ivshmem/native/wire.pyx":330
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 fd.close()             # <<<<<<<<<<<<<<
@@ -8214,7 +8214,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
         }
         __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":329
+        /* "ivshmem/native/wire.pyx":329
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -8224,7 +8224,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/_wire.pyx":328
+      /* "ivshmem/native/wire.pyx":328
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -8234,7 +8234,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     }
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
-    /* "ivshmem/_wire.pyx":331
+    /* "ivshmem/native/wire.pyx":331
  *             for fd in fds:
  *                 fd.close()
  *         chunks.clear()             # <<<<<<<<<<<<<<
@@ -8245,7 +8245,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
-    /* "ivshmem/_wire.pyx":332
+    /* "ivshmem/native/wire.pyx":332
  *                 fd.close()
  *         chunks.clear()
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -8279,7 +8279,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
     __PYX_ERR(0, 332, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":327
+    /* "ivshmem/native/wire.pyx":327
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8288,7 +8288,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
 */
   }
 
-  /* "ivshmem/_wire.pyx":336
+  /* "ivshmem/native/wire.pyx":336
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
@@ -8316,7 +8316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":271
+  /* "ivshmem/native/wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
@@ -8331,7 +8331,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   __Pyx_XDECREF(__pyx_t_13);
   __Pyx_XDECREF(__pyx_t_15);
   __Pyx_XDECREF(__pyx_t_16);
-  __Pyx_AddTraceback("ivshmem._wire.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -8353,7 +8353,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":339
+/* "ivshmem/native/wire.pyx":339
  * 
  * 
  * cdef list _descriptors(mmsghdr *messages, int count):             # <<<<<<<<<<<<<<
@@ -8361,13 +8361,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_
  *     cdef cmsghdr *header
 */
 
-static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_messages, int __pyx_v_count) {
+static PyObject *__pyx_f_7ivshmem_6native_4wire__descriptors(struct mmsghdr *__pyx_v_messages, int __pyx_v_count) {
   struct cmsghdr *__pyx_v_header;
   int *__pyx_v_place;
   int __pyx_v_i;
   size_t __pyx_v_j;
   int __pyx_v_short;
-  struct __pyx_obj_7ivshmem_4_fds_Fd *__pyx_v_fd = 0;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_fd = 0;
   PyObject *__pyx_v_fds = 0;
   PyObject *__pyx_v_found = 0;
   PyObject *__pyx_r = NULL;
@@ -8394,7 +8394,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_wire.pyx":345
+  /* "ivshmem/native/wire.pyx":345
  *     cdef int i
  *     cdef size_t j
  *     cdef bint short = False             # <<<<<<<<<<<<<<
@@ -8403,7 +8403,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_short = 0;
 
-  /* "ivshmem/_wire.pyx":348
+  /* "ivshmem/native/wire.pyx":348
  *     cdef Fd fd
  *     cdef list fds
  *     cdef list found = []             # <<<<<<<<<<<<<<
@@ -8415,7 +8415,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":349
+  /* "ivshmem/native/wire.pyx":349
  *     cdef list fds
  *     cdef list found = []
  *     for i in range(count):             # <<<<<<<<<<<<<<
@@ -8429,7 +8429,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/_wire.pyx":350
+    /* "ivshmem/native/wire.pyx":350
  *     cdef list found = []
  *     for i in range(count):
  *         fds = []             # <<<<<<<<<<<<<<
@@ -8441,7 +8441,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     __Pyx_XDECREF_SET(__pyx_v_fds, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_wire.pyx":351
+    /* "ivshmem/native/wire.pyx":351
  *     for i in range(count):
  *         fds = []
  *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)             # <<<<<<<<<<<<<<
@@ -8450,7 +8450,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
     __pyx_v_header = CMSG_FIRSTHDR((&(__pyx_v_messages[__pyx_v_i]).msg_hdr));
 
-    /* "ivshmem/_wire.pyx":352
+    /* "ivshmem/native/wire.pyx":352
  *         fds = []
  *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
  *         while header != NULL:             # <<<<<<<<<<<<<<
@@ -8463,7 +8463,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
       if (!__pyx_t_5) break;
 
-      /* "ivshmem/_wire.pyx":353
+      /* "ivshmem/native/wire.pyx":353
  *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
  *         while header != NULL:
  *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -8489,7 +8489,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_wire.pyx":354
+        /* "ivshmem/native/wire.pyx":354
  *         while header != NULL:
  *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -8513,7 +8513,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_8; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/_wire.pyx":355
+          /* "ivshmem/native/wire.pyx":355
  *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))             # <<<<<<<<<<<<<<
@@ -8522,7 +8522,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
           __pyx_v_place = ((int *)(CMSG_DATA(__pyx_v_header) + (__pyx_v_j * (sizeof(int)))));
 
-          /* "ivshmem/_wire.pyx":356
+          /* "ivshmem/native/wire.pyx":356
  *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
  *                     try:             # <<<<<<<<<<<<<<
@@ -8538,7 +8538,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
             __Pyx_XGOTREF(__pyx_t_12);
             /*try:*/ {
 
-              /* "ivshmem/_wire.pyx":357
+              /* "ivshmem/native/wire.pyx":357
  *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
  *                     try:
  *                         fd = Fd()             # <<<<<<<<<<<<<<
@@ -8549,15 +8549,15 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
               __pyx_t_14 = 1;
               {
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
-                __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Fd, __pyx_callargs+__pyx_t_14, (1-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_callargs+__pyx_t_14, (1-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
                 if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L12_error)
                 __Pyx_GOTREF((PyObject *)__pyx_t_1);
               }
-              __Pyx_XDECREF_SET(__pyx_v_fd, ((struct __pyx_obj_7ivshmem_4_fds_Fd *)__pyx_t_1));
+              __Pyx_XDECREF_SET(__pyx_v_fd, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_t_1));
               __pyx_t_1 = 0;
 
-              /* "ivshmem/_wire.pyx":358
+              /* "ivshmem/native/wire.pyx":358
  *                     try:
  *                         fd = Fd()
  *                         fds.append(fd)             # <<<<<<<<<<<<<<
@@ -8567,7 +8567,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
               __pyx_t_15 = __Pyx_PyList_Append(__pyx_v_fds, ((PyObject *)__pyx_v_fd)); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L12_error)
 
 
-              /* "ivshmem/_wire.pyx":359
+              /* "ivshmem/native/wire.pyx":359
  *                         fd = Fd()
  *                         fds.append(fd)
  *                         fd.number = place[0]             # <<<<<<<<<<<<<<
@@ -8576,7 +8576,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
               __pyx_v_fd->number = (__pyx_v_place[0]);
 
-              /* "ivshmem/_wire.pyx":356
+              /* "ivshmem/native/wire.pyx":356
  *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
  *                     try:             # <<<<<<<<<<<<<<
@@ -8592,7 +8592,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
             __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
             __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
 
-            /* "ivshmem/_wire.pyx":360
+            /* "ivshmem/native/wire.pyx":360
  *                         fds.append(fd)
  *                         fd.number = place[0]
  *                     except MemoryError:             # <<<<<<<<<<<<<<
@@ -8601,13 +8601,13 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
             __pyx_t_16 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
             if (__pyx_t_16) {
-              __Pyx_AddTraceback("ivshmem._wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
+              __Pyx_AddTraceback("ivshmem.native.wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
               if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_13, &__pyx_t_17) < 0) __PYX_ERR(0, 360, __pyx_L14_except_error)
               __Pyx_XGOTREF(__pyx_t_1);
               __Pyx_XGOTREF(__pyx_t_13);
               __Pyx_XGOTREF(__pyx_t_17);
 
-              /* "ivshmem/_wire.pyx":361
+              /* "ivshmem/native/wire.pyx":361
  *                         fd.number = place[0]
  *                     except MemoryError:
  *                         c_close(place[0])             # <<<<<<<<<<<<<<
@@ -8616,7 +8616,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
               (void)(close((__pyx_v_place[0])));
 
-              /* "ivshmem/_wire.pyx":362
+              /* "ivshmem/native/wire.pyx":362
  *                     except MemoryError:
  *                         c_close(place[0])
  *                         short = True             # <<<<<<<<<<<<<<
@@ -8631,7 +8631,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
             }
             goto __pyx_L14_except_error;
 
-            /* "ivshmem/_wire.pyx":356
+            /* "ivshmem/native/wire.pyx":356
  *                 for j in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                     place = <int *>(CMSG_DATA(header) + j * sizeof(int))
  *                     try:             # <<<<<<<<<<<<<<
@@ -8654,7 +8654,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
         }
 
 
-        /* "ivshmem/_wire.pyx":353
+        /* "ivshmem/native/wire.pyx":353
  *         header = CMSG_FIRSTHDR(&messages[i].msg_hdr)
  *         while header != NULL:
  *             if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -8663,7 +8663,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
       }
 
-      /* "ivshmem/_wire.pyx":363
+      /* "ivshmem/native/wire.pyx":363
  *                         c_close(place[0])
  *                         short = True
  *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -8673,7 +8673,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
       __pyx_v_header = CMSG_NXTHDR((&(__pyx_v_messages[__pyx_v_i]).msg_hdr), __pyx_v_header);
     }
 
-    /* "ivshmem/_wire.pyx":364
+    /* "ivshmem/native/wire.pyx":364
  *                         short = True
  *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
  *         found.append(tuple(fds))             # <<<<<<<<<<<<<<
@@ -8688,7 +8688,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   }
 
 
-  /* "ivshmem/_wire.pyx":365
+  /* "ivshmem/native/wire.pyx":365
  *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
  *         found.append(tuple(fds))
  *     if short:             # <<<<<<<<<<<<<<
@@ -8697,7 +8697,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   if (unlikely(__pyx_v_short)) {
 
-    /* "ivshmem/_wire.pyx":366
+    /* "ivshmem/native/wire.pyx":366
  *         found.append(tuple(fds))
  *     if short:
  *         raise MemoryError             # <<<<<<<<<<<<<<
@@ -8705,7 +8705,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
     PyErr_NoMemory(); __PYX_ERR(0, 366, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":365
+    /* "ivshmem/native/wire.pyx":365
  *             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
  *         found.append(tuple(fds))
  *     if short:             # <<<<<<<<<<<<<<
@@ -8714,7 +8714,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   }
 
-  /* "ivshmem/_wire.pyx":367
+  /* "ivshmem/native/wire.pyx":367
  *     if short:
  *         raise MemoryError
  *     return found             # <<<<<<<<<<<<<<
@@ -8730,7 +8730,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":339
+  /* "ivshmem/native/wire.pyx":339
  * 
  * 
  * cdef list _descriptors(mmsghdr *messages, int count):             # <<<<<<<<<<<<<<
@@ -8743,7 +8743,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_13);
   __Pyx_XDECREF(__pyx_t_17);
-  __Pyx_AddTraceback("ivshmem._wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.wire._descriptors", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
 
@@ -8759,20 +8759,20 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
-static struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox __pyx_vtable_7ivshmem_5_wire_Outbox;
+static struct __pyx_vtabstruct_7ivshmem_6native_4wire_Outbox __pyx_vtable_7ivshmem_6native_4wire_Outbox;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4wire_Outbox(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_5_wire_Outbox *p = ((struct __pyx_obj_7ivshmem_5_wire_Outbox *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_5_wire_Outbox;
+  struct __pyx_obj_7ivshmem_6native_4wire_Outbox *p = ((struct __pyx_obj_7ivshmem_6native_4wire_Outbox *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_4wire_Outbox;
   p->view.obj = NULL;
   {
-    int cinit_result = __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(o, 
+    int cinit_result = __pyx_pw_7ivshmem_6native_4wire_6Outbox_1__cinit__(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -8787,7 +8787,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4wire_Outbox(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -8797,7 +8797,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t,
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_6native_4wire_Outbox(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -8807,28 +8807,28 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t,
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_5_wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_6native_4wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_4wire_Outbox, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4wire_Outbox || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_4wire_Outbox((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_5_wire_Outbox(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_6native_4wire_Outbox(PyObject *o) {
   {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_4wire_6Outbox_3__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -8846,42 +8846,42 @@ static void __pyx_tp_dealloc_7ivshmem_5_wire_Outbox(PyObject *o) {
   #endif
 }
 
-static PyMethodDef __pyx_methods_7ivshmem_5_wire_Outbox[] = {
-  {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_4send},
-  {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all},
-  {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_6native_4wire_Outbox[] = {
+  {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_4send},
+  {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_6send_to_all},
+  {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_8unfinished},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_10__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4wire_6Outbox_12__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_5_wire_Outbox_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_wire_Outbox},
+static PyType_Slot __pyx_type_7ivshmem_6native_4wire_Outbox_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4wire_Outbox},
   {Py_tp_doc, (void *)PyDoc_STR("Sends messages in batches, and leaves in its memory what went out.\n\n    sendmmsg(2) writes into each message\047s header that it was sent, before it comes to the next one,\n    and a process that is killed in a system call dies when it leaves that call. So if the headers\n    are in memory that outlives the process, and what is sent is noted there before, a successor\n    knows exactly what went out. (Measured: 2,946 kills in the midst of a loop of such calls, none\n    told wrong.)\n\n    The owner keeps a record of what was sent, in the same memory. Its first 8 bytes, `end`, say how\n    far that has got. A call here counts as under way until the owner adds to its record, which\n    changes `end`; so one store says both that the record is longer and that the call is in it.\n\n    Args:\n        buffer: OUTBOX_BYTES of writable memory, held until the outbox is forgotten; None: its own.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_wire_Outbox},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_5_wire_Outbox},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4wire_Outbox},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_4wire_Outbox},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_4wire_Outbox},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_5_wire_Outbox_spec = {
-  "ivshmem._wire.Outbox",
-  sizeof(struct __pyx_obj_7ivshmem_5_wire_Outbox),
+static PyType_Spec __pyx_type_7ivshmem_6native_4wire_Outbox_spec = {
+  "ivshmem.native.wire.Outbox",
+  sizeof(struct __pyx_obj_7ivshmem_6native_4wire_Outbox),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_5_wire_Outbox_slots,
+  __pyx_type_7ivshmem_6native_4wire_Outbox_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_5_wire_Outbox = {
+static PyTypeObject __pyx_type_7ivshmem_6native_4wire_Outbox = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._wire.""Outbox", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_5_wire_Outbox), /*tp_basicsize*/
+  "ivshmem.native.wire.""Outbox", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_6native_4wire_Outbox), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_5_wire_Outbox, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_6native_4wire_Outbox, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -8904,7 +8904,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_wire_Outbox = {
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_5_wire_Outbox, /*tp_methods*/
+  __pyx_methods_7ivshmem_6native_4wire_Outbox, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -8916,7 +8916,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_wire_Outbox = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_5_wire_Outbox, /*tp_new*/
+  __pyx_tp_new_7ivshmem_6native_4wire_Outbox, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -8933,7 +8933,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_wire_Outbox = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_5_wire_Outbox, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_6native_4wire_Outbox, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -8965,7 +8965,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4wire_Outbox(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -8999,41 +8999,41 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return 0;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4wire_Outbox(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_5_wire_Outbox ---*/
-  __pyx_vtabptr_7ivshmem_5_wire_Outbox = &__pyx_vtable_7ivshmem_5_wire_Outbox;
-  __pyx_vtable_7ivshmem_5_wire_Outbox.check = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_check;
-  __pyx_vtable_7ivshmem_5_wire_Outbox.begin = (void (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t))__pyx_f_7ivshmem_5_wire_6Outbox_begin;
-  __pyx_vtable_7ivshmem_5_wire_Outbox.put = (void (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_put;
-  __pyx_vtable_7ivshmem_5_wire_Outbox.batch = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_batch;
-  __pyx_vtable_7ivshmem_5_wire_Outbox.batch_nogil = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *))__pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4wire_Outbox", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_6native_4wire_Outbox ---*/
+  __pyx_vtabptr_7ivshmem_6native_4wire_Outbox = &__pyx_vtable_7ivshmem_6native_4wire_Outbox;
+  __pyx_vtable_7ivshmem_6native_4wire_Outbox.check = (int (*)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t, Py_ssize_t))__pyx_f_7ivshmem_6native_4wire_6Outbox_check;
+  __pyx_vtable_7ivshmem_6native_4wire_Outbox.begin = (void (*)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int64_t, int64_t))__pyx_f_7ivshmem_6native_4wire_6Outbox_begin;
+  __pyx_vtable_7ivshmem_6native_4wire_Outbox.put = (void (*)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, Py_ssize_t))__pyx_f_7ivshmem_6native_4wire_6Outbox_put;
+  __pyx_vtable_7ivshmem_6native_4wire_Outbox.batch = (int (*)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, Py_ssize_t))__pyx_f_7ivshmem_6native_4wire_6Outbox_batch;
+  __pyx_vtable_7ivshmem_6native_4wire_Outbox.batch_nogil = (int (*)(struct __pyx_obj_7ivshmem_6native_4wire_Outbox *, int, int64_t, int, int *))__pyx_f_7ivshmem_6native_4wire_6Outbox_batch_nogil;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_wire_Outbox_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4wire_Outbox_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox)) __PYX_ERR(0, 53, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox = &__pyx_type_7ivshmem_5_wire_Outbox;
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox = &__pyx_type_7ivshmem_6native_4wire_Outbox;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_vtabptr_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Outbox, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox, __pyx_vtabptr_7ivshmem_6native_4wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Outbox, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9062,57 +9062,57 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Fd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Fd),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9141,14 +9141,14 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_void_fail_with_fail);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
     const char * __pyx_import_name = __pyx_import_signature + 21;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -9170,10 +9170,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec__wire(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_wire(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec__wire},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_wire},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -9192,7 +9192,7 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "_wire",
+      "wire",
       __pyx_k_Messages_with_descriptors_over_U, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
@@ -9230,8 +9230,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit__wire(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit__wire(void)
+__Pyx_PyMODINIT_FUNC PyInit_wire(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_wire(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -9349,7 +9349,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec__wire(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_wire(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -9368,7 +9368,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__wire(PyObject *__pyx_pyinit_modul
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module '_wire' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'wire' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -9384,7 +9384,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__wire(PyObject *__pyx_pyinit_modul
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "_wire" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "wire" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -9414,7 +9414,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec__wire(PyObject *__pyx_pyinit_modul
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit__wire", 0);
+__Pyx_RefNannySetupContext("PyInit_wire", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -9425,13 +9425,13 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem___wire) {
+  if (__pyx_module_is_main_ivshmem__native__wire) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem._wire")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem._wire", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.native.wire")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.wire", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -9444,23 +9444,23 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4wire_Outbox(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_wire.pyx":26
+  /* "ivshmem/native/wire.pyx":26
  * )
  * 
- * from .errors import ProtocolError             # <<<<<<<<<<<<<<
+ * from ..errors import ProtocolError             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
@@ -9475,63 +9475,63 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":50
+  /* "ivshmem/native/wire.pyx":50
  * 
  * 
  * OUTBOX_BYTES = sizeof(Box)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_FromSize_t((sizeof(struct __pyx_t_7ivshmem_5_wire_Box))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_FromSize_t((sizeof(struct __pyx_t_7ivshmem_6native_4wire_Box))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OUTBOX_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":102
+  /* "ivshmem/native/wire.pyx":102
  *             free(self.box)
  * 
  *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
  *         """Send messages without blocking, in batches of sendmmsg.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_5send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_6Outbox_5send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4wire_Outbox, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":143
+  /* "ivshmem/native/wire.pyx":143
  *         return total
  * 
  *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
  *         """Send the same batch to many, until one takes less than all of it.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send_to_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_6Outbox_7send_to_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send_to_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_send_to_all, __pyx_t_2) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4wire_Outbox, __pyx_mstate_global->__pyx_n_u_send_to_all, __pyx_t_2) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":187
+  /* "ivshmem/native/wire.pyx":187
  *         return done, sent if done < total else 0, code, filled
  * 
  *     def unfinished(self):             # <<<<<<<<<<<<<<
  *         """What a sending was about whose end is not in the record: None, or a tuple.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_unfinished, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_6Outbox_9unfinished, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_unfinished, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4wire_Outbox, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -9539,7 +9539,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_6Outbox_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -9553,7 +9553,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_6Outbox_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -9561,14 +9561,14 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":271
+  /* "ivshmem/native/wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4wire_1receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -9577,7 +9577,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":1
+  /* "ivshmem/native/wire.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Messages with descriptors over Unix sockets, in batches.
@@ -9595,7 +9595,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   __Pyx_XDECREF(__pyx_t_4);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem._wire", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.native.wire", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -9609,7 +9609,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem._wire");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.wire");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -9646,7 +9646,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_wire.pyx":102
+  /* "ivshmem/native/wire.pyx":102
  *             free(self.box)
  * 
  *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
@@ -9660,7 +9660,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_wire.pyx":143
+  /* "ivshmem/native/wire.pyx":143
  *         return total
  * 
  *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
@@ -9674,7 +9674,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_wire.pyx":271
+  /* "ivshmem/native/wire.pyx":271
  * 
  * 
  * def receive(int sock, Py_ssize_t limit, list into=None):             # <<<<<<<<<<<<<<
@@ -9724,31 +9724,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{13},{15},{19},{4},{15},{1},{2},{1},{179},{11},{124},{8},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{4},{6},{5},{18},{5},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{4},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{13},{15},{19},{4},{15},{1},{2},{1},{179},{11},{124},{8},{16},{12},{7},{6},{2},{9},{14},{23},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{4},{6},{5},{18},{5},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{4},{3},{5},{19},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{161},{440},{216},{309}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1500 bytes) */
-static const char cstring[] = "x\332uS\317s\0237\024\216\223\020\2226\024L~\220B[dH!\024p\307ihR:\235NB\302\257v \206@i\247\235E\336\325\332*k\311^i\035\273eZ\216>\352\250\343\036\367\270\307=\372\230c\216>\346O\310\237\320\047a\2070L=^\255\366\351\351\275\357{\357{\010\207\0045\270\020\264\022\020T\351H\"n \034\320*#\036\252\023!p\225\210\333\010KT\347B\"\304}\264$CB\220\037\342j\2350y\255X,\376\370\210K\202d\r\274\356td\2153D\005\362H@+$\304\222\004\035$dH]IB\343\304\320\366\326\366\315\225\265\025\204\231\207B\362\047q\245@\"\252\270\001\026\202\010\223\243\022\321@R\206d\247AD\021=\360Q\207G\210\021\000%9j\200\337\361\013\262F\030\022D\232\r\272\212\031\343\022K\312\231\003\327)\253^E\036\r!\tm\021s\373.\016\004)bT\301\322\255\231d\030\260\n7\244\r\311C\340\305\3536\216 a\013\000\357b\201\002\240~\033\214\300\252\021r\027\252\202j`\226\234\243:f\035\304\033\220\337\247\001@Y\n1\025\004Q`\024\320:\2257\220\017A)\023\0223\227\240]*k\350ed\217\320M\366\362\032\366<\007\340\022\250\n\217d\205\267-Iq\014\021\354\251\300\320\035\302\314Zu!\276\335y\264%juR/\2220\004\267\301\327\327\316.\220-6:m\306!\212\217\243@\"\307\t\211\027\271\304q\220\027\331\"0\316nBOZ\024\007p\352RF\245\343<~\266\263\361\370\205\263\361\353\316\326\323\307\026\315\333\265xt\337\265\355\005\317\241\035\252\016\324\344\007\047\200\321;\266u$wp\020\014,\021\363!\241\250\021o;\344\222\273<\3302\024\034\307\331\356\264\341\331\004\2558\217H[>!\276\343\014\372\t\340\035\307\217\230k\336\325aZ\370\3251e\366\315\275(\260\026\206\353\366\rEp\006nf\333\222\246l\346\240\031\341`\3504\254\314\007\034\217\014\244m>\200\351Q`q,\375\007\025p\034\030\"\250\246C\205\343\362\020\332J\031\301\242\303\\\312\213G\006Q\211|\237\204.Dtk\021{%\334\200\340\320\r\340\310\001>2\304.\251`\367\225\013\342#.\367\340a2\344\201py\304\244\207%\3668H\205\373o\273\357{\276\007\213p\270\017B\004q\3704\024\222R&9\345-*I}(\220\242\025H@XU\326\254\016\215\272\207\223\316\032\274\001\243B`TBR\205\021\n#\363\207)\013|\323\307c\275\204\255\204\031\241f\232\344@h""\202\273\257\354\003\025\t\241,\004\004,q\360\256\337-\370 v\021\273\230\311\335\032uk\200\021-\301rm\304\356Z\234z\327F|L\003\307L\213\335\275\311\365\307?\352^W\3457\353\207\323#S\347\365\254\336\211\347\3430\311\367\047\027t\356`\362\013\355\305\213q5)\047\270?\371qw\245+\325\267zFoh7\236\215w\222\371D\244\213\251\227\025\372\3233\252\364\326#T3\352\241\306\375\351\263\352+\275\256\377H\n\373\327\267z\345\036\004\370\244K\324\262\372Eo\306\343\361f2\225\346\323+Y.\233\313hO\354A\210Y\265\336\237<\r)VTg\3401\233\356d\347z\023=\274?\262\224\344\016o\214\234XP-\375,\276\034\377\2264\017\306\347T\271?n\256\001\213\313\335r\267\246*z\302B\366\222\305\304K\013&\047\356\376\005\220\357\305\200o\272\273\245\346\024V\315\376\364\351nS\215\252\033\032k\031\227\342\215\270\222\344\206\306\353\272l\301\250\047\252\255\377N\n\3117\tN\232\357L\377$\307\316\377\205\263v\332\314rG\246\375\213\2454o\210t\000K%\036\203\360\017\222\337\263\274I\177\037\\\236\353\333\361\363\344\207lt\377\366\317{\353\246h\313\335\047]\013\251\245\236\352\\\377L~\270?\251E\\\260\337gT\316\204|\255K\372a\214\337c2\243n\3511\275fY\324\222W\331\331\254d\212\277\250\\\275\020\347\343K\220\375ij\311\265US\217j\0108\257\252\272|\260\0008\323B\272\002\350G\263K\331\303^m\017\357\205\373\345\047\375\205\317\240s\345\303\211\221\251\351!\270S\375\361\223o\232&\361\235\356\256\302\006\321\004\274\316\234UW\0002\224\3317\335\373\244[\327\220\375\024\\=1\335]S\245\375\361\345\375\345\315\336\372!\032\231*\304\240\250\363\272p0\t\341M\360S\335\273\252\240\326\264\355\314=\020\220\345rR\267c\001U_\001q\031t\"+d+\231\350\025z\245AV\025\331v\302\307\t\365L\027\364j|%\031M\200\327\254\332\3249=g\253\276\226\254\246_\246\315\376\231\363\206\361\214Z\325\227\241\257\263\027\364\212n\305\345\330O\356\246K \334\331\317\215\365\034\204\334\000\321.\\\324\315\201\t0\232\336@\2329\265\243\347u3\236\200K\367S\253\321\346\376\370\375\275\334\341\274!e\032\274n\211\331\241\031,\027t\351\035\305\357L\254\367(v\222\261\244\224l""\246ci)\335\314\306\262R\266\331\033\353\225z\353\377C\361{\310\275\221\324R?\333\310\374\336\006L\323\200\354\214\276\037\337KnA\203?4XHyu\316\352p\002$>\226,\203v\201\325\252\272\014\243\003M\235\234z\227\243d\204a2o\201l\006#\235?k\214D/\017k\367\032`\337\205\276\254fWz\223{\271\275\374\261\342}j\253v`\304\252\354\004\264\324\013\030\326K\361O\320J\030\365\377\000}\375\216%";
-    PyObject *data = __Pyx_DecompressString(cstring, 1500, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1507 bytes) */
+static const char cstring[] = "x\332uSKs\023G\020\266lc\354\304<\344\027\016$a\204\0350\001D\3111\261\343T*ec\233GR`\201!$\225\3242\332\235\225&\254f\244\235YYJ\250\204\243\216s\234\343\036\367\270\307=\352\350\243\216:\372\047\370\047\244g\221\214)WT\332\331\331\236\236\356\357\353\376\032a\237\240\032\027\202\226<\202J-I\304m\204=Zf\304AU\"\004.\023\261\216\260DU.$B\334EK\322\047\004\271>.W\t\2237\363\371\374\217O\270$HV\300\353~KV8CT \207x\264D|,\211\327BB\372\324\226\3047N\014\355n\357\336YY[A\2309\310\047\177\022[\n$\202\222\355a!\21009J\001\365$eH\266jD\344\321#\027\265x\200\030\001P\222\243\032\370\235\274 +\204!A\244\331\240\033\2301.\261\244\234Yp\235\262\362\r\344P\037\222\320\0061\267w\260\047H\036\243\022\226v\305$\303\200U\330>\255I\356\003/^M\343\010\3427\000\360>\026\310\003\352\353`\004V5\237\333P\025T\001\263\344\034U1k!^\203\374.\365\000\312\222\217\251 \210\002#\217V\251\274\215\\\010J\231\220\230\331\004\355SYA\257\203\364\010\335a\257ob\307\261\000.\201\252\360@\226x3%)N \202=\025\030\272C\230Y\3136\304Ow\016m\210J\225T\363\304\367\301\255\377u\227aC\364\356>P\316\327ZM\306!\226\213\003O\"\313\362\211\023\330\304\262\220\023\244\245`\234\335\201\3164(\366\340\324\246\214J\313z\372bo\363\351+k\363\327\275\355\347OSL\357\327\374\361};m2x\016\354P{ (O\235\000R\347\304\326\222\334\302\236\327\267\004\314\205\204\242B\234]\237Knso\333\020\261,k\267\325\204g\013\024c=!M\371\214\270\226\325\357*\200\267,7`\266y\227\007i\341W\305\224\245o\356\004^ja\270\232\276\241\010V\337\315l\033\322\024\317\034\324\003\354\r\234\006\2259\305\361\330@\232\346\003\230\036\007\026\047\322\237\252\200e\301(A5-*,\233\373\320\\\312\010\026-fS\236?6\210R\340\272\304\267!\242]\t\330\033a{\004\373\266\007G\026\360\221>\266I\t\333ol\220 \261\271\003\017\223>\367\204\315\003&\035,\261\303A0\334}\257\001\327q\035X\204\305]\220#H\304\245\276\220\2242\311)oPI\252\003\231\344\337\313$od\342\021V\226\225T\223F\351\203\251g5^\203\261!\340\346\2232\214\223\037\230?L\234\347\232n\236\350(l%\314\0135\223%\373r\023""\334~\223>P\027\037\212C@\314\022{\037\272\336\200\017\222.b\0373\271_\241v\005\220\242%Xn\016\245\273\006\247\316\315!\027S\3172\223\223\356\336ez\243\237\264o\251\342\273\215\243\311\241\211\313zF\357\205s\241\037e{\343\363:s8\376\245v\302\305\260\034\025#\334\033\377\264\275\322\226\352[=\2557\265\035\316\204{\321\\$\342\305\330Ir\275\311iUx\357\341\253i\365X\343\336\344\224\372Zo\350?\242\\\367\326v\247\330\201\000\347\333D-\253_\364V8\032nE\023q6\276\236d\222\331\204v\304\001\204\230Q\033\275\361\013\220bE\265\372\0363\361^r\2513\326\301\335\241\245(st{\350\314\274j\350\027\341B\370[T?\034\235U\305\336\250\271\006,\026\332\305vE\225\364X\n\331\211\026#\047\316\231\234\270\375\027@~\020\002\276\311\366\266\232UX\325{\223\027\332u5\254nk\254eX\0107\303R\224\031\030o\351b\nF=SM\375w\224\213\276\211pT\377`\372\047:q\376/\2345\343z\22296u\257\026\342\254!\322\002,\245p\004\302?\212~O\262&\375Cpy\251\327\303\227\321\017\311pw\375\347\203\rS\264\345\366\263v\n\251\241\236\353L\357bv\260?\253E\230K\277/\252\214\t\371V\027\364\343\020\177\304dZ\335\323#z-eQ\211\336$SI\301\024\177Q\331z>\314\206\327 \373\3638%\327Tu=\254!\340\234*\353\342\341<\340\214s\361\n\240\037N\256%\217;\225\003|\340w\213\317z\363\237C\347\212GcC\023\223\003p\347z\243g\337\325M\342\373\355}\205\r\2421x]\234R\327\0012\224\3315\335;\337\256j\310~\016\256\236\231l\257\251Bwt\271\273\274\325\3318BC\023\271\020\024uY\347\016\307!\274\t~\256\275\243rjM\247\235y\000\002J\271\234\325\315P@\325W@\\\006\235Hr\311J\":\271N\241\237U\005i;\341\343\214z\241sz5\274\036\rG\300kFm\351\214\236M\253\276\026\255\306_\305\365\336\305\313\206\361\264Z\325\013\320\327\231+zE7\302b\350F;\361\022\010w\346\013c\275\004!7A\264\363Wu\275o\002\214\2467\220fV\355\3519]\017\307\340\322\3038\325h\275;\372\360 s4gH\231\006o\244\304\322\241\351/Wt\341\003\305\357L\254\217(\266\242\221\250\020m\305#q!\336JF\222B\262\325\031\351\024:\033\377C\361{\310\275\031Ub7\331L\334\316&LS\237\354\264~\030>\210\356A\203O\033RHYu)\325\341\030H|$Z""\006\355\002\253U\265\000\243\003M\035\237\370\220\243`\204a2o\203l\372#\235\2352F\242\227\007\265{\013\260w\240/\253\311\365\316\370A\346 {\242x\237\245U;4bU\351\0044\324+\030\326k\341O\320J\030\365\377\000\271\336\222\322";
+    PyObject *data = __Pyx_DecompressString(cstring, 1507, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1961 bytes) */
-static const char cstring[] = "\377 are pos\377sible by\377tes, ali\377gned mes\377sages: a\377t most  \377of (tree\377 fragmen\377t)...?No\337te th#\000Cy\377thon is \377delibera\377tely str\337icter!\001n \377PEP-484 \377and reje\377cts subc\277lasses`\001b\377uiltin t\377ypes. If\177 you ne\222\000\317to p%\000%\tth\277en set\200\000e\377 \047annota\337tion_<\000in\277g\047 dirb\000i\375v\242\000o Fals\377e.a batc\365h\315\001a\251\000scrioptor\325\000omC\002\357serv\256\000was\313 l\370\000:\335\000\323\000pr\333oc\223  h\024\000to\377o many o\335p}\000fil\271\000(r\277aise i\317\000l\177imit, fR\000\377instance\377 with `u\376\026\002 -n`)ad\373d_\254\000ean o_utbox\340\002s\207\010n\307 isa\233@en\002\001\363gc]\000\005\002divs\377hmem.errwors\007\004/_w\352\000\277.pyxno\201@f\377ault __r\377educe__ {du\200\"non-\221@\357vial\033\000cin\377it__OUTB\377OX_BYTES)O\211\002\000\003.7\006c\332B\047\000p\247\002\025\000\363 \330\000te_\013\014\317send6\004\007\001_t\337o_allH\004un\375fn\000shedPr\177otocolE\277\001\277___Pyx\001\000D\376\251`_NextRe\347f__\311D\272\000__f\367unc$\000_get\274q\0031\000main\020\001m\357odul!\002namd)\002\202 _ \004\007\001vt\303!\036;\001qual\035\005\222%\323\016\246\254&exo\001\335`_Q\005s|t\010\361\016__tes\313 \177_is_cor\324@\377ineasync\367io.\010\006sbuf\357ferc\250\000chu\377nksclear\353cl)\000_\315\000tra\177cebackc\372`\357ecod\001\000ntr\377olscount\377datadone\367eof\370Cfdfd\375s\000\000_offil\377ledfirst\377iintoiov\257item\231e.\234bl\037ength\236\204\002\332\204\001\342\206\005\377npoprece\377iveregio\367nru\000\000nsse\343lf\317A\301H\337@tse}r\276`setde\344b\357sock\000\001sst\373ar\237@eptot\253al\346Gv\n\000e\000\002s\377wantwhicmh\241\000 (\246\000)\000\005\002\377void)\000fa\347il_\252\205\001\005\002\200\001\330\377\004\n\210+\220Q\200A\377\360\014\000\t\032\230\024\230\377T\240\026\240r\250\021\330\377\010\030\230\001\340\010\036\230\377d\240$\240g\250Q\250\377a\330\010\013\2104\210t\377\2206\230\023\230B\230c\377\240\024\240T\250\026\250s""\377\260$\260d\270!\330\014\367\023\2201\034\003r\220\023\220\377J\230a\330\014\022\220*\377\230A\230]\250!\320+\357E\300Q\300>\000\016\210e\377\2202\220W\230D\240\004\377\240D\250\t\260\021\260&\377\270\001\270\025\270i\300s\375\310@\000\024\220A\330\010\017\356`\0004\220y\033\004\024\260T\377\270\027\300\006\300a\320\000\377(\250\001\360,\000\005\030\377\220v\230U\240#\240Z\377\250q\340\004\025\220Q\330\371\0043\001\303\000#\210Q\210h\357\220b\230\006\256\002d\250$\377\250d\260!\330\010\016\210\267a\210z\260\000G\240\235\000\014\377\210E\220\025\220a\220q\377\330\014\017\210q\220\002\220\377,\230a\230t\2401\240\337B\240b\250\001\r\005+\230\367Q\330\014\212\000\220R\220x\377\230{\250!\2503\250a[\250q\t\007~\250\025\010\177\031\000\337x\260q\270\001*\006\320\037\2731\260\275 \017\210y\211\000b{\240\003\\\000I\250\\\270\320 \377\014\210H\220A\220V\230\377:\240V\250=\270\002\320\367:L\310\357\000\013\2102\210\373R\210\216\002v\220S\230\001\347\330\020\021\233\001\010\001\007\230s\273\240!\013\002\020\220\001\230!|\237\2301\230J\240\211@\277\010\023\277\2205\230\003\2308\301\002h\277\250k\270\022\2701\371!$\377\220c\230\030\240\021\240\"\337\240I\250S\260\330\002x\220\357q\230\002\230N\000\026\220g\357\230Q\340\030\245\000\260!\260\3754\273\000\002\270\"\270J\300\377h\310a\310r\320QR\367\330\030\034\267@Q\360\006\000\373\t\014\225\005\r\330\004\007\200\377q\330\010\014\210C\210w\335\220\334@\020\220\006\004\000\020\022\323\220&\260\000\344 f\272A\016\210\353m\230{\000\r8\000\005\014\210\3778\2201\320\0042\3202\377D\300A\360 \000\t!}\240\317`\032\230!\340\010\\\000\376Y\001\r\210F\220!\2208\345\230\225BG\276`\303`5\230\007/\230x\240s\363 4\332`\232\001\377s\270!\2704\270s\300s!\300\325\000q\002\220u\230\313A\377\014\020\220\005\220U\230!\177\2307\240&\250\002\250\246 \377\024\220D\230\001\230\025\230\376\362!8\2507\260%\260q\373\330\020o\000\330\020\023\2207\373\230#\325@\024\033\2304\230\377v\240Q\240f\250F\260\277(\270!\330\024\035\022\001\027\376P\000B\230a\330\030""\037\230\341q\014\004\200 \357\204\001\311 \025\220T\277\230\026\230q\240\0062\000H\375\260\237\204\002q\320\004H\310\001s\360\026\321\001\335AA\340\010c\001|\261\205\001\265\205\002\330\010\033\2301\331\007\3479\230A\266!\330\010y\250\003\377\2501\250D\260\003\2601\377\260D\270\003\2701\270D\377\300\003\3001\300A\330\014\372\316\022;\256\000B\250h\260f\377\270B\270f\300B\300a\373\330\020\347\003\023\230H\240G\343\2505\336@\000\016\365\002\010\021\220\335\027\203\204\002\006\240bq\0002\250\375Q\305\206\0017\220#\220Q\330\277\014\r\330\010\t\330\276&1_\330\020\026\220a\332 E\264`v\314\206\004\021\022\021\001e\2302\264%\365|\264\000F\263`7\270&\300\177\010\310\001\310\021\330\024\264&\327\031\330\024\266`\340\225@\001\220\276\375\204\002v\220X\230U\377`K\003\250s\347\206\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1961, 2325);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1971 bytes) */
+static const char cstring[] = "\377 are pos\377sible by\377tes, ali\377gned mes\377sages: a\377t most  \377of (tree\377 fragmen\377t)...?No\337te th#\000Cy\377thon is \377delibera\377tely str\337icter!\001n \377PEP-484 \377and reje\377cts subc\277lasses`\001b\377uiltin t\377ypes. If\177 you ne\222\000\317to p%\000%\tth\277en set\200\000e\377 \047annota\337tion_<\000in\277g\047 dirb\000i\375v\242\000o Fals\377e.a batc\365h\315\001a\251\000scrioptor\325\000omC\002\357serv\256\000was\313 l\370\000:\335\000\323\000pr\333oc\223  h\024\000to\377o many o\335p}\000fil\271\000(r\277aise i\317\000l\177imit, fR\000\377instance\377 with `u\376\026\002 -n`)ad\373d_\254\000ean o_utbox\340\002s\207\010n\307 isa\233@en\002\001\363gc]\000\005\002divs\377hmem.err\267ors\007\004/n\370\000v\367e/w\360\000.pyx\373no\207@fault\377 __reduc\277e__ du\206\"n\367on-\227@vial\376\033\000cinit__\377OUTBOX_B\237YTESO\217\002\000\003.\0027\006c\340B\047\000\255\002\025\000\371 \336\000\367te_\013\014send\3746\004\007\001_to_al\335lH\004unfn\000sh\377edProtoc\367olE\305\001___P\353yx\001\000D\257`_Ne\177xtRef__\317D~\272\000__func$\000\317_getq\0031\000ma\373in\020\001modulN!\002nam)\002\202 _ \004\346\007\001vt\311!;\001quaal\035\005\222%\323\016\254&exo\001\312\343`_Q\005st\010\361\016__\367tes\313 _is_\367cor\332@inea\177syncio.\010\006\377sbufferc\376\250\000chunksc\277learcl)\000_\376\315\000traceba\377ckclosec\373od\001\000ntrol\377scountda\377tadoneeo}f\376Cfdfds\000\000\377_offille\377dfirstii\377ntoiovit\253em\237e.\241c.\243al\037ength\252\204\002\346\204\001\356\206\005\377npoprece\377iveregio\367nru\000\000nsse\343lf\325A\307H\345@tse}r\304`setde\352b\357sock\000\001sst\373ar\245@eptot\253al\354Gv\n\000e\000\002s\377wantwhicmh\247\000 (\254\000)\000\005\002\377void)\000fa\347il_\266\205\001\005\002\200\001\330\377\004\n\210+\220Q\200A\377\360\014\000\t\032\230\024\230\377T\240\026\240r\250\021\330\377\010\030\230\001\340\010\036\230\377d\240$\240g\250Q\250\377a\330\010\013\2104\210t\377\2206\230\023\230B\230c\377""\240\024\240T\250\026\250s\377\260$\260d\270!\330\014\367\023\2201\034\003r\220\023\220\377J\230a\330\014\022\220*\377\230A\230]\250!\320+\357E\300Q\300>\000\016\210e\377\2202\220W\230D\240\004\377\240D\250\t\260\021\260&\377\270\001\270\025\270i\300s\375\310@\000\024\220A\330\010\017\356`\0004\220y\033\004\024\260T\377\270\027\300\006\300a\320\000\377(\250\001\360,\000\005\030\377\220v\230U\240#\240Z\377\250q\340\004\025\220Q\330\371\0043\001\303\000#\210Q\210h\357\220b\230\006\256\002d\250$\377\250d\260!\330\010\016\210\267a\210z\260\000G\240\235\000\014\377\210E\220\025\220a\220q\377\330\014\017\210q\220\002\220\377,\230a\230t\2401\240\337B\240b\250\001\r\005+\230\367Q\330\014\212\000\220R\220x\377\230{\250!\2503\250a[\250q\t\007~\250\025\010\177\031\000\337x\260q\270\001*\006\320\037\2731\260\275 \017\210y\211\000b{\240\003\\\000I\250\\\270\320 \377\014\210H\220A\220V\230\377:\240V\250=\270\002\320\367:L\310\357\000\013\2102\210\373R\210\216\002v\220S\230\001\347\330\020\021\233\001\010\001\007\230s\273\240!\013\002\020\220\001\230!|\237\2301\230J\240\211@\277\010\023\277\2205\230\003\2308\301\002h\277\250k\270\022\2701\371!$\377\220c\230\030\240\021\240\"\337\240I\250S\260\330\002x\220\357q\230\002\230N\000\026\220g\357\230Q\340\030\245\000\260!\260\3754\273\000\002\270\"\270J\300\377h\310a\310r\320QR\367\330\030\034\267@Q\360\006\000\373\t\014\225\005\r\330\004\007\200\377q\330\010\014\210C\210w\335\220\334@\020\220\006\004\000\020\022\323\220&\260\000\344 f\272A\016\210\353m\230{\000\r8\000\005\014\210\3778\2201\320\0042\3202\377D\300A\360 \000\t!}\240\317`\032\230!\340\010\\\000\376Y\001\r\210F\220!\2208\345\230\225BG\276`\303`5\230\007/\230x\240s\363 4\332`\232\001\377s\270!\2704\270s\300s!\300\325\000q\002\220u\230\313A\377\014\020\220\005\220U\230!\177\2307\240&\250\002\250\246 \377\024\220D\230\001\230\025\230\376\362!8\2507\260%\260q\373\330\020o\000\330\020\023\2207\373\230#\325@\024\033\2304\230\377v\240Q\240f\250F\260\277(\270!\330\024\035\022\001""\027\376P\000B\230a\330\030\037\230\341q\014\004\200 \357\204\001\311 \025\220T\277\230\026\230q\240\0062\000H\375\260\237\204\002q\320\004H\310\001s\360\026\321\001\335AA\340\010c\001|\261\205\001\265\205\002\330\010\033\2301\331\007\3479\230A\266!\330\010y\250\003\377\2501\250D\260\003\2601\377\260D\270\003\2701\270D\377\300\003\3001\300A\330\014\372\316\022;\256\000B\250h\260f\377\270B\270f\300B\300a\373\330\020\347\003\023\230H\240G\343\2505\336@\000\016\365\002\010\021\220\335\027\203\204\002\006\240bq\0002\250\375Q\305\206\0017\220#\220Q\330\277\014\r\330\010\t\330\276&1_\330\020\026\220a\332 E\264`v\314\206\004\021\022\021\001e\2302\264%\365|\264\000F\263`7\270&\300\177\010\310\001\310\021\330\024\264&\327\031\330\024\266`\340\225@\001\220\276\375\204\002v\220X\230U\377`K\003\250s\347\206\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1971, 2337);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2325 bytes) */
-static const char bytes[] = " are possible bytes, aligned messages: at most  of (tree fragment)...?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a batch of a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)add_notean outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercamechunksclearcline_in_tracebackclosecodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiintoiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\340\010\036\230d\240$\240g\250Q\250a\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\013\2104\210r\220\023\220J\230a\330\014\022\220*\230A\230]\250!\320+E\300Q\300a\330\010\016\210e\2202\220W\230D\240\004\240D\250\t\260\021\260&\270\001\270\025\270i\300s\310!\330\014\024\220A\330\010\017\210t\2204\220y\240\004\240D\250\t\260\024\260T\270\027\300\006\300a\320\000(\250\001\360,\000\005\030\220v\230U\240#\240Z\250q\340\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,""\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\017\210|\2301\230J\240a\330\010\014\210E\220\025\220a\220q\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\340\0301\260\021\260!\2604\260q\270\002\270\"\270J\300h\310a\310r\320QR\330\030\034\230A\230Q\360\006\000\t\014\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\022\220&\230\001\330\010\016\210f\220A\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003""\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
+    #else /* compression: none (2337 bytes) */
+static const char bytes[] = " are possible bytes, aligned messages: at most  of (tree fragment)...?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a batch of a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)add_notean outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/native/wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercamechunksclearcline_in_tracebackclosecodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiintoiovitemsivshmem.native.wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\340\010\036\230d\240$\240g\250Q\250a\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\013\2104\210r\220\023\220J\230a\330\014\022\220*\230A\230]\250!\320+E\300Q\300a\330\010\016\210e\2202\220W\230D\240\004\240D\250\t\260\021\260&\270\001\270\025\270i\300s\310!\330\014\024\220A\330\010\017\210t\2204\220y\240\004\240D\250\t\260\024\260T\270\027\300\006\300a\320\000(\250\001\360,\000\005\030\220v\230U\240#\240Z\250q\340\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220""\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\017\210|\2301\230J\240a\330\010\014\210E\220\025\220a\220q\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\340\0301\260\021\260!\2604\260q\270\002\270\"\270J\300h\310a\310r\320QR\330\030\034\230A\230Q\360\006\000\t\014\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\022\220&\230\001\330\010\016\210f\220A\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D""\270\003\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -9873,17 +9873,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {5, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_region, __pyx_mstate->__pyx_n_u_serial, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_step, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_wire_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {5, 0, 0, 17, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 143};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_socks, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_region, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_start, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_fds_of, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send_to_all, __pyx_mstate->__pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_wire_pyx, __pyx_mstate->__pyx_n_u_send_to_all, __pyx_mstate->__pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_filled};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_unfinished, __pyx_mstate->__pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_wire_pyx, __pyx_mstate->__pyx_n_u_unfinished, __pyx_mstate->__pyx_kp_b_iso88591_A_T_r_d_gQa_4t6_Bc_T_s_d_1_4r_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -9898,7 +9898,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 17, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_came, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_vU_Zq_Q_A_Qhb_d_d_d_az_G1_E_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_vU_Zq_Q_A_Qhb_d_d_d_az_G1_E_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

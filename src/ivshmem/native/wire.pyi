@@ -3,7 +3,7 @@ from typing import Any, final
 
 from typing_extensions import Buffer
 
-from ._fds import Fd
+from .descriptors import Fd
 
 OUTBOX_BYTES: int
 

@@ -16,14 +16,14 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from ._fds cimport BATCH, fail, fail_with, Fd, FdArray, length_of, place_of
-from ._libc cimport (
+from .descriptors cimport BATCH, fail, fail_with, Fd, FdArray, length_of, place_of
+from .syscalls cimport (
     c_close, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, cmsghdr, EAGAIN, EINTR, errno, iovec,
     ivshmem_control, mlock, mmsghdr, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
     recvmmsg, SCM_RIGHTS, sendmmsg, SOL_SOCKET,
 )
 
-from .errors import ProtocolError
+from ..errors import ProtocolError
 
 cdef enum:
     # Bytes in a message of protocol version 0.

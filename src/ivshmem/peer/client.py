@@ -20,13 +20,15 @@ import threading
 import time
 from collections.abc import Iterable
 
-from . import _wire, sockets
-from ._fds import Fd
-from .counting import counted
+from ..errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
+from ..memory.region import Region
+from ..native import wire
+from ..native.descriptors import Fd
+from ..protocol.framing import Framer, Message
+from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
+from ..system import sockets
+from ..system.text import counted
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
-from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
-from .protocol import Framer, GotLeave, GotMemory, GotVector, Message, Session, State
-from .region import Region
 
 # How long a server must be silent after the memory before an only client takes its set-up to be
 # complete, where the server does not say so. The example server sends a set-up in one go.
@@ -105,9 +107,9 @@ class Client(Endpoint):
         self._guess = vectors is None
         self._pid = os.getpid()
         self._session = Session(vectors)
-        self._chunks: list[_wire._Chunk] = []  # of the socket, and not taken in yet
+        self._chunks: list[wire._Chunk] = []  # of the socket, and not taken in yet
         # What the first of them made of the framer, and the messages that it ended.
-        self._framed: tuple[_wire._Chunk | None, Framer, list[Message]] = (None, Framer(), [])
+        self._framed: tuple[wire._Chunk | None, Framer, list[Message]] = (None, Framer(), [])
         self._unread: tuple[Message | None, bool] = (None, False)  # of a leave: was the join read?
         self._losing: str | None = None  # why the connection is over, while `_lose` is at it
         self._lock = threading.RLock()  # one thread at a time reads the socket
@@ -160,12 +162,12 @@ class Client(Endpoint):
                     quiet_since = time.monotonic()
                     pause = _FIRST_LOOK
             state = self._session.state
-            if state is State.SETUP and self.connected:
+            if state is SessionState.SETUP and self.connected:
                 if told_all and empty:
                     self._session.end_setup()
                 elif self._guess and time.monotonic() - quiet_since > SETTLE:
                     self._session.end_setup(guessed=True)
-            if self._session.state is State.READY:
+            if self._session.state is SessionState.READY:
                 break
             if not self.connected:
                 raise ServerGone(
@@ -178,7 +180,7 @@ class Client(Endpoint):
                     f" {_MISSING[state]}): is this an ivshmem server, and does it run?"
                 )
             # A first look finds nothing more often than not: the server has still to accept.
-            limit = pause if state is State.SETUP else SETTLE
+            limit = pause if state is SessionState.SETUP else SETTLE
             if deadline is not None:
                 limit = min(limit, max(deadline - time.monotonic(), 0))
             poll.poll(max(limit * 1000, 0.001))
@@ -239,7 +241,7 @@ class Client(Endpoint):
         self._take_in()  # what a signal interrupted
         for _ in range(_BATCHES):
             try:
-                _, eof = _wire.receive(self._socket.fileno(), _BATCH, self._chunks)
+                _, eof = wire.receive(self._socket.fileno(), _BATCH, self._chunks)
             except ConnectionError as error:
                 self._lose(f"the connection to the server broke: {error.strerror}")
                 raise
@@ -283,7 +285,7 @@ class Client(Endpoint):
             except Exception:
                 self._session.refuse(event.peer)
                 raise
-            if event.whole and self._session.state is State.READY:
+            if event.whole and self._session.state is SessionState.READY:
                 self._tell(PeerJoined, event.peer, PeerJoined(event.peer))
         elif isinstance(event, GotLeave):
             self._drop_peer(event.peer)
@@ -294,7 +296,7 @@ class Client(Endpoint):
                 if not self._queue:
                     self._set_queued(False)
             # Who left during set-up was never there for who asks for events.
-            elif event.whole and self._session.state is State.READY:
+            elif event.whole and self._session.state is SessionState.READY:
                 self._tell(PeerLeft, event.peer, PeerLeft(event.peer))
 
     def _tell(self, kind: type[Event], peer: int, event: Event) -> None:
@@ -371,10 +373,10 @@ class Client(Endpoint):
 
 
 _MISSING = {
-    State.VERSION: "protocol version",
-    State.ID: "id",
-    State.MEMORY: "memory",
-    State.SETUP: "vectors",
+    SessionState.VERSION: "protocol version",
+    SessionState.ID: "id",
+    SessionState.MEMORY: "memory",
+    SessionState.SETUP: "vectors",
 }
 
 

@@ -90,7 +90,8 @@ def _given() -> Iterator[str]:
         yield os.path.dirname(OF_ROOT)
         return
     found = os.environ.get("XDG_RUNTIME_DIR", "")
-    from .sockets import MAX_PATH  # here, since the names above are all that an option needs
+    # here, since the names above are all that an option needs
+    from ..system.sockets import MAX_PATH
 
     short = len(os.fsencode(found)) <= MAX_PATH - _LONGEST_NAME
     if os.path.isabs(found) and short:
@@ -126,7 +127,7 @@ def _fault(path: str) -> str:
             return f"its directory {trouble}"
         if not stat.S_ISSOCK(status.st_mode):
             return "not a socket"
-        from . import sockets
+        from ..system import sockets
 
         return "" if sockets.is_live(path) else "stale: nobody listens"
     except FileNotFoundError:
@@ -155,7 +156,7 @@ def _of_another(status: os.stat_result, *, own_only: bool) -> str:
     trusted = {os.geteuid()} if own_only else {os.geteuid(), 0}
     if status.st_uid in trusted:
         return ""
-    from .accounts import user_name
+    from ..system.accounts import user_name
 
     return f"belongs to {user_name(status.st_uid)}"
 

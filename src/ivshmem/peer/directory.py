@@ -20,28 +20,40 @@ import contextlib
 import logging
 import operator
 import os
-import struct
 import threading
 import time
 import warnings
 import weakref
-import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
-from . import _memory
-from .counting import counted
+from ..errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
+from ..memory.region import Region
+from ..native import mapping
+from ..protocol.limits import MAX_ID, MAX_VECTORS
+from ..system.text import counted
+from ..system.uncopied import Uncopied
 from .endpoint import Endpoint
-from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
-from .limits import MAGIC as MAGIC
-from .limits import MAX_SLOTS as MAX_SLOTS
-from .limits import SLOT_BYTES as SLOT_BYTES
-from .protocol import MAX_ID, MAX_VECTORS
-from .region import Region
-from .sizes import format_size
-from .uncopied import Uncopied
+from .limits import MAX_SLOTS, SLOT_BYTES
+from .names_table import (
+    BEAT_OFFSET,
+    NAME_BYTES,
+    OWNER,
+    ROLE_BYTES,
+    SLOT,
+    Entry,
+    check_text,
+    copy_slot,
+    default_slots,
+    make_table,
+    pack,
+    parse,
+    slots_of,
+    start_of,
+    write_trailer,
+)
 
 _log = logging.getLogger("ivshmem.directory")
 
@@ -50,38 +62,9 @@ _T = TypeVar("_T")
 BEAT = 1.0  # seconds between the signs of life of an entry
 LEASE = 5.0  # seconds without one, after which its owner is dead
 
-# The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this
-# package is for, so that _memory's atomics, which have the machine's order, need no conversion.
-NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
-DEFAULT_SLOTS = 63
-VERSION = 1
-
-_SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
-_TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots
-_OWNER, _BEAT = 0, 8  # offsets in a slot
-
 _SHOWN = 20  # names in an error message
 _LAST_BEAT = 1.0  # seconds that closing waits for the keeper's last step
 _LOOKS = (0.002, 0.05)  # seconds between looks for a name, the first and the longest
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a peer says of itself. A claim, not a proof: every peer can write every byte.
-
-    Attributes:
-        id: the peer to ring, 0..65535. Several processes of a guest have the same.
-        name, role: printable text; the role may be empty.
-        vectors: those that this name listens on.
-        alive: True: it was seen at work within the last seconds. None: it was not watched long
-            enough to tell. (Those who are known to be dead are not listed.)
-    """
-
-    id: int
-    name: str
-    role: str
-    vectors: range
-    alive: bool | None
 
 
 class _Slot(NamedTuple):
@@ -152,7 +135,7 @@ class Directory(Uncopied):
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
         self._region, self._endpoint = _found_in(place)
         self.slots = slots
-        self.start = _start(self._region.size, slots)
+        self.start = start_of(self._region.size, slots)
         self._beat = beat
         self._lease = lease
         self._pid = os.getpid()
@@ -199,10 +182,10 @@ class Directory(Uncopied):
             raise RegionError(
                 f"a directory of {counted(wanted, 'slot')}: allowed are 1 to {MAX_SLOTS}"
             )
-        there = _slots(region)
+        there = slots_of(region)
         if there is None:
             there = wanted or default_slots(region.size)
-            _format(region, there)
+            make_table(region, there)
         elif wanted not in (None, there):
             raise RegionError(
                 f"the region has a directory already, of {counted(there, 'slot')}, not {wanted}"
@@ -228,7 +211,7 @@ class Directory(Uncopied):
             ClosedError: the region is closed.
         """
         region, _ = _found_in(place)
-        slots = _slots(region)
+        slots = slots_of(region)
         if slots is None:
             raise NoDirectory(
                 "the region has no directory of names: make one by `ivshmem serve --names`, or by"
@@ -403,7 +386,7 @@ class Directory(Uncopied):
                 return _Refusal(_taken(publication.name, slot), slot.alive is True)
         owner = int.from_bytes(os.urandom(8), "little") or 1
         for slot in table:
-            if not slot.owner and self._word(slot.number, _OWNER).compare_exchange(0, owner) == 0:
+            if not slot.owner and self._word(slot.number, OWNER).compare_exchange(0, owner) == 0:
                 break
         else:
             error = DirectoryFull(
@@ -415,7 +398,7 @@ class Directory(Uncopied):
         # Two that enter the same name at the same time both write before they look: one sees the
         # other, or both do. The one that sees the other withdraws, so that a name never stands
         # there twice for good. Some processors look before they write, unless there is a fence.
-        _memory.fence()
+        mapping.fence()
         for slot in self._look(connected):
             if slot.number == publication.number:
                 if slot.owner == owner:
@@ -437,7 +420,7 @@ class Directory(Uncopied):
         for offset in range(16, SLOT_BYTES, 8):
             word = int.from_bytes(data[offset : offset + 8], "little")
             self._word(publication.number, offset).store(word)
-        self._word(publication.number, _BEAT).fetch_add(1)
+        self._word(publication.number, BEAT_OFFSET).fetch_add(1)
 
     def _withdraw(self, publication: Publication) -> None:
         if os.getpid() != self._pid:
@@ -453,13 +436,13 @@ class Directory(Uncopied):
 
     # -- the table --------------------------------------------------------------------------------
 
-    def _word(self, number: int, offset: int) -> _memory.AtomicU64:
+    def _word(self, number: int, offset: int) -> mapping.AtomicU64:
         return self._region.atomic_u64(self.start + number * SLOT_BYTES + offset)
 
     def _free(self, number: int, owner: int) -> None:
         """Free a slot if it still is `owner`'s."""
         if owner:
-            self._word(number, _OWNER).compare_exchange(owner, 0)
+            self._word(number, OWNER).compare_exchange(owner, 0)
 
     def _look(self, connected: frozenset[int] | None) -> list[_Slot]:
         """Copy the table, and note who has shown a sign of life since the last look."""
@@ -478,8 +461,8 @@ class Directory(Uncopied):
     def _examine(
         self, number: int, now: float, own: set[tuple[int, int]], connected: frozenset[int] | None
     ) -> _Slot:
-        raw = _copy(self._region, self.start + number * SLOT_BYTES)
-        owner, beat = _SLOT.unpack(raw)[:2]
+        raw = copy_slot(self._region, self.start + number * SLOT_BYTES)
+        owner, beat = SLOT.unpack(raw)[:2]
         if not owner:
             self._watch[number] = None
             return _Slot(number, 0, None, None)
@@ -566,8 +549,8 @@ class Directory(Uncopied):
                 if slot.alive is False:
                     self._free(slot.number, slot.owner)
             with contextlib.suppress(NoDirectory):  # another version's: ours will be written over
-                if _slots(self._region) is None:  # somebody wrote over it, and we are still here
-                    _write_trailer(self._region, self.slots)
+                if slots_of(self._region) is None:  # somebody wrote over it, and we are still here
+                    write_trailer(self._region, self.slots)
         if trouble is not None:
             self._note_trouble(trouble)
         elif self._trouble:
@@ -582,10 +565,10 @@ class Directory(Uncopied):
 
     def _keep_one(self, publication: Publication, connected: frozenset[int] | None) -> None:
         owner = publication.owner
-        raw = _copy(self._region, self.start + publication.number * SLOT_BYTES)
+        raw = copy_slot(self._region, self.start + publication.number * SLOT_BYTES)
         if owner and int.from_bytes(raw[:8], "little") == owner:
             if raw[16:] == publication.data()[16:]:
-                self._word(publication.number, _BEAT).fetch_add(1)
+                self._word(publication.number, BEAT_OFFSET).fetch_add(1)
             else:
                 self._write(publication)  # somebody wrote over it, or the id is another now
             publication.lost = ""
@@ -667,8 +650,8 @@ class Publication(Uncopied):
         self.number = 0  # its slot, and
         self.owner = 0  # what stands in there while the slot is ours; both are the directory's
         self._directory = directory
-        _check_text("name", name, 1, NAME_BYTES)
-        _check_text("role", role, 0, ROLE_BYTES)
+        check_text("name", name, 1, NAME_BYTES)
+        check_text("role", role, 0, ROLE_BYTES)
         if vectors.step != 1 or not 0 <= vectors.start <= vectors.stop <= MAX_VECTORS:
             raise ValueError(f"{vectors}: vectors are a range within 0 to {MAX_VECTORS}")
 
@@ -708,122 +691,6 @@ def _forgotten(directory: weakref.ReferenceType[Directory]) -> None:
     it = directory()
     if it is not None:
         it.__del__()
-
-
-# -- the format -----------------------------------------------------------------------------------
-
-
-def default_slots(size: int) -> int:
-    """How many slots a region of `size` bytes gets if nobody says: at most half of it."""
-    return max(1, min(DEFAULT_SLOTS, size // 2 // SLOT_BYTES - 1))
-
-
-def pack(owner: int, peer: int, name: str, role: str, vectors: range) -> bytes:
-    """A slot's 128 bytes, the beat being 0."""
-    fields = peer, vectors.start, len(vectors), name.encode(), role.encode()
-    crc = _checksum(_SLOT.pack(owner, 0, 0, *fields))
-    return _SLOT.pack(owner, 0, crc, *fields)
-
-
-def parse(raw: bytes) -> Entry | None:
-    """The entry in a slot's 128 bytes, `alive` being None; None if they are not a valid one."""
-    owner, _, crc, peer, first, count, name, role = _SLOT.unpack(raw)
-    if not owner or crc != _checksum(raw) or first + count > MAX_VECTORS:
-        return None
-    name, role = _text(name), _text(role)
-    if not name or role is None:
-        return None
-    return Entry(peer, name, role, range(first, first + count), None)
-
-
-def _checksum(raw: bytes) -> int:
-    """Of a slot or the trailer: all but the beat and the checksum, which stand in bytes 8 to 19."""
-    return zlib.crc32(raw[:8] + raw[20:])
-
-
-def _text(field: bytes) -> str | None:
-    """The text of a field that is filled up with zeros; None if it is not one that is allowed."""
-    data, end, rest = field.partition(b"\0")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        return None
-    return text if end and not any(rest) and _is_plain(text) else None
-
-
-def _is_plain(text: str) -> bool:
-    """No control characters, nothing invisible or that turns a terminal's line around."""
-    return text.isprintable() and text == text.strip(" ")
-
-
-def _check_text(what: str, text: str, least: int, most: int) -> None:
-    if not _is_plain(text):
-        raise ValueError(f"{what} {text!r}: printable characters only, no space at either end")
-    if not least <= len(text.encode()) <= most:
-        raise ValueError(f"{what} {text!r}: {least} to {most} bytes of UTF-8 are allowed")
-
-
-def _slots(region: Region) -> int | None:
-    """How many slots the directory of a region has; None if there is no valid directory.
-
-    Raises:
-        NoDirectory: it is of another version.
-    """
-    if region.size < 2 * SLOT_BYTES:
-        return None
-    raw = _copy(region, region.size - SLOT_BYTES)
-    magic, crc, version, slots = _TRAILER.unpack(raw)
-    if magic != MAGIC or crc != _checksum(raw):
-        return None
-    if version != VERSION:
-        raise NoDirectory(
-            f"the region has a directory of version {version}, which is not known here (version"
-            f" {VERSION} is)"
-        )
-    if not 1 <= slots <= MAX_SLOTS or not _fits(region.size, slots):
-        return None
-    return int(slots)
-
-
-def _format(region: Region, slots: int) -> None:
-    """Make a directory where there is none. Valid entries, which lost their trailer, stay."""
-    if not _fits(region.size, slots):
-        raise RegionError(
-            f"a directory of {counted(slots, 'slot')} takes {(slots + 1) * SLOT_BYTES} bytes at a"
-            f" multiple of {SLOT_BYTES}, and the region has {format_size(region.size)}"
-        )
-    if region.readonly:
-        raise RegionError("the region is mapped for reading only: no directory can be made in it")
-    start = _start(region.size, slots)
-    for offset in range(start, start + slots * SLOT_BYTES, SLOT_BYTES):
-        raw = _copy(region, offset)
-        if any(raw[:8]) and parse(raw) is None:
-            region.atomic_u64(offset + _OWNER).store(0)
-    _write_trailer(region, slots)
-
-
-def _write_trailer(region: Region, slots: int) -> None:
-    crc = _checksum(_TRAILER.pack(MAGIC, 0, VERSION, slots))
-    data = _TRAILER.pack(MAGIC, crc, VERSION, slots)
-    start = region.size - SLOT_BYTES
-    for offset in range(0, SLOT_BYTES, 8):
-        word = int.from_bytes(data[offset : offset + 8], "little")
-        region.atomic_u64(start + offset).store(word)
-
-
-def _start(size: int, slots: int) -> int:
-    return size - (slots + 1) * SLOT_BYTES
-
-
-def _fits(size: int, slots: int) -> bool:
-    return size % SLOT_BYTES == 0 and _start(size, slots) >= 0
-
-
-def _copy(region: Region, offset: int) -> bytes:
-    """128 bytes, copied once. They begin at a multiple of 128, so memcpy makes aligned accesses
-    only, as device memory needs.
-    """
-    return region.read(offset, SLOT_BYTES)
 
 
 def _limit(timeout: float) -> float:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from . import _core
-from ._core import Interrupt
-from .errors import ClosedError
-from .region import Region
-from .uncopied import Uncopied
+from .. import _core
+from .._core import Interrupt
+from ..errors import ClosedError
+from ..memory.region import Region
+from ..system.uncopied import Uncopied
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
-"""Protocol version 0 between an ivshmem server and its clients, without I/O.
+"""A server's side of protocol version 0: who must be told what next.
 
-Knows: framing, what may follow what (Session), who must be told what next (Roster).
 Does not know: sockets, processes, clocks; a descriptor is an opaque value, passed on, never closed.
 
 Invariants:
-1. An object that raised ProtocolError is of no further use.
-2. The roster never drops and never reorders: what a client must still be told is the difference
+1. The roster never drops and never reorders: what a client must still be told is the difference
    between what it was told and what is true now.
-3. One leave for each announced id, none for another; an id that a connected client was ever told
+2. One leave for each announced id, none for another; an id that a connected client was ever told
    of is not given out again while that client stays (QEMU's use-after-free and double free).
 
 Source: QEMU, docs/specs/ivshmem-spec.rst, "Client-Server protocol".
@@ -15,298 +13,22 @@ Source: QEMU, docs/specs/ivshmem-spec.rst, "Client-Server protocol".
 
 from __future__ import annotations
 
-import enum
 import heapq
-import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
 
-from .counting import counted
-from .errors import NoFreeId, ProtocolError
-from .limits import MAX_ID as MAX_ID
-from .limits import MAX_VECTORS as MAX_VECTORS
-from .named import NamedTuple
+from ..errors import NoFreeId
+from ..system.named_tuple import NamedTuple
+from ..system.text import counted
+from .framing import MEMORY, VERSION
+from .limits import MAX_ID, MAX_VECTORS
+from .session import _GREETED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-VERSION = 0
-MEMORY = -1  # the message value that brings the region's descriptor
-
-_MESSAGE = struct.Struct("<q")
-_GREETED = 3  # messages in a greeting
-
-
-# -- framing --------------------------------------------------------------------------------------
-
-
-class Message(NamedTuple):
-    """One message: a value, and the descriptors that came with it (none or one, if all is well)."""
-
-    value: int
-    fds: tuple[Any, ...] = ()
-
-
-def encode(value: int) -> bytes:
-    """The 8 bytes of a message: a signed little-endian integer."""
-    return _MESSAGE.pack(value)
-
-
-class Framer:
-    """Puts messages together from chunks as they come off the socket, however they were cut."""
-
-    def __init__(self) -> None:
-        self._data = b""
-        self._fds: tuple[Any, ...] = ()
-
-    @property
-    def partial(self) -> bool:
-        """Whether a message has begun and not ended."""
-        return bool(self._data)
-
-    @property
-    def held(self) -> tuple[Any, ...]:
-        """Descriptors that came with the message that has not ended."""
-        return self._fds
-
-    def after(self, data: bytes, fds: tuple[Any, ...]) -> tuple[Framer, Iterable[Message]]:
-        """What `feed` does, but this stays as it is: the framer that it would be, and messages."""
-        if not self._data and len(data) == _MESSAGE.size:
-            return self, [Message(_MESSAGE.unpack(data)[0], fds)]
-        framer = Framer()
-        framer._data, framer._fds = self._data, self._fds
-        return framer, framer.feed(data, fds)
-
-    def feed(self, data: bytes, fds: tuple[Any, ...] = ()) -> Iterable[Message]:
-        """Take a chunk and yield the messages that it ends.
-
-        `fds` belong to the message that holds the chunk's last byte: the kernel never reads past a
-        byte that carried descriptors.
-        """
-        if not self._data and len(data) == _MESSAGE.size:
-            return [Message(_MESSAGE.unpack(data)[0], fds)]
-        if not data:
-            return []
-        data = self._data + data
-        whole = len(data) // _MESSAGE.size
-        messages = [Message(value) for (value,) in _MESSAGE.iter_unpack(data[: whole * 8])]
-        self._data = data[whole * 8 :]
-        if self._data:
-            earlier, self._fds = self._fds, fds if messages else self._fds + fds
-        else:
-            earlier, self._fds = self._fds, ()
-            messages[-1] = Message(messages[-1].value, fds)
-        if messages and earlier:
-            messages[0] = Message(messages[0].value, earlier + messages[0].fds)
-        return messages
-
-
-# -- the client's side ----------------------------------------------------------------------------
-
-
-class State(enum.Enum):
-    """Where a session stands; each member says what must come next."""
-
-    VERSION = enum.auto()  # the server's protocol version
-    ID = enum.auto()  # this client's own id
-    MEMORY = enum.auto()  # the region's descriptor
-    SETUP = enum.auto()  # vectors of the peers that are there, then this client's own
-    READY = enum.auto()  # peers that join and leave
-    FAILED = enum.auto()  # nothing: a ProtocolError was raised
-
-
-_AFTER = {State.VERSION: State.ID, State.ID: State.MEMORY, State.MEMORY: State.SETUP}
-
-
-class GotMemory(NamedTuple):
-    """The region's descriptor arrived; the receiver of this owns it."""
-
-    fd: Any
-
-
-class GotVector(NamedTuple):
-    """The next vector of `peer`, which may be this client's own id; the receiver owns `fd`.
-
-    `whole` says that the peer's last vector came with it, so that it counts as joined.
-    """
-
-    peer: int
-    vector: int
-    fd: Any
-    whole: bool
-
-
-class GotLeave(NamedTuple):
-    """A peer left. `whole` says whether it had counted as joined."""
-
-    peer: int
-    whole: bool
-
-
-class Session:
-    """What a client knows from the messages of its server.
-
-    Args:
-        vectors: how many vectors each peer must have, where that is known beforehand.
-
-    The protocol tells neither the number of vectors nor the end of set-up. Both are known once
-    somebody else was announced completely: everyone has as many vectors as that peer. An only
-    client learns them from end_setup(), which its owner calls when nothing more is to come.
-    """
-
-    def __init__(self, vectors: int | None = None) -> None:
-        self.state = State.VERSION
-        self.id = -1
-        self._expected = vectors
-        self._vectors = vectors
-        self._guessed = False  # the number of vectors follows from silence
-        self._counts: dict[int, int] = {}  # vectors that each peer was announced with so far
-        self._last = -1  # the id in the last message of the set-up
-        # The last message, and what it was received in: see `again`.
-        self._before: tuple[Any, ...] = (None,)
-
-    @property
-    def vectors(self) -> int | None:
-        """How many vectors each peer has; None while that is not known."""
-        return self._vectors
-
-    @property
-    def peers(self) -> list[int]:
-        """Ids of the other peers that have joined, in ascending order."""
-        # A copy, since another thread may take in a message at the same time.
-        counts = list(self._counts.items())
-        return sorted(p for p, n in counts if p != self.id and n == self._vectors)
-
-    def receive(self, message: Message) -> GotMemory | GotVector | GotLeave | None:
-        """Take one message and say what it means.
-
-        Raises:
-            ProtocolError: it must not stand here. The state is FAILED then, and the descriptors of
-                the message still belong to the caller.
-        """
-        if self.state is State.FAILED:
-            raise ProtocolError("the session has failed before")
-        before = self.state
-        count = self._counts.get(message.value)
-        self._before = (message, before, self.id, self._vectors, self._last, count)
-        self.state = State.FAILED
-        event = self._receive(before, message)
-        if self.state is State.FAILED:
-            self.state = _AFTER.get(before, before)
-        return event
-
-    def again(self, message: Message) -> None:
-        """Be told that this message is received next, perhaps once more.
-
-        The handler of a signal can raise in the middle of `receive`, or before its caller has done
-        what follows. If this message was the last one, all is as it was before it.
-        """
-        if self._before[0] is message:
-            _, self.state, self.id, self._vectors, self._last, count = self._before
-            if count is None:
-                self._counts.pop(message.value, None)
-            else:
-                self._counts[message.value] = count
-
-    def _receive(self, state: State, message: Message) -> GotMemory | GotVector | GotLeave | None:
-        value, fds = message
-        if len(fds) > 1:
-            raise ProtocolError(f"message {value} came with {len(fds)} descriptors, not 0 or 1")
-        if state is State.VERSION:
-            if fds or value != VERSION:
-                raise ProtocolError(
-                    f"the server speaks protocol version {value}, this client only {VERSION}"
-                    if not fds
-                    else "the server began with a descriptor instead of its protocol version"
-                )
-        elif state is State.ID:
-            if fds or not 0 <= value <= MAX_ID:
-                raise ProtocolError(f"the server gave id {value}, allowed are 0 to {MAX_ID}")
-            self.id = value
-        elif state is State.MEMORY:
-            if value != MEMORY or not fds:
-                raise ProtocolError(
-                    f"expected the memory (message {MEMORY} with a descriptor), got message {value}"
-                    f" with {len(fds)}"
-                )
-            return GotMemory(fds[0])
-        elif not 0 <= value <= MAX_ID:
-            raise ProtocolError(f"message {value} is no peer id, allowed are 0 to {MAX_ID}")
-        elif fds:
-            return self._vector(state, value, fds[0])
-        else:
-            return self._leave(value)
-        return None
-
-    def _vector(self, state: State, peer: int, fd: Any) -> GotVector:
-        self._close_group(peer)
-        number = self._counts.get(peer, 0)
-        if self._guessed and peer == self.id and self._counts.keys() <= {peer}:
-            self._vectors = max(self._vectors or 0, number + 1)
-        if self._vectors is not None and number >= self._vectors:
-            raise ProtocolError(
-                f"peer {peer} was announced with more than {counted(self._vectors, 'vector')}"
-            )
-        if number >= MAX_VECTORS:
-            raise ProtocolError(f"peer {peer} was announced with more than {MAX_VECTORS} vectors")
-        self._counts[peer] = number + 1
-        whole = number + 1 == self._vectors
-        self.state = State.READY if whole and peer == self.id else state
-        return GotVector(peer, number, fd, whole)
-
-    def refuse(self, peer: int) -> None:
-        """Be told that the descriptor of the last GotVector, one of `peer`, cannot be used.
-
-        The vector does not count, so that `peers` lacks a peer of which nobody is told. The state
-        is FAILED then.
-        """
-        self.state = State.FAILED
-        self._counts[peer] -= 1
-
-    def _leave(self, peer: int) -> GotLeave | None:
-        if peer == self.id:
-            raise ProtocolError(f"the server says that this client itself ({peer}) has left")
-        if self._last == peer:
-            self._last = -1  # cut short: its group says nothing about the number of vectors
-        count = self._counts.pop(peer, 0)
-        if not count:
-            return None  # the example server does that when there are no vectors
-        return GotLeave(peer, count == self._vectors)
-
-    def _close_group(self, peer: int) -> None:
-        """Learn the number of vectors when the first group of messages has ended."""
-        if self._vectors is None and self._last not in (-1, peer):
-            self._vectors = self._counts[self._last]
-        self._last = peer
-
-    def end_setup(self, *, guessed: bool = False) -> None:
-        """Be told that set-up is over: in state SETUP this client has all its vectors.
-
-        `guessed`: this follows only from the server's silence; should more vectors of this client
-        come after all, they count until somebody else is announced, who has as many as were known
-        then. In states after SETUP nothing changes.
-
-        Raises:
-            ProtocolError: they are not as many as were expected. The state is FAILED then.
-        """
-        if self.state is not State.SETUP:
-            return
-        own = self._counts.get(self.id, 0)
-        if self._expected not in (None, own):
-            self.state = State.FAILED
-            raise ProtocolError(
-                f"the server gave {counted(own, 'vector')}, {self._expected} were expected"
-            )
-        if not guessed:
-            self._vectors = own
-        elif self._vectors is None:
-            self._vectors = self._counts.get(self._last, 0)  # of the only one announced so far
-        self._guessed = guessed
-        self.state = State.READY
-
 
 # -- the server's side ----------------------------------------------------------------------------
 
@@ -321,7 +43,7 @@ class Run(NamedTuple):
     member: Member | None = None  # whose vectors these are, if they are any
 
 
-class Standing:
+class Told:
     """What somebody was told; one object for all who were told the same."""
 
     __slots__ = ("current", "cut", "greeted", "held", "leaves", "owed", "partial", "told")
@@ -340,9 +62,9 @@ class Standing:
         """Whether any message about `other` was sent."""
         return not other.secret and (other.serial <= self.told or self.current is other)
 
-    def copy(self) -> Standing:
+    def copy(self) -> Told:
         """The same, to become another's."""
-        other = Standing(self.greeted)
+        other = Told(self.greeted)
         other.told, other.current, other.partial = self.told, self.current, self.partial
         other.cut = self.cut
         other.owed = self.owed.copy()
@@ -383,7 +105,7 @@ class Member:
         self.holds = holds  # it is never told that anybody left
         self.muted = False  # it is sent nothing for now
         self.leaves_before = 0  # leaves that it was sent, less those of its standing
-        self.standing = Standing()
+        self.standing = Told()
         self.give_vectors(vectors)
 
     def give_vectors(self, vectors: Sized) -> None:
@@ -433,7 +155,7 @@ class Roster:
         self._nobody = nobody
         self._shared_id = shared_id
         self._order: list[Member] = []  # who is connected, in the order of joins
-        self._crowd = Standing(_GREETED)
+        self._crowd = Told(_GREETED)
         self.crowd: dict[int, Member] = {}  # by serial, in the order in which they came to it
         self.others: dict[int, Member] = {}  # those who are not in the crowd
         self._serial = 0  # of the next to join
@@ -605,7 +327,7 @@ class Roster:
         """The same for all of the crowd."""
         return self._news(self._crowd, None, limit) if self.crowd else []
 
-    def _news(self, standing: Standing, member: Member | None, limit: int) -> list[Run]:
+    def _news(self, standing: Told, member: Member | None, limit: int) -> list[Run]:
         runs: list[Run] = []
         current = standing.current
         if current is not None:
@@ -669,9 +391,9 @@ class Roster:
     def _out_of_crowd(self, member: Member) -> None:
         self.crowd.pop(member.serial, None)
         if not self.crowd:
-            self._crowd = Standing(_GREETED)
+            self._crowd = Told(_GREETED)
 
-    def _advance(self, standing: Standing, runs: Sequence[Run], count: int) -> None:
+    def _advance(self, standing: Told, runs: Sequence[Run], count: int) -> None:
         if not count:
             return
         whole = count == sum(run.length for run in runs)
@@ -771,7 +493,7 @@ class Roster:
             members[serial].muted = True
 
 
-def _dump(standing: Standing) -> list[Any]:
+def _dump(standing: Told) -> list[Any]:
     current = standing.current
     serial = None if current is None else current.serial
     return [
@@ -781,8 +503,8 @@ def _dump(standing: Standing) -> list[Any]:
     ]
 
 
-def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Standing:
-    standing = Standing(state[0])
+def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Told:
+    standing = Told(state[0])
     standing.told, standing.partial = state[1], state[3]
     standing.current = None if state[2] is None else members[state[2]]
     standing.owed = deque(state[4])

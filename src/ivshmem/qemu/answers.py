@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import IvshmemError
-from ..plain import plain
+from ..system.text import plain
 
 _MOST_SHOWN = 60  # characters of a wrong value
 _MOST_NUMBER = 1 << 64  # sizes and counts have 64 bits at most

@@ -11,9 +11,9 @@ import re
 import zlib
 from collections.abc import Iterable
 
-from ..plain import command
-from ..plain import plain as visible
-from ..sizes import format_size
+from ..memory.sizes import format_size
+from ..system.text import command
+from ..system.text import plain as visible
 
 _LONGEST_IDENT = 40
 

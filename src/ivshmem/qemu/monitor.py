@@ -23,7 +23,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..uncopied import Uncopied
+from ..system.uncopied import Uncopied
 from .answers import Answer, QmpError
 
 if TYPE_CHECKING:

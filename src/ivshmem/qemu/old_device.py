@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..named import NamedTuple
-from ..sizes import parse_size
+from ..memory.sizes import parse_size
+from ..system.named_tuple import NamedTuple
 
 _DEFAULT_NAME, _DEFAULT_SIZE = "ivshmem", "4M"
 _MIB = 1 << 20
@@ -17,7 +17,7 @@ _KNOWN = ("addr", "bus", "chardev", "id", "ioeventfd", "msi", "role", "shm", "si
 _KNOWN_TOO = ("vectors", "x-memdev", "memdev", "master", "multifunction")
 
 
-class Old(NamedTuple):
+class OldDevice(NamedTuple):
     """What an old command line meant.
 
     Attributes:
@@ -37,7 +37,7 @@ class Old(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read(device: str, chardevs: Sequence[str] = ()) -> Old:
+def read(device: str, chardevs: Sequence[str] = ()) -> OldDevice:
     """Return what `-device DEVICE`, with `-chardev` for each of the others, meant.
 
     Raises:
@@ -71,7 +71,7 @@ def read(device: str, chardevs: Sequence[str] = ()) -> Old:
         for key in ("addr", "bus", "id", "multifunction")
         if key in given
     ]
-    return Old(
+    return OldDevice(
         name.lstrip("/"),
         _socket(chardev, chardevs) if chardev else "",
         _size(given.get("size", _DEFAULT_SIZE)),

@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ..emulators import is_qemu_name
-from ..plain import NAME, plain
+from ..system.text import NAME, plain
+from .programs import is_qemu_name
 
 _MOST_BYTES = 1 << 20  # of a command line
 _SLACK = 2.0  # seconds by which the clocks of two files in /proc may differ

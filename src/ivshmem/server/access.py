@@ -17,10 +17,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from .accounts import group_id, user_id
-from .counting import counted
-from .named import NamedTuple
-from .sockets import Credentials
+from ..system.accounts import group_id, user_id
+from ..system.credentials import Credentials
+from ..system.named_tuple import NamedTuple
+from ..system.text import counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

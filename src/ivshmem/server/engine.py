@@ -34,23 +34,26 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
-from . import _fds, logs, sockets
+from ..errors import NoSuchPeer
+from ..lasting.journal import Chapter
+from ..native import descriptors
+from ..peer import inquiry
+from ..protocol.roster import Member, Roster
+from ..qemu.programs import is_qemu
+from ..system import credentials, late_logging
+from ..system.text import counted
+from ..system.uncopied import Uncopied
+from . import log_events
 from .access import Verdict
-from .counting import counted
-from .emulators import is_qemu
-from .errors import NoSuchPeer
-from .journal import Chapter
-from .limits import LINGER as LINGER
-from .named import NamedTuple
-from .protocol import Member, Roster
-from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
-from .uncopied import Uncopied
+from .limits import LINGER
+from .replay import BATCH, MemberFds, UnfinishedBatch, muted_for, replay, snapshot
+from .report import Peer, PeerReport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_log = logs.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.server")
 
 # Tokens of the epoll object: a peer's is its serial number after these; those of other descriptors
 # that somebody wants watched are beyond all peers'.
@@ -76,61 +79,13 @@ _SIOCOUTQ = 0x5411  # sockios.h; of a Unix socket: the memory that unread messag
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # capabilities(7): either lifts that limit
 
 
-class Peer(NamedTuple):
-    """A peer as the server sees it.
-
-    Attributes:
-        id: 0..65535.
-        pid, uid, gid: of the process that connected, at that time.
-        process: its name; "?" where that cannot be known.
-        vectors: how many it has.
-        since: when it connected, seconds since the epoch.
-    """
-
-    id: int
-    pid: int
-    uid: int
-    gid: int
-    process: str
-    vectors: int
-    since: float
-
-
-class PeerReport(NamedTuple):
-    """How a peer stands at the moment.
-
-    Attributes:
-        peer: who it is.
-        readonly: whether it was given memory that it can only read.
-        set_up: whether it was sent its whole set-up.
-        pending: messages that it must still be sent.
-        stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
-        interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
-        leaves_told: how often it was told that somebody left.
-        leaves_held: how often it was not, and never will be: see Engine.hold_leaves.
-        held: whether it is sent nothing for now: see Engine.hold.
-        held_until: seconds since the epoch, if that ends by itself.
-    """
-
-    peer: Peer
-    readonly: bool
-    set_up: bool
-    pending: int
-    stalled_since: float | None
-    interrupts: tuple[int, ...]
-    leaves_told: int = 0
-    leaves_held: int = 0
-    held: bool = False
-    held_until: float | None = None
-
-
 # Says who may join. It is given the credentials, and the number of peers that the same user has, or
 # None if the other end only asks a question. If it raises, the newcomer is refused.
-Gate = Callable[[sockets.Credentials, int | None], Verdict]
+Gate = Callable[[credentials.Credentials, int | None], Verdict]
 
 
 # Whose connection it is, and the memory that it is given, if that is not the usual one.
-_Newcomer = tuple[socket.socket, sockets.Credentials, "_fds.FdArray | None"]
+_Newcomer = tuple[socket.socket, credentials.Credentials, "descriptors.FdArray | None"]
 
 
 class _Connection:
@@ -149,15 +104,15 @@ class _Connection:
         self.announced = False  # its set-up is complete, and it was told so
 
     @property
-    def vectors(self) -> _fds.FdArray:
+    def vectors(self) -> descriptors.FdArray:
         vectors = self.member.vectors
-        assert isinstance(vectors, _fds.FdArray)
+        assert isinstance(vectors, descriptors.FdArray)
         return vectors
 
     @property
     def stalled(self) -> bool:
         """It does not read; when it does, an event will say so."""
-        return bool(self.events & _fds.EPOLLOUT)
+        return bool(self.events & descriptors.EPOLLOUT)
 
 
 class _Hold:
@@ -218,8 +173,8 @@ class Engine(Uncopied):
     def __init__(
         self,
         listener: socket.socket,
-        memory: _fds.FdArray,
-        readonly_memory: Callable[[], _fds.FdArray],
+        memory: descriptors.FdArray,
+        readonly_memory: Callable[[], descriptors.FdArray],
         vectors: int,
         answer: Callable[[], dict[str, int]],
         on_join: Callable[[Peer], object] | None,
@@ -238,7 +193,7 @@ class Engine(Uncopied):
         self.gate = gate
         self._holds = False
         self._journal = journal or Chapter()
-        self._nobody = _fds.FdArray.eventfds(1)  # one that nobody reads
+        self._nobody = descriptors.FdArray.eventfds(1)  # one that nobody reads
         self._roster = Roster(vectors, memory, self._nobody, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}  # by serial number
         self._of_user: Counter[int] = Counter()  # how many are connected
@@ -247,7 +202,7 @@ class Engine(Uncopied):
         self._unwatched: set[int] = set()  # those for whom there was no room in the epoll object
         # Calls of code of others, to be made when nothing is being changed.
         self._later: deque[Callable[[], object]] = deque()
-        self._spare: _fds.FdArray | None = None  # eventfds for the next newcomer
+        self._spare: descriptors.FdArray | None = None  # eventfds for the next newcomer
         # The newcomer who waits until its descriptors are kept; the spare eventfds are for it.
         self._unkept: _Newcomer | None = None
         # Connections of a predecessor that have to wait for that one, and their addresses.
@@ -262,19 +217,19 @@ class Engine(Uncopied):
         self._next_token = _FIRST_WATCHED
         self._small_buffers = not _is_privileged()
         with contextlib.ExitStack() as undo:
-            self._epoll = _fds.Epoll()
+            self._epoll = descriptors.Epoll()
             undo.callback(self._epoll.close)
-            self._wake = _fds.FdArray.eventfds(1)
+            self._wake = descriptors.FdArray.eventfds(1)
             undo.callback(self._wake.close)
-            self._timer = _fds.Timer()
+            self._timer = descriptors.Timer()
             undo.callback(self._timer.close)
-            self._clock = _fds.Timer()
+            self._clock = descriptors.Timer()
             undo.callback(self._clock.close)
             undo.callback(self._nobody.close)
-            self._epoll.add(self._clock.fileno(), _EXPIRY, _fds.EPOLLIN)
-            self._epoll.add(self._wake[0], _WAKE, _fds.EPOLLIN)
-            self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)
-            self._epoll.add(listener.fileno(), _LISTENER, _fds.EPOLLIN)
+            self._epoll.add(self._clock.fileno(), _EXPIRY, descriptors.EPOLLIN)
+            self._epoll.add(self._wake[0], _WAKE, descriptors.EPOLLIN)
+            self._epoll.add(self._timer.fileno(), _RETRY, descriptors.EPOLLIN)
+            self._epoll.add(listener.fileno(), _LISTENER, descriptors.EPOLLIN)
             self._undo = undo.pop_all()
 
     def fileno(self) -> int:
@@ -287,7 +242,7 @@ class Engine(Uncopied):
 
     def watch(self, fd: int, act: Callable[[], object]) -> None:
         """Let a step do this when `fd` is readable; what it raises ends the step."""
-        self._epoll.add(fd, self._next_token, _fds.EPOLLIN)
+        self._epoll.add(fd, self._next_token, descriptors.EPOLLIN)
         self._watched[self._next_token] = act
         self._tokens[fd] = self._next_token
         self._next_token += 1
@@ -332,7 +287,7 @@ class Engine(Uncopied):
             self._roster.is_set_up(connection.member),
             self._roster.backlog(connection.member),
             connection.taken if connection.stalled else None,
-            tuple(_fds.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
+            tuple(descriptors.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
             self._roster.leaves_told(connection.member),
             connection.member.standing.held,
             hold is not None,
@@ -373,7 +328,7 @@ class Engine(Uncopied):
             elif token in self._watched:
                 self._watched[token]()
             elif serial in self._connections:  # not gone by an event before this one
-                if events & (_fds.EPOLLHUP | _fds.EPOLLERR):
+                if events & (descriptors.EPOLLHUP | descriptors.EPOLLERR):
                     self._leave(serial)
                 else:
                     self._dirty.add(serial)
@@ -427,7 +382,7 @@ class Engine(Uncopied):
         while True:
             try:
                 if self._spare is None:
-                    self._spare = _fds.FdArray.eventfds(self._vectors)
+                    self._spare = descriptors.FdArray.eventfds(self._vectors)
                 if self._strays:
                     return self._strays.popleft()
                 return self._listener.accept()
@@ -448,18 +403,18 @@ class Engine(Uncopied):
         if _is_gone(sock):
             sock.close()
             return
-        asks = sockets.only_asks(address)
+        asks = inquiry.only_asks(address)
         gate = self.gate
         if gate is None and not asks:
             with self._work:
                 self._keep(sock)  # early: nobody else has it
-        who = sockets.credentials(sock)
+        who = credentials.credentials(sock)
         verdict = Verdict(True) if gate is None else self._judged(gate, sock, who, asks)
         with self._work:
             self._treat(sock, who, asks, verdict, kept=gate is None)
 
     def _judged(
-        self, gate: Gate, sock: socket.socket, who: sockets.Credentials, asks: bool
+        self, gate: Gate, sock: socket.socket, who: credentials.Credentials, asks: bool
     ) -> Verdict:
         try:
             verdict = gate(who, None if asks else self._of_user[who.uid])
@@ -478,7 +433,7 @@ class Engine(Uncopied):
     def _treat(
         self,
         sock: socket.socket,
-        who: sockets.Credentials,
+        who: credentials.Credentials,
         asks: bool,
         verdict: Verdict,
         *,
@@ -491,7 +446,7 @@ class Engine(Uncopied):
                 f"refused {who.process} (pid {who.pid}, uid {who.uid}): {verdict.reason}"
                 " (if it is QEMU, it spins until it is stopped)",
                 f"refused {who.uid}",
-                logs.fields(
+                log_events.fields(
                     "refused",
                     uid=who.uid,
                     pid=who.pid,
@@ -533,7 +488,7 @@ class Engine(Uncopied):
         self._journal.keep([sock.fileno(), *fds], self._roster.next_serial)
 
     def _join(
-        self, sock: socket.socket, who: sockets.Credentials, memory: _fds.FdArray | None
+        self, sock: socket.socket, who: credentials.Credentials, memory: descriptors.FdArray | None
     ) -> None:
         vectors, self._spare = self._spare, None
         assert vectors is not None
@@ -543,7 +498,7 @@ class Engine(Uncopied):
         # One of which that cannot be known is taken for a QEMU.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, holds=holds)
-        held = Held(sock.fileno(), fds, since, readonly, holds)
+        held = MemberFds(sock.fileno(), fds, since, readonly, holds)
         self._journal.note("join", member.serial, *held)
         if self._small_buffers:
             with contextlib.suppress(OSError):
@@ -563,7 +518,7 @@ class Engine(Uncopied):
     def _connect(
         self,
         sock: socket.socket,
-        who: sockets.Credentials,
+        who: credentials.Credentials,
         member: Member,
         since: float,
         readonly: bool,
@@ -714,7 +669,7 @@ class Engine(Uncopied):
         for serial, hold in list(self._held.items()):
             if hold.deadline is not None and hold.deadline <= now:
                 peer = self._connections[serial].peer
-                told = logs.fields("released", peer=peer.id, reason="expired")
+                told = log_events.fields("released", peer=peer.id, reason="expired")
                 text = "peer %d is told news again: %g s ago the one who asked to hold them went"
                 self.say(partial(_log.info, text, peer.id, hold.linger, extra=told))
                 self.release(serial)
@@ -722,7 +677,7 @@ class Engine(Uncopied):
 
     # -- peers that are elsewhere -----------------------------------------------------------------
 
-    def admit(self, peer_id: int, vectors: _fds.FdArray) -> Member:
+    def admit(self, peer_id: int, vectors: descriptors.FdArray) -> Member:
         """Announce a peer that does not connect here; `vectors` stay the caller's."""
         member = self._roster.admit(peer_id, vectors)
         self._dirty_others()
@@ -805,7 +760,7 @@ class Engine(Uncopied):
                 connection.taken = time.time()
         if not full:
             connection.taken = 0.0
-        self._watch(serial, _fds.EPOLLOUT if full else 0)
+        self._watch(serial, descriptors.EPOLLOUT if full else 0)
         if not connection.announced and self._roster.is_set_up(member):
             self._announce_end(connection)
 
@@ -828,7 +783,7 @@ class Engine(Uncopied):
     def _starve(self, serial: int, error: OSError) -> None:
         """Sending failed though the buffer has room: no event will come, so a clock must do."""
         self.counts["starved"] += 1
-        told = logs.fields("starved", reason=error.strerror)
+        told = log_events.fields("starved", reason=error.strerror)
         self._complain(f"sending has to wait: {error.strerror}", extra=told)
         self._watch(serial, 0)
         self._starved.add(serial)
@@ -836,7 +791,7 @@ class Engine(Uncopied):
 
     def _pause(self, reason: str) -> None:
         """Leave newcomers in the queue of the listening socket."""
-        told = logs.fields("waiting", reason=reason)
+        told = log_events.fields("waiting", reason=reason)
         self._complain(f"newcomers have to wait: {reason}", extra=told)
         self._epoll.modify(self._listener.fileno(), _LISTENER, 0)
         self.paused = reason
@@ -852,12 +807,12 @@ class Engine(Uncopied):
         try:
             bind()
         finally:
-            self._epoll.add(fd, _LISTENER, _fds.EPOLLIN)
+            self._epoll.add(fd, _LISTENER, descriptors.EPOLLIN)
             self._again = True  # `paused` may be wrong now
 
     def _listen_again(self) -> None:
         if self.paused:
-            self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN)
+            self._epoll.modify(self._listener.fileno(), _LISTENER, descriptors.EPOLLIN)
             self._again = True  # also if nobody waits: `paused` is to say so
 
     def _retry(self) -> None:
@@ -883,7 +838,7 @@ class Engine(Uncopied):
             if len(self._complaints) > _COMPLAINTS:
                 self._complaints.clear()
             self._complaints[kind or text] = now
-            level = logs.WARNING if error is None else logs.ERROR
+            level = late_logging.WARNING if error is None else late_logging.ERROR
             self.say(partial(_log.log, level, text, extra=extra, exc_info=error))
 
     # -- a successor ------------------------------------------------------------------------------
@@ -895,7 +850,7 @@ class Engine(Uncopied):
             vectors = connection.vectors
             fds = [vectors[i] for i in range(len(vectors))]
             since, holds = connection.peer.since, connection.member.holds
-            held[serial] = Held(connection.fd, fds, since, connection.readonly, holds)
+            held[serial] = MemberFds(connection.fd, fds, since, connection.readonly, holds)
         muted = {serial: _or_never(hold.linger) for serial, hold in self._held.items()}
         return {**snapshot(self._roster, held), "muted_for": muted, "counts": self.counts}
 
@@ -912,7 +867,7 @@ class Engine(Uncopied):
         self,
         state: Mapping[str, Any] | None,
         records: Iterable[list[Any]],
-        unfinished: Unfinished | None,
+        unfinished: UnfinishedBatch | None,
         find: Callable[[int], int | None],
     ) -> None:
         """Go on where another engine was when its process ended.
@@ -931,7 +886,7 @@ class Engine(Uncopied):
             mine = held[member.serial]
             sock = find(mine.fd)
             found = [find(fd) for fd in mine.fds]
-            vectors = _fds.FdArray()
+            vectors = descriptors.FdArray()
             for fd in found:
                 if fd is not None:
                     vectors.take(fd)
@@ -943,7 +898,7 @@ class Engine(Uncopied):
             if mine.readonly:
                 member.memory = self._readonly_memory()
             connected = socket.socket(fileno=sock)
-            who = sockets.credentials(connected)
+            who = credentials.credentials(connected)
             connection = self._connect(connected, who, member, mine.since, mine.readonly)
             if None in found:
                 gone.append(member)
@@ -972,7 +927,7 @@ class Engine(Uncopied):
             self._strays.append((sock, address))
             return
         if self._spare is None:
-            self._spare = _fds.FdArray.eventfds(self._vectors)
+            self._spare = descriptors.FdArray.eventfds(self._vectors)
         sock.setblocking(False)
         self._meet(sock, address)
         self._again = True  # also if that one has to wait
@@ -1015,7 +970,7 @@ def import_the_rest() -> None:
     """
     import json  # noqa: F401
 
-    logs.load()
+    late_logging.load()
 
 
 def _is_gone(sock: socket.socket) -> bool:

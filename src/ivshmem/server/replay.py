@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .named import NamedTuple
-from .protocol import Member, Roster
+from ..protocol.roster import Member, Roster
+from ..system.named_tuple import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 BATCH = 64  # messages that an outbox sends at once
 
 # What `Outbox.unfinished` says, without the region: member, batches, messages, of how many.
-Unfinished = tuple[int, int, int, int]
+UnfinishedBatch = tuple[int, int, int, int]
 
 
-class Held(NamedTuple):
+class MemberFds(NamedTuple):
     """What a member had: the numbers of its socket and of its eventfds; when it joined."""
 
     fd: int
@@ -52,8 +52,8 @@ def replay(
     roster: Roster,
     state: Mapping[str, Any] | None,
     records: Iterable[list[Any]],
-    unfinished: Unfinished | None,
-) -> dict[int, Held]:
+    unfinished: UnfinishedBatch | None,
+) -> dict[int, MemberFds]:
     """Make a new roster what the former one was.
 
     Args:
@@ -66,15 +66,15 @@ def replay(
         replaced before anything is sent.
     """
     blank = range(roster.vectors)
-    held: dict[int, Held] = {}
+    held: dict[int, MemberFds] = {}
     if state is not None:
         roster.load(state["roster"], blank)
-        held = {int(serial): Held(*kept) for serial, kept in state["held"].items()}
+        held = {int(serial): MemberFds(*kept) for serial, kept in state["held"].items()}
     members = {member.serial: member for member in roster.members}
     told: tuple[int, int] | None = None  # the crowd's batch: how many have it, how long it is
     for kind, *rest in records:
         if kind == "join":
-            had = Held(*rest[1:])
+            had = MemberFds(*rest[1:])
             member = roster.join(blank, holds=had.holds)
             members[member.serial] = member
             held[member.serial] = had
@@ -115,7 +115,7 @@ def replay(
     return held
 
 
-def snapshot(roster: Roster, held: Mapping[int, Held]) -> dict[str, Any]:
+def snapshot(roster: Roster, held: Mapping[int, MemberFds]) -> dict[str, Any]:
     """What `replay` takes instead of all the records up to now."""
     return {"roster": roster.dump(), "held": held}
 

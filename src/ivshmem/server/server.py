@@ -23,30 +23,34 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from . import _fds, logs, sockets
-from .counting import counted
-from .engine import LINGER, Engine, Gate, Peer, PeerReport, import_the_rest
-from .errors import ClosedError, ServerFailed
-from .journal import Chapter
-from .loop import woken_by_signals
-from .pages import PAGE
-from .protocol import MAX_VECTORS, VERSION
-from .region import Region
-from .replay import Unfinished
-from .sizes import check_size
-from .turns import Turns
-from .uncopied import Uncopied
+from ..errors import ClosedError, ServerFailed
+from ..lasting.journal import Chapter
+from ..memory.pages import PAGE
+from ..memory.region import Region
+from ..memory.sizes import check_size
+from ..native import descriptors
+from ..protocol.framing import VERSION
+from ..protocol.limits import MAX_VECTORS
+from ..system import late_logging, sockets
+from ..system.loop import woken_by_signals
+from ..system.text import counted
+from ..system.uncopied import Uncopied
+from ..system.work_lock import WorkLock
+from .engine import Engine, Gate, import_the_rest
+from .limits import LINGER
+from .replay import UnfinishedBatch
+from .report import Peer, PeerReport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex, TypeVar
 
-    from .directory import Directory
+    from ..peer.directory import Directory
 
     _S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
     _T = TypeVar("_T")
 
-_log = logs.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.server")
 
 
 class Server(Uncopied):
@@ -146,7 +150,7 @@ class Server(Uncopied):
         self._stopping = False
         self._closing = False  # no step may begin
         self._close_wanted = False  # by a callback or signal handler
-        self._turns = Turns()
+        self._turns = WorkLock()
         with contextlib.ExitStack() as undo:
             if isinstance(memory, Region):
                 self.region = memory
@@ -155,13 +159,13 @@ class Server(Uncopied):
             # QEMU aborts on what is no power of two.
             check_size(self.region.size, PAGE, what="memory that guests share")
             if names is not False:
-                from .directory import Directory  # here: few regions have names
+                from ..peer.directory import Directory  # here: few regions have names
 
                 self.directory = Directory.create(self.region, slots)
                 undo.callback(self.directory.close)
-            shared = _fds.FdArray.copy(self.region.fileno())
+            shared = descriptors.FdArray.copy(self.region.fileno())
             undo.callback(shared.close)
-            readonly = _fds.FdArray()
+            readonly = descriptors.FdArray()
             undo.callback(readonly.close)
             if isinstance(path, sockets.Listener):
                 listener = path
@@ -497,7 +501,7 @@ class Server(Uncopied):
         self,
         state: Mapping[str, Any] | None,
         records: Iterable[list[Any]] = (),
-        unfinished: Unfinished | None = None,
+        unfinished: UnfinishedBatch | None = None,
         find: Callable[[int], int | None] = lambda fd: fd,
     ) -> None:
         """Go on where a server was whose process has ended: before anything else.
@@ -623,7 +627,7 @@ def _answer(vectors: int, region: Region) -> dict[str, int]:
     }
 
 
-def _made_readonly(region: Region, memory: _fds.FdArray) -> _fds.FdArray:
+def _made_readonly(region: Region, memory: descriptors.FdArray) -> descriptors.FdArray:
     """`memory`, which holds a descriptor for reading only from the first call on."""
     if not len(memory):
         memory.take(region.readonly_fd())

@@ -1,7 +1,7 @@
 """What a service is to serve: regions, each with a socket, memory and access rules.
 
 Knows: the settings, what they contradict, which of them can change. Does not know: how they are
-written (configfile.py and the command line do), how anything is opened.
+written (config_file.py and the command line do), how anything is opened.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .access import Rules
-from .errors import IvshmemError
-from .limits import DEFAULT_SIZE as DEFAULT_SIZE
-from .limits import EXISTING as EXISTING
-from .limits import LOG_FORMATS as LOG_FORMATS
-from .limits import SLOT_BYTES
-from .named import NamedTuple
-from .pages import huge_page_size
-from .region import posix_path
-from .sizes import check_size, format_size, parse_size
+from ..errors import IvshmemError
+from ..memory.pages import huge_page_size
+from ..memory.region import posix_path
+from ..memory.sizes import check_size, format_size, parse_size
+from ..peer.limits import SLOT_BYTES
+from ..server.access import Rules
+from ..system.named_tuple import NamedTuple
+from .limits import DEFAULT_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -31,25 +31,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from . import safe_files
-from .access import Rules
-from .accounts import group_id, user_id
-from .config import (
-    EXISTING,
-    LOG_FORMATS,
-    ConfigError,
-    RegionConfig,
-    ServiceConfig,
-    conflicts,
-    problems,
-)
-from .limits import MAX_SLOTS
-from .pages import PAGE, huge_page_size
-from .plain import NAME, plain
-from .protocol import MAX_VECTORS
-from .region import posix_path
-from .sizes import LARGEST, check_size, format_size, parse_size
-from .sockets import check_path
+from ..memory.pages import PAGE, huge_page_size
+from ..memory.region import posix_path
+from ..memory.sizes import LARGEST, check_size, format_size, parse_size
+from ..peer.limits import MAX_SLOTS
+from ..protocol.limits import MAX_VECTORS
+from ..server.access import Rules
+from ..system import safe_files
+from ..system.accounts import group_id, user_id
+from ..system.sockets import check_path
+from ..system.text import NAME, plain
+from .config import ConfigError, RegionConfig, ServiceConfig, conflicts, problems
+from .limits import EXISTING, LOG_FORMATS
 
 _MOST_ERRORS = 5  # that are told at once
 _MOST_BYTES = 1 << 20  # of a file: thousands of regions, and not the memory of a machine

@@ -56,48 +56,38 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from . import __version__, logs, shapes, sockets
-from .accounts import user_name
-from .answering import LONGEST, Answering, Caller
-from .counting import counted
-from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
-from .limits import LINGER, LONGEST_LINGER, MAGIC, MAX_ID, MAX_VECTORS, SLOT_BYTES
-from .plain import command, plain
-from .uncopied import Uncopied
+from .. import __version__
+from ..errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
+from ..peer.limits import MAGIC, SLOT_BYTES
+from ..server import log_events
+from ..server.limits import LINGER, LONGEST_LINGER
+from ..system import credentials, json_shapes, late_logging, sockets
+from ..system.processes import fd_limit, open_fds, pid_namespace, resident_bytes
+from ..system.requests import LONGEST, Caller, RequestServer
+from ..system.text import command, plain
+from ..system.uncopied import Uncopied
+from .control_client import PROTOCOL, ControlError, as_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, TypeAlias
 
-    from .directory import Directory
-    from .engine import PeerReport
-    from .region import Region
+    from ..memory.region import Region
+    from ..peer.directory import Directory
+    from ..server.report import PeerReport
 
-_log = logs.log_of("ivshmem.control")
-
-PROTOCOL = 1
-SUFFIX = ".control"
+_log = late_logging.log_of("ivshmem.control")
 MODE = 0o600
-
-
-_LOOK = 0.01  # seconds between two questions whether a peer has read all
 _MOST_ERROR = 500  # characters of an error
-_MOST_PID, _MOST_UID = (1 << 31) - 1, (1 << 32) - 1
-_MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
-
-
-class ControlError(IvshmemError):
-    """A control socket was asked for something that it could not do; the message says why."""
 
 
 # -- what is asked: a service, which serves regions -----------------------------------------------
@@ -191,11 +181,11 @@ class Control(Uncopied):
         self.listener = listener
         self.path = listener.path
         try:
-            self._answering = Answering(
+            self._answering = RequestServer(
                 listener.socket,
                 _cut_line,
                 self._answer,
-                too_long=_line(_refusal(f"a request has at most {LONGEST} bytes: send less")),
+                too_long=as_line(_refusal(f"a request has at most {LONGEST} bytes: send less")),
                 admit=self._admit,
             )
             listener.listen()
@@ -231,11 +221,11 @@ class Control(Uncopied):
         self.close()
 
     def _admit(self, sock: socket.socket) -> bytes | None:
-        uid = sockets.credentials(sock).uid
+        uid = credentials.credentials(sock).uid
         if uid in self._uids:
             return None
         heard = " and ".join(map(str, sorted(self._uids)))
-        return _line(_refusal(f"uid {uid} is not heard here, only uid {heard}: be one of these"))
+        return as_line(_refusal(f"uid {uid} is not heard here, only uid {heard}: be one of these"))
 
     def _answer(self, caller: Caller, request: bytes) -> bytes | None:
         try:
@@ -245,12 +235,12 @@ class Control(Uncopied):
             if handler is None:
                 raise ControlError(f'"do" is {_shown(kind)}: known are {", ".join(self._handlers)}')
             reply = handler(caller, message)
-            return None if reply is None else _line({"ok": True, **reply})
+            return None if reply is None else as_line({"ok": True, **reply})
         except (IvshmemError, OSError, ValueError) as error:
-            return _line(_refusal(_one_line(error)))
+            return as_line(_refusal(_one_line(error)))
         except Exception as error:
             _log.exception("a request to the control socket failed")
-            return _line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
+            return as_line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -276,7 +266,7 @@ class Control(Uncopied):
         with self._known(name):
             served.server.evict(peer)
         by = _who(caller)
-        told = logs.fields("evicted", peer=peer, region=name, **by)
+        told = log_events.fields("evicted", peer=peer, region=name, **by)
         _log.info(
             "peer %d of %s was evicted, as uid %d asked", peer, name, by["by_uid"], extra=told
         )
@@ -289,7 +279,7 @@ class Control(Uncopied):
         name, served = self._named(message)
         served.server.hold_leaves(on)
         by = _who(caller)
-        told = logs.fields("held", on=on, region=name, **by)
+        told = log_events.fields("held", on=on, region=name, **by)
         what = "is told of no leaves" if on else "is told of leaves if it connects later"
         _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
@@ -310,7 +300,7 @@ class Control(Uncopied):
         if (name, peer) not in asked:  # it does not ask again whether all was read
             asked.add((name, peer))
             by = _who(caller)
-            told = logs.fields("holding", peer=peer, region=name, linger=linger, **by)
+            told = log_events.fields("holding", peer=peer, region=name, linger=linger, **by)
             by_uid = by["by_uid"]
             _log.info(
                 "peer %d of %s is sent no news, as uid %d asked", peer, name, by_uid, extra=told
@@ -324,7 +314,7 @@ class Control(Uncopied):
             held = served.server.release(peer)
         if held:
             by = _who(caller)
-            told = logs.fields("released", peer=peer, region=name, **by)
+            told = log_events.fields("released", peer=peer, region=name, **by)
             by_uid = by["by_uid"]
             _log.info(
                 "peer %d of %s is sent news again, as uid %d asked", peer, name, by_uid, extra=told
@@ -343,10 +333,10 @@ class Control(Uncopied):
             changes = list(self._service.reload() or ())
         except (IvshmemError, OSError, ValueError) as error:
             reason = _one_line(error)
-            told = logs.fields("unreloaded", reason=reason, **by)
+            told = log_events.fields("unreloaded", reason=reason, **by)
             _log.warning("nothing was reloaded: %s", reason, extra=told)
             raise
-        told = logs.fields("reloaded", changes=changes, **by)
+        told = log_events.fields("reloaded", changes=changes, **by)
         _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
         return {"changes": changes}
 
@@ -384,8 +374,8 @@ class Control(Uncopied):
             "since": self._since,
             "time": time.time(),
             "cpu": used.ru_utime + used.ru_stime,
-            "resident": _resident(),
-            "fds": {"open": _open_fds(), "limit": _fd_limit()},
+            "resident": resident_bytes(),
+            "fds": {"open": open_fds(), "limit": fd_limit()},
             "pid_namespace": pid_namespace(),
         }
 
@@ -431,7 +421,7 @@ class Control(Uncopied):
         with contextlib.suppress(NoDirectory, ClosedError):
             if region.read(region.size - SLOT_BYTES, len(MAGIC)) == MAGIC:
                 # Not before: the import takes a while, and nobody is served then.
-                from .directory import Directory
+                from ..peer.directory import Directory
 
                 directory = Directory.open(region)
         self._directories[id(region)] = (region, directory)
@@ -447,11 +437,6 @@ def listen(path: str | os.PathLike[str]) -> sockets.Listener:
     return sockets.Listener(path, mode=MODE)
 
 
-def default_path(server: str | os.PathLike[str]) -> str:
-    """Where the control socket of a server is, if nobody said otherwise."""
-    return os.path.abspath(os.fsdecode(server)) + SUFFIX
-
-
 def _cut_line(buffer: bytearray) -> bytes | None:
     end = buffer.find(b"\n")
     if end < 0:
@@ -463,8 +448,8 @@ def _cut_line(buffer: bytearray) -> bytes | None:
 
 def _parse(request: bytes) -> dict[str, Any]:
     try:
-        message = shapes.loads(request)
-    except shapes.Misshapen as error:
+        message = json_shapes.loads(request)
+    except json_shapes.Misshapen as error:
         raise ControlError(f'no JSON ({_one_line(error)}): send {{"do": "status"}}') from None
     if not isinstance(message, dict):
         raise ControlError(f'{_shown(message)} is no JSON object: send {{"do": "status"}}')
@@ -476,10 +461,6 @@ def _id(message: Mapping[str, Any]) -> int:
     if not isinstance(peer, int) or isinstance(peer, bool):
         raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
     return peer
-
-
-def _line(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 def _refusal(error: str) -> dict[str, Any]:
@@ -505,7 +486,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _who(caller: Caller) -> dict[str, Any]:
-    who = sockets.credentials(caller.socket)
+    who = credentials.credentials(caller.socket)
     return {"by_uid": who.uid, "by_pid": who.pid}
 
 
@@ -532,276 +513,9 @@ def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def pid_namespace() -> int:
-    """The inode of this process's pid namespace, 0 if that is not known."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
 def _file_system(region: Region) -> str:
-    from . import pages
+    from ..memory import pages
 
     with contextlib.suppress(OSError):  # no descriptor is left, say
         return pages.file_system(region.fileno())
     return ""
-
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/statm") as statm:
-            pages = int(statm.read().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * resource.getpagesize()
-
-
-def _open_fds() -> int:
-    try:
-        return len(os.listdir("/proc/self/fd")) - 1  # the one that lists
-    except OSError:
-        return 0
-
-
-def _fd_limit() -> int | None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
-# -- the other side -------------------------------------------------------------------------------
-
-_COUNT = shapes.integer(0)
-_PEER = shapes.record(
-    # Servers of older versions do not say these.
-    {
-        "leaves_told": _COUNT,
-        "leaves_held": _COUNT,
-        "held": shapes.flag(),
-        "held_until": shapes.optional(shapes.moment()),
-    },
-    id=shapes.integer(0, MAX_ID),
-    pid=shapes.integer(0, _MOST_PID),
-    uid=shapes.integer(0, _MOST_UID),
-    gid=shapes.integer(0, _MOST_UID),
-    process=shapes.text(),
-    names=shapes.array(shapes.text()),
-    vectors=shapes.integer(0, MAX_VECTORS),
-    since=shapes.moment(),
-    readonly=shapes.flag(),
-    set_up=shapes.flag(),
-    pending=_COUNT,
-    stalled_since=shapes.optional(shapes.moment()),
-    interrupts=shapes.array(_COUNT, MAX_VECTORS),
-)
-_REGION = shapes.record(
-    {
-        "file_system": shapes.text(),
-        "holds_leaves": shapes.flag(),
-        "unreachable": shapes.text(),
-        "memory_leads_to": shapes.text(),
-    },
-    name=shapes.text(),
-    socket=shapes.text(),
-    vectors=shapes.integer(0, MAX_VECTORS),
-    size=_COUNT,
-    page_size=_COUNT,
-    source=shapes.text(),
-    memory=shapes.text(),
-    paused=shapes.text(),
-    counts=shapes.table(_COUNT),
-)
-_SERVER = shapes.record(
-    pid=shapes.integer(0, _MOST_PID),
-    uid=shapes.integer(0, _MOST_UID),
-    version=shapes.text(),
-    protocol=_COUNT,
-    since=shapes.moment(),
-    time=shapes.moment(),
-    cpu=shapes.number(),
-    resident=_COUNT,
-    fds=shapes.record(open=_COUNT, limit=shapes.optional(_COUNT)),
-    pid_namespace=_COUNT,
-)
-
-# What a reply to each request has, for whoever reads it; more fields may come.
-REPLIES: Mapping[str, shapes.Shape] = {
-    "version": shapes.record(version=shapes.text(), protocol=_COUNT, pid=_COUNT),
-    "status": shapes.record(server=_SERVER, regions=shapes.array(_REGION)),
-    "evict": shapes.record(region=shapes.text()),
-    "hold-leaves": shapes.record(region=shapes.text()),
-    "hold": shapes.record(region=shapes.text(), read=shapes.flag()),
-    "release": shapes.record(region=shapes.text(), held=shapes.flag()),
-    "reload": shapes.record(changes=shapes.array(shapes.text())),
-}
-_PEERS = shapes.record(regions=shapes.array(shapes.record(peers=shapes.array(_PEER))))
-_ANY_REPLY = shapes.record({"error": shapes.text()}, ok=shapes.flag())
-
-
-def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-    """Raise shapes.Misshapen if a reply to this message is not what it should be."""
-    kind = message.get("do")
-    if isinstance(kind, str) and kind in REPLIES:
-        REPLIES[kind](reply, kind)
-        if kind == "status" and message.get("peers", True):
-            _PEERS(reply, kind)
-
-
-class Client(Uncopied):
-    """A connection to a control socket; a context manager.
-
-    Args:
-        timeout: seconds for connecting, and for each reply.
-        users: uids whose servers are asked; None: root's and this process's, and root asks anybody.
-
-    Attributes:
-        server: who answers, as the kernel says.
-
-    Raises:
-        ControlError: another user answers at this path.
-        TimeoutError, OSError: as of sockets.connect.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        timeout: float = 10.0,
-        *,
-        users: Collection[int] | None = None,
-    ) -> None:
-        self.path = os.fsdecode(path)
-        self._timeout = timeout
-        # From this address a server would take us for somebody with a question, not for a peer, if
-        # this should be its other socket.
-        address = sockets.ASK + os.urandom(8).hex().encode()
-        self._socket = sockets.connect(path, timeout, address=address)
-        self._rest = b""
-        self.server = sockets.credentials(self._socket)
-        mine = os.geteuid()
-        heard = {0, mine} if users is None else users
-        if self.server.uid not in heard and not (users is None and mine == 0):
-            self._socket.close()
-            whose = user_name(self.server.uid)
-            raise ControlError(
-                f"{self.path}: {whose} answers here, not your server: give the path of yours by -S"
-                f" or --control, or ask as {whose} or as root"
-            )
-
-    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a request, but for "ok".
-
-        Raises:
-            ControlError: the server could not do it; or this is no control socket; or the reply
-                makes no sense.
-            TimeoutError: no reply within the time limit. The connection is of no use any more.
-            ConnectionError: the server has closed the connection.
-        """
-        deadline = time.monotonic() + self._timeout
-        try:
-            self._send(_line(message), deadline)
-            reply = self._receive(deadline)
-        except TimeoutError:
-            reason = f"no reply within {counted(self._timeout, 'second')}: is the server stopped?"
-            raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
-        if reply.pop("ok"):
-            try:
-                _check(message, reply)
-            except shapes.Misshapen as error:
-                raise ControlError(
-                    f"the server's reply makes no sense ({error}): is it of another version?"
-                ) from None
-            return reply
-        raise ControlError(plain(reply.get("error", "it could not be done")))
-
-    def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
-        """Have a peer sent no news, and wait until it has read what it was sent.
-
-        It ends by `release`, when the peer disconnects, and `linger` seconds after this connection
-        has ended. See Server.hold for why.
-
-        Raises:
-            ControlError: there is no such peer; or the server is of a version that cannot do it.
-            TimeoutError: the peer did not read all within the time limit; it is held all the same.
-            ConnectionError: the server has closed the connection.
-        """
-        deadline = time.monotonic() + self._timeout
-        message = {"do": "hold", "id": peer, "linger": linger, "region": region}
-        while not self.ask(message)["read"]:
-            if time.monotonic() > deadline:
-                reason = (
-                    f"peer {peer} has not read all that it was sent within {self._timeout:g}"
-                    " seconds: is it stopped? (It is sent nothing more until `ivshmem release"
-                    f" {peer}`)"
-                )
-                raise TimeoutError(errno.ETIMEDOUT, reason, self.path)
-            time.sleep(_LOOK)
-
-    def release(self, peer: int, *, region: str | None = None) -> bool:
-        """Have a peer sent news again; whether it was held.
-
-        Raises:
-            ControlError: there is no such peer; or the server is of a version that cannot do it.
-        """
-        reply = self.ask({"do": "release", "id": peer, "region": region})
-        return bool(reply["held"])
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        # Who refuses us says so and closes; so there may be something to read nonetheless.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            self._socket.sendall(data)
-
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        chunks = [self._rest]
-        size = 0
-        while b"\n" not in chunks[-1]:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            data = b""
-            with contextlib.suppress(ConnectionResetError):
-                data = self._socket.recv(1 << 18)
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            size += len(data)
-            chunks.append(data)
-            if size > _MOST_REPLY:
-                raise self._stranger()
-            if not data:
-                if size or self._rest:
-                    raise self._stranger()
-                reason = "the server closed the connection: ask again"
-                raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
-        line, _, self._rest = b"".join(chunks).partition(b"\n")
-        with contextlib.suppress(shapes.Misshapen):
-            reply = shapes.loads(line)
-            _ANY_REPLY(reply, "reply")
-            return dict(reply)
-        raise self._stranger()
-
-    def _stranger(self) -> ControlError:
-        return ControlError(
-            f"{self.path}: this is no control socket (that of a server on this socket would be"
-            f" {self.path}{SUFFIX})"
-        )
-
-    def close(self) -> None:
-        """Close the connection; may be called twice."""
-        self._socket.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def request(
-    path: str | os.PathLike[str], message: Mapping[str, Any], timeout: float = 10.0
-) -> dict[str, Any]:
-    """The reply to one request, but for "ok".
-
-    Raises:
-        ControlError, TimeoutError, OSError: as of Client.
-    """
-    with Client(path, timeout) as client:
-        return client.ask(message)

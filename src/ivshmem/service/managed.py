@@ -10,21 +10,23 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 
-from .. import _fds, logs, notify, store
-from ..config import ServiceConfig
-from ..counting import counted
-from ..journal import Journal, JournalError
-from ..service import Service
-from ..sockets import Listener
-from ..uncopied import Uncopied
+from ..lasting import fd_store
+from ..lasting.journal import Journal, JournalError
+from ..native import descriptors
+from ..system import late_logging, systemd
+from ..system.sockets import Listener
+from ..system.text import counted
+from ..system.uncopied import Uncopied
+from .config import ServiceConfig
+from .service import Service
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .succession import Past
+    from .succession import Inheritance
 
-_log = logs.log_of("ivshmem.serve")
+_log = late_logging.log_of("ivshmem.serve")
 
 _PATIENCE = 5.0  # for the manager, seconds
 _SECONDS = 5.0  # between two words about the service, if no watchdog wants more
@@ -43,16 +45,16 @@ class Manager(Uncopied):
 
     def __init__(
         self,
-        notifier: notify.Notifier,
+        notifier: systemd.Notifier,
         listeners: dict[str, Listener] | None = None,
         journal: int | None = None,
-        groups: store.Groups | None = None,
+        groups: fd_store.Groups | None = None,
     ) -> None:
         self.notifier = notifier
         self.listeners = listeners or {}
         self.journal = journal
         self.groups = groups or {}
-        self.keeps: store.Store | None = None
+        self.keeps: fd_store.FdStore | None = None
         self.warning = ""
 
     @classmethod
@@ -62,7 +64,7 @@ class Manager(Uncopied):
         Raises:
             ValueError, OSError: what was passed is no socket that a server can listen on.
         """
-        journal, groups, others = store.sort_out(notify.listen_fds())
+        journal, groups, others = fd_store.sort_out(systemd.listen_fds())
         listeners = {each.path: each for each in map(Listener.adopt, others)}
         return cls._notifying(listeners, journal, groups)
 
@@ -75,7 +77,7 @@ class Manager(Uncopied):
     def _notifying(cls, *what: Any) -> Manager:
         # The options that say what form a log has are read later: the warning waits for that.
         warnings: list[str] = []
-        self = cls(notify.Notifier.from_environment(warn=warnings.append), *what)
+        self = cls(systemd.Notifier.from_environment(warn=warnings.append), *what)
         self.warning = "".join(warnings)
         return self
 
@@ -104,7 +106,7 @@ class Manager(Uncopied):
             )
         return found
 
-    def keep(self, config: ServiceConfig) -> tuple[Journal, Past | None]:
+    def keep(self, config: ServiceConfig) -> tuple[Journal, Inheritance | None]:
         """Have it keep what will be in a journal; and what it has kept before, if it has.
 
         Raises:
@@ -116,10 +118,10 @@ class Manager(Uncopied):
         groups, self.groups = self.groups, {}
         journal = None if fd is None else _readable(fd)
         if journal is not None:
-            self.keeps = keeps = store.Store(self.notifier, journal)
+            self.keeps = keeps = fd_store.FdStore(self.notifier, journal)
             return journal, stored_past(journal, groups, keeps.drop, config)
         journal = Journal()
-        self.keeps = keeps = store.Store(self.notifier, journal)
+        self.keeps = keeps = fd_store.FdStore(self.notifier, journal)
         for name, fds in groups.items():
             keeps.drop(name)
             _close_all(fds)
@@ -164,7 +166,7 @@ def keeping(manager: Manager, service: Service) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling(notifier: notify.Notifier, service: Service) -> Iterator[None]:
+def telling(notifier: systemd.Notifier, service: Service) -> Iterator[None]:
     """Say that the service has begun, and then every few seconds that it lives, and how it is."""
     if not notifier.active:
         yield
@@ -180,7 +182,7 @@ def telling(notifier: notify.Notifier, service: Service) -> Iterator[None]:
         if status != told and notifier.status(status):
             told = status
 
-    timer = _fds.Timer()
+    timer = descriptors.Timer()
     try:
         service.watch(timer.fileno(), act)
         timer.set(seconds)
@@ -202,7 +204,7 @@ def _status(service: Service) -> str:
 
 def _readable(fd: int) -> Journal | None:
     """The journal that the manager kept, if a successor can continue by it; `fd` is owned."""
-    from .. import snapshots
+    from . import snapshots
 
     journal = None
     try:

@@ -55,12 +55,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from . import __version__
-from .answering import Answering, Caller
-from .engine import PeerReport
-from .errors import IvshmemError
-from .plain import NAME, plain
-from .uncopied import Uncopied
+from .. import __version__
+from ..errors import IvshmemError
+from ..server.report import PeerReport
+from ..system.requests import Caller, RequestServer
+from ..system.text import NAME, plain
+from ..system.uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Metrics(Uncopied):
         self._registry = _registry(Figures(service, peers=peers))
         with contextlib.ExitStack() as undo:
             listener = undo.enter_context(_listen(host, port))
-            self._answering = Answering(
+            self._answering = RequestServer(
                 listener, _cut_head, self._answer, too_long=_response(431, "too long\n")
             )
             undo.callback(self._answering.close)

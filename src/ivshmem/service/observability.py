@@ -13,21 +13,21 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
-from .. import control
 from ..errors import IvshmemError
-from ..reachable import Reachable
-from ..service import Service
-from ..stalls import Stalls
+from . import control, control_client
+from .path_watch import PathWatch
+from .service import Service
+from .stall_log import StallLog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..metrics import Metrics
+    from .metrics import Metrics
 
 _log = logging.getLogger("ivshmem.serve")
 
 
 @contextlib.contextmanager
-def seen(
+def observable(
     service: Service,
     *,
     needed: bool = True,
@@ -60,13 +60,13 @@ def seen(
             return found
 
         for make in (
-            lambda: Stalls(service),
+            lambda: StallLog(service),
             make_control,
-            lambda: Reachable(service, lambda: made[0] if made else None),
+            lambda: PathWatch(service, lambda: made[0] if made else None),
             lambda: None if metrics is None else _metrics(metrics, service, peers, hosts),
         ):
             try:
-                part: Stalls | control.Control | Reachable | Metrics | None = make()
+                part: StallLog | control.Control | PathWatch | Metrics | None = make()
                 if part is None:
                     continue
                 stack.enter_context(part)
@@ -85,7 +85,7 @@ def seen(
 
 
 def _metrics(address: str, service: Service, peers: bool, hosts: Iterable[str]) -> Metrics:
-    from ..metrics import Metrics  # here: few servers have them
+    from .metrics import Metrics  # here: few servers have them
 
     return Metrics(address, service, peers=peers, hosts=hosts)
 
@@ -100,7 +100,7 @@ def _control(
     if first is None:
         return None
     try:
-        listener = control.listen(control.default_path(first.listener.path))
+        listener = control.listen(control_client.default_path(first.listener.path))
     except OSError as error:
         if needed:
             reason = f"no control socket: {error.strerror}; give --control PATH, or --no-control"

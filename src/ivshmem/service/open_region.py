@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 
-from . import openers, pages, safe_files
-from .config import DEFAULT_SIZE, RegionConfig
-from .errors import RegionError
-from .region import Region, posix_path
-from .sizes import parse_size
-from .sockets import Listener
-from .uncopied import Uncopied
+from ..errors import RegionError
+from ..memory import pages
+from ..memory.region import Region, posix_path
+from ..memory.sizes import parse_size
+from ..system import processes, safe_files
+from ..system.sockets import Listener
+from ..system.uncopied import Uncopied
+from .config import RegionConfig
+from .limits import DEFAULT_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .directory import Directory
+    from ..peer.directory import Directory
 
 
 class Opened(Uncopied):
@@ -81,7 +83,7 @@ def open_region(config: RegionConfig, inherited: Listener | None = None) -> Open
             undo.callback(region.unlink)
         directory = None
         if config.names is not None:
-            from .directory import Directory  # here: few regions have names
+            from ..peer.directory import Directory  # here: few regions have names
 
             directory = Directory.create(region, config.names or None)
         undo.pop_all()
@@ -123,7 +125,7 @@ def holders_of_removed(path: str) -> list[int]:
 
     Of all users for root, else of our own.
     """
-    return openers.of(f"{path} (deleted)")
+    return processes.pids_with_open(f"{path} (deleted)")
 
 
 def _attach(config: RegionConfig) -> Region:

@@ -23,18 +23,19 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from . import _fds, logs
+from ..native import descriptors
+from ..server import log_events
+from ..system.sockets import Listener
+from ..system.uncopied import Uncopied
 from .control import Control
 from .service import Service
-from .sockets import Listener
-from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.reachable")
 
 SECONDS = 2.0  # between looks
 
 
-class Reachable(Uncopied):
+class PathWatch(Uncopied):
     """Watches the paths of a service and of its control socket, if it has one.
 
     `step()` when `fileno()` is readable; the first look is made at once. A context manager.
@@ -50,7 +51,7 @@ class Reachable(Uncopied):
         self._control = control
         self._seconds = seconds
         self._told: dict[str, str] = {}  # what was logged of each path that is not reachable
-        self._timer = _fds.Timer()
+        self._timer = descriptors.Timer()
         self.step()
 
     def fileno(self) -> int:
@@ -92,20 +93,20 @@ class Reachable(Uncopied):
                 _log.error(
                     "nobody can connect to %s, which %s, and it cannot be bound again: %s",
                     *(path, trouble, why),
-                    extra=logs.fields("unreachable", path=path, reason=why, region=region),
+                    extra=log_events.fields("unreachable", path=path, reason=why, region=region),
                 )
         else:
             _log.warning(
                 "%s %s: it was bound again, so that others can connect",
                 *(path, trouble),
-                extra=logs.fields("rebound", path=path, region=region),
+                extra=log_events.fields("rebound", path=path, region=region),
             )
 
     def close(self) -> None:
         """Look no more; may be called twice."""
         self._timer.close()
 
-    def __enter__(self) -> Reachable:
+    def __enter__(self) -> PathWatch:
         return self
 
     def __exit__(self, *error: object) -> None:

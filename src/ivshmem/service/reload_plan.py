@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..memory.sizes import format_size, parse_size
+from ..system.named_tuple import NamedTuple
 from .config import CHANGEABLE, RegionConfig, ServiceConfig, conflicts, places
-from .named import NamedTuple
-from .sizes import format_size, parse_size
 
 _OF_THE_SERVICE = ("control", "metrics", "log_format")
 

@@ -22,29 +22,31 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from . import logs
-from .access import Verdict
-from .changes import plan
+from ..errors import NoDirectory
+from ..lasting.journal import OF_THE_SERVICE, Chapter, Journal
+from ..memory.region import Region
+from ..server.access import Verdict
+from ..server.engine import Gate, import_the_rest
+from ..server.report import Peer
+from ..server.server import Server
+from ..system import late_logging
+from ..system.credentials import Credentials
+from ..system.loop import Loop
+from ..system.sockets import Listener
+from ..system.uncopied import Uncopied
+from ..system.work_lock import is_mine
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
-from .engine import Gate, Peer, import_the_rest
-from .errors import NoDirectory
-from .journal import OF_THE_SERVICE, Chapter, Journal
-from .loop import Loop
-from .opening import Opened, open_region
-from .region import Region
-from .server import Server
-from .sockets import Credentials, Listener
-from .turns import is_mine
-from .uncopied import Uncopied
+from .open_region import Opened, open_region
+from .reload_plan import plan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .journal import Record
-    from .snapshots import Past
+    from ..lasting.journal import Record
+    from .snapshots import RegionPast
 
-_log = logs.log_of("ivshmem.service")
+_log = late_logging.log_of("ivshmem.service")
 
 _OF_THE_FILE = frozenset({"mode", "owner", "group"})
 
@@ -442,7 +444,7 @@ class Service(Loop):
             self._journal.rewrite(self.snapshot())
         return closed
 
-    def _revive(self, past: Past, find: Find, closed: set[int]) -> Served | None:
+    def _revive(self, past: RegionPast, find: Find, closed: set[int]) -> Served | None:
         """Serve a region again, or log why not; what is closed is added to `closed`.
 
         Raises:
@@ -471,7 +473,7 @@ class Service(Loop):
             )
             directory = None
             if config.names is not None:
-                from .directory import Directory  # here: few regions have names
+                from ..peer.directory import Directory  # here: few regions have names
 
                 with contextlib.suppress(NoDirectory):
                     directory = Directory.open(region)

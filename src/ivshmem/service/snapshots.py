@@ -26,102 +26,123 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 
-from . import shapes, sockets
-from .config import EXISTING, LOG_FORMATS, ServiceConfig, from_json
-from .errors import IvshmemError, reason_of
-from .journal import OF_THE_SERVICE, Journal, JournalError, group
-from .named import NamedTuple
-from .protocol import MAX_VECTORS, Roster
-from .region import posix_path
-from .replay import Unfinished, replay
-from .shapes import Misshapen
+from ..errors import IvshmemError, reason_of
+from ..lasting.journal import OF_THE_SERVICE, Journal, JournalError, group
+from ..memory.region import posix_path
+from ..protocol.limits import MAX_VECTORS
+from ..protocol.roster import Roster
+from ..server.replay import UnfinishedBatch, replay
+from ..system import credentials, json_shapes, sockets
+from ..system.json_shapes import Misshapen
+from ..system.named_tuple import NamedTuple
+from .config import ServiceConfig, from_json
+from .limits import EXISTING, LOG_FORMATS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .journal import Record
-    from .region import Source
+    from ..lasting.journal import Record
+    from ..memory.region import Source
+if TYPE_CHECKING:
+    from typing import Any
 
 MOST_FDS = 1 << 20
 
-_FD = shapes.integer(0, (1 << 31) - 1)
-_WORD = shapes.optional(shapes.text())
-_WHO = shapes.optional(shapes.either(shapes.integer(0, (1 << 32) - 2), shapes.text()))
-_LIMIT = shapes.optional(shapes.integer(1))
-_RULES = shapes.array(shapes.text())
+_FD = json_shapes.integer(0, (1 << 31) - 1)
+_WORD = json_shapes.optional(json_shapes.text())
+_WHO = json_shapes.optional(
+    json_shapes.either(json_shapes.integer(0, (1 << 32) - 2), json_shapes.text())
+)
+_LIMIT = json_shapes.optional(json_shapes.integer(1))
+_RULES = json_shapes.array(json_shapes.text())
 
-_CONFIG = shapes.record(
+_CONFIG = json_shapes.record(
     {
-        "size": shapes.optional(shapes.either(shapes.integer(0), shapes.text())),
-        "vectors": shapes.integer(0, MAX_VECTORS),
+        "size": json_shapes.optional(
+            json_shapes.either(json_shapes.integer(0), json_shapes.text())
+        ),
+        "vectors": json_shapes.integer(0, MAX_VECTORS),
         **dict.fromkeys(("name", "file", "directory"), _WORD),
-        "hugepages": shapes.either(shapes.flag(), shapes.text()),
-        **dict.fromkeys(("prealloc", "readonly", "keep", "hold_leaves"), shapes.flag()),
-        "existing": shapes.text(*EXISTING),
-        "names": shapes.optional(shapes.integer(0)),
-        "mode": shapes.optional(shapes.integer(0, 0o777)),
+        "hugepages": json_shapes.either(json_shapes.flag(), json_shapes.text()),
+        **dict.fromkeys(("prealloc", "readonly", "keep", "hold_leaves"), json_shapes.flag()),
+        "existing": json_shapes.text(*EXISTING),
+        "names": json_shapes.optional(json_shapes.integer(0)),
+        "mode": json_shapes.optional(json_shapes.integer(0, 0o777)),
         **dict.fromkeys(("owner", "group"), _WHO),
         **dict.fromkeys(("allow", "deny", "readonly_for", "accept_owner"), _RULES),
         **dict.fromkeys(("peers_per_uid", "joins_per_minute"), _LIMIT),
     },
-    socket=shapes.text(),
+    socket=json_shapes.text(),
 )
-_RECORD = shapes.tuple_of(
-    shapes.integer(1),
-    shapes.text(),
+_RECORD = json_shapes.tuple_of(
+    json_shapes.integer(1),
+    json_shapes.text(),
     _CONFIG,
     _FD,
-    shapes.flag(),
+    json_shapes.flag(),
     _FD,
-    shapes.text("anonymous", "posix", "file", "directory", "descriptor", "device"),
+    json_shapes.text("anonymous", "posix", "file", "directory", "descriptor", "device"),
     _WORD,
-    shapes.flag(),
-    shapes.optional(shapes.tuple_of(shapes.integer(0), shapes.integer(0))),
+    json_shapes.flag(),
+    json_shapes.optional(json_shapes.tuple_of(json_shapes.integer(0), json_shapes.integer(0))),
 )
-_MEMBER = shapes.begins_with(_FD, shapes.array(_FD, MAX_VECTORS), shapes.moment(), shapes.flag())
-_STATE = shapes.record(
+_MEMBER = json_shapes.begins_with(
+    _FD, json_shapes.array(_FD, MAX_VECTORS), json_shapes.moment(), json_shapes.flag()
+)
+_STATE = json_shapes.record(
     {
-        "counts": shapes.table(shapes.integer(0)),
-        "muted_for": shapes.table(shapes.optional(shapes.number(0, 1e6)), key=shapes.digits()),
+        "counts": json_shapes.table(json_shapes.integer(0)),
+        "muted_for": json_shapes.table(
+            json_shapes.optional(json_shapes.number(0, 1e6)), key=json_shapes.digits()
+        ),
     },
-    roster=shapes.record(),
-    held=shapes.table(_MEMBER, key=shapes.digits()),
+    roster=json_shapes.record(),
+    held=json_shapes.table(_MEMBER, key=json_shapes.digits()),
 )
-_SERVICE = shapes.record(
+_SERVICE = json_shapes.record(
     {
         "control": _WORD,
         "metrics": _WORD,
         "source": _WORD,
-        "log_format": shapes.text(*LOG_FORMATS),
+        "log_format": json_shapes.text(*LOG_FORMATS),
     }
 )
-_SNAPSHOT = shapes.record(
-    next=shapes.integer(1),
+_SNAPSHOT = json_shapes.record(
+    next=json_shapes.integer(1),
     service=_SERVICE,
-    regions=shapes.array(shapes.tuple_of(_RECORD, _STATE)),
+    regions=json_shapes.array(json_shapes.tuple_of(_RECORD, _STATE)),
 )
 
 
 # Records by what they say.
-_NUMBER = shapes.integer(1)
-_COUNT = shapes.integer(0, (1 << 31) - 1)
-_SERIAL = shapes.integer(0)
-_BEGINNING = shapes.integer(0), shapes.text()  # of each: the chapter, and what it says
-_OF_REGIONS: Mapping[str, shapes.Shape] = {
-    "service": shapes.begins_with(*_BEGINNING, _SERVICE),
-    "config": shapes.begins_with(*_BEGINNING, _NUMBER, _CONFIG),
-    "gone": shapes.begins_with(*_BEGINNING, _NUMBER),
+_NUMBER = json_shapes.integer(1)
+_COUNT = json_shapes.integer(0, (1 << 31) - 1)
+_SERIAL = json_shapes.integer(0)
+_BEGINNING = json_shapes.integer(0), json_shapes.text()  # of each: the chapter, and what it says
+_OF_REGIONS: Mapping[str, json_shapes.Shape] = {
+    "service": json_shapes.begins_with(*_BEGINNING, _SERVICE),
+    "config": json_shapes.begins_with(*_BEGINNING, _NUMBER, _CONFIG),
+    "gone": json_shapes.begins_with(*_BEGINNING, _NUMBER),
 }
-_OF_MEMBERS: Mapping[str, shapes.Shape] = {
-    "join": shapes.begins_with(
-        *(*_BEGINNING, _SERIAL, _FD, shapes.array(_FD, MAX_VECTORS), shapes.moment(), shapes.flag())
+_OF_MEMBERS: Mapping[str, json_shapes.Shape] = {
+    "join": json_shapes.begins_with(
+        *(
+            *_BEGINNING,
+            _SERIAL,
+            _FD,
+            json_shapes.array(_FD, MAX_VECTORS),
+            json_shapes.moment(),
+            json_shapes.flag(),
+        )
     ),
-    "mute": shapes.begins_with(*_BEGINNING, _SERIAL, shapes.optional(shapes.number(0, 1e6))),
-    **dict.fromkeys(("hold", "unmute", "leave"), shapes.begins_with(*_BEGINNING, _SERIAL)),
-    "sent": shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT),
-    "split": shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT, _COUNT, _COUNT),
-    "crowd": shapes.begins_with(*_BEGINNING, _COUNT, _COUNT),
+    "mute": json_shapes.begins_with(
+        *_BEGINNING, _SERIAL, json_shapes.optional(json_shapes.number(0, 1e6))
+    ),
+    **dict.fromkeys(("hold", "unmute", "leave"), json_shapes.begins_with(*_BEGINNING, _SERIAL)),
+    "sent": json_shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT),
+    "split": json_shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT, _COUNT, _COUNT),
+    "crowd": json_shapes.begins_with(*_BEGINNING, _COUNT, _COUNT),
 }
 
 
@@ -140,7 +161,7 @@ class RegionRecord(NamedTuple):
     file: tuple[int, int] | None
 
 
-class Past(NamedTuple):
+class RegionPast(NamedTuple):
     """What is said of a region.
 
     Attributes:
@@ -151,7 +172,7 @@ class Past(NamedTuple):
     record: RegionRecord
     state: Mapping[str, Any] | None
     records: list[Record]
-    unfinished: Unfinished | None
+    unfinished: UnfinishedBatch | None
 
 
 def check(snapshot: Any) -> None:
@@ -162,13 +183,13 @@ def check(snapshot: Any) -> None:
     """
     _SNAPSHOT(snapshot, "state")
     regions = [
-        Past(RegionRecord(*record), state, [], None) for record, state in snapshot["regions"]
+        RegionPast(RegionRecord(*record), state, [], None) for record, state in snapshot["regions"]
     ]
     _check_meaning("state", snapshot["service"], regions, list(descriptors(snapshot)))
 
 
 def _check_meaning(
-    where: str, service: Mapping[str, Any], regions: Iterable[Past], named: list[int]
+    where: str, service: Mapping[str, Any], regions: Iterable[RegionPast], named: list[int]
 ) -> None:
     """Check what types do not say; for that, do with a roster what a successor would do."""
     ServiceConfig.from_json({"regions": {}, **service})
@@ -176,7 +197,7 @@ def _check_meaning(
     for place, past in enumerate(regions):
         which, name = f"{where}.regions[{place}]", past.record.name
         if name in names:
-            raise Misshapen(f"{which} is a second region {shapes.shown(name)}")
+            raise Misshapen(f"{which} is a second region {json_shapes.shown(name)}")
         names.add(name)
         try:
             _rehearse(past, which)
@@ -184,12 +205,12 @@ def _check_meaning(
             raise
         # The roster's own state has no types here, so what does not fit is one of these.
         except (IvshmemError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise Misshapen(f"{which} makes no sense ({shapes.shown(str(error))})") from None
+            raise Misshapen(f"{which} makes no sense ({json_shapes.shown(str(error))})") from None
     if len(named) != len(set(named)):
         raise Misshapen(f"{where} names one descriptor twice")
 
 
-def _rehearse(past: Past, where: str) -> None:
+def _rehearse(past: RegionPast, where: str) -> None:
     if past.record.source == "posix":
         posix_path(past.record.source_name or "")
     roster = Roster(from_json(past.record.config).vectors, (), ())
@@ -218,7 +239,7 @@ def examine(snapshot: Mapping[str, Any], found: Mapping[int, int]) -> None:
         raise Misshapen(f"{len(missing)} of the descriptors that the state names did not come")
     for record, state in snapshot["regions"]:
         region = RegionRecord(*record)
-        whose = f"region {shapes.shown(region.name)}"
+        whose = f"region {json_shapes.shown(region.name)}"
         _examine_listener(found[region.listener], region.config["socket"], whose)
         if not stat.S_ISREG(os.fstat(found[region.memory]).st_mode):
             raise Misshapen(f"{whose}: its memory is not a file")
@@ -247,10 +268,10 @@ def _examine_listener(fd: int, path: str, whose: str) -> None:
         named = isinstance(bound, str) and bound.startswith("/")
         if named and os.path.realpath(bound) != os.path.realpath(path):
             raise Misshapen(
-                f"{whose}: its socket is bound to {shapes.shown(bound)}, not to"
-                f" {shapes.shown(path)}"
+                f"{whose}: its socket is bound to {json_shapes.shown(bound)}, not to"
+                f" {json_shapes.shown(path)}"
             )
-        uid = sockets.credentials(sock).uid
+        uid = credentials.credentials(sock).uid
         if uid not in {0, os.geteuid()}:
             raise Misshapen(f"{whose}: its socket was made by uid {uid}")
     except OSError as error:
@@ -274,7 +295,7 @@ class History(NamedTuple):
 
     next_number: int
     service: Mapping[str, Any]
-    regions: Mapping[int, Past]
+    regions: Mapping[int, RegionPast]
     descriptors: Mapping[str, list[int]]
 
     @property
@@ -312,7 +333,7 @@ def rehearse(history: History) -> None:
 def _told(
     state: Any, records: list[Record], unfinished: tuple[int, int, int, int, int] | None
 ) -> History:
-    begun: dict[int, Past] = {}
+    begun: dict[int, RegionPast] = {}
     named: dict[str, list[int]] = {}
     next_number, service = 1, {}
     if state is not None:
@@ -320,13 +341,13 @@ def _told(
         next_number, service = state["next"], state["service"]
         for record, server in state["regions"]:
             region = RegionRecord(*record)
-            begun[region.number] = Past(region, server, [], None)
+            begun[region.number] = RegionPast(region, server, [], None)
             named[group(region.number)] = [region.listener, region.memory]
             for serial, held in server["held"].items():
                 named[group(region.number, int(serial))] = [held[0], *held[1]]
     for place, record in enumerate(records):
         where = f"journal.records[{place}]"
-        shapes.begins_with(*_BEGINNING)(record, where)
+        json_shapes.begins_with(*_BEGINNING)(record, where)
         chapter, kind, *rest = record
         if chapter != OF_THE_SERVICE:
             _shape_of(_OF_MEMBERS, kind, where)(record, where)
@@ -340,7 +361,7 @@ def _told(
         elif kind == "region":
             _RECORD(rest, where)
             region = RegionRecord(*rest)
-            begun[region.number] = Past(region, None, [], None)
+            begun[region.number] = RegionPast(region, None, [], None)
             named[group(region.number)] = [region.listener, region.memory]
             next_number = region.number + 1
         else:
@@ -358,7 +379,17 @@ def _told(
     return History(next_number, service, begun, named)
 
 
-def _shape_of(known: Mapping[str, shapes.Shape], kind: str, where: str) -> shapes.Shape:
+def _shape_of(known: Mapping[str, json_shapes.Shape], kind: str, where: str) -> json_shapes.Shape:
     if kind not in known:
-        raise Misshapen(f"{where} is of an unknown kind, {shapes.shown(kind)}")
+        raise Misshapen(f"{where} is of an unknown kind, {json_shapes.shown(kind)}")
     return known[kind]
+
+
+def renumbered(state: Any, found: Mapping[int, int]) -> Any:
+    """What a service said of itself, with the numbers that its descriptors have here."""
+    for record, server in state["regions"]:
+        record[3], record[5] = found[record[3]], found[record[5]]
+        for held in server["held"].values():
+            held[0] = found[held[0]]
+            held[1] = [found[fd] for fd in held[1]]
+    return state

@@ -12,10 +12,11 @@ import logging
 import time
 from collections.abc import Mapping
 
-from . import _fds, logs
-from .engine import PeerReport
-from .named import NamedTuple
-from .uncopied import Uncopied
+from ..native import descriptors
+from ..server import log_events
+from ..server.report import PeerReport
+from ..system.named_tuple import NamedTuple
+from ..system.uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class _Stall(NamedTuple):
     since: float
 
 
-class Stalls(Uncopied):
+class StallLog(Uncopied):
     """Watches the peers of a service; `step()` when `fileno()` is readable. A context manager."""
 
     def __init__(self, service: Regions, seconds: float = SECONDS) -> None:
@@ -39,7 +40,7 @@ class Stalls(Uncopied):
         self._seconds = seconds
         # By region, id, and when the peer joined, for an id can be another's later.
         self._stalled: dict[tuple[str, int, float], _Stall] = {}
-        self._timer = _fds.Timer()
+        self._timer = descriptors.Timer()
         self._timer.set(seconds)
 
     def fileno(self) -> int:
@@ -78,7 +79,7 @@ class Stalls(Uncopied):
             time.strftime("%H:%M:%S", time.localtime(since)),
             now - since,
             report.pending,
-            extra=logs.fields(
+            extra=log_events.fields(
                 "stalled", pending=report.pending, since=since, **_who(report, region)
             ),
         )
@@ -91,14 +92,14 @@ class Stalls(Uncopied):
             report.peer.process,
             report.peer.pid,
             seconds,
-            extra=logs.fields("reading", seconds=round(seconds, 3), **_who(report, region)),
+            extra=log_events.fields("reading", seconds=round(seconds, 3), **_who(report, region)),
         )
 
     def close(self) -> None:
         """Look no more; may be called twice."""
         self._timer.close()
 
-    def __enter__(self) -> Stalls:
+    def __enter__(self) -> StallLog:
         return self
 
     def __exit__(self, *error: object) -> None:

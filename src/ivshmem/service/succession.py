@@ -12,19 +12,22 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from .. import control, handover, keeper, logs, snapshots, sockets, store
-from ..answering import Caller
-from ..config import ConfigError, RegionConfig, ServiceConfig
-from ..counting import counted
-from ..journal import Journal
-from ..named import NamedTuple
-from ..service import Find, Service
-from .supervising import Kept
+from ..lasting import fd_store, handover, supervisor
+from ..lasting.journal import Journal
+from ..lasting.supervised import Supervision
+from ..server import log_events
+from ..system import sockets
+from ..system.named_tuple import NamedTuple
+from ..system.requests import Caller
+from ..system.text import counted
+from . import control, control_client, snapshots
+from .config import ConfigError, RegionConfig, ServiceConfig
+from .service import Find, Service
 
 _log = logging.getLogger("ivshmem.serve")
 
 
-class Past(NamedTuple):
+class Inheritance(NamedTuple):
     """What another process left.
 
     Attributes:
@@ -54,7 +57,7 @@ class Past(NamedTuple):
         for fd in set(self.strays).difference(service.descriptors, closed):
             service.take_stray(fd)
         peers = sum(len(served.server.peers) for served in service.regions.values())
-        told = logs.fields("takeover", pid=os.getpid(), reason=self.end)
+        told = log_events.fields("takeover", pid=os.getpid(), reason=self.end)
         _log.warning("pid %d goes on with %s", os.getpid(), counted(peers, "peer"), extra=told)
         try:
             wanted = self._wanted(service)
@@ -89,23 +92,23 @@ class Past(NamedTuple):
 # -- a child of the same parent -------------------------------------------------------------------
 
 
-def past_of(kept: Kept, journal: Journal) -> Past:
+def past_of(kept: Supervision, journal: Journal) -> Inheritance:
     """What the last child left.
 
     What it had for itself is closed; of the rest, somebody may be at the other end.
     """
     named = {fd for fds in snapshots.read(journal).descriptors.values() for fd in fds}
     found = []
-    for fd in keeper.strays(kept.known):
+    for fd in supervisor.strays(kept.known):
         if fd in named or sockets.is_connection(fd):
             found.append(fd)
         else:
             os.close(fd)
-    return Past(journal, "the server died", strays=found)
+    return Inheritance(journal, "the server died", strays=found)
 
 
 @contextlib.contextmanager
-def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
+def replacing(kept: Supervision | None, service: Service) -> Iterator[None]:
     """While the block runs, become a parent in its place if the parent is killed."""
     if kept is None:
         yield
@@ -116,7 +119,7 @@ def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
             "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
         )
         try:
-            keeper.start_anew(service.descriptors, kept.fd, lambda: service.stopping)
+            supervisor.start_anew(service.descriptors, kept.fd, lambda: service.stopping)
         except OSError as error:
             _log.error(
                 "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
@@ -151,11 +154,11 @@ def take_over(config: ServiceConfig) -> Taken:
     """All that the server has that runs where this configuration says."""
     path = config.control
     if path is None:
-        path = control.default_path(next(iter(config.regions.values())).socket)
+        path = control_client.default_path(next(iter(config.regions.values())).socket)
     with sockets.connect(path, handover.SECONDS) as sock:
         with contextlib.suppress(ConnectionError):  # if it refused us first, it said why
             sock.sendall(b'{"do": "takeover"}\n')
-        return handover.take(sock)
+        return handover.take(sock, snapshots)
 
 
 def handing_over(service: Service, given: list[socket.socket]) -> control.Handler:
@@ -167,10 +170,10 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
 
     def act(caller: Caller, _: Mapping[str, object]) -> None:
         if service.changing:
-            raise control.ControlError("a reload is under way: try again when it is done")
+            raise control_client.ControlError("a reload is under way: try again when it is done")
         sock, _rest = caller.detach()
         if handover.give(service, sock):
-            told = logs.fields("takeover", reason="another process goes on")
+            told = log_events.fields("takeover", reason="another process goes on")
             _log.warning("another process goes on with all peers: this one ends", extra=told)
             given.append(sock)
             service.stop()
@@ -185,14 +188,14 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
 
 
 def stored_past(
-    journal: Journal, groups: store.Groups, drop: Callable[[str], object], config: ServiceConfig
-) -> Past:
+    journal: Journal, groups: fd_store.Groups, drop: Callable[[str], object], config: ServiceConfig
+) -> Inheritance:
     """What the manager gave back.
 
     Groups that the journal does not name are dropped; a connection among them is a stray.
     """
     named = snapshots.read(journal).descriptors
-    places = store.place(named, groups)
+    places = fd_store.place(named, groups)
     strays = []
     for name, fds in groups.items():
         drop(name)
@@ -202,4 +205,4 @@ def stored_past(
             else:
                 os.close(fd)
     changed = config if config.regions else None
-    return Past(journal, "the server died", places.get, strays, changed)
+    return Inheritance(journal, "the server died", places.get, strays, changed)

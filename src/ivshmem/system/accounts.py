@@ -13,10 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
-# The users as whom libvirt runs QEMU: Debian's, Fedora's. Both are in the group kvm.
-LIBVIRT_USERS = ("libvirt-qemu", "qemu")
-LIBVIRT_GROUP = "kvm"
-
 _MOST = 2**32 - 2  # 2**32 - 1 means "leave it as it is" to chown(2)
 
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from .errors import IvshmemError
-from .plain import plain
+from ..errors import IvshmemError
+from .text import plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from . import _fds
+from ..native import descriptors
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     Raises:
         OSError: the directory cannot be opened.
     """
-    file = _fds.FdArray()  # it owns the descriptor, whenever a signal handler raises
+    file = descriptors.FdArray()  # it owns the descriptor, whenever a signal handler raises
     try:
         file.open(os.fsdecode(directory), os.O_RDONLY | os.O_DIRECTORY)
         _wait_for(file[0], seconds)

@@ -14,10 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from . import _fds
-from .errors import ClosedError
-from .turns import is_mine
+from ..errors import ClosedError
+from ..native import descriptors
 from .uncopied import Uncopied
+from .work_lock import is_mine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Loop(Uncopied):
         self._closing = False  # asked for in a step
         self._runner = 0  # the thread that is in `run`
         with contextlib.ExitStack() as undo:
-            self._epoll = _fds.Epoll()
+            self._epoll = descriptors.Epoll()
             undo.callback(self._epoll.close)
-            self._wake = _fds.FdArray.eventfds(1)
+            self._wake = descriptors.FdArray.eventfds(1)
             undo.callback(self._wake.close)
             self.watch(self._wake[0], lambda: self._wake.drain(0))
             self._undo = undo.pop_all()
@@ -65,7 +65,7 @@ class Loop(Uncopied):
         Args:
             nests: it can be begun again while it is under way; see `to_thread`.
         """
-        self._epoll.add(fd, self._next, _fds.EPOLLIN)
+        self._epoll.add(fd, self._next, descriptors.EPOLLIN)
         self._acts[self._next] = act
         self._tokens[fd] = self._next
         if nests:
@@ -139,7 +139,7 @@ class Loop(Uncopied):
         part: they are not begun again before they have ended, unless they nest. Returns or raises
         what `call` does.
         """
-        done = _fds.FdArray.eventfds(1)
+        done = descriptors.FdArray.eventfds(1)
         result: list[_T] = []
         errors: list[BaseException] = []
 
@@ -171,7 +171,7 @@ class Loop(Uncopied):
                 thread.join()
             for fd, token in paused:
                 if token in self._acts:
-                    self._epoll.modify(fd, token, _fds.EPOLLIN)
+                    self._epoll.modify(fd, token, descriptors.EPOLLIN)
             self.unwatch(done[0])
             done.close()
         if errors:

@@ -19,7 +19,8 @@ import fcntl
 import os
 import stat
 
-from . import _fds, safe_files
+from ..native import descriptors
+from . import safe_files
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
@@ -32,7 +33,7 @@ _DRAFTS = 3  # names that the drafts of a path try before they take one by chanc
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EISDIR})
 
 
-class Draft(Uncopied):
+class NewFile(Uncopied):
     """A new, empty file that gets its name when it is whole. A context manager.
 
     The block's end, and an exception at any moment, remove what has not been published. If the
@@ -63,7 +64,7 @@ class Draft(Uncopied):
     ) -> None:
         self.published = False
         self.replaced = False
-        self.file = _fds.FdArray()
+        self.file = descriptors.FdArray()
         self._given = isinstance(where, safe_files.Place)
         self.place = where if isinstance(where, safe_files.Place) else safe_files.find(where)
         if self.place.inherited:
@@ -87,7 +88,7 @@ class Draft(Uncopied):
                 raise
         for name in self._names():
             self._name = name
-            self.file = _fds.FdArray()
+            self.file = descriptors.FdArray()
             try:
                 self.file.open(name, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.place.fd)
             except FileExistsError:
@@ -114,7 +115,7 @@ class Draft(Uncopied):
 
     def _sweep(self, name: str) -> None:
         """Remove a draft whose maker was killed: one of ours that nobody has locked."""
-        left = _fds.FdArray()
+        left = descriptors.FdArray()
         with contextlib.suppress(OSError):
             left.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.place.fd)
             found = os.fstat(left[0])
@@ -190,7 +191,7 @@ class Draft(Uncopied):
         """Rename the draft unless something has the target's name; not all file systems can."""
         place = self.place
         try:
-            _fds.rename_exclusive(place.fd, name, place.name)
+            descriptors.rename_exclusive(place.fd, name, place.name)
             return
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -229,7 +230,7 @@ class Draft(Uncopied):
             if not self._given:
                 self.place.close()
 
-    def __enter__(self) -> Draft:
+    def __enter__(self) -> NewFile:
         return self
 
     def __exit__(self, *error: object) -> None:

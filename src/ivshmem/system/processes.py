@@ -1,4 +1,4 @@
-"""Which processes have a file open.
+"""Which processes have a file open, and what this process has.
 
 Knows: /proc. Does not know: what the file is. Root sees all processes, others their own.
 """
@@ -6,10 +6,12 @@ Knows: /proc. Does not know: what the file is. Root sees all processes, others t
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import resource
 
 
-def of(link: str | os.PathLike[str]) -> list[int]:
+def pids_with_open(link: str | os.PathLike[str]) -> list[int]:
     """The ids of the processes with a descriptor that leads there, in ascending order.
 
     Args:
@@ -26,7 +28,7 @@ def of(link: str | os.PathLike[str]) -> list[int]:
     return sorted(found)
 
 
-def named(pids: list[int]) -> str:
+def described(pids: list[int]) -> str:
     """Those processes, as a message names them."""
     if not pids:
         return "a process that cannot be seen from here"
@@ -37,3 +39,33 @@ def _leads_to(descriptor: str, wanted: str) -> bool:
     with contextlib.suppress(OSError):  # closed since it was listed
         return os.readlink(descriptor) == wanted
     return False
+
+
+@functools.cache
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace, 0 if that is not known."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+def open_fds() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1  # the one that lists
+    except OSError:
+        return 0
+
+
+def fd_limit() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from . import _fds
+from ..native import descriptors
 from .uncopied import Uncopied
 
 CALLERS = 64  # connected at once; one more takes the place of the one that was idle for longest
@@ -69,7 +69,7 @@ class Caller:
         return self.socket, bytes(self._buffer)
 
 
-class Answering(Uncopied):
+class RequestServer(Uncopied):
     """Answers who connects to a listening socket; `step()` when `fileno()` is readable.
 
     Args:
@@ -102,19 +102,19 @@ class Answering(Uncopied):
         self._unread = 0  # bytes of all replies
         self._listening = True
         with contextlib.ExitStack() as undo:
-            self._epoll = _fds.Epoll()
+            self._epoll = descriptors.Epoll()
             undo.callback(self._epoll.close)
-            self._turn = _fds.FdArray.eventfds(1)
+            self._turn = descriptors.FdArray.eventfds(1)
             undo.callback(self._turn.close)
-            self._timer = _fds.Timer()
+            self._timer = descriptors.Timer()
             undo.callback(self._timer.close)
             self._seat = _Spare()
             undo.callback(self._seat.give)
             self._hand = _Spare()
             undo.callback(self._hand.give)
-            self._epoll.add(self._turn[0], _TURN, _fds.EPOLLIN)
-            self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)
-            self._epoll.add(listener.fileno(), _LISTENER, _fds.EPOLLIN)
+            self._epoll.add(self._turn[0], _TURN, descriptors.EPOLLIN)
+            self._epoll.add(self._timer.fileno(), _RETRY, descriptors.EPOLLIN)
+            self._epoll.add(listener.fileno(), _LISTENER, descriptors.EPOLLIN)
             self._undo = undo.pop_all()
 
     def fileno(self) -> int:
@@ -148,7 +148,7 @@ class Answering(Uncopied):
         try:
             bind()
         finally:
-            self._epoll.add(fd, _LISTENER, _fds.EPOLLIN if self._listening else 0)
+            self._epoll.add(fd, _LISTENER, descriptors.EPOLLIN if self._listening else 0)
 
     def close(self) -> None:
         """Close all connections and whatever was made here; may be called twice."""
@@ -183,7 +183,9 @@ class Answering(Uncopied):
 
     def _listen(self, wanted: bool) -> None:
         if wanted != self._listening:
-            self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN if wanted else 0)
+            self._epoll.modify(
+                self._listener.fileno(), _LISTENER, descriptors.EPOLLIN if wanted else 0
+            )
             self._listening = wanted
 
     def _welcome(self, sock: socket.socket) -> None:
@@ -199,7 +201,7 @@ class Answering(Uncopied):
         token = self._next_token
         self._next_token += 1
         try:
-            self._epoll.add(sock.fileno(), token, _fds.EPOLLIN)
+            self._epoll.add(sock.fileno(), token, descriptors.EPOLLIN)
         except OSError:  # ENOSPC, ENOMEM
             sock.close()
             return
@@ -259,7 +261,7 @@ class Answering(Uncopied):
         elif caller._eof:
             self._close(token)
         else:
-            self._epoll.modify(caller.socket.fileno(), token, _fds.EPOLLIN)
+            self._epoll.modify(caller.socket.fileno(), token, descriptors.EPOLLIN)
 
     def _reply_to(self, token: int) -> None:
         caller = self._callers[token]
@@ -292,7 +294,7 @@ class Answering(Uncopied):
                 self._unread -= count
                 self._callers[token] = self._callers.pop(token)
         except BlockingIOError:
-            self._epoll.modify(caller.socket.fileno(), token, _fds.EPOLLOUT)
+            self._epoll.modify(caller.socket.fileno(), token, descriptors.EPOLLOUT)
             return
         except OSError:
             self._close(token)

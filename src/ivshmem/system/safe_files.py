@@ -1,7 +1,7 @@
 """Files in directories that others can write: found, opened and removed safely.
 
 Knows: whose links and files can be trusted, and that a path may lead elsewhere a moment later.
-Does not know: what the files are for, or how a new one gets its name (drafts.py).
+Does not know: what the files are for, or how a new one gets its name (new_files.py).
 
 Trusted are root, the user of this process, and the users that a caller accepts. Nothing here rests
 on fs.protected_symlinks and its like: some distributions switch them off.
@@ -21,7 +21,7 @@ import errno
 import os
 import stat
 
-from . import _fds
+from ..native import descriptors
 from .accounts import user_id, user_name, user_option
 from .uncopied import Uncopied
 
@@ -60,7 +60,7 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 @contextlib.contextmanager
-def closed_on_error(file: _fds.FdArray) -> Iterator[_fds.FdArray]:
+def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
     """Close a descriptor if the block fails. (If not, the exception's traceback keeps it open.)"""
     try:
         yield file
@@ -95,7 +95,7 @@ class Place(Uncopied):
     def __init__(
         self,
         path: str,
-        directory: _fds.FdArray,
+        directory: descriptors.FdArray,
         name: str,
         trusted: _Trusted,
         *,
@@ -132,7 +132,7 @@ class Place(Uncopied):
 
     def open(
         self, flags: int, *, lone: bool = False, strict: bool = True, streams: bool = False
-    ) -> _fds.FdArray:
+    ) -> descriptors.FdArray:
         """Open the file that has the name, if it can be trusted; its only descriptor is returned.
 
         It is never created or truncated, and a FIFO is not waited for.
@@ -152,7 +152,7 @@ class Place(Uncopied):
         flags |= os.O_NONBLOCK | os.O_NOCTTY
         if not self.inherited:
             flags |= os.O_NOFOLLOW
-        file = _fds.FdArray()
+        file = descriptors.FdArray()
         try:
             file.open(self.name, flags, dir_fd=self.fd)
         except OSError as error:
@@ -203,14 +203,14 @@ class Place(Uncopied):
             return _WrongDirectory(errno.EISDIR, what, self.path)
         return WrongKind(errno.EINVAL, what, self.path)
 
-    def create(self, flags: int, mode: int) -> _fds.FdArray:
+    def create(self, flags: int, mode: int) -> descriptors.FdArray:
         """Make an empty file that has the name, and open it.
 
         Raises:
             FileExistsError: something has the name; a link that leads nowhere, too.
             OSError: as of open(2), with the path.
         """
-        file = _fds.FdArray()
+        file = descriptors.FdArray()
         try:
             file.open(self.name, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.fd)
         except OSError as error:
@@ -230,7 +230,7 @@ class Place(Uncopied):
     def sync(self) -> None:
         """Have the directory on the disk; some file systems cannot be asked that."""
         with contextlib.suppress(OSError):
-            directory = _fds.FdArray()
+            directory = descriptors.FdArray()
             directory.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
             os.fsync(directory[0])
 
@@ -320,7 +320,7 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
         name = todo.pop()
         above = os.fstat(here[0])
         shared = bool(above.st_mode & 0o022) or not trusted.with_directory(above.st_uid)
-        child = _fds.FdArray()
+        child = descriptors.FdArray()
         try:
             child.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here[0])
         except FileNotFoundError:
@@ -359,9 +359,9 @@ def _parts(path: str) -> list[str]:
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
-def _directory(name: str, inside: int | None) -> _fds.FdArray:
+def _directory(name: str, inside: int | None) -> descriptors.FdArray:
     """Open a directory that is not a link."""
-    directory = _fds.FdArray()
+    directory = descriptors.FdArray()
     where = {} if inside is None else {"dir_fd": inside}
     try:
         # O_RDONLY, since O_PATH does not mount what autofs has there.

@@ -21,42 +21,18 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from . import _fds, locks, shapes
+from ..native import descriptors
+from . import locks
 from .accounts import group_id, user_id
-from .counting import counted
-from .errors import ServerGone
-from .named import NamedTuple
-from .plain import NAME, plain
+from .text import counted
 from .uncopied import Uncopied
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 
-# The abstract address, unix(7), of somebody who connects only to ask; random bytes follow. QEMU and
-# clients of the protocol have no address at all.
-ASK = b"\0ivshmem-ask-"
-
 _NO_FILE = (0, 0)  # a device and inode that no socket has
-_MOST_ANSWER = 4096  # bytes
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
-_UCRED = struct.Struct("iII")
-_SO_PEERGROUPS = 59  # socket(7), since Linux 4.13; Python does not name it
-_MOST_GROUPS = 256  # Python's getsockopt takes 1,024 bytes
 _TIMEVAL = struct.Struct("ll")
-
-
-class Credentials(NamedTuple):
-    """Who was on the other end when it connected (SO_PEERCRED), and what its process is called.
-
-    Attributes:
-        groups: its supplementary groups (SO_PEERGROUPS); None if they cannot be known.
-    """
-
-    pid: int
-    uid: int
-    gid: int
-    process: str
-    groups: tuple[int, ...] | None = ()
 
 
 def check_path(path: str | os.PathLike[str]) -> str:
@@ -225,7 +201,7 @@ class Listener(Uncopied):
         """
         uid = -1 if owner is None else user_id(owner)
         gid = -1 if group is None else group_id(group)
-        file = _fds.FdArray()
+        file = descriptors.FdArray()
         file.open(self.path, os.O_PATH | os.O_NOFOLLOW)
         try:
             fd = file[0]
@@ -362,7 +338,7 @@ def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
         return status.st_dev, status.st_ino
     try:
         # O_PATH opens what cannot be opened, a socket.
-        file = _fds.FdArray()
+        file = descriptors.FdArray()
         file.open(path, os.O_PATH | os.O_NOFOLLOW)
     except OSError:  # EMFILE
         os.unlink(path)
@@ -485,74 +461,6 @@ def _directory_locked(path: str) -> Iterator[None]:
         with contextlib.suppress(PermissionError):
             lock.enter_context(locks.locked(os.path.dirname(path) or ".", _LOCK_SECONDS))
         yield
-
-
-def question(path: str | os.PathLike[str], timeout: float) -> bytes:
-    """Return the first bytes that a server says to somebody with a question; it may say nothing.
-
-    Raises:
-        TimeoutError, OSError: as of `connect`.
-    """
-    deadline = time.monotonic() + timeout
-    with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
-        data = b""
-        # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
-        # ever, or something now and then: neither is waited for.
-        with contextlib.suppress(TimeoutError, ConnectionResetError):
-            while len(data) < _MOST_ANSWER and data[:1] in (b"", b"{"):
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                if not (more := sock.recv(_MOST_ANSWER)):
-                    break
-                data += more
-    return data
-
-
-def answer_in(data: bytes) -> dict[str, int]:
-    """What a server of this package answers in such bytes.
-
-    Raises:
-        shapes.Misshapen: it is not such an answer.
-    """
-    answer = shapes.loads(data)
-    _ANSWER(answer, "answer")
-    return {key: value for key, value in answer.items() if type(value) is int}
-
-
-def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
-    """What a server of this package serves, without becoming its peer.
-
-    Who connects from an abstract address that begins with ASK is told, in JSON, and not announced.
-
-    Returns:
-        protocol, vectors, size, page_size (bytes) and peers; from newer servers also device and
-        inode (of the memory's file) and name_lost (1: the memory's name does not lead to it).
-
-    Raises:
-        ServerGone: this server does not answer questions, or its answer makes no sense. (It may
-            have taken us for a peer.)
-        TimeoutError, OSError: as of `connect`.
-    """
-    data = question(path, timeout)
-    try:
-        return answer_in(data)
-    except shapes.Misshapen as error:
-        why = f": its answer makes no sense ({error})" if data[:1] == b"{" else ""
-        where = os.fsdecode(path)
-        raise ServerGone(f"{where}: this server does not answer questions{why}") from None
-
-
-_ANSWER = shapes.record(
-    protocol=shapes.integer(0),
-    vectors=shapes.integer(0, 2048),
-    size=shapes.integer(1, 1 << 62),
-    page_size=shapes.integer(1, 1 << 62),
-    peers=shapes.integer(0, 1 << 16),
-)
-
-
-def only_asks(address: object) -> bool:
-    """Whether an accepted connection comes from `ask`."""
-    return isinstance(address, bytes) and address.startswith(ASK)
 
 
 def connect(
@@ -728,34 +636,3 @@ def is_connection(fd: int) -> bool:
         return False  # it listens, or was never connected
     finally:
         sock.detach()
-
-
-def credentials(sock: socket.socket) -> Credentials:
-    """Who connected. A process that is gone, or hidden by another pid namespace, has no name."""
-    pid, uid, gid = _UCRED.unpack(
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as comm:
-            raw = comm.read()
-    except OSError:
-        raw = b""
-    process = plain(raw.removesuffix(b"\n"), NAME) or "?"
-    return Credentials(pid, uid, gid, process, _groups(sock, pid))
-
-
-def _groups(sock: socket.socket, pid: int) -> tuple[int, ...] | None:
-    """The supplementary groups of who connected, at that time; None if they cannot be known."""
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
-        return struct.unpack(f"{len(raw) // 4}I", raw)
-    except OSError:
-        pass  # ERANGE: they are more
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            for line in status:
-                if line.startswith("Groups:"):
-                    return tuple(map(int, line.split()[1:]))
-    except OSError:
-        pass
-    return None

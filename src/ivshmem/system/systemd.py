@@ -20,17 +20,16 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
-from . import logs
-from .counting import counted
-from .errors import reason_of
-from .plain import plain
+from ..errors import reason_of
+from . import late_logging
+from .text import counted, plain
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_log = logs.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.server")
 
 _FIRST = 3  # the first descriptor passed, SD_LISTEN_FDS_START
 _MOST = 253  # descriptors in a message, SCM_MAX_FD

@@ -120,3 +120,9 @@ def _octet(octet: int) -> str:
     if character in "\\'":
         return "\\" + character
     return character if " " <= character <= "~" else f"\\{octet:03o}"
+
+
+def counted(number: float, what: str) -> str:
+    """Say how many there are of something: 1 peer, 0 peers, 2.5 seconds."""
+    shown = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}" if number == 1 else f"{shown} {what}s"

@@ -25,7 +25,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from . import logs
+from . import late_logging
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-_log = logs.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.server")
 
 _PATIENCE = 0.2  # seconds until a command is not left to a thread that is kept from it
 
 
-class Turns:
+class WorkLock:
     """The turns of one object.
 
     Attributes:

@@ -15,11 +15,13 @@ from pathlib import Path
 from checks import in_child  # type: ignore[import-not-found]
 
 import ivshmem
-from ivshmem import Region, configfile, opening
+from ivshmem import Region
+from ivshmem import config as ivshmem_config
 from ivshmem.cli import daemon
 from ivshmem.config import RegionConfig
 from ivshmem.migration import Options, Plan, Step, Vm
-from ivshmem.migration.state import State
+from ivshmem.migration.state_file import StateFile
+from ivshmem.service import open_region
 
 NOBODY = 65534
 SIZE = 4096
@@ -83,7 +85,7 @@ def load(path: Path) -> None:
 
 
 def served(**config: object) -> None:
-    region, _ = opening.open_memory(RegionConfig("/none", **config))  # type: ignore[arg-type]
+    region, _ = open_region.open_memory(RegionConfig("/none", **config))  # type: ignore[arg-type]
     region.close()
 
 
@@ -95,8 +97,8 @@ USES: dict[str, Callable[[Path], object]] = {
     "serve": lambda path: served(file=str(path), size=SIZE),
     "pid file": with_pid_file,
     "load": load,
-    "config": configfile.load,
-    "state": State.load,
+    "config": ivshmem_config.load,
+    "state": StateFile.load,
 }
 NAME_USES: dict[str, Callable[[str], object]] = {
     "attach": lambda name: Region.attach(name=name).close(),
@@ -116,7 +118,7 @@ def another_users_link(shared: Path, private: Path) -> None:
             with refused("symbolic link", "uid 65534"):
                 use(path)
     with refused("symbolic link", "uid 65534"):
-        State.create(way / "new", PLAN)
+        StateFile.create(way / "new", PLAN)
     assert link.is_symlink()
     assert not (private / "new").exists()
 
@@ -225,9 +227,9 @@ def what_is_allowed(shared: Path, private: Path) -> None:
         save(place / "image")
         (place / "link").symlink_to("image")
         load(place / "link")
-        with State.create(place / "state", PLAN):
+        with StateFile.create(place / "state", PLAN):
             pass
-        with State.load(place / "state") as state:
+        with StateFile.load(place / "state") as state:
             state.remove()
         for path in (place / "link", place / "image"):
             path.unlink()

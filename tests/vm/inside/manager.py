@@ -43,7 +43,7 @@ def install(units: Path) -> None:
     command = Path("/usr/bin/ivshmem")
     command.write_text(
         f"#!{python}\nimport sys\nsys.path.insert(0, '{_SITE}')\n"
-        "from ivshmem.cli import main\nsys.exit(main())\n"
+        "from ivshmem.cli.main import main\nsys.exit(main())\n"
     )
     command.chmod(0o755)
     for unit in (units / "system").iterdir():

@@ -1,0 +1,5 @@
+"""The command line: `python -m ivshmem SUBCOMMAND`, installed as `ivshmem` too.
+
+stdout is for results, stderr for news. Exit status 0: done; 1: it could not be done, and one line
+on stderr says why and what to do; 2: wrong usage.
+"""

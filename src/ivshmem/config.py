@@ -1,0 +1,10 @@
+"""What a service is to serve: regions, each with a socket, memory and access rules.
+
+load(path)    the configuration in a TOML file
+parse(data)   the same of text that is at hand already
+"""
+
+from .service.config import ConfigError, RegionConfig, ServiceConfig
+from .service.config_file import load, parse
+
+__all__ = ["ConfigError", "RegionConfig", "ServiceConfig", "load", "parse"]

@@ -1,0 +1,5 @@
+"""Asks a running server over its control socket; service/control.py documents the protocol."""
+
+from .service.control_client import ControlClient, ControlError, default_path, request
+
+__all__ = ["ControlClient", "ControlError", "default_path", "request"]

@@ -1,0 +1,1 @@
+"""What outlives a process. Knows nothing of peers."""

@@ -1,0 +1,1 @@
+"""Shared memory: regions, pages, sizes, images."""

@@ -1,0 +1,164 @@
+"""The form of a region's table of names: slots, and a trailer at the end.
+
+Knows: bytes, checksums, what is a valid entry. Does not know: who lives, who may have a slot.
+
+Shared bytes are copied once, and only the copy is looked at.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from ..errors import NoDirectory, RegionError
+from ..memory.region import Region
+from ..memory.sizes import format_size
+from ..protocol.limits import MAX_VECTORS
+from ..system.text import counted
+from .limits import MAGIC, MAX_SLOTS, SLOT_BYTES
+
+# The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this
+# package is for, so that _memory's atomics, which have the machine's order, need no conversion.
+NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
+DEFAULT_SLOTS = 63
+VERSION = 1
+
+SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
+TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots
+OWNER, BEAT_OFFSET = 0, 8  # offsets in a slot
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a peer says of itself. A claim, not a proof: every peer can write every byte.
+
+    Attributes:
+        id: the peer to ring, 0..65535. Several processes of a guest have the same.
+        name, role: printable text; the role may be empty.
+        vectors: those that this name listens on.
+        alive: True: it was seen at work within the last seconds. None: it was not watched long
+            enough to tell. (Those who are known to be dead are not listed.)
+    """
+
+    id: int
+    name: str
+    role: str
+    vectors: range
+    alive: bool | None
+
+
+# -- the format -----------------------------------------------------------------------------------
+
+
+def default_slots(size: int) -> int:
+    """How many slots a region of `size` bytes gets if nobody says: at most half of it."""
+    return max(1, min(DEFAULT_SLOTS, size // 2 // SLOT_BYTES - 1))
+
+
+def pack(owner: int, peer: int, name: str, role: str, vectors: range) -> bytes:
+    """A slot's 128 bytes, the beat being 0."""
+    fields = peer, vectors.start, len(vectors), name.encode(), role.encode()
+    crc = checksum(SLOT.pack(owner, 0, 0, *fields))
+    return SLOT.pack(owner, 0, crc, *fields)
+
+
+def parse(raw: bytes) -> Entry | None:
+    """The entry in a slot's 128 bytes, `alive` being None; None if they are not a valid one."""
+    owner, _, crc, peer, first, count, name, role = SLOT.unpack(raw)
+    if not owner or crc != checksum(raw) or first + count > MAX_VECTORS:
+        return None
+    name, role = _text(name), _text(role)
+    if not name or role is None:
+        return None
+    return Entry(peer, name, role, range(first, first + count), None)
+
+
+def checksum(raw: bytes) -> int:
+    """Of a slot or the trailer: all but the beat and the checksum, which stand in bytes 8 to 19."""
+    return zlib.crc32(raw[:8] + raw[20:])
+
+
+def _text(field: bytes) -> str | None:
+    """The text of a field that is filled up with zeros; None if it is not one that is allowed."""
+    data, end, rest = field.partition(b"\0")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    return text if end and not any(rest) and _is_plain(text) else None
+
+
+def _is_plain(text: str) -> bool:
+    """No control characters, nothing invisible or that turns a terminal's line around."""
+    return text.isprintable() and text == text.strip(" ")
+
+
+def check_text(what: str, text: str, least: int, most: int) -> None:
+    if not _is_plain(text):
+        raise ValueError(f"{what} {text!r}: printable characters only, no space at either end")
+    if not least <= len(text.encode()) <= most:
+        raise ValueError(f"{what} {text!r}: {least} to {most} bytes of UTF-8 are allowed")
+
+
+def slots_of(region: Region) -> int | None:
+    """How many slots the directory of a region has; None if there is no valid directory.
+
+    Raises:
+        NoDirectory: it is of another version.
+    """
+    if region.size < 2 * SLOT_BYTES:
+        return None
+    raw = copy_slot(region, region.size - SLOT_BYTES)
+    magic, crc, version, slots = TRAILER.unpack(raw)
+    if magic != MAGIC or crc != checksum(raw):
+        return None
+    if version != VERSION:
+        raise NoDirectory(
+            f"the region has a directory of version {version}, which is not known here (version"
+            f" {VERSION} is)"
+        )
+    if not 1 <= slots <= MAX_SLOTS or not _fits(region.size, slots):
+        return None
+    return int(slots)
+
+
+def make_table(region: Region, slots: int) -> None:
+    """Make a directory where there is none. Valid entries, which lost their trailer, stay."""
+    if not _fits(region.size, slots):
+        raise RegionError(
+            f"a directory of {counted(slots, 'slot')} takes {(slots + 1) * SLOT_BYTES} bytes at a"
+            f" multiple of {SLOT_BYTES}, and the region has {format_size(region.size)}"
+        )
+    if region.readonly:
+        raise RegionError("the region is mapped for reading only: no directory can be made in it")
+    start = start_of(region.size, slots)
+    for offset in range(start, start + slots * SLOT_BYTES, SLOT_BYTES):
+        raw = copy_slot(region, offset)
+        if any(raw[:8]) and parse(raw) is None:
+            region.atomic_u64(offset + OWNER).store(0)
+    write_trailer(region, slots)
+
+
+def write_trailer(region: Region, slots: int) -> None:
+    crc = checksum(TRAILER.pack(MAGIC, 0, VERSION, slots))
+    data = TRAILER.pack(MAGIC, crc, VERSION, slots)
+    start = region.size - SLOT_BYTES
+    for offset in range(0, SLOT_BYTES, 8):
+        word = int.from_bytes(data[offset : offset + 8], "little")
+        region.atomic_u64(start + offset).store(word)
+
+
+def start_of(size: int, slots: int) -> int:
+    return size - (slots + 1) * SLOT_BYTES
+
+
+def _fits(size: int, slots: int) -> bool:
+    return size % SLOT_BYTES == 0 and start_of(size, slots) >= 0
+
+
+def copy_slot(region: Region, offset: int) -> bytes:
+    """128 bytes, copied once. They begin at a multiple of 128, so memcpy makes aligned accesses
+    only, as device memory needs.
+    """
+    return region.read(offset, SLOT_BYTES)

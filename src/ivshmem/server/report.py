@@ -1,0 +1,53 @@
+"""What a server says of its peers."""
+
+from __future__ import annotations
+
+from ..system.named_tuple import NamedTuple
+
+
+class Peer(NamedTuple):
+    """A peer as the server sees it.
+
+    Attributes:
+        id: 0..65535.
+        pid, uid, gid: of the process that connected, at that time.
+        process: its name; "?" where that cannot be known.
+        vectors: how many it has.
+        since: when it connected, seconds since the epoch.
+    """
+
+    id: int
+    pid: int
+    uid: int
+    gid: int
+    process: str
+    vectors: int
+    since: float
+
+
+class PeerReport(NamedTuple):
+    """How a peer stands at the moment.
+
+    Attributes:
+        peer: who it is.
+        readonly: whether it was given memory that it can only read.
+        set_up: whether it was sent its whole set-up.
+        pending: messages that it must still be sent.
+        stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
+        interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
+        leaves_told: how often it was told that somebody left.
+        leaves_held: how often it was not, and never will be: see Engine.hold_leaves.
+        held: whether it is sent nothing for now: see Engine.hold.
+        held_until: seconds since the epoch, if that ends by itself.
+    """
+
+    peer: Peer
+    readonly: bool
+    set_up: bool
+    pending: int
+    stalled_since: float | None
+    interrupts: tuple[int, ...]
+    leaves_told: int = 0
+    leaves_held: int = 0
+    held: bool = False
+    held_until: float | None = None

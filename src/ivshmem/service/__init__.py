@@ -1,0 +1,1 @@
+"""Several regions, and everything around a running server."""

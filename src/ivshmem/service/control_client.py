@@ -1,0 +1,290 @@
+"""The other side of the control socket: asks a running server.
+
+Knows: the types of all replies, who is believed. Does not know: what a server is.
+
+`control.py` documents the protocol. A client takes answers from root and its own user, and root
+takes them from anybody. What `ControlClient.ask` returns has the documented fields and types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Collection, Mapping
+
+from ..errors import IvshmemError
+from ..peer import inquiry
+from ..protocol.limits import MAX_ID, MAX_VECTORS
+from ..server.limits import LINGER
+from ..system import credentials, json_shapes, sockets
+from ..system.accounts import user_name
+from ..system.text import counted, plain
+from ..system.uncopied import Uncopied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+PROTOCOL = 1
+SUFFIX = ".control"
+
+
+_LOOK = 0.01  # seconds between two questions whether a peer has read all
+MOST_PID, MOST_UID = (1 << 31) - 1, (1 << 32) - 1
+_MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
+
+
+class ControlError(IvshmemError):
+    """A control socket was asked for something that it could not do; the message says why."""
+
+
+def default_path(server: str | os.PathLike[str]) -> str:
+    """Where the control socket of a server is, if nobody said otherwise."""
+    return os.path.abspath(os.fsdecode(server)) + SUFFIX
+
+
+def as_line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+# -- the other side -------------------------------------------------------------------------------
+
+_COUNT = json_shapes.integer(0)
+_PEER = json_shapes.record(
+    # Servers of older versions do not say these.
+    {
+        "leaves_told": _COUNT,
+        "leaves_held": _COUNT,
+        "held": json_shapes.flag(),
+        "held_until": json_shapes.optional(json_shapes.moment()),
+    },
+    id=json_shapes.integer(0, MAX_ID),
+    pid=json_shapes.integer(0, MOST_PID),
+    uid=json_shapes.integer(0, MOST_UID),
+    gid=json_shapes.integer(0, MOST_UID),
+    process=json_shapes.text(),
+    names=json_shapes.array(json_shapes.text()),
+    vectors=json_shapes.integer(0, MAX_VECTORS),
+    since=json_shapes.moment(),
+    readonly=json_shapes.flag(),
+    set_up=json_shapes.flag(),
+    pending=_COUNT,
+    stalled_since=json_shapes.optional(json_shapes.moment()),
+    interrupts=json_shapes.array(_COUNT, MAX_VECTORS),
+)
+_REGION = json_shapes.record(
+    {
+        "file_system": json_shapes.text(),
+        "holds_leaves": json_shapes.flag(),
+        "unreachable": json_shapes.text(),
+        "memory_leads_to": json_shapes.text(),
+    },
+    name=json_shapes.text(),
+    socket=json_shapes.text(),
+    vectors=json_shapes.integer(0, MAX_VECTORS),
+    size=_COUNT,
+    page_size=_COUNT,
+    source=json_shapes.text(),
+    memory=json_shapes.text(),
+    paused=json_shapes.text(),
+    counts=json_shapes.table(_COUNT),
+)
+_SERVER = json_shapes.record(
+    pid=json_shapes.integer(0, MOST_PID),
+    uid=json_shapes.integer(0, MOST_UID),
+    version=json_shapes.text(),
+    protocol=_COUNT,
+    since=json_shapes.moment(),
+    time=json_shapes.moment(),
+    cpu=json_shapes.number(),
+    resident=_COUNT,
+    fds=json_shapes.record(open=_COUNT, limit=json_shapes.optional(_COUNT)),
+    pid_namespace=_COUNT,
+)
+
+# What a reply to each request has, for whoever reads it; more fields may come.
+REPLIES: Mapping[str, json_shapes.Shape] = {
+    "version": json_shapes.record(version=json_shapes.text(), protocol=_COUNT, pid=_COUNT),
+    "status": json_shapes.record(server=_SERVER, regions=json_shapes.array(_REGION)),
+    "evict": json_shapes.record(region=json_shapes.text()),
+    "hold-leaves": json_shapes.record(region=json_shapes.text()),
+    "hold": json_shapes.record(region=json_shapes.text(), read=json_shapes.flag()),
+    "release": json_shapes.record(region=json_shapes.text(), held=json_shapes.flag()),
+    "reload": json_shapes.record(changes=json_shapes.array(json_shapes.text())),
+}
+_PEERS = json_shapes.record(
+    regions=json_shapes.array(json_shapes.record(peers=json_shapes.array(_PEER)))
+)
+_ANY_REPLY = json_shapes.record({"error": json_shapes.text()}, ok=json_shapes.flag())
+
+
+def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
+    """Raise shapes.Misshapen if a reply to this message is not what it should be."""
+    kind = message.get("do")
+    if isinstance(kind, str) and kind in REPLIES:
+        REPLIES[kind](reply, kind)
+        if kind == "status" and message.get("peers", True):
+            _PEERS(reply, kind)
+
+
+class ControlClient(Uncopied):
+    """A connection to a control socket; a context manager.
+
+    Args:
+        timeout: seconds for connecting, and for each reply.
+        users: uids whose servers are asked; None: root's and this process's, and root asks anybody.
+
+    Attributes:
+        server: who answers, as the kernel says.
+
+    Raises:
+        ControlError: another user answers at this path.
+        TimeoutError, OSError: as of sockets.connect.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        timeout: float = 10.0,
+        *,
+        users: Collection[int] | None = None,
+    ) -> None:
+        self.path = os.fsdecode(path)
+        self._timeout = timeout
+        # From this address a server would take us for somebody with a question, not for a peer, if
+        # this should be its other socket.
+        address = inquiry.ASK + os.urandom(8).hex().encode()
+        self._socket = sockets.connect(path, timeout, address=address)
+        self._rest = b""
+        self.server = credentials.credentials(self._socket)
+        mine = os.geteuid()
+        heard = {0, mine} if users is None else users
+        if self.server.uid not in heard and not (users is None and mine == 0):
+            self._socket.close()
+            whose = user_name(self.server.uid)
+            raise ControlError(
+                f"{self.path}: {whose} answers here, not your server: give the path of yours by -S"
+                f" or --control, or ask as {whose} or as root"
+            )
+
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a request, but for "ok".
+
+        Raises:
+            ControlError: the server could not do it; or this is no control socket; or the reply
+                makes no sense.
+            TimeoutError: no reply within the time limit. The connection is of no use any more.
+            ConnectionError: the server has closed the connection.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            self._send(as_line(message), deadline)
+            reply = self._receive(deadline)
+        except TimeoutError:
+            reason = f"no reply within {counted(self._timeout, 'second')}: is the server stopped?"
+            raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
+        if reply.pop("ok"):
+            try:
+                _check(message, reply)
+            except json_shapes.Misshapen as error:
+                raise ControlError(
+                    f"the server's reply makes no sense ({error}): is it of another version?"
+                ) from None
+            return reply
+        raise ControlError(plain(reply.get("error", "it could not be done")))
+
+    def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
+        """Have a peer sent no news, and wait until it has read what it was sent.
+
+        It ends by `release`, when the peer disconnects, and `linger` seconds after this connection
+        has ended. See Server.hold for why.
+
+        Raises:
+            ControlError: there is no such peer; or the server is of a version that cannot do it.
+            TimeoutError: the peer did not read all within the time limit; it is held all the same.
+            ConnectionError: the server has closed the connection.
+        """
+        deadline = time.monotonic() + self._timeout
+        message = {"do": "hold", "id": peer, "linger": linger, "region": region}
+        while not self.ask(message)["read"]:
+            if time.monotonic() > deadline:
+                reason = (
+                    f"peer {peer} has not read all that it was sent within {self._timeout:g}"
+                    " seconds: is it stopped? (It is sent nothing more until `ivshmem release"
+                    f" {peer}`)"
+                )
+                raise TimeoutError(errno.ETIMEDOUT, reason, self.path)
+            time.sleep(_LOOK)
+
+    def release(self, peer: int, *, region: str | None = None) -> bool:
+        """Have a peer sent news again; whether it was held.
+
+        Raises:
+            ControlError: there is no such peer; or the server is of a version that cannot do it.
+        """
+        reply = self.ask({"do": "release", "id": peer, "region": region})
+        return bool(reply["held"])
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        # Who refuses us says so and closes; so there may be something to read nonetheless.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.sendall(data)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        chunks = [self._rest]
+        size = 0
+        while b"\n" not in chunks[-1]:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = b""
+            with contextlib.suppress(ConnectionResetError):
+                data = self._socket.recv(1 << 18)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            size += len(data)
+            chunks.append(data)
+            if size > _MOST_REPLY:
+                raise self._stranger()
+            if not data:
+                if size or self._rest:
+                    raise self._stranger()
+                reason = "the server closed the connection: ask again"
+                raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
+        line, _, self._rest = b"".join(chunks).partition(b"\n")
+        with contextlib.suppress(json_shapes.Misshapen):
+            reply = json_shapes.loads(line)
+            _ANY_REPLY(reply, "reply")
+            return dict(reply)
+        raise self._stranger()
+
+    def _stranger(self) -> ControlError:
+        return ControlError(
+            f"{self.path}: this is no control socket (that of a server on this socket would be"
+            f" {self.path}{SUFFIX})"
+        )
+
+    def close(self) -> None:
+        """Close the connection; may be called twice."""
+        self._socket.close()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def request(
+    path: str | os.PathLike[str], message: Mapping[str, Any], timeout: float = 10.0
+) -> dict[str, Any]:
+    """The reply to one request, but for "ok".
+
+    Raises:
+        ControlError, TimeoutError, OSError: as of Client.
+    """
+    with ControlClient(path, timeout) as client:
+        return client.ask(message)

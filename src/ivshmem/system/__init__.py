@@ -1,0 +1,1 @@
+"""Linux in Python. Knows nothing of ivshmem."""
