@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from ivshmem.bench.cores import Pinning, cores_for
-from ivshmem.bench.roundtrip import EndFailed, Measured, Pair, measure
+from ivshmem.bench.roundtrip import Measured, Pair, measure
+from ivshmem.errors import WorkerFailed
 
 from . import floor, report
 from .ways import FLOOR, OURS, PEERS, Way, floors
@@ -98,7 +99,7 @@ class Suite:
     def _failing(self, setup: str, way: Way) -> Iterator[None]:
         try:
             yield
-        except EndFailed as error:
+        except WorkerFailed as error:
             self._clear()
             self.failures.append(f"{way.name} ({setup}): {error}")
             print(f"left out: {self.failures[-1]}", file=sys.stderr)

@@ -4,7 +4,8 @@ load(path)    the configuration in a TOML file
 parse(data)   the same of text that is at hand already
 """
 
-from .service.config import ConfigError, RegionConfig, ServiceConfig
+from .errors import ConfigError
+from .service.config import RegionConfig, ServiceConfig
 from .service.config_file import load, parse
 
 __all__ = ["ConfigError", "RegionConfig", "ServiceConfig", "load", "parse"]

@@ -1,5 +1,6 @@
 """Asks a running server over its control socket; service/control.py documents the protocol."""
 
-from .service.control_client import ControlClient, ControlError, default_path, request
+from .errors import ControlError
+from .service.control_client import ControlClient, default_path, request
 
 __all__ = ["ControlClient", "ControlError", "default_path", "request"]

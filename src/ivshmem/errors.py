@@ -1,46 +1,61 @@
-"""The exceptions of this package, and whose fault each one is.
+"""The exceptions of this package: the whole tree, and whose fault each one is.
 
     IvshmemError
      +-- ProtocolError                what the other end sent is not protocol version 0
      +-- ServerGone (ConnectionError) the server ended the connection before set-up was complete
      +-- RegionError (ValueError)     a size or a source that cannot be shared memory
      +-- ImageError (ValueError)      a saved region that is damaged, or does not fit
-     +-- NoSuchPeer (LookupError)     nobody with that id is connected
+     +-- NoSuchPeer (LookupError)     no peer with that id is connected
      +-- NoSuchVector (LookupError)   that peer, or this endpoint, has no such vector
      +-- NoDirectory (LookupError)    the region has no directory of names
-     +-- NoSuchName (LookupError)     nobody has published that name
-     +-- NameTaken                    somebody else has published that name, and lives
-     +-- DirectoryFull                every slot of the directory has an entry of the living
-     +-- NoFreeId                     every id is taken, or known to somebody who is connected
+     +-- NoSuchName (LookupError)     no peer has published that name
+     +-- NameTaken                    another living peer has published that name
+     +-- DirectoryFull                a living peer holds each slot of the directory
+     +-- NoFreeId                     every id is taken, or known to a peer that is connected
      +-- NoSuchDevice (LookupError)   no ivshmem device there, or several and none named
-     +-- NoInterrupts                 the way a device was opened, or its variant, has none
+     +-- NoInterrupts                 the device, or the way it was opened, has no interrupts
      +-- DeviceGone (ConnectionError) the device was unplugged while it was in use
      +-- ClosedError (ValueError)     the object was closed before, or while, it was used
-          +-- ServerFailed            the thread of Server.start ended by an error: its __cause__
+     |    +-- ServerFailed            the thread of Server.start ended by an error: its __cause__
+     +-- ConfigError (ValueError)     a configuration that cannot be served      ivshmem.config
+     +-- ControlError                 a running server refused a request         ivshmem.control
+     +-- MigrationError               a migration that did not happen            ivshmem.migration
+     |    +-- MigrationRefused        it would not work; nothing was touched
+     |    +-- MigrationFailed         the group runs at the source as before
+     |    +-- MigrationUnfinished     it stands still, and can be finished or undone
+     |    +-- StepFailed              one step failed
+     |    |    +-- UnplugPending      a guest was asked to release a device, and may still do so
+     |    |    +-- UnplugRefused      QEMU did not even ask the guest to release the device
+     |    +-- AlreadyMigrated         the step cannot be undone: the VM runs at the destination
+     +-- QmpError                     QEMU refused a command, or is silent       ivshmem.migration
+     |    +-- WrongAnswer             a reply that no known QEMU sends
+     |    +-- QemuGone                the connection to QEMU ended
+     +-- MetricsError                 metrics cannot be served here
+     +-- JournalError                 a journal that is damaged, or of another version
+     +-- HandoverError                a service was not handed over
+     +-- Misshapen (ValueError)       JSON of another process that has the wrong form
+     +-- NoAnswer                     the other side of a measurement is silent
+     +-- CommandError (ValueError)    a command of `ivshmem connect` that cannot be done
+    OSError                           what the operating system refuses, with its path in `filename`
+     +-- VfioUnusable                 vfio cannot give this device to any process here
+     +-- GroupHeld                    another process has the vfio group open
+     +-- WrongKind                    a path that leads to something else than a regular file
+          +-- WrongKindDirectory (IsADirectoryError)  it leads to a directory
+    RuntimeError
+     +-- WorkerFailed                 a process of a benchmark ended, or got stuck
 
-What the operating system refuses stays a plain OSError, with its path in `filename`; a time limit
-that ran out before an object existed is the built-in TimeoutError.
+`ivshmem` exports what stands above ConfigError. A module that is named beside a class
+exports that class and those below it. The others are internal: programs catch them by their base.
+A time limit that ran out before an object existed is the built-in TimeoutError.
 """
 
-__all__ = [
-    "ClosedError",
-    "DeviceGone",
-    "DirectoryFull",
-    "ImageError",
-    "IvshmemError",
-    "NameTaken",
-    "NoDirectory",
-    "NoFreeId",
-    "NoInterrupts",
-    "NoSuchDevice",
-    "NoSuchName",
-    "NoSuchPeer",
-    "NoSuchVector",
-    "ProtocolError",
-    "RegionError",
-    "ServerFailed",
-    "ServerGone",
-]
+from __future__ import annotations
+
+from .text import plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def reason_of(error: OSError) -> str:
@@ -118,3 +133,130 @@ class ServerFailed(ClosedError):
 
     `__cause__` is that error; `Server.error` has it, too.
     """
+
+
+class ConfigError(IvshmemError, ValueError):
+    """A configuration that cannot be served; nothing was changed."""
+
+
+class ControlError(IvshmemError):
+    """A running server refused a request at its control socket; the message says why."""
+
+
+class MetricsError(IvshmemError):
+    """Metrics were asked for, and this process cannot serve them."""
+
+
+class JournalError(IvshmemError):
+    """A journal that is damaged, or of another version; the message says which."""
+
+
+class HandoverError(IvshmemError):
+    """A service was not handed over: the old process keeps serving."""
+
+
+class Misshapen(IvshmemError, ValueError):
+    """JSON of the wrong form; the message says where, and what was seen."""
+
+
+class QmpError(IvshmemError):
+    """QEMU refused a command, does not answer, or is gone; the message says which, and why.
+
+    `kind` is QEMU's error class ("GenericError", ..), "" if it did not refuse.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(plain(message))
+        self.kind = kind
+
+
+class WrongAnswer(QmpError):
+    """A reply lacks a value, or has one of another type: no QEMU that we know sends it."""
+
+
+class QemuGone(QmpError):
+    """The connection to QEMU ended: QEMU ended, or what it sent was not QMP."""
+
+
+class MigrationError(IvshmemError):
+    """A migration that did not come about; the message says how things stand now, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))  # parts of it are QEMU's own words
+
+
+class MigrationRefused(MigrationError):
+    """It would not work: nothing was touched. `reasons` has all that were found, a line each."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        more = f" (and {len(reasons) - 1} more: see --dry-run)" if len(reasons) > 1 else ""
+        super().__init__(f"{reasons[0]}{more}")
+        self.reasons = tuple(map(plain, reasons))
+
+
+class StepFailed(MigrationError):
+    """One step of a migration failed."""
+
+
+class UnplugPending(StepFailed):
+    """A guest was asked to release a device and has not done so; it still may."""
+
+
+class UnplugRefused(StepFailed):
+    """QEMU did not even ask the guest to release a device."""
+
+
+class MigrationFailed(MigrationError):
+    """The migration failed; the group runs at the source as before."""
+
+
+class MigrationUnfinished(MigrationError):
+    """A migration stands still, and can be finished: see `migration.resume`.
+
+    Attributes:
+        step: the step at which it stands, in words ("migrate web").
+        vm: the name of the VM that the step is about, "" if it is about none.
+        path: the file that holds the state.
+    """
+
+    def __init__(self, message: str, step: str, vm: str, path: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.vm = vm
+        self.path = path
+
+
+class AlreadyMigrated(MigrationError):
+    """A migration that was to be undone has completed; or not `wholly`: the guest has gone."""
+
+    def __init__(self, message: str, *, wholly: bool = True) -> None:
+        super().__init__(message)
+        self.wholly = wholly
+
+
+class NoAnswer(IvshmemError):
+    """The peer does not answer, or stopped answering."""
+
+
+class CommandError(IvshmemError, ValueError):
+    """A command of `ivshmem connect` that cannot be carried out as it stands."""
+
+
+class WorkerFailed(RuntimeError):
+    """One of the two processes of a measurement ended, or got stuck."""
+
+
+class VfioUnusable(OSError):
+    """vfio cannot give this device to any process, as this machine is set up."""
+
+
+class GroupHeld(OSError):
+    """Another process has the vfio group open."""
+
+
+class WrongKind(OSError):
+    """A path leads to something else than a regular file."""
+
+
+class WrongKindDirectory(WrongKind, IsADirectoryError):
+    """The path leads to a directory."""

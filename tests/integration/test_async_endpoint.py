@@ -19,6 +19,7 @@ from support.waiting import PATIENCE
 import ivshmem
 from ivshmem import ClosedError, Directory, Interrupt, NameTaken, NoSuchName, NoSuchVector, Region
 from ivshmem.aio import AsyncEndpoint, connect_async, lookup_async, publish_async
+from ivshmem.peer import names_table
 from ivshmem.peer.endpoint import Endpoint, Event
 
 MakeServer = Callable[..., ivshmem.Server]
@@ -378,7 +379,7 @@ def test_names_without_waiting_in_the_loop() -> None:
 def test_publishing_takes_a_time_limit_there_too() -> None:
     async def main() -> None:
         with Region.create("4K") as region, Directory.create(region) as table:
-            region.write(2048, ivshmem.directory.pack(77, 9, "a", "", range(1)))
+            region.write(2048, names_table.pack(77, 9, "a", "", range(1)))
             begun = time.monotonic()
             with pytest.raises(NameTaken):
                 await publish_async(table, "a", id=1, timeout=0.02)

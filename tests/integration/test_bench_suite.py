@@ -21,7 +21,8 @@ from support.waiting import until
 
 from ivshmem.bench import roundtrip
 from ivshmem.bench.cores import cores_for
-from ivshmem.bench.roundtrip import End, EndFailed, Pair, measure, python_end
+from ivshmem.bench.roundtrip import End, Pair, measure, python_end
+from ivshmem.errors import WorkerFailed
 
 (EVENTFD,) = [way for way in PEERS if way.name == "os.eventfd"]
 
@@ -102,19 +103,21 @@ def test_a_measurement_keeps_to_its_time_if_it_can() -> None:
 def test_an_end_that_dies_in_the_middle() -> None:
     dies = shell("echo ready; read line; echo first; echo it broke >&2; exit 3")
     with Pair(WAITS, dies, cores_for("free")) as pair:
-        with pytest.raises(EndFailed) as caught:
+        with pytest.raises(WorkerFailed) as caught:
             pair.trips(5)
     assert str(caught.value) == "the echo end ended with exit status 3: it broke"
 
 
 def test_an_end_that_is_killed() -> None:
     with Pair(shell("echo ready; read line; kill -9 $$"), WAITS, cores_for("free")) as pair:
-        with pytest.raises(EndFailed, match="the ping end was ended by signal 9: it said nothing"):
+        with pytest.raises(
+            WorkerFailed, match="the ping end was ended by signal 9: it said nothing"
+        ):
             pair.trips(5)
 
 
 def test_an_end_that_does_not_start() -> None:
-    with pytest.raises(EndFailed, match=r"the echo end .*No module named 'nowhere'"):
+    with pytest.raises(WorkerFailed, match=r"the echo end .*No module named 'nowhere'"):
         Pair(WAITS, python_end("echo", "nowhere:at_all"), cores_for("free"))
     with pytest.raises(FileNotFoundError):
         Pair(WAITS, End(["/nowhere/at/all"]), cores_for("free"))
@@ -123,7 +126,7 @@ def test_an_end_that_does_not_start() -> None:
 def test_an_end_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     with Pair(WAITS, WAITS, cores_for("free")) as pair:
         monkeypatch.setattr(roundtrip, "PATIENCE", 0.01)
-        with pytest.raises(EndFailed, match="nothing came from either end for"):
+        with pytest.raises(WorkerFailed, match="nothing came from either end for"):
             pair.trips(5)
 
 

@@ -25,6 +25,7 @@ from support.waiting import PATIENCE, until
 import ivshmem
 from ivshmem.bench import remote
 from ivshmem.cli import main as cli
+from ivshmem.errors import NoAnswer
 
 BENCH = [sys.executable, "-W", "error", "-m", "ivshmem", "bench"]
 
@@ -353,7 +354,7 @@ class TestPeers:
             thread = threading.Thread(target=lambda: other.echo(end.id, rounds=100))
             thread.start()
             remote.knock(end, other.id, 0, PATIENCE, lambda: None)
-            with pytest.raises(remote.NoAnswer, match=r"fell silent after \d+ round trips"):
+            with pytest.raises(NoAnswer, match=r"fell silent after \d+ round trips"):
                 list(remote.round_trips(end, other.id, 0, 30))
             thread.join()
         assert signal.getsignal(signal.SIGALRM) is handler
@@ -376,7 +377,7 @@ class TestPeers:
             thread = threading.Thread(target=ring)
             thread.start()
             try:
-                with pytest.raises(remote.NoAnswer, match="choose another vector"):
+                with pytest.raises(NoAnswer, match="choose another vector"):
                     remote.knock(end, other.id, 0, PATIENCE, lambda: None)
             finally:
                 done.set()

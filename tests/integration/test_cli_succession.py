@@ -24,6 +24,7 @@ from support.faults import Faults
 from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
+from ivshmem.errors import HandoverError
 from ivshmem.lasting import handover
 from ivshmem.lasting.journal import Journal
 from ivshmem.service import snapshots
@@ -505,7 +506,7 @@ def test_what_cannot_be_understood_is_not_taken(
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(f"{path}.control")
         sock.sendall(b'{"do": "takeover"}\n')
-        with pytest.raises(handover.HandoverError):
+        with pytest.raises(HandoverError):
             handover.take(sock, snapshots)
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)

@@ -22,10 +22,10 @@ from support.waiting import until
 
 from ivshmem import connect
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.lasting.journal import Journal, JournalError
+from ivshmem.errors import JournalError, Misshapen
+from ivshmem.lasting.journal import Journal
 from ivshmem.service import snapshots
 from ivshmem.service.service import Service
-from ivshmem.system.json_shapes import Misshapen
 
 RECORDS = 0x10000 + (1 << 28)  # where the first ones are
 WRONG: list[Any] = [None, True, -1, 1 << 70, 0.5, float("nan"), "x", [], [[]], {}, {"a": 1}]

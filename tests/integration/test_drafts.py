@@ -14,8 +14,9 @@ from support.mounts import mounted, root
 
 import ivshmem
 from ivshmem.cli import daemon
+from ivshmem.errors import MigrationError
 from ivshmem.memory import image
-from ivshmem.migration.model import MigrationError, Options, Plan
+from ivshmem.migration.model import Options, Plan
 from ivshmem.migration.state_file import StateFile
 
 pytestmark = pytest.mark.skipif(not root, reason="mounts file systems: needs root")

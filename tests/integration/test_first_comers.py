@@ -25,9 +25,9 @@ from support.leaks import names_in
 import ivshmem
 from ivshmem.cli import daemon
 from ivshmem.cli import main as cli
-from ivshmem.errors import IvshmemError
+from ivshmem.errors import IvshmemError, MigrationError
 from ivshmem.memory import image
-from ivshmem.migration.model import MigrationError, Options, Plan
+from ivshmem.migration.model import Options, Plan
 from ivshmem.migration.state_file import StateFile
 from ivshmem.system import safe_files
 

@@ -22,9 +22,9 @@ import ivshmem
 import ivshmem.system.sockets
 from ivshmem import control
 from ivshmem.control import ControlError
+from ivshmem.errors import UnplugPending
 from ivshmem.lasting.journal import Chapter, Journal
 from ivshmem.migration.held_news import news_held
-from ivshmem.migration.hotplug import Pending
 from ivshmem.migration.model import Step
 
 VECTORS = 2
@@ -332,11 +332,11 @@ def test_a_guest_that_has_longer_is_held_longer(served: Served) -> None:
 
         async def unplug() -> None:
             async with news_held(step, 300.0):
-                raise Pending("the guest has not let go of it")
+                raise UnplugPending("the guest has not let go of it")
 
         migrating = Background(lambda: asyncio.run(unplug()))
         until(lambda: held(served))
-        with pytest.raises(Pending):
+        with pytest.raises(UnplugPending):
             migrating.result()
         until(lambda: held(served)[peer.id] is not None)
         assert 200 < (held(served)[peer.id] or 0) - time.time() <= 300

@@ -37,7 +37,7 @@ COSTLY = {
     *("pathlib", "threading", "argparse", "prometheus_client", "qemu"),
 }
 
-START = "system __init__ __main__ errors system.text system.uncopied cli cli.main cli.run"
+START = "system __init__ __main__ errors text system.uncopied cli cli.main cli.run"
 OPTIONS = (
     f"{START} protocol protocol.limits peer peer.limits server server.limits service "
     "service.limits peer.default_paths cli cli.arguments"
@@ -48,7 +48,7 @@ PARENT = (
     "cli.daemon cli.supervise lasting.supervised"
 )
 SERVES = (
-    f"{OPTIONS} native native.descriptors system system.text native.mapping native.wire "
+    f"{OPTIONS} native native.descriptors system text native.mapping native.wire "
     "server server.access system.accounts qemu qemu.accounts system.requests service "
     "service.reload_plan service.config service.control service.control_client "
     "system.processes system.new_files qemu.programs server.engine server.report lasting "
@@ -63,7 +63,7 @@ SERVES = (
     "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
 ASKS = (
-    f"{OPTIONS} native native.descriptors system system.text system.accounts qemu "
+    f"{OPTIONS} native native.descriptors system text system.accounts qemu "
     "qemu.accounts system.requests service service.control service.control_client "
     "system.processes system.locks server server.log_events system.late_logging "
     "system.named_tuple system.json_shapes memory memory.sizes system.sockets peer "
@@ -72,7 +72,7 @@ ASKS = (
 LISTENS = (
     f"{OPTIONS} native native.descriptors native.mapping native.wire server server.access "
     "system system.accounts qemu qemu.accounts service service.reload_plan service.config "
-    "system.text system.new_files qemu.programs server.engine server.report lasting "
+    "text system.new_files qemu.programs server.engine server.report lasting "
     "lasting.journal lasting.supervisor system.locks server.log_events "
     "system.late_logging system.loop system.named_tuple system.systemd "
     "service.open_region system.processes memory memory.pages protocol protocol.roster "
@@ -116,7 +116,7 @@ TABLE = {
     "qemu": (
         [*IVSHMEM, "qemu", "-S", "PATH"],
         (
-            f"{OPTIONS} native native.descriptors system system.text system.accounts qemu "
+            f"{OPTIONS} native native.descriptors system text system.accounts qemu "
             "qemu.accounts system.locks system.named_tuple system.json_shapes memory memory.sizes "
             "system.sockets peer peer.inquiry system.credentials cli cli.qemu qemu.cmdline "
             "qemu.old_device"

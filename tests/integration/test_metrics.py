@@ -15,6 +15,7 @@ from support.running import Running
 from support.waiting import PATIENCE, until
 
 import ivshmem
+from ivshmem.errors import MetricsError
 from ivshmem.service import metrics
 from ivshmem.system import requests
 
@@ -181,5 +182,5 @@ def test_a_port_that_is_taken(scraped: Scraped) -> None:
 def test_without_prometheus_client(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with Running({"default": socket_path}) as running:
-        with pytest.raises(metrics.MetricsError, match=r"pip install prometheus-client"):
+        with pytest.raises(MetricsError, match=r"pip install prometheus-client"):
             metrics.Metrics("0", running.service)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem.migration import Failed, Options, Plan, Step, migrate
+from ivshmem.migration import MigrationFailed, Options, Plan, Step, migrate
 from ivshmem.migration.model import FoundPeer
 
 
@@ -69,7 +69,7 @@ def test_other_tasks_go_on(disk: Disk, tmp_path: Path) -> None:
         await ticking(disk, 0)
         assert not task.done()
         disk.goes_on.set()
-        with pytest.raises(Failed):
+        with pytest.raises(MigrationFailed):
             await task
 
     asyncio.run(main())

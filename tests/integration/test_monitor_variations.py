@@ -398,5 +398,7 @@ def fresh_left() -> Says:
 @pytest.mark.parametrize("status", ["postcopy-device", "failed", "crash-landing", "completed"])
 def test_a_plan_sees_a_destination_that_is_left_over(two: Two, status: str) -> None:
     two.answer({}, {"query-migrate": {"status": status}})
-    with pytest.raises(migration.Refused, match=rf"\(status {status}\): end that QEMU, and start"):
+    with pytest.raises(
+        migration.MigrationRefused, match=rf"\(status {status}\): end that QEMU, and start"
+    ):
         asyncio.run(migration.prepare([two.vm]))

@@ -24,7 +24,7 @@ import ivshmem
 from ivshmem import ServerGone
 from ivshmem.peer import inquiry
 from ivshmem.qemu import cmdline, old_device
-from ivshmem.system.text import command
+from ivshmem.text import command
 
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem.qemu.answers import QmpError
-from ivshmem.qemu.monitor import Monitor, QemuGone
+from ivshmem.errors import QemuGone, QmpError
+from ivshmem.qemu.monitor import Monitor
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}}, "capabilities": []}}\n'

@@ -21,7 +21,7 @@ from support.waiting import PATIENCE
 
 import ivshmem
 from ivshmem.cli import main as cli
-from ivshmem.system.text import command
+from ivshmem.text import command
 
 HOME = Path(ivshmem.__file__).parent
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])

@@ -17,8 +17,9 @@ from support.serving import running
 from support.waiting import PATIENCE, until
 
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.errors import JournalError
 from ivshmem.lasting.fd_store import FdStore
-from ivshmem.lasting.journal import Journal, JournalError
+from ivshmem.lasting.journal import Journal
 from ivshmem.system.systemd import Notifier
 
 BOUND = 5.0  # seconds for a join on a busy machine; the manager may take 30

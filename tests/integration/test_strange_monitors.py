@@ -19,11 +19,11 @@ import pytest
 from support.fake_qmp import FakeMonitor, FakeQemu, Refusal
 
 from ivshmem import migration
-from ivshmem.migration import Options, Refused, Step, Vm
-from ivshmem.migration.model import StepFailed
+from ivshmem.errors import AlreadyMigrated, QmpError, StepFailed, WrongAnswer
+from ivshmem.migration import MigrationRefused, Options, Step, Vm
 from ivshmem.migration.monitors import Monitors
-from ivshmem.migration.transfer import Arrived, Mover
-from ivshmem.qemu.answers import Answer, QmpError, WrongAnswer
+from ivshmem.migration.transfer import Mover
+from ivshmem.qemu.answers import Answer
 from ivshmem.qemu.monitor import Monitor
 
 
@@ -45,7 +45,7 @@ class Pair:
         said = ""
         try:
             asyncio.run(migration.prepare([self.vm]))
-        except (QmpError, Refused) as error:
+        except (QmpError, MigrationRefused) as error:
             said = str(error)
         assert "\n" not in said
         said.encode()
@@ -234,7 +234,7 @@ def test_postcopy_when_the_destination_runs(pair: Pair, status: str) -> None:
     pair.destination.instead = {
         "query-status": Scripted({"status": "inmigrate"}, {"status": "running"})
     }
-    with pytest.raises(Arrived, match="runs at the destination") as error:
+    with pytest.raises(AlreadyMigrated, match="runs at the destination") as error:
         until_back(pair)
     assert not error.value.wholly
 
@@ -244,7 +244,7 @@ def test_postcopy_whose_destination_is_gone(pair: Pair, monkeypatch: pytest.Monk
     monkeypatch.setattr("ivshmem.migration.transfer._SETTLE", 0.3)
     pair.destination.instead = {"query-status": Refusal()}
     pair.source.instead = {"query-migrate": statuses("postcopy-paused")}
-    with pytest.raises(Arrived):
+    with pytest.raises(AlreadyMigrated):
         until_back(pair)
     pair.source.instead = {"query-migrate": statuses("postcopy-device")}
     with pytest.raises(StepFailed, match=r"status postcopy-device.*not known where its guest"):

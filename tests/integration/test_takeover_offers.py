@@ -24,6 +24,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.errors import HandoverError
 from ivshmem.lasting import handover
 from ivshmem.service import snapshots
 from ivshmem.service.service import Service
@@ -74,7 +75,7 @@ def refused(data: bytes, fds: list[list[int]] | None = None, *, silent: bool = F
                 assert b"m" not in theirs.recv(100), "it took what makes no sense"
 
         offering = Background(offer)
-        with pytest.raises(handover.HandoverError) as caught:
+        with pytest.raises(HandoverError) as caught:
             handover.take(ours, snapshots)
         ours.close()
         offering.result()
@@ -142,7 +143,7 @@ class TestBytes:
 
             dripping = Background(drip)
             begun = time.monotonic()
-            with pytest.raises(handover.HandoverError, match="no answer within"):
+            with pytest.raises(HandoverError, match="no answer within"):
                 handover.take(ours, snapshots)
             assert time.monotonic() - begun < PATIENCE / 2
             ours.close()

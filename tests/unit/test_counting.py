@@ -10,7 +10,7 @@ import pytest
 import ivshmem
 from ivshmem.cli import status_text
 from ivshmem.memory.sizes import format_size
-from ivshmem.system.text import counted
+from ivshmem.text import counted
 
 HOME = Path(ivshmem.__file__).parent
 

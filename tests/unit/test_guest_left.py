@@ -19,6 +19,7 @@ from support.fake_vfio import FakeVfio
 from ivshmem import guest
 from ivshmem.cli.main import main
 from ivshmem.doctor.guest import DeviceSteps
+from ivshmem.errors import VfioUnusable
 from ivshmem.guest import pci, uio, vfio
 from ivshmem.guest.device import best_way
 
@@ -66,7 +67,7 @@ def test_it_is_opened(machine: FakePci, kernel: FakeVfio) -> None:
 def test_the_mode_was_switched_off_since(machine: FakePci, kernel: FakeVfio) -> None:
     """vfio has no driver for its made up group then; what is named is not the IOMMU's driver."""
     kernel.types = set()
-    with pytest.raises(vfio.Unusable, match="vfio's no-IOMMU mode is off: as root, `echo Y > "):
+    with pytest.raises(VfioUnusable, match="vfio's no-IOMMU mode is off: as root, `echo Y > "):
         guest.open()
 
 

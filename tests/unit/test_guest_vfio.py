@@ -19,8 +19,9 @@ from support.limits import free_fds
 from support.waiting import PATIENCE, Background
 
 from ivshmem import DeviceGone, Interrupt, NoInterrupts, NoSuchVector, guest
+from ivshmem.errors import VfioUnusable
 from ivshmem.guest import vfio
-from ivshmem.guest.vfio import Unusable, Vfio
+from ivshmem.guest.vfio import Vfio
 
 A = "0000:00:04.0"
 GROUP = 7
@@ -99,7 +100,7 @@ def test_what_makes_it_unusable(kernel: FakeVfio, answers: dict[str, object], te
     for name, value in answers.items():
         setattr(kernel, name, value)
     before = open_fds()
-    with pytest.raises(Unusable, match=text) as error:
+    with pytest.raises(VfioUnusable, match=text) as error:
         Vfio(A, GROUP)
     assert error.value.filename == str(path)
     assert open_fds() == before
@@ -110,7 +111,7 @@ def test_no_iommu_mode_is_for_the_privileged(kernel: FakeVfio) -> None:
     kernel.add_group(0, iommu=False)
     kernel.rawio = False
     before = open_fds()
-    with pytest.raises(Unusable, match="is for processes with CAP_SYS_RAWIO"):
+    with pytest.raises(VfioUnusable, match="is for processes with CAP_SYS_RAWIO"):
         Vfio(A, 0, iommu=False)
     assert open_fds() == before
 
@@ -120,20 +121,20 @@ def test_what_the_kernel_does_not_have(kernel: FakeVfio, missing: str) -> None:
     kernel.add_group(GROUP)
     (kernel.dev / missing).unlink()
     before = open_fds()
-    with pytest.raises(Unusable, match="no such vfio device in this kernel") as error:
+    with pytest.raises(VfioUnusable, match="no such vfio device in this kernel") as error:
         Vfio(A, GROUP)
     assert (error.value.errno, error.value.filename) == (errno.ENODEV, str(kernel.dev / missing))
     assert open_fds() == before
 
 
 def test_somebody_else_has_it(kernel: FakeVfio) -> None:
-    """Not Unusable: to fall back to another way would take the device from who has it."""
+    """Not VfioUnusable: to fall back to another way would take the device from who has it."""
     path = kernel.add_group(GROUP)
     kernel.busy = True
     before = open_fds()
     with pytest.raises(OSError, match="another process has the device open") as error:
         Vfio(A, GROUP)
-    assert not isinstance(error.value, Unusable)
+    assert not isinstance(error.value, VfioUnusable)
     assert (error.value.errno, error.value.filename) == (errno.EBUSY, str(path))
     assert open_fds() == before
 
@@ -147,7 +148,7 @@ def test_whatever_call_fails(kernel: FakeVfio, number: int, code: int) -> None:
     with pytest.raises(OSError) as error:
         Vfio(A, GROUP)
     assert error.value.errno == code
-    assert not isinstance(error.value, Unusable)
+    assert not isinstance(error.value, VfioUnusable)
     assert len(kernel.calls) == number + 1
     assert open_fds() == before
 
@@ -420,7 +421,7 @@ def test_where_it_is_unusable_sysfs_it_is(machine: FakePci, kernel: FakeVfio, an
         assert device.access == "sysfs"
         with pytest.raises(NoInterrupts, match=f"vfio cannot be used: .*{reason}"):
             device.wait(0, 0)
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(VfioUnusable, match=reason):
         guest.open(access="noiommu")
     assert machine.driver(A) == ""
 
@@ -435,16 +436,16 @@ def test_a_mode_that_is_off(
         with pytest.raises(NoInterrupts, match="this guest has no IOMMU, which vfio needs"):
             device.wait(0, 0)
     assert kernel.calls == []
-    with pytest.raises(Unusable, match="this guest has no IOMMU, which vfio needs: give QEMU"):
+    with pytest.raises(VfioUnusable, match="this guest has no IOMMU, which vfio needs: give QEMU"):
         guest.open(access="vfio")
     with pytest.raises(
-        Unusable, match="this kernel's vfio has no no-IOMMU mode; this guest has no"
+        VfioUnusable, match="this kernel's vfio has no no-IOMMU mode; this guest has no"
     ):
         guest.open(access="noiommu")
     vfio.NOIOMMU.write_text("N\n")
     switch = f"`echo Y > {vfio.NOIOMMU}`"
     monkeypatch.setattr(vfio, "ENABLE_NOIOMMU", switch.strip("`"))
-    with pytest.raises(Unusable, match=f"vfio's no-IOMMU mode is off; .*: as root, {switch}"):
+    with pytest.raises(VfioUnusable, match=f"vfio's no-IOMMU mode is off; .*: as root, {switch}"):
         guest.open(access="noiommu")
     with guest.open() as device, pytest.raises(NoInterrupts, match=f"or let vfio .*: {switch}"):
         device.wait(0, 0)
@@ -491,13 +492,13 @@ def test_what_vfio_pci_has_is_not_tried_by_sysfs(machine: FakePci, kernel: FakeV
     machine.add(A, group=GROUP, driver="vfio-pci")
     kernel.add_group(GROUP)
     kernel.remaps = False
-    with pytest.raises(Unusable, match="does not remap interrupts"):
+    with pytest.raises(VfioUnusable, match="does not remap interrupts"):
         guest.open()
 
 
 def test_no_driver_of_that_name(machine: FakePci, kernel: FakeVfio) -> None:
     machine.add(A, group=GROUP)
-    with pytest.raises(Unusable, match="this kernel has no vfio-pci"):
+    with pytest.raises(VfioUnusable, match="this kernel has no vfio-pci"):
         guest.open(access="vfio")
     with guest.open() as device:
         with pytest.raises(NoInterrupts, match="vfio cannot be used: this kernel has no vfio-pci"):

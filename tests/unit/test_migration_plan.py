@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmem.migration import Options, Plan, Refused, Vm
+from ivshmem.migration import MigrationRefused, Options, Plan, Vm
 from ivshmem.migration.model import Found, FoundPeer, FoundServer, Kind, Place, Qemu, VmDevice
 from ivshmem.migration.plan import make_plan
 
@@ -76,7 +76,7 @@ class Case:
         return make_plan(self.vms, found, self.options)
 
     def reasons(self) -> list[str]:
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(MigrationRefused) as refused:
             self.plan()
         return list(refused.value.reasons)
 
@@ -287,7 +287,7 @@ def test_vms_are_refused(change: Mapping[str, str], reason: str) -> None:
 
 
 def test_no_vm() -> None:
-    with pytest.raises(Refused, match="no VM"):
+    with pytest.raises(MigrationRefused, match="no VM"):
         make_plan([], Found({}, {}))
 
 
@@ -296,7 +296,7 @@ def test_all_reasons_are_told() -> None:
     case.change("o0", pluggable=False)
     case.source["a"] = replace(case.source["a"], status="postmigrate")
     assert len(case.reasons()) == 2
-    with pytest.raises(Refused, match="1 more"):
+    with pytest.raises(MigrationRefused, match="1 more"):
         case.plan()
 
 

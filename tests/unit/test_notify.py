@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from support.peer import Eventfds, eventfd_id
 
+from ivshmem.errors import JournalError
 from ivshmem.lasting.fd_store import FdStore, place, sort_out
-from ivshmem.lasting.journal import Chapter, Journal, JournalError
+from ivshmem.lasting.journal import Chapter, Journal
 from ivshmem.system.systemd import Notifier, check_name, listen_fds
 
 

@@ -10,7 +10,7 @@ import unicodedata
 
 import pytest
 
-from ivshmem.system.text import MARK, MOST, command, paragraph, plain, quoted
+from ivshmem.text import MARK, MOST, command, paragraph, plain, quoted
 
 WRITTEN_OUT: dict[str, tuple[str | bytes, str]] = {
     "escape sequence": ("a\x1b[31mred", r"a\x1b[31mred"),

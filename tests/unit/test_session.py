@@ -10,7 +10,7 @@ import pytest
 from ivshmem import ProtocolError
 from ivshmem.protocol.framing import Message
 from ivshmem.protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
-from ivshmem.system.text import counted
+from ivshmem.text import counted
 
 # Messages in short: a number, or a number with descriptors.
 Short = int | tuple[int, ...]

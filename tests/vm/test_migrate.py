@@ -36,7 +36,14 @@ from support.waiting import until
 
 import ivshmem
 from ivshmem import migration
-from ivshmem.migration import Failed, MigrationError, Options, Refused, Unfinished, Vm
+from ivshmem.migration import (
+    MigrationError,
+    MigrationFailed,
+    MigrationRefused,
+    MigrationUnfinished,
+    Options,
+    Vm,
+)
 from ivshmem.migration.state_file import StateFile
 from ivshmem.qemu.monitor import Monitor
 
@@ -277,10 +284,12 @@ def test_postcopy_is_interrupted(on_tmpfs: MakeGroup) -> None:
     def interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Unfinished, match=r"\(postcopy\); it stands at step 2 of 4.*finishes it \("):
+    with pytest.raises(
+        MigrationUnfinished, match=r"\(postcopy\); it stands at step 2 of 4.*finishes it \("
+    ):
         postcopied(moving, interrupt)
     assert moving.source["a"].qmp("query-migrate")["status"] == "postcopy-active"
-    with pytest.raises(Unfinished, match="runs at the destination already"):
+    with pytest.raises(MigrationUnfinished, match="runs at the destination already"):
         asyncio.run(migration.put_back(moving.state))
     asyncio.run(migration.resume(moving.state))
     moving.check_there()
@@ -290,9 +299,11 @@ def test_postcopy_is_interrupted(on_tmpfs: MakeGroup) -> None:
 def test_the_link_is_cut_amid_postcopy(on_tmpfs: MakeGroup) -> None:
     moving = pair(on_tmpfs, "plain")
     uri = next(vm.uri for vm in moving.vms() if vm.name == "a")
-    with pytest.raises(Unfinished, match=r"lost amid postcopy.*migrate-recover.*step 2 of 4"):
+    with pytest.raises(
+        MigrationUnfinished, match=r"lost amid postcopy.*migrate-recover.*step 2 of 4"
+    ):
         postcopied(moving, lambda: cut_off(moving.source["a"].process.pid, uri))
-    with pytest.raises(Unfinished, match="lost amid postcopy"):
+    with pytest.raises(MigrationUnfinished, match="lost amid postcopy"):
         asyncio.run(migration.resume(moving.state))
     destination = moving.destination["a"]
     until(lambda: destination.qmp("query-migrate")["status"] == "postcopy-paused")
@@ -384,7 +395,7 @@ def test_hugepages_at_one_end(directory: Path, kind: str, huge: int) -> None:
 
 def refused(group: Group, options: Options | None = None) -> str:
     """All reasons; nothing was touched."""
-    with pytest.raises(Refused) as error:
+    with pytest.raises(MigrationRefused) as error:
         group.plan(options)
     assert not group.state.exists()
     return "\n".join(error.value.reasons)
@@ -623,7 +634,9 @@ def test_killed_and_put_back_from_a_file(group: MakeGroup) -> None:
 def test_no_way_back_once_one_has_arrived(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     killed_after(moving, "migrate-incoming", 2)
-    with pytest.raises(Unfinished, match=r"no way back.*step 4 of 6, migrate b: --resume finishes"):
+    with pytest.raises(
+        MigrationUnfinished, match=r"no way back.*step 4 of 6, migrate b: --resume finishes"
+    ):
         asyncio.run(migration.put_back(moving.state))
     asyncio.run(migration.resume(moving.state))
     moving.check_there()
@@ -649,7 +662,9 @@ def test_a_destination_is_killed(group: MakeGroup, kind: str) -> None:
     moving = whole(group, kind)
     moving.source["a"].slow()
     watch = Once(moving.destination["a"].kill)
-    with pytest.raises(Failed, match=r"a: its migration failed: .*the group runs at the source"):
+    with pytest.raises(
+        MigrationFailed, match=r"a: its migration failed: .*the group runs at the source"
+    ):
         asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=watch))
     moving.check_here(waiting=False)
     # Once more, to another one.
@@ -673,9 +688,9 @@ def test_a_destination_is_killed_after_the_master_has_arrived(group: MakeGroup) 
         if not progress.shared:
             moving.destination["b"].kill()
 
-    with pytest.raises(Unfinished, match="step 4 of 6, migrate b: --resume") as stands:
+    with pytest.raises(MigrationUnfinished, match="step 4 of 6, migrate b: --resume") as stands:
         asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=kill))
-    assert stands.value.step.vm == "b"
+    assert stands.value.vm == "b"
     assert moving.source["b"].status == "running"
     moving.source["b"].qmp("migrate-set-parameters", **{"max-bandwidth": 0})
     moving.destination["b"].monitor.unlink()
@@ -689,7 +704,7 @@ def test_the_source_is_killed(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     moving.source["a"].slow()
     watch = Once(moving.source["a"].kill)
-    with pytest.raises(Unfinished, match=r"a at the source"):
+    with pytest.raises(MigrationUnfinished, match=r"a at the source"):
         asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=watch))
     assert moving.source["b"].devices == ["shm0"]
     assert moving.source["b"].status == "running"
@@ -705,7 +720,7 @@ def test_the_destination_refuses(group: MakeGroup, uris: str) -> None:
     moving.wait_for_master()
     moving.add_other("b")
     moving.fill()
-    with pytest.raises(Failed, match=r"a: its .*; the group runs at the source as before"):
+    with pytest.raises(MigrationFailed, match=r"a: its .*; the group runs at the source as before"):
         moving.migrate(uris=uris)
     moving.check_here(waiting=False)
 
@@ -722,7 +737,7 @@ def test_the_destination_is_full(directory: Path) -> None:
         moving.add_other("b")
         moving.fill()
         with pytest.raises(
-            Failed, match=r"a: its migration failed: .*runs at the source as before"
+            MigrationFailed, match=r"a: its migration failed: .*runs at the source as before"
         ):
             moving.migrate()
         moving.check_here(waiting=False)
@@ -738,7 +753,7 @@ def test_no_room_for_the_file(directory: Path) -> None:
         moving.fill()
         vms = [replace(vm, uri=f"file:{full}/{vm.name}") for vm in moving.vms()]
         plan = asyncio.run(migration.prepare(vms))
-        with pytest.raises(Failed, match="a: its migration failed"):
+        with pytest.raises(MigrationFailed, match="a: its migration failed"):
             asyncio.run(migration.migrate(plan, state=moving.state))
         moving.check_here()
 
@@ -749,7 +764,9 @@ def test_the_link_is_cut(group: MakeGroup, uris: str) -> None:
     moving.source["a"].slow()
     plan = moving.plan(uris=uris)
     cut = Once(lambda: cut_off(moving.source["a"].process.pid, plan.vm("a").uri))
-    with pytest.raises(Failed, match=r"a: its migration failed: .*runs at the source as before"):
+    with pytest.raises(
+        MigrationFailed, match=r"a: its migration failed: .*runs at the source as before"
+    ):
         asyncio.run(migration.migrate(plan, state=moving.state, watch=cut))
     moving.check_here(waiting=False)
 
@@ -782,7 +799,7 @@ _PIDFD_GETFD = 438  # the number of the system call
 def test_a_file_that_cannot_be_written(group: MakeGroup) -> None:
     moving = pair(group, "plain")
     (moving.folder / "a.uri.part").mkdir()
-    with pytest.raises(Failed, match="a: its migration failed"):
+    with pytest.raises(MigrationFailed, match="a: its migration failed"):
         moving.migrate(uris="file")
     moving.check_here()
 
@@ -818,7 +835,7 @@ def test_cancelled(group: MakeGroup, kind: str, command: str, count: int) -> Non
         moving.check_here(waiting=False)
         return
     # Of the last step it comes too late.
-    with contextlib.suppress(Unfinished):
+    with contextlib.suppress(MigrationUnfinished):
         asyncio.run(cancelled_after(moving, command, count))
     assert moving.state.exists() or command == "device_add"
     if moving.state.exists():
@@ -853,7 +870,9 @@ def test_a_guest_that_does_not_let_go(group: MakeGroup, kind: str) -> None:
     args = device(kind, stubborn.where[0], "")
     stubborn.source["c"] = stubborn.bare("c", *args, obliging=False)
     stubborn.destination["c"] = stubborn.bare("c-there", waits=True, obliging=False)
-    with pytest.raises(Unfinished, match="c at the source: the guest did not let go of shm0"):
+    with pytest.raises(
+        MigrationUnfinished, match="c at the source: the guest did not let go of shm0"
+    ):
         stubborn.migrate(Options(unplug_seconds=1.5))
     assert [each.devices for each in stubborn.source.values()] == [["shm0"]] * 3
     assert stubborn.source["b"].status == "running"

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..system.text import NAME, plain
+from ..text import NAME, plain
 
 # A measurement is spoilt if others took more than this share of a core that it ran on.
 LIMIT = 0.05

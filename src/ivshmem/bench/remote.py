@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal
 
-from ..errors import IvshmemError
+from ..errors import NoAnswer
 from ..peer.client import Client
 from ..peer.endpoint import Endpoint
-from ..system.text import counted
+from ..text import counted
 from . import suite
 from .cores import cores_for
 from .result import ROUNDS, Measuring, ResultGroup, turns
@@ -38,10 +38,6 @@ _PATIENCE = 1.0  # seconds until it is said what to do at the other end
 _SILENCE = 2.0  # seconds in which a peer that was not rung must stop ringing
 _TICK = 0.25  # seconds between looks for progress
 _WARM_UP, _LEAST = 20, 50  # round trips
-
-
-class NoAnswer(IvshmemError):
-    """The peer does not answer, or not any more."""
 
 
 # -- ringing first ---------------------------------------------------------------------------------

@@ -25,18 +25,15 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..system.text import counted
+from ..errors import WorkerFailed
 from ..system.uncopied import Uncopied
+from ..text import counted
 from . import noise as quiet
 
 WARM_UP = 20  # round trips before each measurement, which also tell how long one takes
 LEAST = 50  # round trips that are measured however long they take
 PATIENCE = 60.0  # seconds until an end that says nothing is taken for stuck
 FAREWELL = 0.5  # seconds for an end to end by itself, and remove what it made
-
-
-class EndFailed(RuntimeError):
-    """One of the two processes ended, or got stuck."""
 
 
 class End(NamedTuple):
@@ -101,17 +98,17 @@ class _Process(Uncopied):
         with contextlib.suppress(BrokenPipeError):  # its output says the same, and why
             self._process.stdin.write(b"%d\n" % count)
 
-    def failure(self) -> EndFailed:
+    def failure(self) -> WorkerFailed:
         """What it died of."""
         try:
             status = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            return EndFailed(f"the {self.role} end closed its output, and did not end")
+            return WorkerFailed(f"the {self.role} end closed its output, and did not end")
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
         how = f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
-        return EndFailed(f"the {self.role} end {how}: {said}")
+        return WorkerFailed(f"the {self.role} end {how}: {said}")
 
     def dismiss(self) -> None:
         """There will be no more to do."""
@@ -136,7 +133,7 @@ class Pair(Uncopied):
         cores: those that the ping end may use, and those of the echo end; see `cores_for`.
 
     Raises:
-        EndFailed: an end did not become ready.
+        WorkerFailed: an end did not become ready.
     """
 
     def __init__(self, ping: End, echo: End, cores: tuple[set[int], set[int]]) -> None:
@@ -169,7 +166,7 @@ class Pair(Uncopied):
         """The durations of so many round trips, in nanoseconds, in the order of happening.
 
         Raises:
-            EndFailed: an end died during that. The pair is of no more use.
+            WorkerFailed: an end died during that. The pair is of no more use.
         """
         self._echo.tell(count)
         self._ping.tell(count)
@@ -183,7 +180,7 @@ class Pair(Uncopied):
     def _hear(self) -> tuple[_Process, bytes]:
         ready = self._selector.select(PATIENCE)
         if not ready:
-            raise EndFailed(f"nothing came from either end for {counted(PATIENCE, 'second')}")
+            raise WorkerFailed(f"nothing came from either end for {counted(PATIENCE, 'second')}")
         process: _Process = ready[0][0].data
         data = os.read(process.output, 1 << 16)
         if not data:

@@ -50,7 +50,7 @@ def run(seconds: float, tell: Tell) -> list[ResultGroup]:
     """Measure everything in about so many seconds.
 
     Raises:
-        EndFailed: a process that takes part died.
+        WorkerFailed: a process that takes part died.
         OSError: no memory, no processes, no descriptors.
     """
     end = time.monotonic() + seconds

@@ -17,7 +17,8 @@ from typing import Any
 
 import ivshmem
 
-from .roundtrip import EndFailed, python_end
+from ..errors import WorkerFailed
+from .roundtrip import python_end
 from .worker import Steps
 
 _MEMORY = 1 << 16  # bytes of the server's
@@ -90,7 +91,7 @@ def serving(path: str) -> Iterator[None]:
     """A server for `client` and `word` in a process of its own.
 
     Raises:
-        EndFailed: it did not start.
+        WorkerFailed: it did not start.
     """
     end = python_end("echo", f"{__name__}:server", path)
     with subprocess.Popen(
@@ -99,7 +100,7 @@ def serving(path: str) -> Iterator[None]:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise EndFailed("the server for the measurement did not start")
+                raise WorkerFailed("the server for the measurement did not start")
             yield
         finally:
             process.terminate()

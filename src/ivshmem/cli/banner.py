@@ -17,7 +17,7 @@ from ..qemu.accounts import LIBVIRT_GROUP, LIBVIRT_USERS
 from ..service.config import RegionConfig, ServiceConfig
 from ..service.limits import DEFAULT_SIZE
 from ..service.service import Served, Service
-from ..system.text import command, counted, plain
+from ..text import command, counted, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

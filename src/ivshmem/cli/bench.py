@@ -17,13 +17,12 @@ from ..bench.echo import NAME, Echo
 from ..bench.noise import LIMIT
 from ..bench.percentiles import PERCENTILES
 from ..bench.result import Result, ResultGroup, disturbers, machine
-from ..bench.roundtrip import EndFailed
-from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
+from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer, WorkerFailed
 from ..peer.client import connect
 from ..peer.directory import Directory
 from ..peer.endpoint import Endpoint
 from ..protocol.limits import MAX_VECTORS
-from ..system.text import counted
+from ..text import counted
 from . import daemon, terminal
 from .arguments import server_of
 from .progress import ProgressBar
@@ -140,7 +139,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     work = _here if alone else _ping if options.peer is not None else _echo
     try:
         return work(options)
-    except EndFailed as error:
+    except WorkerFailed as error:
         raise IvshmemError(f"the measurement failed: {error}") from error
 
 

@@ -9,7 +9,7 @@ import time
 
 from ..peer.client import connect
 from ..system import sockets
-from ..system.text import counted
+from ..text import counted
 from .arguments import OF_THE_SERVER, seconds, server_of, vectors
 from .shell import ClientShell
 

@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 
+from ..errors import ControlError
 from ..service import control_client
 from ..system import sockets
 from ..system.accounts import user_name
@@ -61,7 +62,7 @@ def _without_control(server: str) -> Exception:
     """What to say of a server whose control socket is not there, or stale."""
     try:
         if sockets.is_live(server):
-            return control_client.ControlError(
+            return ControlError(
                 f"{server}: the server there has no control socket: it is of another kind (as"
                 " QEMU's example), or has it elsewhere: give --control PATH"
             )

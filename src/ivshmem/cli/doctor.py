@@ -14,7 +14,7 @@ from ..doctor import guest as doctor_guest
 from ..doctor import guest_or_host, request
 from ..doctor import host as doctor_host
 from ..peer import default_paths
-from ..system.text import counted
+from ..text import counted
 from . import terminal
 from .arguments import OF_THE_SERVER, add_accept_owner, is_name
 from .tables import wrapped

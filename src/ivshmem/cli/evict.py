@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..protocol.limits import MAX_ID
-from ..system.text import plain
+from ..text import plain
 from . import control_connection
 
 

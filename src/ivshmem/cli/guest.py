@@ -21,7 +21,7 @@ from ..memory.sizes import format_size, parse_size
 from ..peer import default_paths
 from ..protocol.limits import MAX_ID
 from ..system import sockets
-from ..system.text import counted
+from ..text import counted
 from . import daemon
 from .log_writer import LogWriter, show, tell_peer
 from .run import guarded

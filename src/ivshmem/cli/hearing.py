@@ -1,4 +1,4 @@
-"""The package's log, as News writes it.
+"""The package's log, given to what writes lines.
 
 Knows: logging. Does not know: where the lines go. It is a module of its own because a server
 listens before it imports logging.
@@ -9,29 +9,37 @@ from __future__ import annotations
 import logging
 
 from ..server import log_events
-from ..system.text import paragraph, plain
 from ..system.uncopied import Uncopied
+from ..text import paragraph, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .log_writer import LogWriter
+    from collections.abc import Mapping
+    from typing import Protocol
+
+    class Writer(Protocol):
+        """What writes lines, as log_writer.LogWriter does."""
+
+        def tell_logged(
+            self, when: float, level: int, text: str, fields: Mapping[str, object]
+        ) -> None: ...
 
 
 class Handler(Uncopied, logging.Handler):
-    """Gives lines of the log to `news`."""
+    """Gives lines of the log to a writer."""
 
-    def __init__(self, news: LogWriter, level: int) -> None:
+    def __init__(self, writer: Writer, level: int) -> None:
         super().__init__(level)
-        self._news = news
+        self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = log_events.fields_of(record)
-        self._news.tell_logged(record.created, record.levelno, _text(record), fields)
+        self._writer.tell_logged(record.created, record.levelno, _text(record), fields)
 
 
-def hear(news: LogWriter, level: int) -> logging.Handler:
-    """Have the package's log, from `level` on, told by `news`, until the handler is removed."""
-    handler = Handler(news, level)
+def hear(writer: Writer, level: int) -> logging.Handler:
+    """Have the package's log, from `level` on, told by `writer`, until the handler is removed."""
+    handler = Handler(writer, level)
     logger = logging.getLogger("ivshmem")
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..server.limits import LINGER, LONGEST_LINGER
-from ..system.text import counted
+from ..text import counted
 from . import control_connection
 from .evict import peer_id
 

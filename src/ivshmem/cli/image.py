@@ -15,7 +15,7 @@ from ..memory.image import ImageInfo
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..peer.client import connect
-from ..system.text import plain
+from ..text import plain
 from . import daemon
 from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of
 from .progress import ProgressBar

@@ -20,8 +20,8 @@ from collections import deque
 from ..lasting import supervisor
 from ..server import log_events
 from ..system import late_logging
-from ..system.text import counted, paragraph, plain
 from ..system.uncopied import Uncopied
+from ..text import counted, paragraph, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

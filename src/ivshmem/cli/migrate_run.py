@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from .. import migration
 from ..memory.sizes import format_size
-from ..migration import GroupMember, Options, Plan, Refused, Step, Vm, group_file
+from ..migration import GroupMember, MigrationRefused, Options, Plan, Step, Vm, group_file
 from ..migration.inspection import Controls
-from ..system.text import counted, plain
+from ..text import counted, plain
 from . import daemon
 from .progress import ProgressBar
 from .status_text import duration
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         )
         try:
             plan = _interruptible(migration.prepare(vms, how, controls))
-        except Refused as refused:
+        except MigrationRefused as refused:
             for reason in refused.reasons:
                 print(plain(f"ivshmem: {reason}"), file=sys.stderr)
             return 1

@@ -13,7 +13,7 @@ from ..memory.sizes import check_size, format_size, parse_size
 from ..peer import inquiry
 from ..qemu import cmdline, old_device
 from ..service.limits import DEFAULT_SIZE
-from ..system.text import plain
+from ..text import plain
 from .arguments import OF_THE_SERVER, server_of, vectors
 
 _SECONDS = 10.0  # for a server to answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..system.text import plain
+from ..text import plain
 from . import control_connection
 
 _SECONDS = 60.0  # memory may have to be taken

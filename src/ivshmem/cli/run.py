@@ -12,7 +12,7 @@ import sys
 from argparse import Action, ArgumentError, ArgumentParser, HelpFormatter, Namespace
 from itertools import dropwhile
 
-from ..system.text import plain
+from ..text import plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

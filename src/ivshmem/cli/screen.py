@@ -22,7 +22,7 @@ import tty
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..system.text import plain
+from ..text import plain
 from . import daemon
 from .log_writer import show
 from .tables import cut

@@ -27,7 +27,7 @@ from ..service.service import Service
 from ..system import late_logging
 from ..system.named_tuple import NamedTuple
 from ..system.sockets import Listener
-from ..system.text import counted
+from ..text import counted
 from . import daemon
 from .arguments import check_no_region, region_of
 from .log_writer import LogWriter, say_as, show, tell_peer

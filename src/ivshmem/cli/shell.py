@@ -15,22 +15,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from .._core import Interrupt
-from ..errors import ClosedError, IvshmemError, NoDirectory
+from ..errors import ClosedError, CommandError, IvshmemError, NoDirectory
 from ..memory.sizes import format_size, parse_size
 from ..peer.client import Client
 from ..peer.directory import Directory
 from ..peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
-from ..system.text import counted, plain
+from ..text import counted, plain
 from .run import suggestion
 
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 
 _INTEGERS = {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
 _ROW = 16  # bytes in a row of a hex dump
-
-
-class CommandError(IvshmemError, ValueError):
-    """A command that cannot be carried out as it stands."""
 
 
 class Shell(cmd.Cmd):

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 
-from ..system.text import plain
+from ..text import plain
 from . import control_connection, status_text
 
 

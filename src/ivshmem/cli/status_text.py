@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..memory.sizes import format_size
 from ..qemu.processes import guest_of
 from ..system import processes
-from ..system.text import NAME, counted, plain
+from ..text import NAME, counted, plain
 from .tables import table as columned
 
 TYPE_CHECKING = False

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from ..system.text import command, plain, quoted
+from ..text import command, plain, quoted
 
 Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
 

@@ -27,7 +27,7 @@ from ..memory.sizes import format_size
 from ..peer import default_paths
 from ..qemu import cmdline
 from ..system import processes
-from ..system.text import counted, quoted
+from ..text import counted, quoted
 from . import holders
 from .check import Check, CheckStep, Finding, as_root, failed, ok, ours, run, skipped, warning
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..system import processes
-from ..system.text import command, plain
+from ..text import command, plain
 
 PROC = Path("/proc")
 _LISTENS = 0x10000  # the flag of a socket that listens, __SO_ACCEPTCON

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..memory.sizes import format_size, parse_size
-from ..system.text import counted
+from ..text import counted
 from . import permissions
 from .check import Check, CheckStep, Finding, as_root, failed, ok, run, skipped, warning
 from .memory import MemorySteps

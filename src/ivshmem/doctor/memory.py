@@ -13,14 +13,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import RegionError
+from ..errors import RegionError, WrongKind
 from ..memory import pages
 from ..memory.region import posix_path
 from ..memory.sizes import check_size, format_size, parse_size, roughly, round_up
 from ..qemu import cmdline
 from ..system import safe_files
 from ..system.accounts import user_option
-from ..system.text import quoted
+from ..text import quoted
 from . import permissions
 from .check import CheckStep, Finding, as_root, failed, ok, skipped
 from .request import DEFAULT_SIZE, Request
@@ -115,7 +115,7 @@ class MemorySteps:
                 self._status = place.status()
                 if self._status is not None and not self._is_served():
                     place.check(self._status)
-        except safe_files.WrongKind as error:
+        except WrongKind as error:
             return failed(f"{path}: {error.strerror}", beside)
         except PermissionError as error:
             if error.errno == errno.EACCES:

@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 
 from ..qemu.accounts import LIBVIRT_GROUP, LIBVIRT_USERS
-from ..system.text import quoted
+from ..text import quoted
 from .check import Finding, as_root, failed, ok, warning
 
 _FLAGS = {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}

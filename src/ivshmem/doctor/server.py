@@ -17,13 +17,13 @@ import os
 import stat
 from dataclasses import replace
 
+from ..errors import Misshapen
 from ..memory.pages import PAGE
 from ..memory.sizes import format_size, parse_size
 from ..peer import inquiry
 from ..service import control_client
 from ..system import sockets
-from ..system.json_shapes import Misshapen
-from ..system.text import NAME, counted, plain, quoted
+from ..text import NAME, counted, plain, quoted
 from . import holders, permissions
 from .check import CheckStep, Finding, failed, ok, ours, skipped, warning
 from .request import Request

@@ -36,7 +36,7 @@ from ..protocol.roster import Member
 from ..server.report import Peer
 from ..server.server import Server
 from ..system import sockets
-from ..system.text import counted
+from ..text import counted
 from .device import GuestDevice
 
 _log = logging.getLogger("ivshmem.guest")

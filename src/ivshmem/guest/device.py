@@ -23,7 +23,15 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn, TypeAlias
 
-from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
+from ..errors import (
+    DeviceGone,
+    GroupHeld,
+    NoInterrupts,
+    NoSuchDevice,
+    NoSuchPeer,
+    NoSuchVector,
+    VfioUnusable,
+)
 from ..memory.pages import PAGE
 from ..memory.region import Region
 from ..native import descriptors
@@ -31,9 +39,9 @@ from ..native import mapping as _memory
 from ..peer.endpoint import Endpoint, Event, IdChanged
 from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..system import processes, safe_files
-from ..system.text import counted
+from ..text import counted
 from . import pci, uio, vfio
-from .vfio import Unusable, Vfio
+from .vfio import Vfio
 
 # Registers of BAR0, by offset.
 IVPOSITION, DOORBELL, REGISTER_BYTES = 8, 12, 256
@@ -139,7 +147,7 @@ def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
         return SysfsDevice(device, memory, why=_no_iommu(vfio.has_noiommu()))
     try:
         return _WAYS[way](device, memory)
-    except Unusable as error:
+    except VfioUnusable as error:
         if device.driver == _VFIO:  # sysfs is no way out then
             raise
         why = f"vfio cannot be used: {error.strerror}"
@@ -337,7 +345,9 @@ class VfioDevice(GuestDevice):
 
     def _open(self, memory: Memory | None) -> None:
         if not pci.load_driver(_VFIO):
-            raise Unusable(errno.ENODEV, "this kernel has no vfio-pci: load or install that module")
+            raise VfioUnusable(
+                errno.ENODEV, "this kernel has no vfio-pci: load or install that module"
+            )
         self._check()
         loan = _Loan(self.device)
         self._undo(loan.give_back)
@@ -348,7 +358,7 @@ class VfioDevice(GuestDevice):
                 self._vfio = loan.vfio = Vfio(self.device.address, group, iommu=self._iommu)
             except BaseException as error:
                 loan.restore()
-                if isinstance(error, vfio.GroupHeld):
+                if isinstance(error, GroupHeld):
                     raise self._held(error) from None
                 raise
         self._resources.callback(self._vfio.close)
@@ -367,9 +377,9 @@ class VfioDevice(GuestDevice):
         self._listen()
 
     def _check(self) -> None:
-        """Raise Unusable before anything is changed, if vfio cannot have the device."""
+        """Raise VfioUnusable before anything is changed, if vfio cannot have the device."""
         if self.device.iommu_group is None:
-            raise Unusable(errno.EINVAL, _no_iommu(vfio.has_noiommu()), self.device.address)
+            raise VfioUnusable(errno.EINVAL, _no_iommu(vfio.has_noiommu()), self.device.address)
 
     def _bind(self, loan: _Loan) -> int:
         """Let vfio-pci have the device until the end; returns its group."""
@@ -385,15 +395,15 @@ class VfioDevice(GuestDevice):
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            raise Unusable(errno.EINVAL, error.strerror, error.filename) from None
+            raise VfioUnusable(errno.EINVAL, error.strerror, error.filename) from None
         now = pci.look(device.address)
         group = now.iommu_group if self._iommu else now.noiommu_group
         if group is None:
             loan.restore()
-            raise Unusable(errno.EINVAL, "vfio-pci has made no group for it", device.address)
+            raise VfioUnusable(errno.EINVAL, "vfio-pci has made no group for it", device.address)
         return group
 
-    def _held(self, error: vfio.GroupHeld) -> OSError:
+    def _held(self, error: GroupHeld) -> OSError:
         """Say which process has the group open, and what can be done."""
         who = processes.described(processes.pids_with_open(error.filename))
         mates = [a for a, driver in pci.group_mates(self.device).items() if driver == _VFIO]
@@ -492,7 +502,7 @@ class NoIommuDevice(VfioDevice):
             )
         else:
             reason = f"this kernel's vfio has no no-IOMMU mode; {_no_iommu(False)}"
-        raise Unusable(errno.EINVAL, reason, device.address)
+        raise VfioUnusable(errno.EINVAL, reason, device.address)
 
 
 class UioDevice(GuestDevice):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import GroupHeld, VfioUnusable
 from ..native import descriptors
 from ..system.uncopied import Uncopied
 
@@ -64,14 +65,6 @@ def _call(path: Path, fd: int, request: int, argument: int | bytearray = 0) -> i
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:
         raise OSError(error.errno, f"vfio refuses: {error.strerror}", str(path)) from None
-
-
-class Unusable(OSError):
-    """vfio cannot give this device to anybody, as this machine is set up."""
-
-
-class GroupHeld(OSError):
-    """Another process has the group open."""
 
 
 class VfioRegion(NamedTuple):
@@ -122,9 +115,9 @@ class _Group(Uncopied):
                     "no such vfio device in this kernel: as root, `modprobe vfio-pci`; a container"
                     f" must be given {DEV}, too"
                 )
-                raise Unusable(errno.ENODEV, reason, str(path)) from None
+                raise VfioUnusable(errno.ENODEV, reason, str(path)) from None
             if error.errno == errno.EPERM and path.name.startswith(_NOIOMMU_PREFIX):
-                raise Unusable(errno.EPERM, _NO_RAWIO, str(path)) from None
+                raise VfioUnusable(errno.EPERM, _NO_RAWIO, str(path)) from None
             if error.errno == errno.EACCES:
                 raise OSError(errno.EACCES, _to_be_permitted(path), str(path)) from None
             raise
@@ -133,11 +126,13 @@ class _Group(Uncopied):
 
     def _attach(self, container: int, iommu: bool) -> None:
         if (version := _call(self.path, container, _GET_API_VERSION)) != 0:
-            raise Unusable(errno.ENOTSUP, f"vfio has API version {version}, not 0", str(self.path))
+            raise VfioUnusable(
+                errno.ENOTSUP, f"vfio has API version {version}, not 0", str(self.path)
+            )
         status = bytearray(struct.pack("II", 8, 0))
         _call(self.path, self.fd, _GROUP_GET_STATUS, status)
         if not struct.unpack("II", status)[1] & _GROUP_VIABLE:
-            raise Unusable(
+            raise VfioUnusable(
                 errno.EPERM,
                 "other devices of its IOMMU group have drivers: unbind those, or plug the device"
                 " into a port of its own (-device pcie-root-port)",
@@ -148,7 +143,7 @@ class _Group(Uncopied):
             _call(self.path, self.fd, _GROUP_SET_CONTAINER, number)
             _call(self.path, container, _SET_IOMMU, self._kind(container, iommu))
         except PermissionError:
-            raise Unusable(
+            raise VfioUnusable(
                 errno.EPERM,
                 "the IOMMU does not remap interrupts: give QEMU `-device intel-iommu,intremap=on`"
                 f" and kernel-irqchip=split, or do without (`{UNSAFE_INTERRUPTS}`)"
@@ -159,7 +154,7 @@ class _Group(Uncopied):
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
-            raise Unusable(
+            raise VfioUnusable(
                 error.errno,
                 "vfio has no driver for its IOMMU: modprobe vfio_iommu_type1"
                 if iommu
@@ -191,7 +186,7 @@ class Vfio(Uncopied):
         group: what all open devices of the IOMMU group share.
 
     Raises:
-        Unusable: vfio cannot be used with this device here; the message says what is missing.
+        VfioUnusable: vfio cannot be used with this device here; the message says what is missing.
         Held: another process has the group open (EBUSY).
         OSError: EBUSY, this process has the device open; EACCES. Nothing is left open.
     """

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..native import descriptors
 from ..system import late_logging
 from ..system.systemd import Notifier
-from ..system.text import counted
 from ..system.uncopied import Uncopied
+from ..text import counted
 from .journal import Journal, is_group
 
 _log = late_logging.log_of("ivshmem.server")

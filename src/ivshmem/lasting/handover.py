@@ -26,10 +26,10 @@ import socket
 import time
 from collections.abc import Mapping
 
-from ..errors import IvshmemError, reason_of
+from ..errors import HandoverError, Misshapen, reason_of
 from ..system import credentials, json_shapes
 from ..system.accounts import user_name
-from ..system.text import counted, plain
+from ..text import counted, plain
 from .journal import Journal
 
 TYPE_CHECKING = False
@@ -74,10 +74,6 @@ _NUMBERS = json_shapes.record(
     version=json_shapes.integer(),
     numbers=json_shapes.array(json_shapes.integer(0, (1 << 31) - 1), _MOST_FDS),
 )
-
-
-class HandoverError(IvshmemError):
-    """A service was not handed over; the old process goes on with it."""
 
 
 def give(service: Given, sock: socket.socket) -> bool:
@@ -204,7 +200,7 @@ def take(sock: socket.socket, states: States) -> tuple[Journal, set[int]]:
         ) from None
     except OSError as error:
         raise HandoverError(f"nothing was taken over: {reason_of(error)}") from None
-    except json_shapes.Misshapen as error:
+    except Misshapen as error:
         raise HandoverError(f"nothing was taken over: {error}") from None
     return journal, fds
 
@@ -264,9 +260,9 @@ def _offer(sock: socket.socket, states: States, deadline: float) -> tuple[Any, l
         raise HandoverError("the running server is of a version that this one does not know")
     numbers = offer["numbers"]
     if len(numbers) != len(set(numbers)):
-        raise json_shapes.Misshapen("offer.numbers has one number twice")
+        raise Misshapen("offer.numbers has one number twice")
     if "state" not in offer:
-        raise json_shapes.Misshapen("offer has no state")
+        raise Misshapen("offer has no state")
     states.check(offer["state"])
     return offer["state"], numbers
 
@@ -285,7 +281,7 @@ def _line(sock: socket.socket, deadline: float) -> Any:
             raise HandoverError("the running server ended the connection")
         data += sock.recv(ahead.find(b"\n") + 1 or len(ahead))
         if len(data) > _LONGEST:
-            raise json_shapes.Misshapen(f"the offer has more than {_LONGEST} bytes")
+            raise Misshapen(f"the offer has more than {_LONGEST} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
     return json_shapes.loads(data)

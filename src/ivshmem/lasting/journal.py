@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
-from ..errors import IvshmemError
+from ..errors import JournalError
 from ..native import mapping, wire
-from ..system.text import counted
 from ..system.uncopied import Uncopied
+from ..text import counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ _OFFSET_BITS = 32
 OF_THE_SERVICE = 0  # the number of the chapter that is about regions; theirs begin at 1
 
 _LONG = 1 << 20  # bytes of records from which on a state is written anew, if they are more than it
-
-
-class JournalError(IvshmemError):
-    """A journal that is damaged, or of another version; the message says which."""
 
 
 class Journal(Uncopied):

@@ -24,7 +24,7 @@ import sys
 import time
 
 from ..native import descriptors
-from ..system.text import paragraph
+from ..text import paragraph
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

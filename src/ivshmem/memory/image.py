@@ -39,10 +39,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ..errors import ImageError
+from ..errors import ImageError, WrongKind
 from ..system import new_files, safe_files
-from ..system.text import counted, plain
 from ..system.uncopied import Uncopied
+from ..text import counted, plain
 from .pages import PAGE
 from .region import Region
 from .sizes import format_size
@@ -363,7 +363,7 @@ class _Reader(Uncopied):
         with contextlib.ExitStack() as undo:
             try:
                 self._file = undo.enter_context(safe_files.reading(path, accept=accept))
-            except safe_files.WrongKind as error:
+            except WrongKind as error:
                 raise ImageError(f"{path}: {error.strerror}") from None
             self._size = os.fstat(self._file.fileno()).st_size
             self.info, self._crc = self._read_header()

@@ -21,7 +21,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 
-from ..errors import ClosedError, RegionError
+from ..errors import ClosedError, RegionError, WrongKind
 from ..native import descriptors, mapping
 from ..system import locks, new_files, safe_files
 from ..system.named_tuple import NamedTuple
@@ -699,7 +699,7 @@ def _opened(place: safe_files.Place, readonly: bool) -> descriptors.FdArray:
     """Open what exists, and say what would let us."""
     try:
         return place.open(os.O_RDONLY if readonly else os.O_RDWR)
-    except safe_files.WrongKind as error:
+    except WrongKind as error:
         raise RegionError(f"{place.path}: {error.strerror}") from None
     except OSError as error:
         if readonly or error.errno not in (errno.EACCES, errno.EROFS, errno.ETXTBSY):

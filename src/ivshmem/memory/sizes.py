@@ -9,7 +9,7 @@ import operator
 import re
 
 from ..errors import RegionError
-from ..system.text import counted
+from ..text import counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
         migration.Vm("db", "/run/db.qmp", "/run/db-there.qmp", "tcp:192.0.2.7:4444"),
         migration.Vm("web", "/run/web.qmp", "/run/web-there.qmp", "tcp:192.0.2.7:4445"),
     ]
-    plan = asyncio.run(migration.prepare(vms))      # raises Refused; nothing was touched
+    plan = asyncio.run(migration.prepare(vms))      # raises MigrationRefused; nothing was touched
     print(*plan.steps, sep="\\n")
     asyncio.run(migration.migrate(plan))
 
@@ -15,22 +15,30 @@
 without an event loop runs it as above. They need the library qemu.qmp.
 """
 
-from .model import Group, GroupMember, MigrationError, Options, Plan, Refused, Step, Vm, VmDevice
-from .run import Failed, Unfinished, migrate, prepare, put_back, resume
+from ..errors import (
+    MigrationError,
+    MigrationFailed,
+    MigrationRefused,
+    MigrationUnfinished,
+    QmpError,
+)
+from .model import Group, GroupMember, Options, Plan, Step, Vm, VmDevice
+from .run import migrate, prepare, put_back, resume
 from .state_file import default_path
 from .transfer import TransferProgress
 
 __all__ = [
-    "Failed",
     "Group",
     "GroupMember",
     "MigrationError",
+    "MigrationFailed",
+    "MigrationRefused",
+    "MigrationUnfinished",
     "Options",
     "Plan",
-    "Refused",
+    "QmpError",
     "Step",
     "TransferProgress",
-    "Unfinished",
     "Vm",
     "VmDevice",
     "default_path",

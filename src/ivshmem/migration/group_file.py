@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..service.config import ConfigError
+from ..errors import ConfigError
 from ..service.config_file import read_toml
 from ..system import safe_files
 from .inspection import Controls

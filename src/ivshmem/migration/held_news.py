@@ -16,20 +16,20 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from ..errors import ControlError, StepFailed, UnplugPending
 from ..qemu.answers import Answer
 from ..qemu.programs import is_qemu
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..service import control_client
-from .hotplug import Pending
-from .model import Step, StepFailed
+from .model import Step
 
 
 @contextlib.asynccontextmanager
 async def news_held(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
     """While this lasts, the QEMU of an unplug step is told nothing by the step's server.
 
-    After Pending, which says that the guest may still let go, the server continues with that for
-    `unplug_seconds`, which a guest has to let go of the device, and for LINGER at least.
+    UnplugPending says that the guest may still release the device. After it, the server holds the
+    news back for `unplug_seconds`, the time that a guest has for it, and for LINGER at least.
 
     Raises:
         StepFailed: a peer does not read what it was sent before.
@@ -43,7 +43,7 @@ async def news_held(step: Step, unplug_seconds: float) -> AsyncIterator[None]:
         peers = await asyncio.to_thread(_hold, client, step, _linger(unplug_seconds))
         try:
             yield
-        except Pending:
+        except UnplugPending:
             raise
         except BaseException:
             await asyncio.to_thread(_release, client, step, peers)
@@ -67,7 +67,7 @@ def _hold(client: control_client.ControlClient, step: Step, linger: float) -> li
             client.hold(peer, linger=linger, region=step.region)
         except TimeoutError as error:
             raise StepFailed(f"{step.vm}: {step.control}: {error.strerror}") from None
-        except control_client.ControlError:
+        except ControlError:
             if _is_there(client, step, peer):
                 raise
     return peers
@@ -77,7 +77,7 @@ def _release(client: control_client.ControlClient, step: Step, peers: list[int])
     """Those that are still there: a QEMU can have several devices at one server."""
     for peer in peers:
         # It has left, or the server has ended: then nobody is held.
-        with contextlib.suppress(control_client.ControlError, OSError):
+        with contextlib.suppress(ControlError, OSError):
             client.release(peer, region=step.region)
 
 

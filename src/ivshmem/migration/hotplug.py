@@ -13,21 +13,13 @@ import contextlib
 import time
 from typing import Any
 
-from ..qemu.answers import QmpError
-from ..qemu.monitor import Monitor, QemuGone
+from ..errors import QemuGone, QmpError, UnplugPending, UnplugRefused
+from ..qemu.monitor import Monitor
 from .inspection import find, names
-from .model import StepFailed, VmDevice
+from .model import VmDevice
 
 _LOOK = 0.1  # seconds between two looks
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
-
-
-class Pending(StepFailed):
-    """A guest was asked to let go of a device and has not: it still may, and that stands."""
-
-
-class NotAsked(StepFailed):
-    """QEMU would not even ask the guest to let go of a device."""
 
 
 async def unplug(monitor: Monitor, device: VmDevice, seconds: float) -> None:
@@ -36,8 +28,8 @@ async def unplug(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     Memory that stayed would be migrated, and the destination refuse what it does not know.
 
     Raises:
-        Pending: the guest did not let go of it in that time.
-        NotAsked: QEMU refused.
+        UnplugPending: the guest did not let go of it in that time.
+        UnplugRefused: QEMU refused.
     """
     if (path := await find(monitor, device)) is not None:
         await _ask_to_unplug(monitor, device.id or path)
@@ -108,7 +100,7 @@ async def _ask_to_unplug(monitor: Monitor, ident: str) -> None:
     except QmpError as error:
         asked = "already" in str(error) and "unplug" in str(error)  # by an interrupted run
         if not asked and error.kind != "DeviceNotFound":
-            raise NotAsked(str(error)) from None
+            raise UnplugRefused(str(error)) from None
 
 
 async def gone(monitor: Monitor, device: VmDevice, seconds: float) -> None:
@@ -116,7 +108,7 @@ async def gone(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     end = time.monotonic() + seconds
     while (path := await find(monitor, device)) is not None:
         if (left := end - time.monotonic()) <= 0:
-            raise Pending(
+            raise UnplugPending(
                 f"{monitor.name}: the guest did not let go of {device.name} (is a program in it"
                 " using the device?), and QEMU cannot take the request back: it still may, or a"
                 " reset of the guest"

@@ -17,10 +17,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import IvshmemError
+from ..errors import IvshmemError, QmpError
 from ..memory import pages
 from ..memory.region import posix_path
-from ..qemu.answers import Answer, QmpError
+from ..qemu.answers import Answer
 from ..qemu.monitor import Monitor
 from ..qemu.programs import is_qemu
 from ..service import control_client

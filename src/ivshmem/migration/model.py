@@ -5,38 +5,15 @@ Knows: words. Does not know: QEMU, files, how anything is found or done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
-
-from ..errors import IvshmemError
-from ..system.text import plain
 
 Kind = Literal["plain", "doorbell"]
 StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
 Place = Literal["source", "destination"]
 
 PLACES: tuple[Place, ...] = get_args(Place)
-
-
-class MigrationError(IvshmemError):
-    """A migration that did not come about; the message says how things stand now, in one line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(plain(message))  # parts of it are QEMU's own words
-
-
-class Refused(MigrationError):
-    """It would not work: nothing was touched. `reasons` has all that were found, a line each."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        more = f" (and {len(reasons) - 1} more: see --dry-run)" if len(reasons) > 1 else ""
-        super().__init__(f"{reasons[0]}{more}")
-        self.reasons = tuple(map(plain, reasons))
-
-
-class StepFailed(MigrationError):
-    """A step that could not be done."""
 
 
 # What a migration's status says when nothing is under way, in all of QEMU's versions. Each version

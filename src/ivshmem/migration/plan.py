@@ -7,8 +7,8 @@ A master's device takes the shared memory along. The others cannot migrate: they
 first, and plugged back when every memory has arrived. In between lies the point of no return: the
 end of the first migration.
 
-Refused is, besides what QEMU itself would refuse halfway, what it lets pass: a destination with
-a device that the source does not have, and a memory in which somebody is at work already.
+The plan refuses what QEMU itself would refuse halfway, and two things that QEMU silently accepts: a
+destination with a device that the source does not have, and a memory that another process uses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from ..errors import MigrationRefused
 from ..memory.sizes import format_size
-from ..system.text import counted
+from ..text import counted
 from .model import (
     Found,
     FoundPeer,
@@ -28,7 +29,6 @@ from .model import (
     Options,
     Plan,
     Qemu,
-    Refused,
     Step,
     Vm,
     VmDevice,
@@ -56,22 +56,22 @@ def check_vms(vms: Sequence[Vm]) -> None:
     """Refuse what is wrong before anybody is asked.
 
     Raises:
-        Refused: with every reason that there is.
+        MigrationRefused: with every reason that there is.
     """
     if reasons := list(_about_vms(vms)):
-        raise Refused(reasons)
+        raise MigrationRefused(reasons)
 
 
 def make_plan(vms: Sequence[Vm], found: Found, options: Options | None = None) -> Plan:
     """The plan.
 
     Raises:
-        Refused: with every reason that there is.
+        MigrationRefused: with every reason that there is.
     """
     check_vms(vms)
     planner = _Planner(vms, found, options or Options())
     if reasons := list(dict.fromkeys(planner.reasons())):
-        raise Refused(reasons)
+        raise MigrationRefused(reasons)
     return planner.plan()
 
 

@@ -16,15 +16,21 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..errors import IvshmemError
-from .hotplug import NotAsked, Pending
+from ..errors import (
+    AlreadyMigrated,
+    IvshmemError,
+    MigrationFailed,
+    MigrationUnfinished,
+    UnplugPending,
+    UnplugRefused,
+)
 from .inspection import Controls, look
-from .model import MigrationError, Options, Plan, Step, Vm
+from .model import Options, Plan, Step, Vm
 from .monitors import Monitors
 from .plan import check_vms, make_plan
 from .state_file import StateFile, Word, default_path
 from .step_worker import StepWorker
-from .transfer import Arrived, Watch
+from .transfer import Watch
 
 _T = TypeVar("_T")
 
@@ -34,19 +40,6 @@ Tell = Callable[[int, Step, bool], object]
 
 def _nothing(*_: object) -> None:
     pass
-
-
-class Failed(MigrationError):
-    """It did not come about, and the group runs at the source as before."""
-
-
-class Unfinished(MigrationError):
-    """It stands still at `step`, and can be finished: `path` is the state's file."""
-
-    def __init__(self, message: str, step: Step, path: str) -> None:
-        super().__init__(message)
-        self.step = step
-        self.path = path
 
 
 async def prepare(
@@ -59,7 +52,7 @@ async def prepare(
             another machine, for "source" and "destination".
 
     Raises:
-        Refused: it would not work; all reasons are told.
+        MigrationRefused: it would not work; all reasons are told.
         QmpError, OSError, ValueError: a QEMU cannot be asked.
     """
     check_vms(vms)
@@ -85,8 +78,9 @@ async def migrate(
         watch: called ten times a second while a VM migrates.
 
     Raises:
-        Failed: it did not work; the group runs at the source as before.
-        Unfinished: it did not work after a VM had arrived, or could not be undone: see `resume`.
+        MigrationFailed: it did not work; the group runs at the source as before.
+        MigrationUnfinished: it did not work after a VM had arrived, or could not be undone: see
+            `resume`.
         MigrationError: an earlier one has to be resumed or put back first; nothing was touched.
         OSError: the state cannot be written; nothing was touched.
     """
@@ -105,7 +99,7 @@ async def resume(
     """Finish a migration that was interrupted; steps that were done are not done again.
 
     Raises:
-        Failed, Unfinished, OSError: as of `migrate`.
+        MigrationFailed, MigrationUnfinished, OSError: as of `migrate`.
         MigrationError: there is nothing to be resumed, or another process is at it.
     """
     with StateFile.load(state) as begun:
@@ -116,7 +110,7 @@ async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> N
     """Undo a migration that was interrupted, if no VM has arrived at its destination.
 
     Raises:
-        Unfinished: one has, or it could not be undone.
+        MigrationUnfinished: one has, or it could not be undone.
         MigrationError, OSError: there is nothing to be undone, or another process is at it.
     """
     with StateFile.load(state) as begun:
@@ -165,18 +159,18 @@ class _Run:
             raise self._unfinished(error) from error
         try:
             await self.back(error)
-        except Unfinished as worse:
+        except MigrationUnfinished as worse:
             raise worse from error
         if isinstance(error, asyncio.CancelledError):
             raise error
-        raise Failed(f"{_said(error)}; the group runs at the source as before") from error
+        raise MigrationFailed(f"{_said(error)}; the group runs at the source as before") from error
 
     async def back(self, reason: BaseException | None = None) -> None:
         """Undo what was done, the last first; what cannot be undone does not stop the rest."""
         if self._state.arrived:
             raise self._unfinished(reason, why="a VM has arrived, so there is no way back")
         # Who has used up its time gets no more.
-        seconds = 0.0 if isinstance(reason, Pending) else self._plan.options.unplug_seconds
+        seconds = 0.0 if isinstance(reason, UnplugPending) else self._plan.options.unplug_seconds
         problems: list[tuple[BaseException, int]] = []
         index = self._state.next
         try:
@@ -187,7 +181,7 @@ class _Run:
                         continue
                     try:
                         await self._undo(worker, index, seconds, reason)
-                    except Arrived as error:
+                    except AlreadyMigrated as error:
                         if error.wholly:
                             with contextlib.suppress(OSError):  # who resumes will find out
                                 await self._note("done", index)
@@ -206,7 +200,7 @@ class _Run:
     ) -> None:
         step = self._plan.steps[index]
         # Of a device that the guest was not asked for there is nothing to be undone.
-        if not (isinstance(reason, NotAsked) and self._state.words[index] == "begin"):
+        if not (isinstance(reason, UnplugRefused) and self._state.words[index] == "begin"):
             self._tell(index + 1, step, True)
             await worker.undo(step, self._vm(step), seconds)
         await self._note("undone", index)
@@ -220,7 +214,7 @@ class _Run:
         index: int | None = None,
         why: str = "",
         forward: bool = False,
-    ) -> Unfinished:
+    ) -> MigrationUnfinished:
         """An error that names the step to go on with, or the one that could not be undone."""
         stands = "it stands at" if index is None else "this could not be undone:"
         if index is None:
@@ -229,10 +223,11 @@ class _Run:
         forward = forward or self._state.arrived
         way = "--resume finishes it" + ("" if forward else ", --put-back undoes it")
         what = "; ".join(filter(None, [_said(error) if error is not None else "", why]))
-        return Unfinished(
+        return MigrationUnfinished(
             f"{what}; {stands} step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
             f" (state: {self._state.path})",
-            step,
+            str(step),
+            step.vm,
             self._state.path,
         )
 

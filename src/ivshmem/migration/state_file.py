@@ -21,10 +21,11 @@ import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from ..errors import MigrationError
 from ..native import descriptors
 from ..system import new_files, safe_files
 from ..system.uncopied import Uncopied
-from .model import MigrationError, Plan, Vm
+from .model import Plan, Vm
 
 _VERSION = 1
 _MOST_BYTES = 1 << 24

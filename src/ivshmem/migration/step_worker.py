@@ -60,7 +60,7 @@ class StepWorker:
             seconds: that a guest still has to let go of a device that it was asked for.
 
         Raises:
-            Arrived: a migration that has completed.
+            AlreadyMigrated: a migration that has completed.
             MigrationError, QmpError, OSError: it could not be undone.
         """
         if step.kind == "hold":

@@ -20,23 +20,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..qemu.answers import Answer, QmpError
-from ..qemu.monitor import Monitor, QemuGone
-from .model import MigrationError, Options, Step, StepFailed, Vm, is_under_way
+from ..errors import AlreadyMigrated, QemuGone, QmpError, StepFailed
+from ..qemu.answers import Answer
+from ..qemu.monitor import Monitor
+from .model import Options, Step, Vm, is_under_way
 from .monitors import Monitors
 
 _LOOK = 0.1  # seconds between two looks at how far QEMU is
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
 
 _PATIENCE = 5  # passes after which the guest writes faster than we can send, however little remains
-
-
-class Arrived(MigrationError):
-    """A migration that was to be undone has completed; or not `wholly`: the guest has gone."""
-
-    def __init__(self, message: str, *, wholly: bool = True) -> None:
-        super().__init__(message)
-        self.wholly = wholly
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Mover:
         """Until the guest runs at the source, as it did.
 
         Raises:
-            Arrived: it is at the destination.
+            AlreadyMigrated: it is at the destination.
             StepFailed, QmpError, OSError: it does not.
         """
         source = await self._crew.monitor(self._vm.name, "source")
@@ -106,7 +99,7 @@ class Mover:
         while (state := await _run_state(source)) != "running":
             if state == "postmigrate":
                 if not await self._never_came():
-                    raise Arrived(f"{self._vm.name}: it has arrived at the destination")
+                    raise AlreadyMigrated(f"{self._vm.name}: it has arrived at the destination")
                 await source.execute("cont")
             elif not self._step.running and state in ("paused", "prelaunch"):
                 return
@@ -248,7 +241,7 @@ class Mover:
         while is_under_way(status := await _status(source)):
             postcopy = status.startswith("postcopy")
             if postcopy and await self._runs_there(status):
-                raise Arrived(
+                raise AlreadyMigrated(
                     f"{self._vm.name}: it runs at the destination already (postcopy)", wholly=False
                 )
             if not postcopy and status != "cancelling":

@@ -27,7 +27,7 @@ from ..native.descriptors import Fd
 from ..protocol.framing import Framer, Message
 from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
 from ..system import sockets
-from ..system.text import counted
+from ..text import counted
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 
 # How long a server must be silent after the memory before an only client takes its set-up to be

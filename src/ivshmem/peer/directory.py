@@ -33,8 +33,8 @@ from ..errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchN
 from ..memory.region import Region
 from ..native import mapping
 from ..protocol.limits import MAX_ID, MAX_VECTORS
-from ..system.text import counted
 from ..system.uncopied import Uncopied
+from ..text import counted
 from .endpoint import Endpoint
 from .limits import MAX_SLOTS, SLOT_BYTES
 from .names_table import (

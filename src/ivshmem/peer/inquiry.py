@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 
-from ..errors import ServerGone
+from ..errors import Misshapen, ServerGone
 from ..system import json_shapes
 from ..system.sockets import connect
 
@@ -43,7 +43,7 @@ def answer_in(data: bytes) -> dict[str, int]:
     """What a server of this package answers in such bytes.
 
     Raises:
-        shapes.Misshapen: it is not such an answer.
+        Misshapen: it is not such an answer.
     """
     answer = json_shapes.loads(data)
     _ANSWER(answer, "answer")
@@ -67,7 +67,7 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
     data = question(path, timeout)
     try:
         return answer_in(data)
-    except json_shapes.Misshapen as error:
+    except Misshapen as error:
         why = f": its answer makes no sense ({error})" if data[:1] == b"{" else ""
         where = os.fsdecode(path)
         raise ServerGone(f"{where}: this server does not answer questions{why}") from None

@@ -15,7 +15,7 @@ from ..errors import NoDirectory, RegionError
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..protocol.limits import MAX_VECTORS
-from ..system.text import counted
+from ..text import counted
 from .limits import MAGIC, MAX_SLOTS, SLOT_BYTES
 
 # The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this

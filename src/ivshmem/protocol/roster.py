@@ -21,7 +21,7 @@ from itertools import islice
 
 from ..errors import NoFreeId
 from ..system.named_tuple import NamedTuple
-from ..system.text import counted
+from ..text import counted
 from .framing import MEMORY, VERSION
 from .limits import MAX_ID, MAX_VECTORS
 from .session import _GREETED

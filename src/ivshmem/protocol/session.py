@@ -12,7 +12,7 @@ import enum
 
 from ..errors import ProtocolError
 from ..system.named_tuple import NamedTuple
-from ..system.text import counted
+from ..text import counted
 from .framing import MEMORY, VERSION, Message
 from .limits import MAX_ID, MAX_VECTORS
 

@@ -14,26 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import IvshmemError
-from ..system.text import plain
+from ..errors import WrongAnswer
 
 _MOST_SHOWN = 60  # characters of a wrong value
 _MOST_NUMBER = 1 << 64  # sizes and counts have 64 bits at most
-
-
-class QmpError(IvshmemError):
-    """QEMU refused a command, does not answer, or is gone; the message says which, and why.
-
-    `kind` is QEMU's error class ("GenericError", ..), "" if it did not refuse.
-    """
-
-    def __init__(self, message: str, kind: str = "") -> None:
-        super().__init__(plain(message))
-        self.kind = kind
-
-
-class WrongAnswer(QmpError):
-    """An answer lacks a value, or has one of another type: no QEMU that we know gives it."""
 
 
 class _Missing:

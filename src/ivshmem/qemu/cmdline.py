@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterable
 
 from ..memory.sizes import format_size
-from ..system.text import command
-from ..system.text import plain as visible
+from ..text import command
+from ..text import plain as visible
 
 _LONGEST_IDENT = 40
 

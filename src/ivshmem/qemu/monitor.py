@@ -23,8 +23,9 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import QemuGone, QmpError
 from ..system.uncopied import Uncopied
-from .answers import Answer, QmpError
+from .answers import Answer
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
@@ -38,10 +39,6 @@ _NO_MONITOR = ": is this a monitor of QEMU (-qmp)?"
 _T = TypeVar("_T")
 
 _UCRED = struct.Struct("3i")
-
-
-class QemuGone(QmpError):
-    """The connection to QEMU has ended: its process has, too, or what it sent was not QMP."""
 
 
 class Monitor(Uncopied):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ..system.text import NAME, plain
+from ..text import NAME, plain
 from .programs import is_qemu_name
 
 _MOST_BYTES = 1 << 20  # of a command line

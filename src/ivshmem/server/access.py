@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from ..system.accounts import group_id, user_id
 from ..system.credentials import Credentials
 from ..system.named_tuple import NamedTuple
-from ..system.text import counted
+from ..text import counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ from ..peer import inquiry
 from ..protocol.roster import Member, Roster
 from ..qemu.programs import is_qemu
 from ..system import credentials, late_logging
-from ..system.text import counted
 from ..system.uncopied import Uncopied
+from ..text import counted
 from . import log_events
 from .access import Verdict
 from .limits import LINGER

@@ -33,9 +33,9 @@ from ..protocol.framing import VERSION
 from ..protocol.limits import MAX_VECTORS
 from ..system import late_logging, sockets
 from ..system.loop import woken_by_signals
-from ..system.text import counted
 from ..system.uncopied import Uncopied
 from ..system.work_lock import WorkLock
+from ..text import counted
 from .engine import Engine, Gate, import_the_rest
 from .limits import LINGER
 from .replay import UnfinishedBatch

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ..errors import IvshmemError
+from ..errors import ConfigError
 from ..memory.pages import huge_page_size
 from ..memory.region import posix_path
 from ..memory.sizes import check_size, format_size, parse_size
@@ -22,10 +22,6 @@ from .limits import DEFAULT_SIZE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-
-class ConfigError(IvshmemError, ValueError):
-    """A configuration that cannot be served; nothing was done."""
 
 
 class RegionConfig(NamedTuple):

@@ -31,6 +31,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..errors import ConfigError, WrongKind
 from ..memory.pages import PAGE, huge_page_size
 from ..memory.region import posix_path
 from ..memory.sizes import LARGEST, check_size, format_size, parse_size
@@ -40,8 +41,8 @@ from ..server.access import Rules
 from ..system import safe_files
 from ..system.accounts import group_id, user_id
 from ..system.sockets import check_path
-from ..system.text import NAME, plain
-from .config import ConfigError, RegionConfig, ServiceConfig, conflicts, problems
+from ..text import NAME, plain
+from .config import RegionConfig, ServiceConfig, conflicts, problems
 from .limits import EXISTING, LOG_FORMATS
 
 _MOST_ERRORS = 5  # that are told at once
@@ -65,7 +66,7 @@ def load(path: str | os.PathLike[str]) -> ServiceConfig:
     try:
         with safe_files.reading(where) as file:
             data = file.read(_MOST_BYTES + 1)
-    except safe_files.WrongKind as error:
+    except WrongKind as error:
         if error.errno == errno.EISDIR:
             raise
         raise ConfigError(f"{where}: {error.strerror}") from None

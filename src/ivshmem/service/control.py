@@ -66,16 +66,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from .. import __version__
-from ..errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
+from ..errors import ClosedError, ControlError, IvshmemError, Misshapen, NoDirectory, NoSuchPeer
 from ..peer.limits import MAGIC, SLOT_BYTES
 from ..server import log_events
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..system import credentials, json_shapes, late_logging, sockets
 from ..system.processes import fd_limit, open_fds, pid_namespace, resident_bytes
 from ..system.requests import LONGEST, Caller, RequestServer
-from ..system.text import command, plain
 from ..system.uncopied import Uncopied
-from .control_client import PROTOCOL, ControlError, as_line
+from ..text import command, plain
+from .control_client import PROTOCOL, as_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -449,7 +449,7 @@ def _cut_line(buffer: bytearray) -> bytes | None:
 def _parse(request: bytes) -> dict[str, Any]:
     try:
         message = json_shapes.loads(request)
-    except json_shapes.Misshapen as error:
+    except Misshapen as error:
         raise ControlError(f'no JSON ({_one_line(error)}): send {{"do": "status"}}') from None
     if not isinstance(message, dict):
         raise ControlError(f'{_shown(message)} is no JSON object: send {{"do": "status"}}')

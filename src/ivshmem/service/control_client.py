@@ -15,14 +15,14 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-from ..errors import IvshmemError
+from ..errors import ControlError, Misshapen
 from ..peer import inquiry
 from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..server.limits import LINGER
 from ..system import credentials, json_shapes, sockets
 from ..system.accounts import user_name
-from ..system.text import counted, plain
 from ..system.uncopied import Uncopied
+from ..text import counted, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,10 +36,6 @@ SUFFIX = ".control"
 _LOOK = 0.01  # seconds between two questions whether a peer has read all
 MOST_PID, MOST_UID = (1 << 31) - 1, (1 << 32) - 1
 _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
-
-
-class ControlError(IvshmemError):
-    """A control socket was asked for something that it could not do; the message says why."""
 
 
 def default_path(server: str | os.PathLike[str]) -> str:
@@ -123,7 +119,7 @@ _ANY_REPLY = json_shapes.record({"error": json_shapes.text()}, ok=json_shapes.fl
 
 
 def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-    """Raise shapes.Misshapen if a reply to this message is not what it should be."""
+    """Raise Misshapen if a reply to this message is not what it should be."""
     kind = message.get("do")
     if isinstance(kind, str) and kind in REPLIES:
         REPLIES[kind](reply, kind)
@@ -190,7 +186,7 @@ class ControlClient(Uncopied):
         if reply.pop("ok"):
             try:
                 _check(message, reply)
-            except json_shapes.Misshapen as error:
+            except Misshapen as error:
                 raise ControlError(
                     f"the server's reply makes no sense ({error}): is it of another version?"
                 ) from None
@@ -255,7 +251,7 @@ class ControlClient(Uncopied):
                 reason = "the server closed the connection: ask again"
                 raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
         line, _, self._rest = b"".join(chunks).partition(b"\n")
-        with contextlib.suppress(json_shapes.Misshapen):
+        with contextlib.suppress(Misshapen):
             reply = json_shapes.loads(line)
             _ANY_REPLY(reply, "reply")
             return dict(reply)

@@ -10,13 +10,14 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 
+from ..errors import JournalError
 from ..lasting import fd_store
-from ..lasting.journal import Journal, JournalError
+from ..lasting.journal import Journal
 from ..native import descriptors
 from ..system import late_logging, systemd
 from ..system.sockets import Listener
-from ..system.text import counted
 from ..system.uncopied import Uncopied
+from ..text import counted
 from .config import ServiceConfig
 from .service import Service
 

@@ -56,11 +56,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from .. import __version__
-from ..errors import IvshmemError
+from ..errors import MetricsError
 from ..server.report import PeerReport
 from ..system.requests import Caller, RequestServer
-from ..system.text import NAME, plain
 from ..system.uncopied import Uncopied
+from ..text import NAME, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,10 +134,6 @@ _PEER_GAUGES: dict[str, tuple[str, Callable[[PeerReport, float], float]]] = {
         lambda p, _: sum(p.interrupts),
     ),
 }
-
-
-class MetricsError(IvshmemError):
-    """Metrics were asked for, and cannot be had."""
 
 
 class Figures:

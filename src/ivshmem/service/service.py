@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from ..errors import NoDirectory
+from ..errors import ConfigError, NoDirectory
 from ..lasting.journal import OF_THE_SERVICE, Chapter, Journal
 from ..memory.region import Region
 from ..server.access import Verdict
@@ -35,7 +35,7 @@ from ..system.loop import Loop
 from ..system.sockets import Listener
 from ..system.uncopied import Uncopied
 from ..system.work_lock import is_mine
-from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
+from .config import RULES, RegionConfig, ServiceConfig, conflicts, from_json
 from .open_region import Opened, open_region
 from .reload_plan import plan
 

@@ -26,14 +26,13 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 
-from ..errors import IvshmemError, reason_of
-from ..lasting.journal import OF_THE_SERVICE, Journal, JournalError, group
+from ..errors import IvshmemError, JournalError, Misshapen, reason_of
+from ..lasting.journal import OF_THE_SERVICE, Journal, group
 from ..memory.region import posix_path
 from ..protocol.limits import MAX_VECTORS
 from ..protocol.roster import Roster
 from ..server.replay import UnfinishedBatch, replay
 from ..system import credentials, json_shapes, sockets
-from ..system.json_shapes import Misshapen
 from ..system.named_tuple import NamedTuple
 from .config import ServiceConfig, from_json
 from .limits import EXISTING, LOG_FORMATS

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 
+from ..errors import ConfigError, ControlError
 from ..lasting import fd_store, handover, supervisor
 from ..lasting.journal import Journal
 from ..lasting.supervised import Supervision
@@ -19,9 +20,9 @@ from ..server import log_events
 from ..system import sockets
 from ..system.named_tuple import NamedTuple
 from ..system.requests import Caller
-from ..system.text import counted
+from ..text import counted
 from . import control, control_client, snapshots
-from .config import ConfigError, RegionConfig, ServiceConfig
+from .config import RegionConfig, ServiceConfig
 from .service import Find, Service
 
 _log = logging.getLogger("ivshmem.serve")
@@ -170,7 +171,7 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
 
     def act(caller: Caller, _: Mapping[str, object]) -> None:
         if service.changing:
-            raise control_client.ControlError("a reload is under way: try again when it is done")
+            raise ControlError("a reload is under way: try again when it is done")
         sock, _rest = caller.detach()
         if handover.give(service, sock):
             told = log_events.fields("takeover", reason="another process goes on")

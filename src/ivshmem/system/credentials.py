@@ -8,8 +8,8 @@ from __future__ import annotations
 import socket
 import struct
 
+from ..text import NAME, plain
 from .named_tuple import NamedTuple
-from .text import NAME, plain
 
 _UCRED = struct.Struct("iII")
 _SO_PEERGROUPS = 59  # socket(7), since Linux 4.13; Python does not name it

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from ..errors import IvshmemError
-from .text import plain
+from ..errors import Misshapen
+from ..text import plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 _MOST_SHOWN = 40  # characters of a value in a message
 _MOST_DIGITS = 20  # 2**64 has so many; Python itself refuses only thousands of them
 _YEAR_9999 = 253402300799.0  # seconds since the epoch: the last that has a date
-
-
-class Misshapen(IvshmemError, ValueError):
-    """JSON that is not what it should be; the message says where, and what was seen."""
 
 
 def loads(data: bytes | bytearray | str) -> Any:

@@ -21,6 +21,7 @@ import errno
 import os
 import stat
 
+from ..errors import WrongKind, WrongKindDirectory
 from ..native import descriptors
 from .accounts import user_id, user_name, user_option
 from .uncopied import Uncopied
@@ -67,14 +68,6 @@ def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
     except BaseException:
         file.close()
         raise
-
-
-class WrongKind(OSError):
-    """A path leads to something else than a regular file."""
-
-
-class _WrongDirectory(WrongKind, IsADirectoryError):
-    """It leads to a directory."""
 
 
 # -- places ---------------------------------------------------------------------------------------
@@ -200,7 +193,7 @@ class Place(Uncopied):
         """The error for what is not a regular file."""
         what = f"it is {kind_word(mode)}, not a regular file: choose another path"
         if stat.S_ISDIR(mode):
-            return _WrongDirectory(errno.EISDIR, what, self.path)
+            return WrongKindDirectory(errno.EISDIR, what, self.path)
         return WrongKind(errno.EINVAL, what, self.path)
 
     def create(self, flags: int, mode: int) -> descriptors.FdArray:

@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ..native import descriptors
+from ..text import counted
 from . import locks
 from .accounts import group_id, user_id
-from .text import counted
 from .uncopied import Uncopied
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)

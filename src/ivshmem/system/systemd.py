@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from ..errors import reason_of
+from ..text import counted, plain
 from . import late_logging
-from .text import counted, plain
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
