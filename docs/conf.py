@@ -1,0 +1,102 @@
+"""Sphinx's settings: `make docs` builds the pages of this directory into build/docs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+import ivshmem
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "ivshmem"
+author = "the ivshmem authors"
+project_copyright = "the ivshmem authors"
+version = release = ivshmem.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["conf.py"]
+myst_enable_extensions = ["deflist", "colon_fence"]
+myst_heading_anchors = 3
+default_role = "code"  # docstrings have `names` in single backticks
+nitpicky = False
+
+html_theme = "furo"
+html_title = f"ivshmem {release}"
+html_copy_source = False
+html_show_sphinx = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {"Gate": "Gate", "Users": "Users"}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+
+class HelpOf(Directive):
+    """`{help-of} serve`: what `ivshmem serve --help` prints, 90 columns wide."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        words = self.arguments[0].split()
+        call = "from ivshmem.cli.main import main; main({!r})"
+        if words[:1] == ["ivshmem-server"]:
+            words, call = words[1:], "from ivshmem.cli.compat import main; main({!r})"
+        text = subprocess.run(
+            [sys.executable, "-c", call.format([*words, "--help"])],
+            env={**os.environ, "COLUMNS": "90", "HOME": "/root"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        block = nodes.literal_block(text, text)
+        block["language"] = "text"
+        return [block]
+
+
+def _as_rst(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Make what docstrings of this package have in plain text good RST, in place."""
+    result: list[str] = []
+    literal = table = False
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        row = re.match(r"\s*\|.*\|\s*$", line) is not None
+        if row and not table:
+            result += ["", "::", ""]
+        table = row
+        if table:
+            result.append(f"    {line}")
+            continue
+        # An indented block after an empty line is an example.
+        if indent >= 4 and result and not result[-1].strip() and not literal and _is_text(result):
+            result += ["::", ""]
+            literal = True
+        elif line.strip() and indent == 0:
+            literal = False
+        result.append(line)
+    lines[:] = result
+
+
+def _is_text(before: list[str]) -> bool:
+    """Whether the last line that is not empty is text at the left edge, and no directive."""
+    last = next((line for line in reversed(before) if line.strip()), "")
+    return bool(last) and not last.startswith((" ", "..", ":"))
+
+
+def setup(app: Sphinx) -> None:
+    app.add_directive("help-of", HelpOf)
+    app.connect("autodoc-process-docstring", _as_rst, priority=900)  # after napoleon
