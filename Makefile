@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 CYTHON := $(addprefix native/,descriptors wire mapping spin bell) _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* systemd/*/*)
 
-.PHONY: help serve test test-newest-qemu nightly check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
+.PHONY: help serve test test-newest-qemu nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -28,6 +28,7 @@ help:
 	@echo "make fuzz    a million hostile inputs (COUNT=1000000 SEED=1 TARGET=all); the one input of a"
 	@echo "             finding: TARGET=client REPLAY=build/fuzz/client-1. make fuzz-sanitized: the same"
 	@echo "             with the C code built for AddressSanitizer and UBSan"
+	@echo "make docs    build the pages of docs/ into build/docs; a warning is an error"
 	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
 	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
 	@echo "    make bench-roundtrips ARGS='--pinning two'    round trips, beside C and other libraries"
@@ -75,6 +76,11 @@ lint: $(VENV)/tested
 	        { cat ../build/said; false; }) && \
 	    cmp build/fresh.c src/ivshmem/$$name.c || { echo "$$name.c is stale: make cython"; exit 1; }; \
 	done
+
+# The pages, from Markdown and from the docstrings of the installed package.
+docs: $(VENV)/documented
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/docs-cache docs build/docs
+	@echo "see build/docs/index.html"
 
 # With ARGS, which pytest is given, only its part.
 bench: $(VENV)/measured
@@ -161,6 +167,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)
 
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]"
+	@touch $@
+
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[docs]"
 	@touch $@
 
 $(VENV)/measured: $(VENV)/tested

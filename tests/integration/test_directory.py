@@ -291,11 +291,11 @@ table.publish("forgotten", id=1)
 """
 
 
-def test_the_example_of_the_readme(server: Callable[..., Server]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = (e for e in re.findall(r"```python\n(.*?)```", readme, re.S) if "lookup(" in e)
+def test_the_example_of_the_documentation(server: Callable[..., Server]) -> None:
+    page = (Path(__file__).parents[2] / "docs/howto/names.md").read_text()
+    (example,) = (e for e in re.findall(r"```python\n(.*?)```", page, re.S) if "lookup(" in e)
     serving = server()
-    example = "import ivshmem\n" + example.replace("/run/ivshmem.sock", serving.path)
+    example = example.replace("/run/ivshmem.sock", serving.path)
     with ivshmem.connect(serving.path) as client, Directory.create(client) as table:
         table.publish("sensor")
         with python(example) as child:

@@ -1,4 +1,4 @@
-"""`serve --check`: what the file says can be had here, or why not; and the README's own file."""
+"""`serve --check`: what the file says can be had here, or why not; and the documentation's own file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ivshmem.memory import pages
 from ivshmem.service.config_file import read_toml
 
 HOME = Path(__file__).parents[2]
-EXAMPLE = re.findall(r"```toml\n(.*?)```", (HOME / "README.md").read_text(), re.DOTALL)[0]
+PAGE = HOME / "docs/howto/several-regions.md"
+EXAMPLE = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
 
 
 def found(**settings: object) -> list[str]:
@@ -26,12 +27,12 @@ def found(**settings: object) -> list[str]:
     return list(obstacles(ServiceConfig({"a": region}, source="/etc/ivshmem.toml")))
 
 
-def test_the_example_of_the_readme_suits_its_unit() -> None:
+def test_the_example_of_the_documentation_suits_its_unit() -> None:
     """The unit's user may do all of it, on a machine without huge pages in reserve."""
     unit = configparser.RawConfigParser(strict=False)
     unit.read(HOME / "systemd/system/ivshmem.service")
     groups = unit["Service"]["SupplementaryGroups"].split()
-    for region in read_toml(EXAMPLE.encode(), "README.md")["region"].values():
+    for region in read_toml(EXAMPLE.encode(), PAGE.name)["region"].values():
         assert region.get("group", groups[0]) in groups
         assert not region.get("hugepages")
         assert region["socket"].startswith(f"/run/{unit['Service']['RuntimeDirectory']}/")

@@ -267,7 +267,7 @@ def test_an_iommu_is_printed(sockets_of_two: tuple[str, str]) -> None:
 
 @needs_qemu
 def test_hot_plug_as_documented(sockets_of_two: tuple[str, str]) -> None:
-    document = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
+    document = (Path(__file__).parents[2] / "docs/howto/qemu.md").read_text()
     (lines,) = re.findall(r"```json\n(.*?)```", document, re.DOTALL)
     (port,) = re.findall(r"`(-device pcie-root-port[^`]*)`", document)
     orders = [

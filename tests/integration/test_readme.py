@@ -1,15 +1,108 @@
-"""The README's example runs as it stands, and says what its comments say."""
+"""README.md, the pages of docs/ and the other documents: what they show runs, what they name exists.
 
+- Every block of Python runs, with a server and peers; a guest's device is a client there.
+- Every command of this package is parsed; those that only ask a server, or change little, run.
+- Every option, `make` target, file and link that a page names exists.
+- Reference pages list every setting, log event, metric and request that the source has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+from support.served import Served
+
+import ivshmem
+from ivshmem import control
+from ivshmem.cli import main
+from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.service import config_file, control_client, metrics
+
+HOME = Path(__file__).parents[2]
+README = HOME / "README.md"
+PAGES = [
+    README,
+    *(HOME / name for name in ("ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md")),
+    HOME / "bench/README.md",
+    *sorted((HOME / "docs").rglob("*.md")),
+]
+IDS = [str(page.relative_to(HOME)) for page in PAGES]
+each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
+
+# A guest's device has the interface of a client, so a client stands for it here.
+PRELUDE = """
+import ivshmem, ivshmem.guest
+ivshmem.guest.open = lambda address=None, **more: ivshmem.connect({path!r}, timeout=30)
+"""
+
+# What runs, of all commands: these ask a server or change only files in the working directory.
+RUNS = {"status", "connect", "qemu", "save", "load", "evict", "hold", "release"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command of this package, without what surrounds it in a shell's line."""
+    indented = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()] + indented
+    found = []
+    for line in lines:
+        for part in re.split(r"\$\(|\)|\||&&|;(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", line):
+            with contextlib.suppress(ValueError):  # a line of output, with one quote
+                words = shlex.split(part, comments=True)
+                if words and re.fullmatch(r"(\S*/)?ivshmem", words[0]):
+                    found.append(words[1:])
+    return found
+
+
+@contextlib.contextmanager
+def a_server(path: str) -> Iterator[None]:
+    """A server with names and a control socket, and four peers; peer 0 answers interrupts."""
+    ended = threading.Event()
+
+    def answer() -> None:
+        while not ended.is_set():
+            if peers[0].wait(0, timeout=0.02):
+                peers[0].ring_all()
+            for peer in peers:
+                _ = peer.peers  # so that it reads its news
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Served(path, 4, 1 << 20, names=0))
+        peers = [stack.enter_context(ivshmem.connect(path, timeout=30)) for _ in range(4)]
+        names = stack.enter_context(ivshmem.Directory.open(peers[1]))
+        names.publish("sensor")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(ended.set)
+        yield
+
+
+def placed(text: str, path: str, folder: Path) -> str:
+    """Names and paths of an example, where a test can have them."""
+    text = re.sub(r"/run/[\w-]+\.sock\b", path, text)
+    text = re.sub(r"/tmp/example_(\w+)", rf"{folder}/\1", text)
+    return re.sub(r'name="([\w-]*frames)"', rf'name="\1-{os.getpid()}"', text)
+
+
+# -- what runs ------------------------------------------------------------------------------------
 
 
 def test_the_example_runs() -> None:
-    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    example = blocks(README, "python")[0]
     assert len(example.strip().splitlines()) <= 16
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", example],
@@ -21,3 +114,173 @@ def test_the_example_runs() -> None:
     lines = result.stdout.splitlines()
     assert lines[:2] == re.findall(r"# (1 b'hello'|peer 7 .*)", example)
     assert result.stderr == ""
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+)
+def test_python(page: Path, socket_path: str, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "python")):
+        path = f"{socket_path}{number}"
+        program = PRELUDE.format(path=path) + placed(block, path, tmp_path)
+        if 'publish("sensor"' in program:
+            program = program.replace('"sensor"', '"another"')
+        with a_server(path):
+            result = subprocess.run(
+                [sys.executable, "-W", "error", "-c", program],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+        assert result.stderr == "", block
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(words[:1] and words[0] in RUNS for words in commands(page))],
+    ids=lambda page: page.stem,
+)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "ivshmem.sock")
+    (tmp_path / "file.toml").write_text(
+        re.sub(r'"(gid:)?kvm"', r'"\1root"', "".join(blocks(page, "toml")[:1]))
+    )
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "NO_COLOR": "1"}
+    tmp_path.chmod(0o700)
+    with a_server(path):
+        for words in commands(page):
+            if not words or words[0] not in RUNS:
+                continue
+            words = [re.sub(r"^/run/.*\.sock$", path, word) for word in words]
+            words = [word.replace("/etc/ivshmem.toml", f"{tmp_path}/file.toml") for word in words]
+            if words[0] != "qemu" and "-S" not in words:
+                words += ["-S", path]
+            result = subprocess.run(
+                [sys.executable, "-m", "ivshmem", *words],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+
+
+@each_page
+def test_commands_are_parsed(page: Path) -> None:
+    for words in commands(page):
+        if any(word.isupper() and not word.isdigit() for word in words) or words == []:
+            continue  # a place-holder
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                main._parser(words).parse_args(words)
+            except SystemExit as error:
+                assert not error.code, f"{shlex.join(words)}: {said.getvalue()}"
+
+
+# -- what exists ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    found = {}
+    for name in main.SUBCOMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            main._parser([name]).parse_args([name, "--help"])
+        found[name] = said.getvalue()
+    return found
+
+
+@each_page
+def test_options_exist(page: Path, helps: dict[str, str]) -> None:
+    """Those in `serve --option`, also without `ivshmem` before it."""
+    names = "|".join(main.SUBCOMMANDS)
+    for name, rest in re.findall(rf"`(?:ivshmem )?({names}) (--[^`]*)`", page.read_text()):
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in helps[name], f"{name} {option}"
+
+
+@each_page
+def test_targets_of_make_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (HOME / "Makefile").read_text(), re.M))
+    text = page.read_text()
+    for target in re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M):
+        assert target in targets
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_files_of_the_architecture_exist() -> None:
+    """Each `room/file.py: Class.function` names a file that has that function."""
+    source = HOME / "src/ivshmem"
+    page = (HOME / "ARCHITECTURE.md").read_text()
+    for path in set(re.findall(r"`([\w/]+\.pyx?)[`:]", page)):
+        (file,) = {p for p in (source / path, *source.glob(f"*/{path}")) if p.exists()}
+        for names in re.findall(rf"`{re.escape(path)}: ([\w.]+)`", page):
+            for name in names.split("."):
+                assert re.search(rf"\b(def|class) {name}\b", file.read_text()), f"{path}: {name}"
+
+
+# -- what is complete -----------------------------------------------------------------------------
+
+
+def test_every_subcommand_has_its_help() -> None:
+    page = (HOME / "docs/reference/command-line.md").read_text()
+    assert set(re.findall(r"^## ivshmem (\w+)$", page, re.M)) == set(main.SUBCOMMANDS)
+    for name in main.SUBCOMMANDS:
+        assert f"```{{help-of}} {name}\n" in page
+
+
+def test_every_setting_is_listed() -> None:
+    page = (HOME / "docs/reference/configuration.md").read_text()
+    for key in (*RegionConfig._fields, *config_file._SERVICE):
+        assert f"`{key}`" in page
+    assert set(config_file._SERVICE) <= set(ServiceConfig._fields)
+
+
+def test_every_log_event_is_listed() -> None:
+    page = (HOME / "docs/reference/log-events.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)`", page, re.M))
+    used = set()
+    for file in (HOME / "src/ivshmem").rglob("*.py"):
+        used |= set(re.findall(r"log_events\.fields\(\s*\"(\w+)\"", file.read_text()))
+    assert used and used <= listed
+
+
+def test_every_metric_is_listed() -> None:
+    page = (HOME / "docs/reference/metrics.md").read_text()
+    names = {*metrics._GAUGES, *metrics._PEER_GAUGES, "ivshmem_info"}
+    names |= {f"ivshmem_{name}_total" for name in metrics._COUNTERS}
+    assert set(re.findall(r"^\| `(ivshmem_\w+)`", page, re.M)) == names
+
+
+def test_every_request_is_listed() -> None:
+    page = (HOME / "docs/reference/control-protocol.md").read_text()
+    for word in control_client.REPLIES:
+        assert f'"do": "{word}"' in page
+    assert control.default_path("/x") == "/x.control"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (HOME / "docs/reference").glob("*.md"))
+    for module in ("ivshmem", "ivshmem.guest", "ivshmem.migration", "ivshmem.config", "ivshmem.control"):
+        for name in __import__(module, fromlist=["__all__"]).__all__:
+            listed = f"{module}.{name}" in text or issubclass_of_errors(module, name)
+            assert listed, f"{module}.{name}"
+
+
+def issubclass_of_errors(module: str, name: str) -> bool:
+    """Those of errors.py are listed by automodule."""
+    return hasattr(__import__("ivshmem.errors", fromlist=["__all__"]), name)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..service.config import RegionConfig
 
 # What the help says of a command that needs a server. Where that is: default_paths.py.
-OF_THE_SERVER = "default: the server that runs here, see the README"
+OF_THE_SERVER = "default: the server that runs here, see docs/howto/qemu.md"
 DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
 
 
