@@ -159,12 +159,13 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
                 continue
             words = [re.sub(r"^/run/.*\.sock$", path, word) for word in words]
             words = [word.replace("/etc/ivshmem.toml", f"{tmp_path}/file.toml") for word in words]
-            if words[0] != "qemu" and "-S" not in words:
+            if not {"-S", "--config", "--name", "--file", "-device"} & {*words}:
                 words += ["-S", path]
             result = subprocess.run(
                 [sys.executable, "-m", "ivshmem", *words],
                 env=environment,
                 cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 timeout=60,
