@@ -40,6 +40,8 @@ autodoc_type_aliases = {"Gate": "Gate", "Users": "Users"}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("Raises, in all calls", "Raises")]
+suppress_warnings = ["ref.python"]  # several classes have an attribute `vectors`
 
 
 class HelpOf(Directive):
