@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -40,7 +40,6 @@ autodoc_type_aliases = {"Gate": "Gate", "Users": "Users"}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-napoleon_custom_sections = [("Raises, in all calls", "Raises")]
 suppress_warnings = ["ref.python"]  # several classes have an attribute `vectors`
 
 
@@ -68,10 +67,15 @@ class HelpOf(Directive):
         return [block]
 
 
-def _as_rst(
-    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
-) -> None:
+def _named_as_known(*arguments: Any) -> None:
+    """Give the sections of docstrings the names that napoleon knows."""
+    lines = arguments[-1]
+    lines[:] = ["Raises:" if line == "Raises, in all calls:" else line for line in lines]
+
+
+def _as_rst(*arguments: Any) -> None:
     """Make what docstrings of this package have in plain text good RST, in place."""
+    lines: list[str] = arguments[-1]
     result: list[str] = []
     literal = table = False
     for line in lines:
@@ -101,4 +105,5 @@ def _is_text(before: list[str]) -> bool:
 
 def setup(app: Sphinx) -> None:
     app.add_directive("help-of", HelpOf)
+    app.connect("autodoc-process-docstring", _named_as_known, priority=100)
     app.connect("autodoc-process-docstring", _as_rst, priority=900)  # after napoleon

@@ -1,4 +1,4 @@
-"""`serve --check`: what the file says can be had here, or why not; and the documentation's own file."""
+"""`serve --check`: what the file says can be had here, or why not; and the documentation's file."""
 
 from __future__ import annotations
 

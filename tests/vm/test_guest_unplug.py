@@ -1,6 +1,7 @@
 """A guest's device is unplugged while it is in use: who waits is told, nobody hangs.
 
-No peer may leave before: QEMU crashes in device_del once it was told of one (see docs/howto/unplug.md).
+No peer may leave before: QEMU crashes in device_del once it was told of one (see
+docs/howto/unplug.md).
 """
 
 import pytest

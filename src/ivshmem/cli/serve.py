@@ -30,7 +30,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="serve the regions that a TOML file names, and read it again on SIGHUP; see docs/howto/several-regions.md",
+        help="serve the regions that a TOML file names, and read it again on SIGHUP; see"
+        " docs/howto/several-regions.md",
     )
     parser.add_argument(
         "--check",

@@ -18,8 +18,9 @@ from ..protocol.limits import MAX_VECTORS
 from ..text import counted
 from .limits import MAGIC, MAX_SLOTS, SLOT_BYTES
 
-# The format, which docs/reference/file-formats.md draws. All of it is little-endian, as the machines are that this
-# package is for, so that _memory's atomics, which have the machine's order, need no conversion.
+# The format, which docs/reference/file-formats.md draws. All of it is little-endian, as the
+# machines are that this package is for, so that the atomics of native/mapping, which have the
+# machine's order, need no conversion.
 NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
 DEFAULT_SLOTS = 63
 VERSION = 1
