@@ -70,6 +70,8 @@ class HelpOf(Directive):
 def _named_as_known(*arguments: Any) -> None:
     """Give the sections of docstrings the names that napoleon knows."""
     lines = arguments[-1]
+    if arguments[1] in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # what is before it is no type
     lines[:] = ["Raises:" if line == "Raises, in all calls:" else line for line in lines]
 
 

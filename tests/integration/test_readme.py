@@ -58,7 +58,8 @@ def commands(page: Path) -> list[list[str]]:
     """The words of each command of this package, without what surrounds it in a shell's line."""
     unfenced = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     indented = re.findall(r"^    (\S.*)$", unfenced, re.MULTILINE)
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()] + indented
+    fenced = "".join(blocks(page, "sh")).replace("\\\n", "")
+    lines = fenced.splitlines() + indented
     found = []
     for line in lines:
         for part in re.split(r"\$\(|\)|\||&&|;(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", line):
