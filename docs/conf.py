@@ -26,6 +26,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["conf.py"]
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 3
+highlight_language = "text"  # of blocks that name none
 default_role = "code"  # docstrings have `names` in single backticks
 nitpicky = False
 

@@ -42,7 +42,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 # A guest's device has the interface of a client, so a client stands for it here.
 PRELUDE = """
-import ivshmem, ivshmem.guest
+import faulthandler, ivshmem, ivshmem.guest
+faulthandler.dump_traceback_later(45, exit=True)
 ivshmem.guest.open = lambda address=None, **more: ivshmem.connect({path!r}, timeout=30)
 """
 
