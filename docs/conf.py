@@ -74,6 +74,27 @@ def _named_as_known(*arguments: Any) -> None:
     if arguments[1] in ("attribute", "property") and lines:
         lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # what is before it is no type
     lines[:] = ["Raises:" if line == "Raises, in all calls:" else line for line in lines]
+    lines[:] = [part for line in _entries(lines) for part in line]
+
+
+def _entries(lines: list[str]) -> list[list[str]]:
+    """Give each attribute an entry of its own, where several share one (`read, write: ..`)."""
+    found: list[list[str]] = []
+    inside = False
+    for line in lines:
+        if line and not line.startswith(" "):
+            inside = line == "Attributes:"
+        several = re.fullmatch(r"    (\w+(?:, \w+)+): (.*)", line) if inside else None
+        if several:
+            found += [[f"    {name}: {several[2]}"] for name in several[1].split(", ")]
+            shared = found[-several[1].count(",") - 1 :]
+        elif inside and line.startswith("     ") and found and found[-1][0].startswith("    "):
+            for entry in shared:
+                entry.append(line)
+        else:
+            found.append([line])
+            shared = found[-1:]
+    return found
 
 
 def _as_rst(*arguments: Any) -> None:

@@ -280,7 +280,7 @@ def request(
     """The reply to one request, but for "ok".
 
     Raises:
-        ControlError, TimeoutError, OSError: as of Client.
+        ControlError, TimeoutError, OSError: as of ControlClient.
     """
     with ControlClient(path, timeout) as client:
         return client.ask(message)
