@@ -79,7 +79,7 @@ def quoted(word: str) -> str:
     Where a character has to be written out, that is $'..', which dash knows since 0.5.13 and all
     other shells have known for long.
     """
-    from shlex import quote
+    from shlex import quote  # here: a server that begins quotes nothing, and shlex imports re
 
     if all(_visible(character) == character for character in word):
         return quote(word)

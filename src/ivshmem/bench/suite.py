@@ -16,10 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import ivshmem
-
-from . import memory, statements
-from . import ways as steps
+from ..peer.client import connect
+from . import memory, statements, ways
 from .cores import PINNINGS, Pinning, cores_for
 from .result import ROUNDS, Measuring, Result, ResultGroup, turns
 from .roundtrip import Pair, measure, python_end
@@ -56,7 +54,7 @@ def run(seconds: float, tell: Tell) -> list[ResultGroup]:
     end = time.monotonic() + seconds
     with (
         tempfile.TemporaryDirectory(prefix="ivshmem-bench-") as directory,
-        steps.serving(path := os.path.join(directory, "socket")),
+        ways.serving(path := os.path.join(directory, "socket")),
     ):
         parts = _parts(path)
         total = sum(part.weight for part in parts)
@@ -97,8 +95,8 @@ def _rings(path: str, budget: float) -> Measuring:
     eventfd = os.eventfd(0)
     try:
         with (
-            ivshmem.connect(path) as here,
-            ivshmem.connect(path) as there,
+            connect(path) as here,
+            connect(path) as there,
             statements.pinned(),
         ):
             here.ring(there.id)  # by now it has heard of the other one
@@ -130,14 +128,14 @@ def _round_trips(path: str, pinning: Pinning, budget: float) -> Measuring:
         pairs: list[tuple[Result, Pair]] = [
             (plain, stack.enter_context(eventfd_pair(cores))),
         ]
-        ways: list[tuple[str, str, list[str]]] = [
+        ours: list[tuple[str, str, list[str]]] = [
             *((name, "client", [wait]) for name, wait in waits.items()),
             ("wait_word, rings spared", "word", []),
         ]
         first = _PLACES * PINNINGS.index(pinning)
-        for place, (name, factory, arguments) in enumerate(ways, first):
+        for place, (name, factory, arguments) in enumerate(ours, first):
             ping, echo = (
-                python_end(role, f"{steps.__name__}:{factory}", path, place, *arguments)
+                python_end(role, f"{ways.__name__}:{factory}", path, place, *arguments)
                 for role in ("ping", "echo")
             )
             pair = stack.enter_context(Pair(ping, echo, cores))
@@ -156,7 +154,7 @@ def eventfd_pair(cores: tuple[set[int], set[int]]) -> Iterator[Pair]:
     """The yardstick: two processes with two eventfds, by the functions in `os`."""
     a, b = fds = os.eventfd(0), os.eventfd(0)
     try:
-        factory = f"{steps.__name__}:eventfds"
+        factory = f"{ways.__name__}:eventfds"
         ping = python_end("ping", factory, a, b, fds=fds)
         echo = python_end("echo", factory, b, a, fds=fds)
         with Pair(ping, echo, cores) as pair:

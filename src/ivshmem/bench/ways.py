@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ivshmem
-
 from ..errors import WorkerFailed
+from ..peer.client import Client, connect
+from ..server.server import Server
 from .roundtrip import python_end
 from .worker import Steps
 
@@ -67,9 +67,9 @@ def word(role: str, path: str, place: int) -> Iterator[Steps]:
 
 
 @contextlib.contextmanager
-def joined(role: str, path: str, place: int) -> Iterator[tuple[ivshmem.Client, int]]:
+def joined(role: str, path: str, place: int) -> Iterator[tuple[Client, int]]:
     """A client that knows the other one of its place."""
-    with ivshmem.connect(path) as endpoint:
+    with connect(path) as endpoint:
         ids = [endpoint.region.atomic_u64(place * _PLACE + line * _LINE) for line in (0, 1)]
         mine, other = ids if role == "ping" else ids[::-1]
         mine.store(endpoint.id + 1)
@@ -82,7 +82,7 @@ def joined(role: str, path: str, place: int) -> Iterator[tuple[ivshmem.Client, i
 @contextlib.contextmanager
 def server(_role: str, path: str) -> Iterator[Steps]:
     """No end of anything, but the server for those above, which lives as long as its parent."""
-    with ivshmem.Server(path, _MEMORY).start():
+    with Server(path, _MEMORY).start():
         yield Steps("pass", "pass", {})
 
 

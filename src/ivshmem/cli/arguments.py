@@ -152,6 +152,7 @@ def _add_unplugging(parser: argparse.ArgumentParser) -> None:
 
 def region_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of a region, by RegionConfig's names."""
+    # Here, as in `region_of`: a supervisor only reads its options, and stays small.
     from ..service.config import RegionConfig
 
     return {key: value for key, value in vars(options).items() if key in RegionConfig._fields}
@@ -159,7 +160,7 @@ def region_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:
     """The region that the options describe; `socket`: where it is if they do not say."""
-    # Here, so that a process that only reads its options does not import what serves.
+    # Here, so that a process that only reads its options imports nothing of what serves.
     from ..service.config import RegionConfig
     from ..system.sockets import check_path
 

@@ -13,6 +13,7 @@ from functools import partial
 from .. import __version__
 from ..peer import default_paths
 from ..service.limits import DEFAULT_SIZE
+from . import daemon
 from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
 from .run import Parser, guarded, parsed, ran_short
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..service.config import RegionConfig
-    from .daemon import Ready
 
 DEFAULT_NAME = "ivshmem"
 
@@ -98,13 +98,12 @@ def _parser() -> Parser:
 def _run(options: argparse.Namespace) -> int:
     if options.foreground:
         return _serve(options, lambda: None)
-    from . import daemon
-
     run = partial(guarded, partial(_serve, options))
     return daemon.in_background(run, silent=not options.verbose)
 
 
-def _serve(options: argparse.Namespace, ready: Ready) -> int:
+def _serve(options: argparse.Namespace, ready: daemon.Ready) -> int:
+    # Here and in `_region`: --help and wrong usage need nothing of what serves.
     from ..service.config import ServiceConfig
     from .serve_process import ServePlan, serve
 
@@ -121,6 +120,7 @@ def _serve(options: argparse.Namespace, ready: Ready) -> int:
 
 def _region(options: argparse.Namespace) -> RegionConfig:
     """Memory by the example server's rules."""
+    # Here: see `_serve`.
     from ..memory import pages
     from ..memory.sizes import parse_size, round_up
     from ..service.config import RegionConfig

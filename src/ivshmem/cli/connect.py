@@ -97,7 +97,7 @@ def _find(options: argparse.Namespace, timeout: float | None) -> str:
 def _edit_lines(shell: ClientShell) -> None:
     """Line editing, history and completion for input(), where this Python has readline."""
     with contextlib.suppress(ImportError):
-        import readline
+        import readline  # here: not every Python is built with it
 
         readline.set_completer(shell.complete)  # type: ignore[arg-type]  # typeshed's mistake
         readline.parse_and_bind("tab: complete")

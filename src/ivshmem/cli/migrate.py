@@ -91,6 +91,6 @@ def seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Migrate, or whatever else was asked for."""
-    from . import migrate_run  # asyncio and more, which the other subcommands need not wait for
+    from . import migrate_run  # here: asyncio, which `--help` need not wait for
 
     return migrate_run.run(options)

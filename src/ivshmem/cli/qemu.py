@@ -166,6 +166,7 @@ def _old(options: argparse.Namespace) -> tuple[list[str], str]:
                 meant.socket, meant.vectors, master=meant.master, slot=options.slot
             ),
         )
+    # Here: a line for ivshmem-doorbell, the usual one, needs neither (test_imports.py).
     from ..memory import pages
     from ..memory.region import posix_path
 
@@ -199,7 +200,7 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
     """Devices for regions of a file, in one guest if they are several."""
     if options.vectors is not None or options.size is not None:
         raise ValueError("--vectors and --size: with --config, the file says that")
-    from ..service import config_file  # here and below, since most calls need none of these
+    from ..service import config_file  # here: only --config needs the parser of TOML
 
     config = config_file.load(options.config)
     names = options.region or list(config.regions)
@@ -228,6 +229,7 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
 
 
 def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
+    # Here: a line for ivshmem-doorbell, the usual one, needs neither (test_imports.py).
     from ..memory import pages
     from ..memory.region import posix_path
 
@@ -267,7 +269,7 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
 
 def _hugetlbfs_mount(wanted: bool | str) -> str:
     """Where a hugetlbfs with pages of the wanted size is mounted."""
-    from ..memory import pages
+    from ..memory import pages  # here: as in `_plain`
 
     size = pages.huge_page_size(wanted)
     with open("/proc/self/mounts", errors="surrogateescape") as mounts:

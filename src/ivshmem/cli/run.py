@@ -12,6 +12,7 @@ import sys
 from argparse import Action, ArgumentError, ArgumentParser, HelpFormatter, Namespace
 from itertools import dropwhile
 
+from ..errors import IvshmemError
 from ..text import plain
 
 TYPE_CHECKING = False
@@ -146,8 +147,6 @@ _NO_THREAD = f"no thread can be started, for lack of memory or processes: {_REME
 
 
 def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
-    from ..errors import IvshmemError
-
     try:
         status = run(*arguments)
         sys.stdout.flush()

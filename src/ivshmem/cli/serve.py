@@ -11,12 +11,9 @@ from functools import partial
 
 from ..lasting import supervisor
 from ..service import limits
+from . import daemon
 from .arguments import add_region
 from .run import guarded
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from .daemon import Ready
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -101,20 +98,18 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
     if options.daemon and not options.foreground and not (options.check or supervisor.is_heir()):
-        from . import daemon
-
         return daemon.in_background(
             partial(guarded, partial(_serve, options)), silent=not options.verbose
         )
     return _serve(options, lambda: None)
 
 
-def _serve(options: argparse.Namespace, ready: Ready) -> int:
+def _serve(options: argparse.Namespace, ready: daemon.Ready) -> int:
     if options.supervise and not options.check:
-        from .supervise import supervise
+        from .supervise import supervise  # here: few servers have a supervisor
 
         return supervise(options, ready)
-    from .serve_process import planned_by, serve
+    from .serve_process import planned_by, serve  # here: a supervisor stays small without it
 
     plan = planned_by(options)
     return 0 if plan is None else serve(plan, ready)

@@ -86,6 +86,7 @@ def planned_by(options: argparse.Namespace) -> ServePlan | None:
         going_on = options.fd_store and manager.journal is not None
         plan = planned_again(load) if going_on else ServePlan(load(), load)
         if options.check:
+            # Here: only --check needs these.
             from .banner import planned
             from .config_checks import obstacles
 
@@ -159,6 +160,7 @@ def serve(plan: ServePlan, ready: Callable[[], None]) -> int:
     with daemon.signals_held(for_good=True), plan.manager or Manager.from_environment() as manager:
         past = None
         if plan.takeover:
+            # Here: a server that begins anew listens before it imports this (test_imports.py).
             from ..service.succession import Inheritance, take_over
 
             journal, _ = take_over(plan.config)
@@ -185,6 +187,7 @@ def serve_kept(
     Args:
         deaths: what became of the earlier ones.
     """
+    # Here: a server that begins anew listens before it imports this (test_imports.py).
     from ..service import snapshots
     from ..service.succession import past_of
 
@@ -207,6 +210,7 @@ def _serve_kept_first(
     ready: Callable[[], None],
 ) -> int:
     """The same, where no child has opened all that is to be served."""
+    # Here: a server that begins anew listens before it imports this (test_imports.py).
     from ..service import snapshots
     from ..service.succession import Inheritance, past_of
 
@@ -250,7 +254,7 @@ def _serve_child(
 
 def _remove_stale(config: ServiceConfig) -> None:
     """Leave no socket where children were killed that had bound some."""
-    from ..service import control_client
+    from ..service import control_client  # here: only a start that failed needs it
 
     paths = [region.socket for region in config.regions.values()]
     paths += [config.control or control_client.default_path(path) for path in paths[:1]]
@@ -294,7 +298,7 @@ def _serve(
 
         _tell_fd_limit(plan.config)
         if past:
-            from ..service import snapshots
+            from ..service import snapshots  # here: a server that begins anew needs none
 
             expected = bool(snapshots.read(past.journal).descriptors)
             past.go_on(service)

@@ -56,13 +56,14 @@ def _serve(
     going_on = bool(deaths) and kept.announced
     tell = partial(_tell, options)
     with supervisor.left_to_another(tell) if going_on else contextlib.nullcontext():
-        from .serve_process import serve_kept
+        from .serve_process import serve_kept  # here, in the child: the parent stays small
 
         return serve_kept(options, kept, deaths, ready)
 
 
 def _take_over(options: argparse.Namespace, fd: int) -> int:
     """Have the journal of what another server gives in the place of this one's."""
+    # Here, in the helper process: the parent stays small.
     from ..service.succession import take_over
     from .serve_process import planned_by
 
@@ -88,7 +89,7 @@ def _in_helper(run: Callable[[], int]) -> int:
 
 def _tell(options: argparse.Namespace, text: str) -> None:
     if options.log_format == "json":
-        from .log_writer import say_as
+        from .log_writer import say_as  # here: the parent stays small as long as it says nothing
 
         say_as("json", text)
     else:

@@ -15,6 +15,7 @@ def width(text: str) -> int:
     """Return the columns of a text that is plain (see text.py): wide characters take two."""
     if text.isascii():
         return len(text)
+    # Here: it is an extension module of its own, and most tables are ASCII.
     from unicodedata import category, east_asian_width
 
     # Not all that takes no column has a combining class: vowel signs of Thai have none, for one.

@@ -266,7 +266,7 @@ def library() -> Any:
         QmpError: it is not installed.
     """
     try:
-        import qemu.qmp
+        import qemu.qmp  # here: it is optional (the extra "qemu")
     except ImportError:
         raise QmpError("the library qemu.qmp is not installed: pip install qemu.qmp") from None
     return qemu.qmp
