@@ -69,6 +69,7 @@ lint: $(VENV)/tested
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
+	$(BIN)/pylint --disable=all --enable=duplicate-code src/ivshmem
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 	@for name in $(CYTHON); do \
