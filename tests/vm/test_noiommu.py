@@ -52,7 +52,7 @@ def doctor(status=0):
     return ivshmem_("doctor", "--guest", address, status=status)
 
 def listed():
-    return ivshmem_("guest", "list").rstrip().split("\t")[-2:]
+    return re.split("  +", ivshmem_("guest", "list").rstrip())[-2:]
 
 def works():
     with guest.open() as device:
@@ -90,7 +90,7 @@ def test_the_mode_is_switched_on(
     """What each way says of a mode that is off; the command that it names; and then it works."""
     a = guest(
         program(r"""
-        assert listed() == ["no driver", "no IOMMU group"], listed()
+        assert listed() == ["-", "-"], listed()
         with guest.open() as device:
             assert device.access == "sysfs"
             device.region.write(0, b"guest!")
@@ -142,7 +142,7 @@ def test_the_driver_has_it_already(
             (now,) = guest.devices()
             assert (now.driver, now.iommu_group) == ("vfio-pci", None), now
             group = f"no IOMMU (vfio's group {now.noiommu_group})"
-            assert listed() == ["driver vfio-pci", group], listed()
+            assert listed() == ["vfio-pci", group], listed()
             works()
             assert driver(address) == "vfio-pci", "as it was"
 

@@ -23,17 +23,15 @@ from ..peer.directory import Directory
 from ..peer.endpoint import Endpoint
 from ..protocol.limits import MAX_VECTORS
 from ..text import counted
-from . import daemon, terminal
+from . import daemon, tables, terminal
 from .arguments import server_of
 from .progress import ProgressBar
 from .shell import Shell
-from .tables import MARK, cut
 
 _COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}
-_NAME, _NUMBER, _RATIO = 32, 8, 7  # widths
+_NAME, _NUMBER, _RATIO = 32, 7, 6  # widths
 _WIDTH = 79  # of lines where no terminal says how wide it is, and of longer text in any case
 _NARROWEST = 20
-_LEAST_NAME = 9
 # Left out on a narrow terminal, in this order.
 _EXPENDABLE = ("max", "p99.9", "GB/s", "p99", "ratio")
 _NAMED = 3  # of those who disturbed, at most
@@ -355,27 +353,24 @@ def _lines(groups: list[ResultGroup], seconds: float, columns: int = _WIDTH) -> 
 
 
 def _table(group: ResultGroup, columns: int) -> Iterator[str]:
-    sized = any(result.size for _, result in group.results)
-    compared = any(yardstick for yardstick, _ in group.results)
-    # p50 is always shown; beside it a name has the room that is left.
-    room = max(min(_NAME, columns - _NUMBER - len(more := f"  {MARK}")), _LEAST_NAME)
-    numbers = [*_COLUMNS, *(["ratio"] if compared else []), *(["GB/s"] if sized else [])]
-    marked = False
-    for name in _EXPENDABLE:
-        needed = _NAME + sum(map(_width_of, numbers)) + (len(more) if marked else 0)
-        if needed > columns and name in numbers:
-            numbers.remove(name)
-            marked = True
-    titles = [
-        f"{cut(group.title, room):<{room}}",
-        *(f"{name:>{_width_of(name)}}" for name in numbers),
-    ]
+    numbers = list(_COLUMNS)
+    if any(yardstick for yardstick, _ in group.results):
+        numbers.append("ratio")
+    if any(result.size for _, result in group.results):
+        numbers.append("GB/s")
     if group.results:
-        yield "".join(titles).rstrip() + (more if marked else "")
+        at = {name: number for number, name in enumerate(numbers, 1)}
+        yield from tables.table(
+            [[group.title, *numbers], *(_row(*each, numbers) for each in group.results)],
+            right=at.values(),
+            columns=columns,
+            expendable=[at[name] for name in _EXPENDABLE if name in at],
+            widths={0: _NAME} | {at[name]: _width_of(name) for name in numbers},
+            squeezed=0,
+            gap=1,
+        )
     else:
-        yield cut(group.title, max(columns, _NARROWEST))
-    for yardstick, result in group.results:
-        yield _row(yardstick, result, numbers, room)
+        yield tables.cut(group.title, max(columns, _NARROWEST))
     if group.note:
         yield from _wrapped(f"not here: {group.note}", columns, "  ")
 
@@ -384,7 +379,7 @@ def _width_of(number: str) -> int:
     return _NUMBER if number in _COLUMNS else _RATIO
 
 
-def _row(yardstick: Result | None, result: Result, numbers: list[str], room: int) -> str:
+def _row(yardstick: Result | None, result: Result, numbers: list[str]) -> list[str]:
     sample = result.sample()
     summary = sample.summary()
     mark = "*" if result.spoilt else " "
@@ -394,8 +389,7 @@ def _row(yardstick: Result | None, result: Result, numbers: list[str], room: int
         cells[name] = _three_digits(summary[name] / 1e3) if known else "-"
     cells["ratio"] = "1" if yardstick is None else _three_digits(result.ratio(yardstick))
     cells["GB/s"] = _three_digits(result.size / max(summary["p50"], 1)) if result.size else ""
-    shown = "".join(f"{cells[name]:>{_width_of(name)}}" for name in numbers)
-    return f"{mark} {cut(result.what, room - 2):<{room - 2}}{shown}".rstrip()
+    return [f"{mark} {result.what}", *(cells[name] for name in numbers)]
 
 
 def _three_digits(value: float) -> str:

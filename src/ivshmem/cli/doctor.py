@@ -17,14 +17,12 @@ from ..peer import default_paths
 from ..text import counted
 from . import terminal
 from .arguments import OF_THE_SERVER, add_accept_owner, is_name
-from .tables import wrapped
+from .tables import entry, wrapped
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
 _NAME_WIDTH = 19  # of the longest name of a check
 _INDENT = 2 + 4 + 2 + _NAME_WIDTH + 2  # columns before what was found
-_NARROW_INDENT = 4
-_LEAST = 24  # columns that a paragraph gets beside a name
 _UNLIMITED = 1 << 20  # columns, where standard output is not a terminal
 
 
@@ -117,9 +115,6 @@ def _print_json(side: str, checks: Iterator[doctor_check.Check]) -> int:
 def _print(side: str, checks: Iterator[doctor_check.Check]) -> int:
     colour = terminal.coloured()
     columns = terminal.columns() or _UNLIMITED
-    # On a narrow terminal what was found stands below the check's name, not beside it.
-    beside = columns >= _INDENT + _LEAST
-    indent = _INDENT if beside else _NARROW_INDENT
     subject: str | None = None
     states: Counter[str] = Counter()
     for check in checks:
@@ -127,17 +122,16 @@ def _print(side: str, checks: Iterator[doctor_check.Check]) -> int:
             subject = check.subject
             print(f"{side} {subject}" if subject != side else f"{side}", flush=True)
         mark = f"{_MARKS[check.state]:<4}"
+        first, *more = entry(
+            f"  {mark}  {check.name}", check.found, indent=_INDENT, columns=columns
+        )
         if colour:
-            mark = f"\033[{_COLOURS[check.state]}m{mark}\033[0m"
-        found = wrapped(check.found, columns - indent)
-        first = f"  {found.pop(0)}" if beside else ""
-        print(f"  {mark}  {f'{check.name:<{_NAME_WIDTH}}' if beside else check.name}{first}")
-        for line in found:
-            print(f"{'':<{indent}}{line}")
+            first = first.replace(mark, f"\033[{_COLOURS[check.state]}m{mark}\033[0m", 1)
+        print(first, *more, sep="\n")
         if check.fix:
             # Never wrapped: it is one line to paste. The indent goes where it would be split.
-            long = len(check.fix) > columns - indent - len("fix: ")
-            print(f"{'':<{2 if long else indent}}fix: {check.fix}")
+            long = len(check.fix) > columns - _INDENT - len("fix: ")
+            print(f"{'':<{2 if long else _INDENT}}fix: {check.fix}")
         print(end="", flush=True)
         states[check.state] += 1
     for line in wrapped(_verdict(states), columns):

@@ -22,11 +22,13 @@ from ..peer import default_paths
 from ..protocol.limits import MAX_ID
 from ..system import sockets
 from ..text import counted
-from . import daemon
+from . import daemon, terminal
 from .log_writer import LogWriter, show, tell_peer
 from .run import guarded
 from .shell import Shell
+from .tables import table
 
+_HEAD = ("ADDRESS", "SIZE", "VARIANT", "VECTORS", "DRIVER", "IOMMU GROUP")
 _NOISE = 1.5  # between rates that may be the same
 
 
@@ -162,25 +164,25 @@ def _list(options: argparse.Namespace) -> int:
     devices = guest.devices()
     if options.json:
         print(json.dumps([asdict(device) for device in devices]))
-    for device in devices if not options.json else ():
-        print("\t".join([device.address, *_described(device).values()]))
+    elif devices:
+        print(*table([_HEAD, *map(_row_of, devices)], columns=terminal.columns()), sep="\n")
     if not devices:
         print("ivshmem: no ivshmem device in this machine", file=sys.stderr)
     return 0 if devices else 1
 
 
-def _described(device: guest.Device) -> dict[str, str]:
-    vectors = "? vectors" if device.vectors is None else counted(device.vectors, "vector")
-    group = "no IOMMU group" if device.iommu_group is None else f"IOMMU group {device.iommu_group}"
+def _row_of(device: guest.Device) -> list[str]:
+    group = "-" if device.iommu_group is None else str(device.iommu_group)
     if device.noiommu_group is not None:
         group = f"no IOMMU (vfio's group {device.noiommu_group})"
-    return {
-        "size": format_size(device.size),
-        "variant": device.variant,
-        "vectors": vectors,
-        "driver": f"driver {device.driver}" if device.driver else "no driver",
-        "group": group,
-    }
+    return [
+        device.address,
+        format_size(device.size),
+        device.variant,
+        "?" if device.vectors is None else str(device.vectors),
+        device.driver or "-",
+        group,
+    ]
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -203,8 +205,8 @@ def _info(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(values))
     else:
-        for key, value in values.items():
-            print(f"{key:<16}{'-' if value in (None, '') else value}")
+        rows = [[key, "-" if value in (None, "") else str(value)] for key, value in values.items()]
+        print(*table(rows), sep="\n")
     return 0
 
 
@@ -249,12 +251,7 @@ def _measure(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(speed) for speed in speeds]))
         return 0
-    for speed in speeds:
-        if speed.error:
-            print(f"{speed.memory:<14}{speed.error}")
-        else:
-            read, write = (f"{rate / 1e6:8.0f} MB/s" for rate in (speed.read, speed.write))
-            print(f"{speed.memory:<14}read {read}   write {write}")
+    print(*table(map(_speed_row, speeds)), sep="\n")
     if all(speed.error for speed in speeds):
         print("nothing could be measured")
         return 1
@@ -265,6 +262,13 @@ def _measure(options: argparse.Namespace) -> int:
         else:
             print(f"to {what} there is no difference to speak of")
     return 0
+
+
+def _speed_row(speed: guest.Speed) -> list[str]:
+    if speed.error:
+        return [speed.memory, speed.error]
+    read, write = (f"{rate / 1e6:8.0f} MB/s" for rate in (speed.read, speed.write))
+    return [speed.memory, f"read {read}   write {write}"]
 
 
 def _serve(options: argparse.Namespace) -> int:

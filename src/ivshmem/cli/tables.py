@@ -6,9 +6,13 @@ terminals, what the text says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 MARK = ">"  # at the end of a line, or of a table's head: there is more than is shown
+
+_LEAST = 9  # columns that a column keeps which is squeezed
+_LEAST_TEXT = 24  # columns that a text gets beside a name
+_NARROW_INDENT = 4  # of a text below a name
 
 
 def width(text: str) -> int:
@@ -56,34 +60,61 @@ def table(
     right: Iterable[int] = (),
     columns: int | None = None,
     expendable: Sequence[int] = (),
+    widths: Mapping[int, int] | None = None,
+    squeezed: int | None = None,
+    gap: int = 2,
 ) -> list[str]:
-    """Return rows, the first one being the head, in columns two spaces apart.
+    """Return rows, the first one being the head, as columns of text.
 
     Args:
         right: numbers of the columns that are flush right.
-        columns: of the terminal; None: as many as it takes.
+        columns: of the terminal; None: as many as the table takes.
         expendable: numbers of the columns that are left out if there is no room, the first ones
             first. A mark at the end of the head says that some are.
+        widths: of columns that are at least so wide, so that several tables are aligned.
+        squeezed: number of the column whose text is cut if there is still no room then.
+        gap: spaces between two columns.
     """
     cells = [list(row) for row in rows]
-    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
-    shown = list(range(len(widths)))
+    wide = [max(map(width, column)) for column in zip(*cells, strict=True)]
+    for at, least in (widths or {}).items():
+        wide[at] = max(wide[at], least)
+    shown = list(range(len(wide)))
     dropped = list(expendable)
-    while columns is not None and dropped and _total(widths, shown) > columns:
+    while columns is not None and dropped and _total(wide, shown, gap) > columns:
         shown.remove(dropped.pop(0))
+    if columns is not None and squeezed is not None:
+        spare = columns - _total(wide, shown, gap)
+        wide[squeezed] = max(wide[squeezed] + min(spare, 0), _LEAST)
+        for row in cells:
+            row[squeezed] = cut(row[squeezed], wide[squeezed])
     flush_right = set(right)
+    space = " " * gap
     lines = [
-        "  ".join(_padded(row[at], widths[at], right=at in flush_right) for at in shown).rstrip()
+        space.join(_padded(row[at], wide[at], right=at in flush_right) for at in shown).rstrip()
         for row in cells
     ]
-    if len(shown) < len(widths):
+    if len(shown) < len(wide):
         lines[0] += f"  {MARK}"
     return lines if columns is None else [cut(line, columns) for line in lines]
 
 
-def _total(widths: Sequence[int], shown: Sequence[int]) -> int:
+def _total(widths: Sequence[int], shown: Sequence[int], gap: int) -> int:
     mark = 0 if len(shown) == len(widths) else len(MARK) + 2
-    return sum(widths[at] for at in shown) + 2 * (len(shown) - 1) + mark
+    return sum(widths[at] for at in shown) + gap * (len(shown) - 1) + mark
+
+
+def entry(name: str, text: str, *, indent: int, columns: int) -> list[str]:
+    """Return a name, and a text beside it from column `indent` on, wrapped; one entry of a list.
+
+    A list whose entries are printed one by one cannot know how wide a table of them would be. If
+    `columns` leaves the text no room there, the text stands below the name.
+    """
+    beside = columns >= indent + _LEAST_TEXT
+    left = indent if beside else _NARROW_INDENT
+    lines = wrapped(text, columns - left)
+    first = [_padded(name, indent, right=False) + lines.pop(0)] if beside else [name]
+    return first + [" " * left + line for line in lines]
 
 
 def _padded(text: str, columns: int, *, right: bool) -> str:
