@@ -2,18 +2,33 @@
 
 Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
 
-    Server    what guests connect to: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
-    connect   makes this process a peer, with an id, a region, doorbells and vectors
-    Region    the shared memory itself: `memoryview(region)`, `region.array()` for numpy
-    Directory names in the region, by which peers find one another: `publish`, `lookup`
-    save      writes a region to a file, whole or not at all; `load` checks it and reads it back
+    Server       what guests connect to: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
+    connect      makes this process a peer, with an id, a region, doorbells and vectors
+    Region       the shared memory itself: `memoryview(region)`, `region.array()` for numpy
+    Directory    names in the region, by which peers find one another: `publish`, `lookup`
+    save, load   write a region to a file, whole or not at all; check the file and read it back
 
-A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
-over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`. The command
-line does the same: `python -m ivshmem --help`.
+A peer rings another with `ring(peer, vector)`. It listens with `wait(vector, timeout)`, or by
+iterating over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`.
+The command line does the same: `python -m ivshmem --help`.
+
+Public are the names in `__all__` of this module and of these, and nothing else:
+
+    ivshmem.aio          the same endpoints for asyncio
+    ivshmem.guest        the device inside a virtual machine
+    ivshmem.testing      a server, a hostile peer and a fake device, for tests of your own
+    ivshmem.migration    moves virtual machines that share memory to another host
+    ivshmem.config       reads the configuration file of a service
+    ivshmem.control      asks a running server over its control socket
+
+All other modules are internal, and change without notice, as does each name that begins with `_`.
+
+Time limits are in seconds. `timeout=None`, the default, waits for ever, and 0 does not wait. A call
+that waits for something returns None if nothing came in time. A call that must make something or
+complete an action, such as `connect`, raises TimeoutError instead.
 
 A name's module is imported when the name is first used. A program that gives up its rights to read
-files (setuid, chroot) says before that what it needs: `from ivshmem import Server, connect`.
+files (setuid, chroot) imports what it needs before that: `from ivshmem import Server, connect`.
 """
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself costs 1.7 MiB
@@ -40,7 +55,7 @@ if TYPE_CHECKING:
     )
     from .memory.image import ImageInfo, load, save
     from .memory.region import Region, RegionInfo
-    from .memory.sizes import parse_size
+    from .memory.sizes import format_size, parse_size
     from .native.bell import Doorbell
     from .native.mapping import Atomic, AtomicU32, AtomicU64
     from .peer.client import Client, connect
@@ -48,8 +63,11 @@ if TYPE_CHECKING:
     from .peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
     from .peer.names_table import Entry
     from .server.access import Rules, Verdict
+    from .server.engine import Gate
     from .server.report import Peer, PeerReport
     from .server.server import Server
+    from .system.credentials import Credentials
+    from .system.sockets import Listener
 
 __version__ = "0.1.0"  # pyproject.toml and the command line read it here
 
@@ -78,7 +96,7 @@ _HOMES = {
     ),
     "memory.image": ("ImageInfo", "load", "save"),
     "memory.region": ("Region", "RegionInfo"),
-    "memory.sizes": ("parse_size",),
+    "memory.sizes": ("format_size", "parse_size"),
     "native.bell": ("Doorbell",),
     "native.mapping": ("Atomic", "AtomicU32", "AtomicU64"),
     "peer.client": ("Client", "connect"),
@@ -86,8 +104,11 @@ _HOMES = {
     "peer.endpoint": ("Endpoint", "Event", "IdChanged", "PeerJoined", "PeerLeft", "ServerLost"),
     "peer.names_table": ("Entry",),
     "server.access": ("Rules", "Verdict"),
+    "server.engine": ("Gate",),
     "server.report": ("Peer", "PeerReport"),
     "server.server": ("Server",),
+    "system.credentials": ("Credentials",),
+    "system.sockets": ("Listener",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -119,6 +140,7 @@ __all__ = [
     "AtomicU64",
     "Client",
     "ClosedError",
+    "Credentials",
     "DeviceGone",
     "Directory",
     "DirectoryFull",
@@ -126,11 +148,13 @@ __all__ = [
     "Endpoint",
     "Entry",
     "Event",
+    "Gate",
     "IdChanged",
     "ImageError",
     "ImageInfo",
     "Interrupt",
     "IvshmemError",
+    "Listener",
     "NameTaken",
     "NoDirectory",
     "NoFreeId",
@@ -155,6 +179,7 @@ __all__ = [
     "ServerLost",
     "Verdict",
     "connect",
+    "format_size",
     "load",
     "parse_size",
     "save",

@@ -1,7 +1,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, overload
 
-from typing_extensions import disjoint_base
+from typing_extensions import Self, disjoint_base
 
 from .native.bell import Doorbell
 from .native.descriptors import Fd, Relay
@@ -13,7 +13,7 @@ class Interrupt(NamedTuple):
 
 @disjoint_base
 class Doorbells:
-    def __new__(cls, *args: Any, **kwargs: Any) -> Doorbells: ...
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
     def __reduce__(self) -> Any: ...
     def _news(self) -> None: ...
     def _missing(self, peer: int, vector: int) -> None: ...

@@ -681,7 +681,7 @@ def connect_async(
 
         def join() -> Client:
             try:
-                return Client(sock, os.fsdecode(path), deadline, vectors, readonly)
+                return Client._join(sock, os.fsdecode(path), deadline, vectors, readonly)
             except BaseException:
                 sock.close()
                 raise

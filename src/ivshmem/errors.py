@@ -1,4 +1,4 @@
-"""The exceptions of this package: the whole tree, and whose fault each one is.
+"""Internal: the whole tree of exceptions, and whose fault each is. `ivshmem` has the public ones.
 
     IvshmemError
      +-- ProtocolError                what the other end sent is not protocol version 0

@@ -1,4 +1,4 @@
-"""Words of strangers, made safe to show: on a terminal, in a log, in an exported figure.
+"""Internal: words of strangers, made safe to show on a terminal, in a log or in a figure.
 
 Knows: which characters a terminal obeys instead of showing, or shows as nothing; how they are
 written out. Does not know: whose words they are, where they are shown.

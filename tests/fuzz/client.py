@@ -367,7 +367,7 @@ class Player:
         limit = None if self.flags & _PATIENT else 0.05 if self.flags & _HURRY else 0.3
         readonly = bool(self.flags & _READONLY)
         try:
-            client = ivshmem.Client(self.socket, "/fuzz", limit, self.vectors, readonly)
+            client = ivshmem.Client._join(self.socket, "/fuzz", limit, self.vectors, readonly)
         except ivshmem.RegionError as error:
             self._check_reason(error)
         except (ivshmem.ServerGone, ivshmem.ProtocolError, TimeoutError) as error:

@@ -184,7 +184,7 @@ def test_memory_that_cannot_be_handed_on(directory: Path) -> None:
     file.memfd("test", 0)
     os.truncate(file[0], 8192)
     with Device() as device:
-        device.region = ivshmem.Region(
+        device.region = ivshmem.Region._over(
             file[0], 4096, owner=file, offset=4096, source="device", page_size=4096
         )
         with pytest.raises(ValueError, match="cannot be handed on: open the device with memory="):

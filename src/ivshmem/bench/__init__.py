@@ -1,4 +1,4 @@
-"""Measuring doorbells and memory on the machine at hand.
+"""Internal: measuring doorbells and memory on the machine at hand.
 
 Knows: round trips, percentiles, which core runs what. Does not know: what a good figure would be.
 """

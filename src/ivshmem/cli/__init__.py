@@ -1,4 +1,4 @@
-"""The command line: `python -m ivshmem SUBCOMMAND`, installed as `ivshmem` too.
+"""Internal: the command line: `python -m ivshmem SUBCOMMAND`, installed as `ivshmem` too.
 
 stdout is for results, stderr for news. Exit status 0: done; 1: it could not be done, and one line
 on stderr says why and what to do; 2: wrong usage.

@@ -1,1 +1,1 @@
-"""What sharing needs, checked one by one, on a host or inside a guest; and what fixes it."""
+"""Internal: checks one by one what sharing needs, on a host or in a guest; says what fixes it."""

@@ -10,11 +10,21 @@ missing and what fixes it.
 """
 
 from .broker import Broker
-from .device import GuestDevice, open_device
+from .device import Access, GuestDevice, Memory, open_device
 from .measure import Speed, measure
 from .pci import Device, devices
 
 open = open_device  # noqa: A001 - `guest.open()` reads as it should
 
-# Without `open`: `from ivshmem.guest import *` would replace Python's own.
-__all__ = ["Broker", "Device", "GuestDevice", "Speed", "devices", "measure"]
+# `open_device`, not `open`: `from ivshmem.guest import *` would replace Python's own.
+__all__ = [
+    "Access",
+    "Broker",
+    "Device",
+    "GuestDevice",
+    "Memory",
+    "Speed",
+    "devices",
+    "measure",
+    "open_device",
+]

@@ -21,7 +21,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
-from typing import Literal, NoReturn, TypeAlias
+from typing import Literal, NoReturn, TypeAlias, TypeVar
 
 from ..errors import (
     DeviceGone,
@@ -42,6 +42,8 @@ from ..system import processes, safe_files
 from ..text import counted
 from . import pci, uio, vfio
 from .vfio import Vfio
+
+_D = TypeVar("_D", bound="GuestDevice")  # typing.Self comes with Python 3.11
 
 # Registers of BAR0, by offset.
 IVPOSITION, DOORBELL, REGISTER_BYTES = 8, 12, 256
@@ -198,6 +200,11 @@ class GuestDevice(Endpoint):
     access: Access
     memory: Memory
 
+    def __new__(cls: type[_D], *_: object, **__: object) -> _D:
+        if cls is GuestDevice:
+            raise TypeError("a GuestDevice is made by ivshmem.guest.open")
+        return super().__new__(cls)
+
     def __init__(self, device: pci.Device, memory: Memory | None) -> None:
         self.device = device
         self._pid = os.getpid()
@@ -251,7 +258,7 @@ class GuestDevice(Endpoint):
     ) -> None:
         """The region over an open file, whose descriptor it has from now on."""
         with safe_files.closed_on_error(file):
-            self.region = Region(
+            self.region = Region._over(
                 file[0],
                 self.device.size,
                 owner=file,

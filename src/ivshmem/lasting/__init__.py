@@ -1,1 +1,1 @@
-"""What outlives a process. Knows nothing of peers."""
+"""Internal: what outlives a process. Knows nothing of peers."""

@@ -1,1 +1,1 @@
-"""Shared memory: regions, pages, sizes, images."""
+"""Internal: shared memory: regions, pages, sizes, images."""

@@ -35,7 +35,7 @@ import struct
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -49,6 +49,8 @@ from .sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     from ..system.safe_files import Users
 
 _MAGIC = b"IVSHSAVE"
@@ -93,8 +95,8 @@ def save(
     path: str | os.PathLike[str],
     *,
     compress: bool = False,
-    progress: OnProgress | None = None,
-    accept_owner: Users = (),
+    progress: Callable[[int, int], object] | None = None,
+    accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
     """Write a region's bytes to a file, which only its owner can read.
 
@@ -246,7 +248,9 @@ def _nobody(_done: int, _total: int) -> None:
 # -- loading --------------------------------------------------------------------------------------
 
 
-def read_info(path: str | os.PathLike[str], *, accept_owner: Users = ()) -> ImageInfo:
+def read_info(
+    path: str | os.PathLike[str], *, accept_owner: Iterable[SupportsIndex | str] = ()
+) -> ImageInfo:
     """What is saved in a file, by its header alone.
 
     Args:
@@ -263,8 +267,8 @@ def read_info(path: str | os.PathLike[str], *, accept_owner: Users = ()) -> Imag
 def check(
     path: str | os.PathLike[str],
     *,
-    progress: OnProgress | None = None,
-    accept_owner: Users = (),
+    progress: Callable[[int, int], object] | None = None,
+    accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
     """Read a whole file, and see whether it is as it was written.
 
@@ -285,8 +289,8 @@ def load(
     path: str | os.PathLike[str],
     region: Region,
     *,
-    progress: OnProgress | None = None,
-    accept_owner: Users = (),
+    progress: Callable[[int, int], object] | None = None,
+    accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
     """Make a region what was saved.
 

@@ -19,7 +19,7 @@ import fcntl
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import ClosedError, RegionError, WrongKind
 from ..native import descriptors, mapping
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from typing import Any, Literal, SupportsIndex, TypeAlias
 
     Source: TypeAlias = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
-    LeadsTo: TypeAlias = Literal["this", "nothing", "another"]
     _Parts: TypeAlias = tuple[int, int, Source, str]  # size, page size, source, name or path
 
 SHM = "/dev/shm"  # noqa: S108 - where glibc's shm_open(3) keeps POSIX names
@@ -70,13 +69,13 @@ class RegionInfo(NamedTuple):
 
     size: int
     page_size: int
-    source: Source
+    source: Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
     name: str | None
     resident: int
     huge: int
     readonly: bool
     sealed: bool
-    name_leads_to: LeadsTo | None = None
+    name_leads_to: Literal["this", "nothing", "another"] | None = None
 
 
 class Region(Uncopied, mapping.Mapping):
@@ -93,17 +92,22 @@ class Region(Uncopied, mapping.Mapping):
     """
 
     # What __del__ and __repr__ find where __init__ was interrupted.
-    source: Source = "descriptor"
-    name: str | None = None
-    _fd: descriptors.FdArray | None = (
-        None  # the one owner of the descriptor, made before it was opened
+    source: Literal["anonymous", "posix", "file", "directory", "descriptor", "device"] = (
+        "descriptor"
     )
+    name: str | None = None
+    # The one owner of the descriptor, made before it was opened.
+    _fd: descriptors.FdArray | None = None
     adopted = False
 
-    def __init__(
-        self,
-        _fd: int,
-        _size: int,
+    def __new__(cls, *_: object, **__: object) -> Region:
+        raise TypeError("a Region is made by Region.create, attach, open or from_fd")
+
+    @classmethod
+    def _over(
+        cls,
+        fd: int,
+        size: int,
         *,
         owner: descriptors.FdArray,
         readonly: bool = False,
@@ -111,6 +115,21 @@ class Region(Uncopied, mapping.Mapping):
         source: Source,
         name: str | None = None,
         path: str | None = None,
+        page_size: int,
+    ) -> Region:
+        """Map `size` bytes of an open file; the region then has its descriptor, in `owner`."""
+        self = mapping.Mapping.__new__(cls, fd, size, readonly=readonly, offset=offset)
+        assert isinstance(self, Region)
+        self._begin(owner, offset, source, name, path, page_size)
+        return self
+
+    def _begin(
+        self,
+        owner: descriptors.FdArray,
+        offset: int,
+        source: Source,
+        name: str | None,
+        path: str | None,
         page_size: int,
     ) -> None:
         self._fd = owner
@@ -134,7 +153,7 @@ class Region(Uncopied, mapping.Mapping):
         prealloc: bool = False,
         replace: bool = False,
         mode: int = 0o600,
-        accept_owner: safe_files.Users = (),
+        accept_owner: Iterable[SupportsIndex | str] = (),
     ) -> Region:
         """Make a new region of `size` bytes (or "4M", "1.5G", "0x100000"), zeroed.
 
@@ -288,7 +307,7 @@ class Region(Uncopied, mapping.Mapping):
         size: SupportsIndex | str | None = None,
         readonly: bool = False,
         prealloc: bool = False,
-        accept_owner: safe_files.Users = (),
+        accept_owner: Iterable[SupportsIndex | str] = (),
     ) -> Region:
         """Map what exists under a POSIX name or path; its contents stay as they are.
 
@@ -346,7 +365,7 @@ class Region(Uncopied, mapping.Mapping):
         path: str | os.PathLike[str] | None = None,
         prealloc: bool = False,
         mode: int = 0o600,
-        accept_owner: safe_files.Users = (),
+        accept_owner: Iterable[SupportsIndex | str] = (),
     ) -> tuple[Region, bool]:
         """Attach to what exists under a name or path, else create it: (region, created).
 
@@ -376,7 +395,9 @@ class Region(Uncopied, mapping.Mapping):
         fd: int | descriptors.Fd,
         *,
         readonly: bool = False,
-        source: Source = "descriptor",
+        source: Literal[
+            "anonymous", "posix", "file", "directory", "descriptor", "device"
+        ] = "descriptor",
         name: str | None = None,
         keep_on_error: bool = False,
     ) -> Region:
@@ -487,7 +508,7 @@ class Region(Uncopied, mapping.Mapping):
         Args:
             fd: the descriptor, if `file` is to own it only when this has succeeded.
         """
-        return cls(
+        return cls._over(
             file[0] if fd is None else fd,
             size,
             owner=file,
@@ -569,7 +590,7 @@ class Region(Uncopied, mapping.Mapping):
         """The path of its name or file; None: it has none."""
         return self._path
 
-    def name_leads_to(self) -> LeadsTo | None:
+    def name_leads_to(self) -> Literal["this", "nothing", "another"] | None:
         """What a process gets that opens the region's name now: as in RegionInfo.
 
         Raises:

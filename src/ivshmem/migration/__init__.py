@@ -22,14 +22,18 @@ from ..errors import (
     MigrationUnfinished,
     QmpError,
 )
-from .model import Group, GroupMember, Options, Plan, Step, Vm, VmDevice
-from .run import migrate, prepare, put_back, resume
+from .inspection import Controls
+from .model import FoundPeer, Group, GroupMember, Kind, Options, Plan, Step, StepKind, Vm, VmDevice
+from .run import Tell, migrate, prepare, put_back, resume
 from .state_file import default_path
-from .transfer import TransferProgress
+from .transfer import TransferProgress, Watch
 
 __all__ = [
+    "Controls",
+    "FoundPeer",
     "Group",
     "GroupMember",
+    "Kind",
     "MigrationError",
     "MigrationFailed",
     "MigrationRefused",
@@ -38,9 +42,12 @@ __all__ = [
     "Plan",
     "QmpError",
     "Step",
+    "StepKind",
+    "Tell",
     "TransferProgress",
     "Vm",
     "VmDevice",
+    "Watch",
     "default_path",
     "migrate",
     "prepare",

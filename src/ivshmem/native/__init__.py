@@ -1,1 +1,1 @@
-"""System calls at C speed: descriptors, messages, mappings, spinning, one doorbell."""
+"""Internal: system calls at C speed: descriptors, messages, mappings, spinning, one doorbell."""

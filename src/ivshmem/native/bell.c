@@ -2673,6 +2673,12 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
+/* KeywordStringCheck.proto */
+static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
@@ -2691,7 +2697,7 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto */
+/* PyErrFetchRestore.proto (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -2715,6 +2721,9 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
 #endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -2747,12 +2756,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
-
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -2879,41 +2882,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
 
-/* CallSlotAsVectorcall.proto */
-#if CYTHON_VECTORCALL_TPNEW
-typedef PyObject * (*__Pyx_tpnewvectorcallfunc)(PyTypeObject* o, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames);
-static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k);
-#endif
-
-/* FormatTypeName.proto (used by RaiseErrorWithObjectType) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
-
-/* RaiseErrorWithObjectType.proto (used by CallNewInitFromVectorcall) */
-#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
-#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
-
-/* CallNewInitFromVectorcall.proto */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
-
 /* CallTypeTraverse.proto */
 #if !CYTHON_USE_TYPE_SPECS
 #define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
@@ -2934,6 +2902,30 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 #if !CYTHON_USE_TYPE_SLOTS
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
+
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
 
 /* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
 #define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
@@ -3366,34 +3358,14 @@ int __pyx_module_is_main_ivshmem__native__bell = 0;
 static const char __pyx_k_One_doorbell_looked_up_once_to_b[] = "One doorbell, looked up once, to be rung often or without the interpreter.\n\nKnows: an eventfd or a register, and whether it is still there. Does not know: whose it is.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4peer___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6vector___get__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-#endif
-#if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_6native_4bell_Doorbell __pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell
-#endif
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
-#endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -4436,37 +4408,21 @@ static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *__pyx_v_context, CYTHO
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL_TPNEW
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL_TPNEW
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
   #else
   __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
   #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
   if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 0, 0, __pyx_nargs); return -1; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return -1;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
   __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
@@ -4484,7 +4440,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_
  *     def __cinit__(self):
  *         self.bell.state = &NOBODY             # <<<<<<<<<<<<<<
  * 
- *     cdef int ring_nogil(self) noexcept nogil:
+ *     def __init__(self, *args, **kwargs):
 */
   __pyx_v_self->bell.state = (&__pyx_v_7ivshmem_6native_4bell_NOBODY);
 
@@ -4505,6 +4461,96 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_
 /* "ivshmem/native/bell.pyx":51
  *         self.bell.state = &NOBODY
  * 
+ *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
+ * 
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_3__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_3__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+  CYTHON_UNUSED PyObject *__pyx_v_args = 0;
+  CYTHON_UNUSED PyObject *__pyx_v_kwargs = 0;
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__init__ (wrapper)", 0);
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return -1;
+  if (__pyx_kwds_len > 0) {
+    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return -1;
+  }
+  __Pyx_INCREF(__pyx_args);
+  __pyx_v_args = __pyx_args;
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self), __pyx_v_args, __pyx_v_kwargs);
+
+  /* function exit code */
+  __Pyx_DECREF(__pyx_v_args);
+  __Pyx_XDECREF(__pyx_v_kwargs);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__init__", 0);
+
+  /* "ivshmem/native/bell.pyx":52
+ * 
+ *     def __init__(self, *args, **kwargs):
+ *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int ring_nogil(self) noexcept nogil:
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_is_made_by_Endpoint_d};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 52, __pyx_L1_error)
+
+  /* "ivshmem/native/bell.pyx":51
+ *         self.bell.state = &NOBODY
+ * 
+ *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.__init__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/bell.pyx":54
+ *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
+ * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         return ring_bell(&self.bell, 1)
  * 
@@ -4513,7 +4559,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/bell.pyx":52
+  /* "ivshmem/native/bell.pyx":55
  * 
  *     cdef int ring_nogil(self) noexcept nogil:
  *         return ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4526,8 +4572,8 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":51
- *         self.bell.state = &NOBODY
+  /* "ivshmem/native/bell.pyx":54
+ *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         return ring_bell(&self.bell, 1)
@@ -4539,7 +4585,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":54
+/* "ivshmem/native/bell.pyx":57
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4566,7 +4612,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_gently", 0);
 
-  /* "ivshmem/native/bell.pyx":55
+  /* "ivshmem/native/bell.pyx":58
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4578,7 +4624,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/bell.pyx":56
+    /* "ivshmem/native/bell.pyx":59
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4591,7 +4637,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/bell.pyx":55
+    /* "ivshmem/native/bell.pyx":58
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4600,7 +4646,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/bell.pyx":57
+  /* "ivshmem/native/bell.pyx":60
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
  *         try:             # <<<<<<<<<<<<<<
@@ -4609,7 +4655,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
   /*try:*/ {
 
-    /* "ivshmem/native/bell.pyx":58
+    /* "ivshmem/native/bell.pyx":61
  *             return ESHUTDOWN
  *         try:
  *             add_one_nowait(self.signaller, self.bell.fd)             # <<<<<<<<<<<<<<
@@ -4618,12 +4664,12 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 58, __pyx_L5_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 61, __pyx_L5_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   }
 
-  /* "ivshmem/native/bell.pyx":60
+  /* "ivshmem/native/bell.pyx":63
  *             add_one_nowait(self.signaller, self.bell.fd)
  *         finally:
  *             (<FdArray>self.bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -4668,7 +4714,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/bell.pyx":61
+  /* "ivshmem/native/bell.pyx":64
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
  *         return 0             # <<<<<<<<<<<<<<
@@ -4681,7 +4727,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":54
+  /* "ivshmem/native/bell.pyx":57
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4700,7 +4746,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":63
+/* "ivshmem/native/bell.pyx":66
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -4709,15 +4755,15 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_2ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does; the peer was looked up before.\n\nA doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.\n\nRaises:\n    NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_4ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does; the peer was looked up before.\n\nA doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.\n\nRaises:\n    NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4743,14 +4789,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("ring", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -4769,7 +4815,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/native/bell.pyx":74
+  /* "ivshmem/native/bell.pyx":77
  *         """
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -4778,7 +4824,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/native/bell.pyx":75
+    /* "ivshmem/native/bell.pyx":78
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4787,17 +4833,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
     if (__pyx_v_self->nowait) {
 
-      /* "ivshmem/native/bell.pyx":76
+      /* "ivshmem/native/bell.pyx":79
  *         while True:
  *             if self.nowait:
  *                 code = self.ring_gently()             # <<<<<<<<<<<<<<
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 76, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L1_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/native/bell.pyx":75
+      /* "ivshmem/native/bell.pyx":78
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4807,7 +4853,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":77
+    /* "ivshmem/native/bell.pyx":80
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4819,7 +4865,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":78
+      /* "ivshmem/native/bell.pyx":81
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4828,7 +4874,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
       __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
 
-      /* "ivshmem/native/bell.pyx":77
+      /* "ivshmem/native/bell.pyx":80
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4838,7 +4884,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":80
+    /* "ivshmem/native/bell.pyx":83
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4852,7 +4898,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/bell.pyx":81
+            /* "ivshmem/native/bell.pyx":84
  *             else:
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4862,7 +4908,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
             __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
           }
 
-          /* "ivshmem/native/bell.pyx":80
+          /* "ivshmem/native/bell.pyx":83
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4881,7 +4927,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
     }
     __pyx_L5:;
 
-    /* "ivshmem/native/bell.pyx":82
+    /* "ivshmem/native/bell.pyx":85
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4893,7 +4939,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":83
+      /* "ivshmem/native/bell.pyx":86
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -4910,7 +4956,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/bell.pyx":82
+      /* "ivshmem/native/bell.pyx":85
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4919,33 +4965,33 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":84
+    /* "ivshmem/native/bell.pyx":87
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 if self.endpoint is None:
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
 */
     __pyx_t_2 = (__pyx_v_code == ESHUTDOWN);
 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":85
+      /* "ivshmem/native/bell.pyx":88
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:
 */
       __pyx_t_2 = (__pyx_v_self->endpoint == Py_None);
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":86
+        /* "ivshmem/native/bell.pyx":89
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")             # <<<<<<<<<<<<<<
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")             # <<<<<<<<<<<<<<
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")
 */
@@ -4955,45 +5001,45 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
           PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_is_made_by_Endpoint_d};
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 86, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 89, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 86, __pyx_L1_error)
+        __PYX_ERR(0, 89, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":85
+        /* "ivshmem/native/bell.pyx":88
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:
 */
       }
 
-      /* "ivshmem/native/bell.pyx":87
+      /* "ivshmem/native/bell.pyx":90
  *                 if self.endpoint is None:
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
 */
-      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 87, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 90, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 87, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 90, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":88
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+        /* "ivshmem/native/bell.pyx":91
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 88, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -5012,23 +5058,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 88, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 88, __pyx_L1_error)
+        __PYX_ERR(0, 91, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":87
+        /* "ivshmem/native/bell.pyx":90
  *                 if self.endpoint is None:
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
 */
       }
 
-      /* "ivshmem/native/bell.pyx":89
+      /* "ivshmem/native/bell.pyx":92
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")             # <<<<<<<<<<<<<<
@@ -5036,9 +5082,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
  *                 fail_with(code)
 */
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 89, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 92, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 89, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 92, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_peer;
       __pyx_t_8[1] = __pyx_t_7;
@@ -5052,7 +5098,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 92, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_5 = 1;
@@ -5073,23 +5119,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 89, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 92, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 89, __pyx_L1_error)
+      __PYX_ERR(0, 92, __pyx_L1_error)
 
-      /* "ivshmem/native/bell.pyx":84
+      /* "ivshmem/native/bell.pyx":87
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 if self.endpoint is None:
- *                     raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+ *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
 */
     }
 
-    /* "ivshmem/native/bell.pyx":90
+    /* "ivshmem/native/bell.pyx":93
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5101,17 +5147,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":91
+      /* "ivshmem/native/bell.pyx":94
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             PyErr_CheckSignals()
  * 
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
 
 
-      /* "ivshmem/native/bell.pyx":90
+      /* "ivshmem/native/bell.pyx":93
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5120,18 +5166,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":92
+    /* "ivshmem/native/bell.pyx":95
  *             if code != EINTR:
  *                 fail_with(code)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/native/bell.pyx":63
+  /* "ivshmem/native/bell.pyx":66
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5157,7 +5203,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":94
+/* "ivshmem/native/bell.pyx":97
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5166,16 +5212,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_2ring(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_4bell_8Doorbell_5__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__};
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_6__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_6__reduce__};
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5201,14 +5247,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5219,7 +5265,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/bell.pyx":95
+  /* "ivshmem/native/bell.pyx":98
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")             # <<<<<<<<<<<<<<
@@ -5232,14 +5278,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_cannot_be_copied_or_p};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 95, __pyx_L1_error)
+  __PYX_ERR(0, 98, __pyx_L1_error)
 
-  /* "ivshmem/native/bell.pyx":94
+  /* "ivshmem/native/bell.pyx":97
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5258,7 +5304,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":97
+/* "ivshmem/native/bell.pyx":100
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5266,21 +5312,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4__reduce__(CYTHON_UN
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_9__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_9__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5294,14 +5340,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/native/bell.pyx":98
+  /* "ivshmem/native/bell.pyx":101
  * 
  *     def __repr__(self):
  *         return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_Doorbell_of_peer;
   __pyx_t_3[1] = __pyx_t_1;
@@ -5317,7 +5363,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __py
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[1]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 98, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -5332,7 +5378,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__repr__(struct __py
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":97
+  /* "ivshmem/native/bell.pyx":100
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5503,13 +5549,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6vector___get__(struc
 /* #### Code section: module_exttypes ### */
 static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell __pyx_vtable_7ivshmem_6native_4bell_Doorbell;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
-#else
-    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
-#endif
-) {
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o);
   p->__pyx_vtab = __pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
   p->endpoint = Py_None; Py_INCREF(Py_None);
@@ -5517,12 +5557,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(Py
   p->peer = Py_None; Py_INCREF(Py_None);
   p->signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None); Py_INCREF(Py_None);
   {
-    int cinit_result = __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(
-    #if CYTHON_VECTORCALL_TPNEW
-    o, NULL, 0, NULL);
-    #else
-    o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
-    #endif
+    int cinit_result = __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
     if (unlikely(cinit_result)) goto bad;
   }
   return o;
@@ -5531,41 +5566,12 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(Py
   return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
+static PyObject *__pyx_tp_new_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 1);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
+  return __pyx_tp_new__initialisation_7ivshmem_6native_4bell_Doorbell(o, a, k);
 }
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_6native_4bell_Doorbell(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell, t, a, k);
-}
-#endif
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
-    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
-  }
-  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_6native_4bell_Doorbell((PyTypeObject*)t, args, nargs, kwnames);
-  return o;
-}
-#endif
 
 static void __pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell(PyObject *o) {
   struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *p = (struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)o;
@@ -5637,8 +5643,8 @@ static PyObject *__pyx_getprop_7ivshmem_6native_4bell_8Doorbell_vector(PyObject 
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_6native_4bell_Doorbell[] = {
-  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_2ring},
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_4__reduce__},
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_4ring},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_4bell_8Doorbell_6__reduce__},
   {0, 0, 0, 0}
 };
 
@@ -5650,18 +5656,14 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_4bell_Doorbell[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_4bell_Doorbell_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_9__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One vector of one peer, looked up once; made by `Doorbells.doorbell`.\n\n    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.\n\n    Attributes:\n        peer, vector: whom it rings.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_4bell_Doorbell},
+  {Py_tp_init, (void *)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_3__init__},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_4bell_Doorbell},
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell},
-  #endif
-  #endif
   {0, 0},
 };
 static PyType_Spec __pyx_type_7ivshmem_6native_4bell_Doorbell_spec = {
@@ -5683,7 +5685,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_4bell_Doorbell = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_6native_4bell_8Doorbell_7__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_6native_4bell_8Doorbell_9__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -5711,7 +5713,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_4bell_Doorbell = {
   #if !CYTHON_USE_TYPE_SPECS
   0, /*tp_dictoffset*/
   #endif
-  0, /*tp_init*/
+  __pyx_pw_7ivshmem_6native_4bell_8Doorbell_3__init__, /*tp_init*/
   0, /*tp_alloc*/
   __pyx_tp_new_7ivshmem_6native_4bell_Doorbell, /*tp_new*/
   0, /*tp_free*/
@@ -5730,7 +5732,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_4bell_Doorbell = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_6native_4bell_Doorbell, /*tp_vectorcall*/
+  0, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -6358,19 +6360,19 @@ __Pyx_RefNannySetupContext("PyInit_bell", 0);
 */
   __pyx_v_7ivshmem_6native_4bell_NOBODY = IVSHMEM_CLOSING;
 
-  /* "ivshmem/native/bell.pyx":94
+  /* "ivshmem/native/bell.pyx":97
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 97, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/bell.pyx":1
@@ -6445,22 +6447,22 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{9},{1},{26},{1},{1},{72},{41},{7},{6},{2},{9},{14},{23},{5},{22},{11},{8},{19},{10},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{18},{18},{6},{6},{5},{19},{4},{10},{6}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{9},{1},{26},{1},{1},{72},{53},{7},{6},{2},{9},{14},{23},{5},{22},{11},{8},{19},{10},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{18},{18},{6},{6},{5},{19},{4},{10},{6}};
     const struct { const unsigned int length: 7; } bytes_length_index[] = {{105},{31},{11}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (420 bytes) */
-static const char cstring[] = "x\332UR\273n\0341\014t\272T\371\006\226\266a\254a p\000#p\020\304n\r#\376\000\202+q\357\230\323Jk\211\273w\327\245L\2312\237\226\317\t\367up\n\221\2244\034\216\006\002)\260I\221\357@\264\200O)\327\034B\201=g\006\027Ra\177\005\003;M\031\252\3172\224m\313m\365\260\340 5\3201g\270\377Bp:t\024cR\250\215 u\302\036\254\267\023\267\013\354\357\200\312\016t\313\300\321wI\242Bc\267d\370\255\321\230\2207<&\255%\317P\037\341qAW\253\302\363\013/\205\352\300\034\307\270qR\346\312\257\0329\347\224\313\262\273\216\2442\360\365\330Zu\307\303$\372?\0316l~\356\267)>\216\335\253\2225W\210\231}\357\030\361)\275\364n\373l4\210\317\307\203\255\007q\212O|\320\357\334 N\026\220\032\022\261\351\243\033sK\022\247\234|\037\246\233H\355\224M\021:\352d\255\007\035\2372\356^{\n+j\235\215XXO\275\312E-IA\227r\352U\314\303r\214NRu:(.XD\033\257\231\034\327\344v\363c\027\223\224\333\325\251jv\252\232\276\001\207\306Fyn\250\017:P\350\271\214^\235[\2708\233\252\242\271w\n\263\354T\377\300O\013\017\336\316Dxs\343m~\226\316\276P\301\027\331D\n\301\334\277\274\202\211\246!\t\270\027\335\236\221\367h?\000c\332\223\350D?$\361\013\362\366#\032:K\334\340\250\355\347\327\277\357?\374\222\337\257\177\336\375\003\342$\r\331";
-    PyObject *data = __Pyx_DecompressString(cstring, 420, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (424 bytes) */
+static const char cstring[] = "x\332UR\313n\3340\014Lo=\365\033xL\202\300A\200\"\005\202\"E\321\344\032\004\315\007\020\264D\357\262+K\216D{wo=\366\330c?\255\237S\372\265H\017&)i4\034\216\005R`\223\"\337\201h\001\237R\2569\204\002{\316\014.\244\302\376\n\006v\2322T\237e(\333\226\333\352a\301Aj\240c\316p\377\205\340\264\351(\306\244P\033A\352\204=\330\335N\334.\260\277\003*;\320-\003G\337%\211\n\215\235\222\341\267FcB\336\360\230\264\226<C}\204\307\005]\255\n\317\307\266\253\262\013/\205\352\300\034\307\270qR\346\312\257z9\347\224\313\262\272\216\2442\360\365HSu\307\3034\300\177\222\254\361<\372\267)>\216\267WUk\256\0203\373\3361\342Sz\351\335\366\331h\020\237\217\007\373\036\304)>\361A\277s\2038\331AjH\304\246\217n\314-I\234r\362}\230N\"\265S6E\350\250\223\265\036t\034e\\\275\366\024V\324\332\033\261\260\236\356*\027\265$\005]\312\251W1?\3131:I\325i\243\270`\021\255\275fr\\\223\333\315\303.&)\267\253S\325\354T5=\t\016\215\265\362\334P\037t\240\320s\031\275:\267pq6UEs\357\024f\331\251\376\201\237\026\036\274\235\211\360\346\306[\377,\235\375\264\202/\262\211\024\202\271\177y\005\023MC\022p/\272=#\357\321^\003\306\264\047\321\211~H\342\027\344\355G4t\226\270\301Q\333\317\257\177\337\177\370%\277_\377\274\373\007e\020\022d";
+    PyObject *data = __Pyx_DecompressString(cstring, 424, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (708 bytes) */
-static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell()disableenablegcisenabledivshmem.errorsivshmem/native/bell.pyxpeer the endpoint is closedClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem.native.bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
+    #else /* compression: none (720 bytes) */
+static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell(peer, vector)disableenablegcisenabledivshmem.errorsivshmem/native/bell.pyxpeer the endpoint is closedClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem.native.bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -6552,7 +6554,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 94};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 97};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_bell_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -7232,7 +7234,21 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
-/* PyErrFetchRestore */
+/* KeywordStringCheck */
+static int __Pyx_CheckKeywordStrings(PyObject *kw) {
+#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
+    CYTHON_UNUSED_VAR(kw);
+    return 0;
+#else
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
+    } else {
+        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
+    }
+    return 0;
+#endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
 #if PY_VERSION_HEX >= 0x030C00A6
@@ -7290,6 +7306,114 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #endif
 }
 #endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
 
 /* GetException */
 #if CYTHON_FAST_THREAD_STATE
@@ -7529,114 +7653,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
   #endif
 }
 #endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
 
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -8180,199 +8196,6 @@ static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
     }
 }
 
-/* CallSlotAsVectorcallUnpackDict (used by CallSlotAsVectorcall) */
-static CYTHON_INLINE int __Pyx_CallSlotAsVectorcallUnpackDict(Py_ssize_t args_size, PyObject *keys_dict, PyObject **args, PyObject *kwnames) {
-    Py_ssize_t pos = 0, i = 0;
-    PyObject *key, *value;
-    while (PyDict_Next(keys_dict, &pos, &key, &value)) {
-        Py_INCREF(value);
-        args[args_size+i] = value;
-        Py_INCREF(key);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(kwnames, i, key) == -1)) {
-            return -1;
-        }
-        ++i;
-    }
-    return 0;
-}
-
-/* CallSlotAsVectorcall */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k) {
-    Py_ssize_t k_size = k ? __Pyx_PyDict_GET_SIZE(k) : 0;
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(k_size < 0)) return NULL;
-#endif
-    Py_ssize_t a_size = __Pyx_PyTuple_GET_SIZE(a);
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(a_size < 0)) return NULL;
-#endif
-#if CYTHON_ASSUME_SAFE_MACROS
-    if (k_size == 0) {
-        return f(o, &PyTuple_GET_ITEM(a, 0), a_size, NULL);
-    }
-#else
-    if (k_size == 0 && a_size == 0) {
-        return f(o, NULL, 0, NULL);
-    }
-#endif
-    PyObject *stack_args[5];
-    PyObject **args = stack_args;
-    Py_ssize_t maxnargs = PY_SSIZE_T_MAX / sizeof(PyObject*) - 1;
-    if (a_size > maxnargs - k_size) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    Py_ssize_t total_size = a_size + k_size;
-    if (total_size > 5) {
-        args = (PyObject**)PyMem_Malloc(((size_t)total_size)*sizeof(PyObject*));
-        if (unlikely(!args)) {
-            PyErr_NoMemory();
-            return NULL;
-        }
-    }
-    PyObject * result = NULL;
-    PyObject *kwnames = NULL;
-    int unpack_dict_result;
-    Py_ssize_t i = 0;
-    for (; i < a_size; ++i) {
-        args[i] = __Pyx_PyTuple_GET_ITEM(a, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely(!args[i])) goto cleanup;
-#endif
-    }
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (k)  // There's a specific shortcut earlier for ASSUME_SAFE_MACROS with no keywords
-#endif
-    {
-        kwnames = PyTuple_New(k_size);
-        if (unlikely(!kwnames)) goto cleanup;
-        __Pyx_BEGIN_CRITICAL_SECTION(k);
-        unpack_dict_result = __Pyx_CallSlotAsVectorcallUnpackDict(a_size, k, args, kwnames);
-        __Pyx_END_CRITICAL_SECTION();
-        if (unlikely(unpack_dict_result == -1)) goto cleanup;
-    }
-    result = f(o, args, a_size, kwnames);
-  cleanup:
-    Py_XDECREF(kwnames);
-    for (i=a_size; i<total_size; ++i) {
-        Py_XDECREF(args[i]);
-    }
-    if (args != stack_args) {
-        PyMem_Free(args);
-    }
-    return result;
-}
-#endif
-
-/* FormatTypeName (used by RaiseErrorWithObjectType) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
-    }
-    goto done;
-}
-#endif
-
-/* RaiseErrorWithObjectType (used by CallNewInitFromVectorcall) */
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* CallNewInitFromVectorcall */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    newfunc tp_new = __Pyx_PyType_GetSlot(t, tp_new, newfunc);
-    if (unlikely(!tp_new)) {
-        __Pyx_RaiseErrorWithType(PyExc_TypeError, "cannot create " __Pyx_FMT_TYPENAME " instances", t);
-        return NULL;
-    }
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-    PyObject *result = NULL, *args_tuple = NULL, *kwds_dict = NULL;
-    Py_ssize_t kw_size = kwnames ? __Pyx_PyTuple_GET_SIZE(kwnames) : 0;
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(kw_size == -1)) {
-        return NULL;
-    }
-#endif
-    if (kw_size) {
-        kwds_dict = __Pyx_PyDict_NewPresized(kw_size);
-        if (unlikely(!kwds_dict)) {
-            return NULL;
-        }
-        for (Py_ssize_t i=0; i<kw_size; ++i) {
-            PyObject *v = args[nargs + i];
-            PyObject *k = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely(!k)) {
-                goto end;
-            }
-#endif
-            if (unlikely(PyDict_SetItem(kwds_dict, k, v) < 0)) {
-                goto end;
-            }
-        }
-    }
-    if (nargs) {
-        args_tuple = __Pyx_PyTuple_FromArray(args, nargs);
-        if (unlikely(!args_tuple)) {
-            goto end;
-        }
-    } else {
-        args_tuple = __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    result = tp_new(t, args_tuple, kwds_dict);
-    if (unlikely(!result)) {
-        goto end;
-    }
-    if (PyObject_TypeCheck(result, t)) {
-        initproc tp_init = __Pyx_PyObject_GetSlot(result, tp_init, initproc);
-        if (tp_init && unlikely(tp_init(result, args_tuple, kwds_dict) < 0)) {
-            Py_CLEAR(result);
-        }
-    }
-  end:
-    Py_XDECREF(args_tuple);
-    Py_XDECREF(kwds_dict);
-    return result;
-}
-#endif
-
 /* CallTypeTraverse */
 #if !CYTHON_USE_TYPE_SPECS
 #else
@@ -8462,6 +8285,55 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
     return tp_dictoffset;
 }
 #endif
+
+/* FormatTypeName (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
 
 /* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
 static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {

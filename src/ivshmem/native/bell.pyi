@@ -4,6 +4,7 @@ from typing_extensions import final
 
 @final
 class Doorbell:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     @property
     def peer(self) -> int: ...
     @property

@@ -48,6 +48,9 @@ cdef class Doorbell:
     def __cinit__(self):
         self.bell.state = &NOBODY
 
+    def __init__(self, *args, **kwargs):
+        raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
+
     cdef int ring_nogil(self) noexcept nogil:
         return ring_bell(&self.bell, 1)
 
@@ -83,7 +86,7 @@ cdef class Doorbell:
                 return
             if code == ESHUTDOWN:
                 if self.endpoint is None:
-                    raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+                    raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
                 if self.endpoint.closed:
                     raise ClosedError("the endpoint is closed")
                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")

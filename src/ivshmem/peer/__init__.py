@@ -1,1 +1,1 @@
-"""What one participant is: an endpoint, a client, names in a region."""
+"""Internal: what one participant is: an endpoint, a client, names in a region."""

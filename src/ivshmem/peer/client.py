@@ -76,7 +76,7 @@ def connect(
     else:
         sock = sockets.connect(path, timeout)
     try:
-        return Client(sock, os.fsdecode(path), deadline, vectors, readonly)
+        return Client._join(sock, os.fsdecode(path), deadline, vectors, readonly)
     except BaseException:
         sock.close()
         raise
@@ -93,7 +93,24 @@ class Client(Endpoint):
     id = -1
     path = "?"
 
-    def __init__(
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError("a Client is made by ivshmem.connect(path)")
+
+    @classmethod
+    def _join(
+        cls,
+        sock: socket.socket,
+        path: str,
+        deadline: float | None,
+        vectors: int | None,
+        readonly: bool,
+    ) -> Client:
+        """Make a client of a connected socket, which it owns if this succeeds."""
+        self = cls.__new__(cls)
+        self._begin(sock, path, deadline, vectors, readonly)
+        return self
+
+    def _begin(
         self,
         sock: socket.socket,
         path: str,

@@ -122,15 +122,19 @@ class Directory(Uncopied):
     _closed = True
     _thread: threading.Thread | None = None
 
-    def __init__(
-        self,
-        place: Endpoint | Region,
-        slots: int,
-        *,
-        beat: float = BEAT,
-        lease: float = LEASE,
-    ) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError("a Directory is made by Directory.create or Directory.open")
+
+    @classmethod
+    def _over(
+        cls, place: Endpoint | Region, slots: int, *, beat: float = BEAT, lease: float = LEASE
+    ) -> Directory:
         """Use a table that is known to be there; see `create` and `open`."""
+        self = cls.__new__(cls)
+        self._begin(place, slots, beat, lease)
+        return self
+
+    def _begin(self, place: Endpoint | Region, slots: int, beat: float, lease: float) -> None:
         if not 0 < 2 * beat < lease:
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
         self._region, self._endpoint = _found_in(place)
@@ -190,7 +194,7 @@ class Directory(Uncopied):
             raise RegionError(
                 f"the region has a directory already, of {counted(there, 'slot')}, not {wanted}"
             )
-        return cls(place, there, beat=beat, lease=lease)
+        return cls._over(place, there, beat=beat, lease=lease)
 
     @classmethod
     def open(
@@ -217,7 +221,7 @@ class Directory(Uncopied):
                 "the region has no directory of names: make one by `ivshmem serve --names`, or by"
                 " Directory.create"
             )
-        return cls(place, slots, beat=beat, lease=lease)
+        return cls._over(place, slots, beat=beat, lease=lease)
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -346,7 +350,7 @@ class Directory(Uncopied):
             vectors = range(offered)
         elif offered and vectors.stop > offered:
             raise ValueError(f"{vectors}: the endpoint has {counted(offered, 'vector')}")
-        publication = Publication(self, peer, name, role, vectors, follows=number is None)
+        publication = Publication._draft(self, peer, name, role, vectors, follows=number is None)
         # It is decided within the lease, unless this process is stopped for a while, or somebody
         # does what only a hostile peer does.
         limit = 2 * self._lease
@@ -631,8 +635,12 @@ class Publication(Uncopied):
             itself when that is over.
     """
 
-    def __init__(
-        self,
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError("a Publication is made by Directory.publish")
+
+    @classmethod
+    def _draft(
+        cls,
         directory: Directory,
         peer: int,
         name: str,
@@ -640,6 +648,24 @@ class Publication(Uncopied):
         vectors: range,
         *,
         follows: bool = False,
+    ) -> Publication:
+        """Make one that does not stand in the table yet.
+
+        Raises:
+            ValueError: a name, a role or a range that is not allowed.
+        """
+        self = cls.__new__(cls)
+        self._begin(directory, peer, name, role, vectors, follows)
+        return self
+
+    def _begin(
+        self,
+        directory: Directory,
+        peer: int,
+        name: str,
+        role: str,
+        vectors: range,
+        follows: bool,
     ) -> None:
         self.id = peer
         self.follows = follows  # the endpoint's id, which can be another after a migration

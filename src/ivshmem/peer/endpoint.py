@@ -76,6 +76,11 @@ class Endpoint(Uncopied, _core.Doorbells):
     id: int
     region: Region
 
+    def __new__(cls: type[_E], *_: object, **__: object) -> _E:
+        if cls is Endpoint:
+            raise TypeError("an Endpoint is made by ivshmem.connect or ivshmem.guest.open")
+        return super().__new__(cls)
+
     # Seconds between two looks for news that no descriptor tells of; None: there are none.
     _every: float | None = None
 

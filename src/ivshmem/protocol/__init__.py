@@ -1,1 +1,1 @@
-"""Version 0 of ivshmem's protocol, without I/O."""
+"""Internal: version 0 of ivshmem's protocol, without I/O."""

@@ -1,1 +1,1 @@
-"""What QEMU and libvirt have to be told, and a running QEMU over QMP."""
+"""Internal: what QEMU and libvirt have to be told, and a running QEMU over QMP."""

@@ -1,1 +1,1 @@
-"""A server of one region."""
+"""Internal: a server of one region."""

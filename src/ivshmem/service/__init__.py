@@ -1,1 +1,1 @@
-"""Several regions, and everything around a running server."""
+"""Internal: several regions, and everything around a running server."""

@@ -1,1 +1,1 @@
-"""Linux in Python. Knows nothing of ivshmem."""
+"""Internal: Linux in Python. Knows nothing of ivshmem."""

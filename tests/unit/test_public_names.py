@@ -1,0 +1,84 @@
+"""What is public: the checked-in list of names and signatures, and what internal rooms say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+from support import public_names
+
+import ivshmem
+from ivshmem import guest
+
+HOME = Path(__file__).parents[2] / "src/ivshmem"
+PUBLIC_ROOMS = {"guest", "migration", "testing"}
+
+
+def test_the_list_is_current() -> None:
+    listing = public_names.listing()
+    assert listing == public_names.LIST.read_text(), (
+        "the interface has changed: look at the difference, and write the list again with"
+        f" {public_names.REMEDY}"
+    )
+
+
+def test_types_in_public_signatures_are_public() -> None:
+    assert public_names.strangers(public_names.listing()) == set()
+
+
+def test_a_stranger_is_found() -> None:
+    text = "class A\n    .b(self, c: int | Hidden) -> list[Secret]\n    .d(self) -> A\n"
+    assert public_names.strangers(text) == {"Hidden", "Secret"}
+
+
+@pytest.mark.parametrize("name", public_names.MODULES)
+def test_each_public_module_lists_its_names(name: str) -> None:
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == list(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+    doc = ivshmem.__doc__ or ""
+    assert name == "ivshmem" or name in doc, "the package's docstring names what is public"
+
+
+def test_all_else_says_that_it_is_internal() -> None:
+    public = {name.partition(".")[2] for name in public_names.MODULES}
+    for path in HOME.glob("*/__init__.py"):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert doc.startswith("Internal:") == (path.parent.name not in PUBLIC_ROOMS), path
+    for path in HOME.glob("*.py"):
+        if path.stem not in {"__init__", "__main__", *public}:
+            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+            assert doc.startswith("Internal:"), path
+
+
+def test_star_imports_replace_nothing_of_python() -> None:
+    """For instance `open` of ivshmem.guest."""
+    for name in public_names.MODULES:
+        assert not set(importlib.import_module(name).__all__) & set(dir(__builtins__)), name
+
+
+USERS_CANNOT_MAKE = {
+    "Client": "ivshmem.connect",
+    "Directory": "Directory.create or Directory.open",
+    "Doorbell": "Endpoint.doorbell",
+    "Endpoint": "ivshmem.connect or ivshmem.guest.open",
+    "Publication": "Directory.publish",
+    "Region": "Region.create",
+}
+
+
+@pytest.mark.parametrize("name", USERS_CANNOT_MAKE)
+@pytest.mark.parametrize("arguments", [(), (1, 2, 3)])
+def test_a_constructor_that_is_not_for_users_says_what_is(
+    name: str, arguments: tuple[int, ...]
+) -> None:
+    with pytest.raises(TypeError, match=USERS_CANNOT_MAKE[name]) as caught:
+        getattr(ivshmem, name)(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_is_not_made_by_its_constructor() -> None:
+    with pytest.raises(TypeError, match=r"guest\.open"):
+        guest.GuestDevice()  # type: ignore[call-arg]
