@@ -1,4 +1,4 @@
-# What the other modules in Cython use of descriptors.pyx, and, inline, what each of them often does.
+# What other modules in Cython use of descriptors.pyx, and inline what each of them often does.
 
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
