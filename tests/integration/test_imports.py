@@ -107,7 +107,7 @@ TABLE = {
         [*IVSHMEM, "status", "-S", "PATH"],
         (
             f"{ASKS} qemu qemu.programs cli cli.tables cli.status cli.status_text qemu.cmdline "
-            "qemu.processes"
+            "qemu.guest_name"
         ),
         f"{COSTLY_TO_ASK} shutil zlib",
     ),

@@ -33,7 +33,7 @@ from ivshmem.doctor.check import CheckStep, failed, run
 from ivshmem.doctor.holders import Holder
 from ivshmem.peer.names_table import Entry
 from ivshmem.qemu import cmdline
-from ivshmem.qemu.processes import guest_name
+from ivshmem.qemu.guest_name import guest_name
 from ivshmem.server import log_events
 from ivshmem.service import control as service_control
 from ivshmem.service import metrics

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..memory.sizes import format_size
-from ..qemu.processes import guest_of
+from ..qemu.guest_name import guest_of
 from ..system import processes
 from ..text import NAME, counted, plain
 from .tables import table as columned

@@ -1,7 +1,15 @@
-"""Whether a process is a QEMU.
+"""Whether a process is a QEMU: the one rule, for the server, `status` and `migrate`.
 
 Knows: what QEMU's programs are called, where /proc says what a process is.
 Does not know: what anybody does with the answer.
+
+A process is a QEMU if one of its names is that of a QEMU program: its executable, its name in
+/proc, the name that it had when it connected, and, where the caller allows it, the first word of
+its command line. So a user may rename it (`-name x,process=web1`).
+
+Where there is no pid, only the name counts that somebody else has seen: a QEMU on another machine,
+one in another pid namespace, one that has ended. If there is no such name either, the answer is
+None. Callers treat None as they treat a QEMU where a mistake could crash a guest.
 
 A name is a claim, not a proof: a process that wants to be taken for a QEMU is.
 """
@@ -17,15 +25,17 @@ _MOST_BYTES = 4096  # of a command line's first word
 
 
 def is_qemu(pid: int, process: str = "?", *, ask_process: bool = False) -> bool | None:
-    """Whether a process is a QEMU, as far as can be known; None: nobody can know.
+    """Say whether a process is a QEMU, as far as can be known; None: nobody can know.
 
-    One whose user gave it another name (`-name x,process=web1`) is known by its program. The
-    program of another user's process is hidden from all but root; its command line is not.
+    The executable of another user's process is hidden from every user except root; its command
+    line is not. So a server that is not root's takes a renamed QEMU of another user for something
+    else, unless `ask_process` is set.
 
     Args:
-        process: the name that it had when it was seen; "?" if nobody has seen it.
+        pid: 0 if the process is not on this machine, or cannot be seen from here.
+        process: the name that it had when it connected; "?" if nobody has seen it.
         ask_process: look at its command line, too. That is in the process's own memory, so a
-            process that is stopped, or hostile, can delay whoever reads it.
+            process that is stopped, or hostile, can delay its reader. The server never does this.
     """
     names = [] if process == "?" else [process]
     if pid > 0:
@@ -38,7 +48,7 @@ def is_qemu(pid: int, process: str = "?", *, ask_process: bool = False) -> bool 
 
 
 def is_qemu_name(name: str) -> bool:
-    """Whether a program of this name, with or without its folder, is a QEMU.
+    """Say whether a program of this name, with or without its folder, is a QEMU.
 
     Wrappers hide the real program beside themselves as ".qemu-system-x86_64-wrapped".
     """
@@ -46,7 +56,7 @@ def is_qemu_name(name: str) -> bool:
 
 
 def _program(pid: int) -> str:
-    """Its file, which stays known when it was deleted (by an upgrade of the package, say)."""
+    """Return its executable; known even if the file was deleted, by an upgrade for instance."""
     try:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:

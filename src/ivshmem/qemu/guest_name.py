@@ -1,6 +1,6 @@
-"""What guest a process is, by its command line.
+"""The name of the guest that a QEMU runs, by its command line.
 
-Knows: /proc, QEMU's -name. Does not know: who is a peer.
+Knows: /proc, QEMU's -name. Does not know: which processes are a QEMU (programs.py), who is a peer.
 
 A process can write what it likes into its command line: a guest's name is a claim, not a proof.
 """
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ..text import NAME, plain
-from .programs import is_qemu_name
+from .programs import is_qemu
 
 _MOST_BYTES = 1 << 20  # of a command line
 _SLACK = 2.0  # seconds by which the clocks of two files in /proc may differ
 
 
 def guest_of(pid: int, since: float) -> str:
-    """The name of the guest that a QEMU runs, which was a process already at that time.
+    """Return the name of the guest that a QEMU runs, which was a process already at that time.
 
     Args:
-        since: seconds since the epoch: a process that began later only has the same number.
+        since: seconds since the epoch. A process that began later only has the same number.
 
     Returns:
-        "" if it is no QEMU, has no name, or is not to be seen.
+        "" if the process is not a QEMU, has no -name, or cannot be seen from here.
     """
     try:
         if _started(pid) > since + _SLACK:
@@ -34,13 +34,12 @@ def guest_of(pid: int, since: float) -> str:
             line = file.read(_MOST_BYTES)
     except (OSError, ValueError, IndexError):
         return ""
-    return guest_name(os.fsdecode(line).split("\0"))
+    # Its command line was read already, so asking the process once more costs nothing new.
+    return guest_name(os.fsdecode(line).split("\0")) if is_qemu(pid, ask_process=True) else ""
 
 
 def guest_name(arguments: Sequence[str]) -> str:
-    """The name in a QEMU's command line, printable; "" if there is none, or it is no QEMU's."""
-    if not arguments or not is_qemu_name(arguments[0]):
-        return ""
+    """Return the name in the command line of a QEMU, printable; "" if there is none."""
     name = ""
     for option, value in pairwise(arguments):
         if option in ("-name", "--name"):
@@ -49,7 +48,10 @@ def guest_name(arguments: Sequence[str]) -> str:
 
 
 def _guest(value: str) -> str:
-    """Of "guest=NAME,process=..": NAME; the first key may be left out, commas in it are doubled."""
+    """Return NAME of "guest=NAME,process=..".
+
+    The first key may be omitted; a comma in a value is written twice.
+    """
     parts = value.replace(",,", "\0").split(",")
     for number, part in enumerate(parts):
         key, equals, text = part.partition("=")
