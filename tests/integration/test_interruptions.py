@@ -557,7 +557,7 @@ def fail_in_the_next_step(server: Server) -> None:
     def fail(_ready: object) -> bool:
         raise ZeroDivisionError("what nobody thought of")
 
-    server._engine._act = fail  # type: ignore[method-assign, assignment]
+    server._engine.poller.dispatch = fail  # type: ignore[method-assign, assignment]
     server._engine.wake()
 
 
@@ -606,7 +606,7 @@ def test_who_waits_is_told_that_the_thread_failed(socket_path: str) -> None:
             assert leave.wait(PATIENCE)
             raise ZeroDivisionError
 
-        server._engine._act = wait  # type: ignore[method-assign, assignment]
+        server._engine.poller.dispatch = wait  # type: ignore[method-assign, assignment]
         server.start()
         server._engine.wake()
         assert entered.wait(PATIENCE)

@@ -164,7 +164,7 @@ def test_regions_that_end_while_another_is_opened(regions: Regions, slow: Slow) 
             def fail(_ready: object) -> bool:
                 raise ZeroDivisionError
 
-            server._engine._act = fail  # type: ignore[method-assign, assignment]
+            server._engine.poller.dispatch = fail  # type: ignore[method-assign, assignment]
             server._engine.wake()
             until(partial(is_gone, runs.service, name))
         slow.release.set()

@@ -102,9 +102,9 @@ class Broker(Server):
             self._timer = descriptors.Timer()
             self._resources.callback(self._timer.close)
             self._resources.callback(self._close_bells)
-            self._engine.watch(self._timer.fileno(), self._look)
+            self._engine.poller.watch(self._timer.fileno(), self._look)
             if heard:
-                self._engine.watch(device.fileno(), self._interrupts)
+                self._engine.poller.watch(device.fileno(), self._interrupts)
             self._look()
         except BaseException:
             self.close()
@@ -176,7 +176,7 @@ class Broker(Server):
         bells = descriptors.FdArray.eventfds(self.vectors)
         self._remote[peer] = self._engine.admit(peer, bells), bells
         for vector in range(self.vectors):
-            self._engine.watch(bells[vector], partial(self._ring, peer, vector, bells))
+            self._engine.poller.watch(bells[vector], partial(self._ring, peer, vector, bells))
 
     def _ring(self, peer: int, vector: int, bells: descriptors.FdArray) -> None:
         if bells.drain(vector):
@@ -187,7 +187,7 @@ class Broker(Server):
             member, bells = self._remote.pop(peer)
             self._engine.dismiss(member)
             for vector in range(len(bells)):
-                self._engine.unwatch(bells[vector])
+                self._engine.poller.unwatch(bells[vector])
             bells.close()
 
     def _close_bells(self) -> None:

@@ -41,6 +41,7 @@ from ..peer import inquiry
 from ..protocol.roster import Member, Roster
 from ..qemu.programs import is_qemu
 from ..system import credentials, late_logging
+from ..system.loop import Poller
 from ..system.uncopied import Uncopied
 from ..text import counted
 from . import log_events
@@ -54,11 +55,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 _log = late_logging.log_of("ivshmem.server")
-
-# Tokens of the epoll object: a peer's is its serial number after these; those of other descriptors
-# that somebody wants watched are beyond all peers'.
-_LISTENER, _WAKE, _RETRY, _EXPIRY, _FIRST_PEER = range(5)
-_FIRST_WATCHED = 1 << 62
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
@@ -208,50 +204,33 @@ class Engine(Uncopied):
         # Connections of a predecessor that have to wait for that one, and their addresses.
         self._strays: deque[tuple[socket.socket, object]] = deque()
         self.paused = ""  # why newcomers wait in the queue at the moment
+        self._newcomers = False  # whether the listening socket is readable
         self._again = False  # whether to look at that queue in any case
         self.counts: Counter[str] = Counter()
         self._complaints: dict[str, float] = {}  # when each was last logged
-        self._watched: dict[int, Callable[[], object]] = {}  # by token
-        self._tokens: dict[int, int] = {}  # of what is watched, by descriptor
         self._held: dict[int, _Hold] = {}  # peers whose news are held, by serial number
-        self._next_token = _FIRST_WATCHED
         self._small_buffers = not _is_privileged()
         with contextlib.ExitStack() as undo:
-            self._epoll = descriptors.Epoll()
-            undo.callback(self._epoll.close)
-            self._wake = descriptors.FdArray.eventfds(1)
-            undo.callback(self._wake.close)
+            self._poller = Poller()
+            undo.callback(self._poller.close)
             self._timer = descriptors.Timer()
             undo.callback(self._timer.close)
             self._clock = descriptors.Timer()
             undo.callback(self._clock.close)
             undo.callback(self._nobody.close)
-            self._epoll.add(self._clock.fileno(), _EXPIRY, descriptors.EPOLLIN)
-            self._epoll.add(self._wake[0], _WAKE, descriptors.EPOLLIN)
-            self._epoll.add(self._timer.fileno(), _RETRY, descriptors.EPOLLIN)
-            self._epoll.add(listener.fileno(), _LISTENER, descriptors.EPOLLIN)
+            self._poller.watch(self._clock.fileno(), self._expire)
+            self._poller.watch(self._timer.fileno(), self._retry)
+            self._poller.watch(listener.fileno(), self._look_at_queue)
             self._undo = undo.pop_all()
 
-    def fileno(self) -> int:
-        """Readable when `step(0)` has something to do."""
-        return self._epoll.fileno()
+    @property
+    def poller(self) -> Poller:
+        """Watches all descriptors of this engine; a step does what others have it watch, too."""
+        return self._poller
 
     def wake(self) -> None:
         """Let a step that waits return; from any thread or a signal handler."""
-        self._wake.signal(0)
-
-    def watch(self, fd: int, act: Callable[[], object]) -> None:
-        """Let a step do this when `fd` is readable; what it raises ends the step."""
-        self._epoll.add(fd, self._next_token, descriptors.EPOLLIN)
-        self._watched[self._next_token] = act
-        self._tokens[fd] = self._next_token
-        self._next_token += 1
-
-    def unwatch(self, fd: int) -> None:
-        """Undo `watch`, before `fd` is closed; nothing if it was not watched."""
-        if fd in self._tokens:
-            del self._watched[self._tokens.pop(fd)]
-            self._epoll.remove(fd)
+        self._poller.wake()
 
     @property
     def peers(self) -> list[Peer]:
@@ -296,10 +275,11 @@ class Engine(Uncopied):
 
     def step(self, timeout: float | None) -> None:
         """Wait at most `timeout` seconds and do what there is to do."""
-        ready = self._epoll.wait(timeout)
+        ready = self._poller.wait(timeout)
         try:
             with self._work:
-                newcomers = self._act(ready)
+                self._poller.dispatch(ready)
+                newcomers, self._newcomers = self._newcomers, False
             if newcomers:
                 self._accept()
             with self._work:
@@ -312,27 +292,15 @@ class Engine(Uncopied):
         finally:
             self._call_others()
 
-    def _act(self, ready: Iterable[tuple[int, int]]) -> bool:
-        """Do what these events ask for; whether newcomers are among it."""
-        newcomers = False
-        for token, events in ready:
-            serial = token - _FIRST_PEER
-            if token == _LISTENER:
-                newcomers = True
-            elif token == _WAKE:
-                self._wake.drain(0)
-            elif token == _RETRY:
-                self._retry()
-            elif token == _EXPIRY:
-                self._expire()
-            elif token in self._watched:
-                self._watched[token]()
-            elif serial in self._connections:  # not gone by an event before this one
-                if events & (descriptors.EPOLLHUP | descriptors.EPOLLERR):
-                    self._leave(serial)
-                else:
-                    self._dirty.add(serial)
-        return newcomers
+    def _look_at_queue(self) -> None:
+        self._newcomers = True  # they are accepted when `_work` is not held
+
+    def _heed(self, serial: int, events: int) -> None:
+        """Do what an event of a peer's connection asks for."""
+        if events & (descriptors.EPOLLHUP | descriptors.EPOLLERR):
+            self._leave(serial)
+        else:
+            self._dirty.add(serial)
 
     def say(self, call: Callable[[], object]) -> None:
         """Log something when nothing is being changed: handlers of the log are code of others."""
@@ -534,7 +502,8 @@ class Engine(Uncopied):
         """Watch for a peer's end; where that cannot be had at once, it is served all the same."""
         connection = self._connections[serial]
         try:
-            self._epoll.add(connection.fd, _FIRST_PEER + serial, connection.events)
+            heed = partial(self._heed, serial)
+            self._poller.watch_events(connection.fd, heed, connection.events)
         except OSError as error:  # ENOSPC or ENOMEM
             self._complain(f"that peers leave is noticed late: {error.strerror}")
             self._unwatched.add(serial)
@@ -547,8 +516,7 @@ class Engine(Uncopied):
     def _leave(self, serial: int) -> None:
         """Somebody is gone: the others have to be told, and its descriptors are closed."""
         connection = self._connections.pop(serial)
-        if serial not in self._unwatched:
-            self._epoll.remove(connection.fd)
+        self._poller.unwatch(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
             serials.discard(serial)
         self._held.pop(serial, None)
@@ -776,7 +744,7 @@ class Engine(Uncopied):
         if events != connection.events:
             connection.events = events
             if serial not in self._unwatched:
-                self._epoll.modify(connection.fd, _FIRST_PEER + serial, events)
+                self._poller.watch_for(connection.fd, events)
 
     # -- shortages --------------------------------------------------------------------------------
 
@@ -793,26 +761,17 @@ class Engine(Uncopied):
         """Leave newcomers in the queue of the listening socket."""
         told = log_events.fields("waiting", reason=reason)
         self._complain(f"newcomers have to wait: {reason}", extra=told)
-        self._epoll.modify(self._listener.fileno(), _LISTENER, 0)
+        self._poller.watch_for(self._listener.fileno(), 0)
         self.paused = reason
 
     def relisten(self, bind: Callable[[], None]) -> None:
-        """Have `bind` put another socket in the place of the listening one; by the thread of steps.
-
-        The old one may live on elsewhere (a parent, a service manager), and would report to this
-        epoll object for ever.
-        """
-        fd = self._listener.fileno()
-        self._epoll.remove(fd)
-        try:
-            bind()
-        finally:
-            self._epoll.add(fd, _LISTENER, descriptors.EPOLLIN)
-            self._again = True  # `paused` may be wrong now
+        """Have `bind` put another socket in the listening one's place; in the thread of steps."""
+        self._poller.replace(self._listener.fileno(), bind)
+        self._again = True  # `paused` may be wrong now
 
     def _listen_again(self) -> None:
         if self.paused:
-            self._epoll.modify(self._listener.fileno(), _LISTENER, descriptors.EPOLLIN)
+            self._poller.watch_for(self._listener.fileno(), descriptors.EPOLLIN)
             self._again = True  # also if nobody waits: `paused` is to say so
 
     def _retry(self) -> None:

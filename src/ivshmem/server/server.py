@@ -202,7 +202,7 @@ class Server(Uncopied):
         It stays the server's, and is closed by `close()`. Never waits; may be called anywhere.
         """
         self._check()
-        return self._engine.fileno()
+        return self._engine.poller.fileno()
 
     def step(self, timeout: float | None = None) -> None:
         """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
@@ -241,7 +241,7 @@ class Server(Uncopied):
         self._check()
         self._check_frame()
         try:
-            with woken_by_signals(self._engine.watch, self._unwatch):
+            with woken_by_signals(self._engine.poller):
                 self._turns.runner = threading.get_ident()
                 while not (self._stopping or self._closed or self._closing):
                     self._step(None)
@@ -301,10 +301,6 @@ class Server(Uncopied):
         if not self._closed and os.getpid() == self._pid:
             self._stopping = True
             self._engine.wake()
-
-    def _unwatch(self, fd: int) -> None:
-        if not self._closed:
-            self._engine.unwatch(fd)
 
     # -- the state --------------------------------------------------------------------------------
 

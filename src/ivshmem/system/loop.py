@@ -1,7 +1,10 @@
-"""One loop for what is readable, which signal handlers and other threads can wake.
+"""The one epoll loop: what is called when a descriptor is readable, and how a wait is ended.
 
 Knows: epoll, waking, signals that come at the wrong moment, work that takes long. Does not know:
 what is watched.
+
+Three classes use it. A server's engine and a request server watch many descriptors in steps that
+their owner makes: they use `Poller`. A service makes the steps by itself: it is a `Loop`.
 """
 
 from __future__ import annotations
@@ -21,98 +24,174 @@ from .work_lock import is_mine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import TypeAlias, TypeVar
 
     _T = TypeVar("_T")
 
-_Watch = Callable[[int, Callable[[], object]], object]
+    Act: TypeAlias = Callable[[], object]
+    ActOnEvents: TypeAlias = Callable[[int], object]
+    Ready: TypeAlias = list[tuple[int, int]]  # tokens, each with its events
 
 
-class Loop(Uncopied):
-    """Calls what belongs to a descriptor when that is readable.
+class Poller(Uncopied):
+    """An epoll object, and what to call for each of its descriptors.
 
-    Descriptors are watched level-triggered, and stay the caller's: `unwatch` comes before they are
-    closed.
+    Descriptors are watched level-triggered. They stay the caller's, who calls `unwatch` before
+    closing one. Only `wake` may be called in other threads and in signal handlers.
     """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._acts: dict[int, Callable[[], object]] = {}  # by token
+        self._acts: dict[int, ActOnEvents] = {}  # by token
         self._tokens: dict[int, int] = {}  # by descriptor
-        self._nesting: set[int] = set()  # tokens of acts that can be begun while they are under way
-        self._next = 0
-        self._stopping = False
-        self._turn = threading.RLock()  # held during a step
-        self._active: list[int] = []  # tokens of the acts that are under way, the outer one first
-        self._soon: deque[Callable[[], object]] = deque()
-        self._closing = False  # asked for in a step
-        self._runner = 0  # the thread that is in `run`
+        # Never used twice: an event that was fetched for a descriptor which has been closed since
+        # cannot be taken for one of a new descriptor with the same number.
+        self._next_token = 0
         with contextlib.ExitStack() as undo:
             self._epoll = descriptors.Epoll()
             undo.callback(self._epoll.close)
             self._wake = descriptors.FdArray.eventfds(1)
             undo.callback(self._wake.close)
-            self.watch(self._wake[0], lambda: self._wake.drain(0))
+            self.watch_events(self._wake[0], lambda _: self._wake.drain(0))
             self._undo = undo.pop_all()
 
     def fileno(self) -> int:
-        """Readable when `step(0)` has something to do."""
+        """Readable when `wait(0)` returns something."""
         return self._epoll.fileno()
 
-    def watch(self, fd: int, act: Callable[[], object], *, nests: bool = False) -> None:
-        """Let a step do this when `fd` is readable, or its other end is gone.
+    def watch_events(self, fd: int, act: ActOnEvents, events: int = descriptors.EPOLLIN) -> None:
+        """Call `act(events)` when one of these events has come.
+
+        EPOLLHUP and EPOLLERR are always among them.
+
+        Raises:
+            OSError: ENOSPC or ENOMEM; `fd` is not watched.
+        """
+        token = self._next_token
+        self._epoll.add(fd, token, events)
+        self._next_token = token + 1
+        self._acts[token] = act
+        self._tokens[fd] = token
+
+    def watch(self, fd: int, act: Act) -> None:
+        """Call `act()` when `fd` is readable, or its other end is gone.
+
+        Raises:
+            OSError: as of `watch_events`.
+        """
+        self.watch_events(fd, lambda _: act())
+
+    def watch_for(self, fd: int, events: int) -> None:
+        """Change the events for which a watched descriptor is watched."""
+        self._epoll.modify(fd, self._tokens[fd], events)
+
+    def unwatch(self, fd: int) -> None:
+        """Undo `watch`; nothing if `fd` is not watched."""
+        token = self._tokens.pop(fd, None)
+        if token is None:
+            return
+        self._acts.pop(token, None)
+        if os.getpid() == self._pid:  # a forked child shares the epoll object
+            with contextlib.suppress(ClosedError):  # a signal handler closed it just now
+                self._epoll.remove(fd)
+
+    def replace(self, fd: int, put: Act, events: int = descriptors.EPOLLIN) -> None:
+        """Have `put` place another file under the number `fd`, which stays watched.
+
+        epoll(7) watches the open file description. The old one may live on in another process (a
+        parent, a service manager), and would report to this epoll object for ever.
+        """
+        self._epoll.remove(fd)
+        try:
+            put()
+        finally:
+            self._epoll.add(fd, self._tokens[fd], events)
+
+    def wait(self, timeout: float | None) -> Ready:
+        """Wait at most `timeout` seconds (None: no limit); return what `dispatch` takes."""
+        return self._epoll.wait(timeout)
+
+    def dispatch(self, ready: Ready) -> None:
+        """Call what belongs to these events, except for descriptors that are no longer watched."""
+        acts = self._acts
+        for token, events in ready:
+            act = acts.get(token)
+            if act is not None:  # an act before this one can have called `unwatch`
+                act(events)
+
+    def wake(self) -> None:
+        """Let a wait return. Never waits; from any thread, signal handler or act."""
+        self._wake.signal(0)
+
+    def close(self) -> None:
+        """Close the epoll object; may be called twice. What was watched stays open."""
+        self._tokens.clear()
+        self._acts.clear()  # they refer to their owner, which most often owns this
+        self._undo.close()
+
+
+class Loop(Poller):
+    """A poller that makes its own steps, one at a time."""
+
+    def __init__(self) -> None:
+        self._nesting: set[int] = set()  # descriptors whose acts can be begun while under way
+        self._stopping = False
+        self._turn = threading.RLock()  # held during a step
+        self._active: list[int] = []  # tokens of the acts that are under way, the outer one first
+        self._soon: deque[Act] = deque()
+        self._closing = False  # asked for in a step
+        self._runner = 0  # the thread that is in `run`
+        super().__init__()
+
+    def watch(self, fd: int, act: Act, *, nests: bool = False) -> None:
+        """Call `act()` in a step when `fd` is readable, or its other end is gone.
 
         Args:
             nests: it can be begun again while it is under way; see `to_thread`.
         """
-        self._epoll.add(fd, self._next, descriptors.EPOLLIN)
-        self._acts[self._next] = act
-        self._tokens[fd] = self._next
+        super().watch(fd, act)
         if nests:
-            self._nesting.add(self._next)
-        self._next += 1
+            self._nesting.add(fd)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`; nothing if it was not watched."""
-        if fd in self._tokens:
-            token = self._tokens.pop(fd)
-            del self._acts[token]
-            self._nesting.discard(token)
-            if os.getpid() == self._pid:  # a forked child shares the epoll object
-                self._epoll.remove(fd)
+        """Undo `watch`; nothing if `fd` is not watched."""
+        self._nesting.discard(fd)
+        super().unwatch(fd)
 
     def step(self, timeout: float | None) -> None:
-        """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
+        """Wait at most `timeout` seconds (None: no limit) and do what there is to do.
 
-        Nothing is done any more once something that is done here has called `stop`: what is left
-        may be another process's by then.
+        If an act calls `stop`, the acts after it are not called: what they are about may belong to
+        another process by then.
 
         Raises:
-            RuntimeError: called by what is done in a step, or by a signal handler that interrupts
-                one; or in a forked child.
+            RuntimeError: called by an act, or by a signal handler that interrupts a step; or in a
+                forked child.
         """
         self._check_process()
         if self.in_step:
             raise RuntimeError("what a step does cannot begin another step")
         try:
             with self._turn:
-                self._dispatch(timeout)
+                self.dispatch(self.wait(timeout))
                 while self._soon and not self._stopping:
                     self._soon.popleft()()
         finally:
             if self._closing and not self.in_step:
-                self._undo.close()
+                super().close()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("a forked child shares this loop's epoll object: it may only close")
 
-    def _dispatch(self, timeout: float | None) -> None:
-        for token, _ in self._epoll.wait(timeout):
-            if token in self._acts:  # not unwatched by one before it
+    def dispatch(self, ready: Ready) -> None:
+        """Call what belongs to these events, until one act calls `stop`."""
+        for token, events in ready:
+            act = self._acts.get(token)
+            if act is not None:  # an act before this one can have called `unwatch`
                 self._active.append(token)
                 try:
-                    self._acts[token]()
+                    act(events)
                 finally:
                     self._active.pop()
                 if self._stopping:
@@ -120,24 +199,23 @@ class Loop(Uncopied):
 
     @property
     def in_step(self) -> bool:
-        """Whether this is done in a step, or interrupts one."""
+        """Whether the caller is an act of a step, or interrupts a step."""
         return is_mine(self._turn)
 
-    def soon(self, act: Callable[[], object]) -> None:
-        """Have a step do this at its end, when nothing else is being done.
+    def soon(self, act: Act) -> None:
+        """Call `act()` at the end of a step, outside of all other acts.
 
-        Never waits; may be called in any thread, signal handler or act. What it raises ends the
+        Never waits; may be called in any thread, signal handler or act. What `act` raises ends the
         step.
         """
         self._soon.append(act)
         self.wake()
 
     def to_thread(self, call: Callable[[], _T]) -> _T:
-        """Do what takes long in a thread of its own; until it returns, the loop does all the rest.
+        """Call `call()` in a thread of its own, and serve everything else until it returns.
 
-        The rest is what is watched, except for acts that are under way, of which this call is a
-        part: they are not begun again before they have ended, unless they nest. Returns or raises
-        what `call` does.
+        Acts that are under way (this call is a part of them) are not begun again before they have
+        ended, unless they nest. Returns or raises what `call` does.
         """
         done = descriptors.FdArray.eventfds(1)
         result: list[_T] = []
@@ -151,47 +229,46 @@ class Loop(Uncopied):
             finally:
                 done.signal(0)
 
-        paused = [
-            (fd, token)
-            for token in self._active
-            if token not in self._nesting
-            for fd in [fd for fd, its in self._tokens.items() if its == token]
-        ]
+        paused = self._under_way()
         thread = threading.Thread(target=work, name="ivshmem-work")
         self.watch(done[0], lambda: None)
         try:
-            for fd, token in paused:
-                self._epoll.modify(fd, token, 0)
+            for fd in paused:
+                self.watch_for(fd, 0)
             thread.start()
             with self._turn:
                 while not (result or errors):
-                    self._dispatch(None)
+                    self.dispatch(self.wait(None))
         finally:
             if thread.ident is not None:
                 thread.join()
-            for fd, token in paused:
-                if token in self._acts:
-                    self._epoll.modify(fd, token, descriptors.EPOLLIN)
+            for fd, token in paused.items():
+                if self._tokens.get(fd) == token:
+                    self.watch_for(fd, descriptors.EPOLLIN)
             self.unwatch(done[0])
             done.close()
         if errors:
             raise errors[0]
         return result[0]
 
+    def _under_way(self) -> dict[int, int]:
+        """Descriptors, with their tokens, whose acts are under way and do not nest."""
+        return {
+            fd: token
+            for fd, token in self._tokens.items()
+            if token in self._active and fd not in self._nesting
+        }
+
     def run(self) -> None:
         """Make steps until `stop` is called."""
         try:
-            with woken_by_signals(self.watch, self._unwatch):
+            with woken_by_signals(self):
                 self._runner = threading.get_ident()
                 while not self._stopping:
                     self.step(None)
         finally:
             self._runner = 0
             self._stopping = False
-
-    def _unwatch(self, fd: int) -> None:
-        with contextlib.suppress(ClosedError):  # by what was done in a step
-            self.unwatch(fd)
 
     def stop(self) -> None:
         """Let `run` return. Never waits; from any thread, signal handler or act."""
@@ -203,27 +280,26 @@ class Loop(Uncopied):
         """Whether `stop` was called, and `run` has not returned yet."""
         return self._stopping
 
-    def wake(self) -> None:
-        """Let a step that waits return. Never waits; from any thread, signal handler or act."""
-        self._wake.signal(0)
-
     def close(self) -> None:
-        """Close what was made here; called in a step, when that ends. May be called twice."""
+        """Close the epoll object; called in a step, at its end. May be called twice."""
         if self.in_step:
             self._closing = True
             self.stop()
         else:
-            self._undo.close()
+            super().close()
 
 
 @contextlib.contextmanager
-def woken_by_signals(watch: _Watch, unwatch: Callable[[int], object]) -> Iterator[None]:
-    """Let Python's signal handlers run also if the signal comes just before epoll_wait.
+def woken_by_signals(poller: Poller) -> Iterator[None]:
+    """Run Python's signal handlers also if the signal comes just before epoll_wait(2).
 
-    The kernel has nothing to interrupt then, and Python runs handlers only between system calls;
-    only the main thread does. A wake-up descriptor that somebody else has set stays. Python cannot
-    tell which one is set without setting another, and never tells its `warn_on_full_buffer`. It is
-    put back as False: a warning that is not printed harms less than one that nobody asked for.
+    There is no system call to interrupt at that moment, and Python runs handlers only between
+    bytecodes. Only the main thread runs handlers, so in other threads this does nothing.
+
+    A wake-up descriptor that the program has set stays in use. To read which one is set, Python's
+    only way is to set another one for a moment; and Python does not tell its warn_on_full_buffer.
+    So that flag cannot be restored: it is False afterwards, because a warning that is not printed
+    does less harm than one that nobody asked for.
     """
     if threading.get_ident() != threading.main_thread().ident:
         yield
@@ -236,7 +312,7 @@ def woken_by_signals(watch: _Watch, unwatch: Callable[[int], object]) -> Iterato
         try:
             before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
             if before == -1:
-                watch(near.fileno(), lambda: near.recv(4096))
+                poller.watch(near.fileno(), lambda: near.recv(4096))
             else:
                 _wake_by(before)
             yield
@@ -245,10 +321,10 @@ def woken_by_signals(watch: _Watch, unwatch: Callable[[int], object]) -> Iterato
                 now = signal.set_wakeup_fd(-1)
                 if now not in (-1, far.fileno()):
                     _wake_by(now)
-                unwatch(near.fileno())
+                poller.unwatch(near.fileno())
 
 
 def _wake_by(fd: int) -> None:
-    """Put back what somebody else had set, unless that has been closed."""
+    """Set the program's wake-up descriptor again, unless the program has closed it."""
     with contextlib.suppress(OSError, ValueError):
         signal.set_wakeup_fd(fd, warn_on_full_buffer=False)

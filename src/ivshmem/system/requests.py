@@ -26,13 +26,13 @@ from collections.abc import Callable
 from functools import partial
 
 from ..native import descriptors
+from .loop import Poller
 from .uncopied import Uncopied
 
 CALLERS = 64  # connected at once; one more takes the place of the one that was idle for longest
 LONGEST = 1 << 16  # bytes of a request
 UNREAD = 16 << 20  # bytes of replies
 
-_LISTENER, _RETRY, _TURN, _FIRST_CALLER = range(4)  # tokens
 _NEWCOMERS = 16  # accepted in one step
 _RETRY_SECONDS = 0.1
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -95,60 +95,44 @@ class RequestServer(Uncopied):
         self._listener = listener
         self._cut, self._answer, self._admit = cut, answer, admit
         self._too_long = too_long
-        # By token. The one that was idle for longest comes first.
+        # By number, in the order in which they come. The one that was idle for longest is first.
         self._callers: dict[int, Caller] = {}
-        self._next_token = _FIRST_CALLER
+        self._next_number = 0
         self._queue: deque[int] = deque()  # of those with a whole request
         self._unread = 0  # bytes of all replies
         self._listening = True
         with contextlib.ExitStack() as undo:
-            self._epoll = descriptors.Epoll()
-            undo.callback(self._epoll.close)
-            self._turn = descriptors.FdArray.eventfds(1)
-            undo.callback(self._turn.close)
+            self._poller = Poller()
+            undo.callback(self._poller.close)
             self._timer = descriptors.Timer()
             undo.callback(self._timer.close)
             self._seat = _Spare()
             undo.callback(self._seat.give)
             self._hand = _Spare()
             undo.callback(self._hand.give)
-            self._epoll.add(self._turn[0], _TURN, descriptors.EPOLLIN)
-            self._epoll.add(self._timer.fileno(), _RETRY, descriptors.EPOLLIN)
-            self._epoll.add(listener.fileno(), _LISTENER, descriptors.EPOLLIN)
+            self._poller.watch(self._timer.fileno(), self._retry)
+            self._poller.watch(listener.fileno(), self._accept)
             self._undo = undo.pop_all()
 
     def fileno(self) -> int:
         """Readable when `step()` has something to do."""
-        return self._epoll.fileno()
+        return self._poller.fileno()
 
     def step(self) -> None:
         """Do what there is to do, without waiting."""
-        for token, _ in self._epoll.wait(0):
-            if token == _LISTENER:
-                self._accept()
-            elif token == _RETRY:
-                self._timer.set(0)
-                self._listen(True)
-            elif token == _TURN:
-                self._turn.drain(0)
-            elif token in self._callers:  # not gone since this step began
-                self._serve(token)
+        self._poller.dispatch(self._poller.wait(0))
         while self._queue:
-            token = self._queue.popleft()
-            if token in self._callers:  # nobody else has got its place
-                self._reply_to(token)
+            number = self._queue.popleft()
+            if number in self._callers:  # its place was not given to another caller
+                self._reply_to(number)
                 break
         if self._queue:
-            self._turn.signal(0)
+            self._poller.wake()
 
     def relisten(self, bind: Callable[[], None]) -> None:
         """Have `bind` put another socket in the listener's place."""
-        fd = self._listener.fileno()
-        self._epoll.remove(fd)
-        try:
-            bind()
-        finally:
-            self._epoll.add(fd, _LISTENER, descriptors.EPOLLIN if self._listening else 0)
+        events = descriptors.EPOLLIN if self._listening else 0
+        self._poller.replace(self._listener.fileno(), bind, events)
 
     def close(self) -> None:
         """Close all connections and whatever was made here; may be called twice."""
@@ -181,11 +165,14 @@ class RequestServer(Uncopied):
             self._welcome(sock)
         self._seat.have()
 
+    def _retry(self) -> None:
+        self._timer.set(0)
+        self._listen(True)
+
     def _listen(self, wanted: bool) -> None:
         if wanted != self._listening:
-            self._epoll.modify(
-                self._listener.fileno(), _LISTENER, descriptors.EPOLLIN if wanted else 0
-            )
+            events = descriptors.EPOLLIN if wanted else 0
+            self._poller.watch_for(self._listener.fileno(), events)
             self._listening = wanted
 
     def _welcome(self, sock: socket.socket) -> None:
@@ -197,24 +184,24 @@ class RequestServer(Uncopied):
                 sock.send(refusal)
             return
         if len(self._callers) >= CALLERS:
-            self._close(next(t for t, c in self._callers.items() if not c._answered))
-        token = self._next_token
-        self._next_token += 1
+            self._close(next(n for n, c in self._callers.items() if not c._answered))
+        number = self._next_number
+        self._next_number += 1
         try:
-            self._epoll.add(sock.fileno(), token, descriptors.EPOLLIN)
+            self._poller.watch(sock.fileno(), partial(self._serve, number))
         except OSError:  # ENOSPC, ENOMEM
             sock.close()
             return
-        self._callers[token] = Caller(sock, partial(self._let_go, token))
+        self._callers[number] = Caller(sock, partial(self._let_go, number))
 
-    def _let_go(self, token: int) -> None:
-        caller = self._callers.pop(token)
+    def _let_go(self, number: int) -> None:
+        caller = self._callers.pop(number)
         self._unread -= len(caller._reply)
-        self._epoll.remove(caller.socket.fileno())
+        self._poller.unwatch(caller.socket.fileno())
 
-    def _close(self, token: int) -> None:
-        caller = self._callers[token]
-        self._let_go(token)
+    def _close(self, number: int) -> None:
+        caller = self._callers[number]
+        self._let_go(number)
         caller.socket.close()
         self._seat.have()
         if caller.at_end is not None:
@@ -222,49 +209,49 @@ class RequestServer(Uncopied):
 
     # -- one of them ------------------------------------------------------------------------------
 
-    def _serve(self, token: int) -> None:
-        caller = self._callers[token]
+    def _serve(self, number: int) -> None:
+        caller = self._callers[number]
         if caller._answered:
-            self._close(token)  # it has hung up: nothing else is watched for
+            self._close(number)  # it has hung up: nothing else is watched for
             return
         if caller._request is not None:
             return  # its turn comes, even if it is gone: it may have asked and not waited
         if caller._reply:
-            self._send(token)
+            self._send(number)
         else:
-            self._receive(token)
+            self._receive(number)
 
-    def _receive(self, token: int) -> None:
-        caller = self._callers[token]
+    def _receive(self, number: int) -> None:
+        caller = self._callers[number]
         try:
             data = caller.socket.recv(LONGEST + 1 - len(caller._buffer))
         except BlockingIOError:
             return
         except OSError:
-            self._close(token)
+            self._close(number)
             return
         caller._buffer += data
         caller._eof = not data
-        self._callers[token] = self._callers.pop(token)  # the last to be idle
-        self._look_for_request(token)
+        self._callers[number] = self._callers.pop(number)  # the last to be idle
+        self._look_for_request(number)
 
-    def _look_for_request(self, token: int) -> None:
-        caller = self._callers[token]
+    def _look_for_request(self, number: int) -> None:
+        caller = self._callers[number]
         caller._request = self._cut(caller._buffer)
         if caller._request is not None:
             # Nothing more is read from it until it has read the reply.
-            self._epoll.modify(caller.socket.fileno(), token, 0)
-            self._queue.append(token)
+            self._poller.watch_for(caller.socket.fileno(), 0)
+            self._queue.append(number)
         elif len(caller._buffer) > LONGEST:
             caller.closing = True
-            self._give(token, self._too_long)
+            self._give(number, self._too_long)
         elif caller._eof:
-            self._close(token)
+            self._close(number)
         else:
-            self._epoll.modify(caller.socket.fileno(), token, descriptors.EPOLLIN)
+            self._poller.watch_for(caller.socket.fileno(), descriptors.EPOLLIN)
 
-    def _reply_to(self, token: int) -> None:
-        caller = self._callers[token]
+    def _reply_to(self, number: int) -> None:
+        caller = self._callers[number]
         request, caller._request = caller._request, None
         assert request is not None
         caller._answered = True
@@ -273,36 +260,36 @@ class RequestServer(Uncopied):
                 reply = self._answer(caller, request)
         finally:
             caller._answered = False
-        if token in self._callers:  # it was not detached
-            self._give(token, reply or b"")
+        if number in self._callers:  # it was not detached
+            self._give(number, reply or b"")
 
-    def _give(self, token: int, reply: bytes) -> None:
+    def _give(self, number: int, reply: bytes) -> None:
         """Begin to send this; those who do not read theirs have to make room for it."""
-        slow = [t for t, c in self._callers.items() if c._reply]
+        slow = [n for n, c in self._callers.items() if c._reply]
         while slow and self._unread + len(reply) > UNREAD:
             self._close(slow.pop(0))
-        self._callers[token]._reply = memoryview(reply)
+        self._callers[number]._reply = memoryview(reply)
         self._unread += len(reply)
-        self._send(token)
+        self._send(number)
 
-    def _send(self, token: int) -> None:
-        caller = self._callers[token]
+    def _send(self, number: int) -> None:
+        caller = self._callers[number]
         try:
             while caller._reply:
                 count = caller.socket.send(caller._reply)
                 caller._reply = caller._reply[count:]
                 self._unread -= count
-                self._callers[token] = self._callers.pop(token)
+                self._callers[number] = self._callers.pop(number)
         except BlockingIOError:
-            self._epoll.modify(caller.socket.fileno(), token, descriptors.EPOLLOUT)
+            self._poller.watch_for(caller.socket.fileno(), descriptors.EPOLLOUT)
             return
         except OSError:
-            self._close(token)
+            self._close(number)
             return
         if caller.closing:
-            self._close(token)
+            self._close(number)
         else:
-            self._look_for_request(token)
+            self._look_for_request(number)
 
 
 class _Spare(Uncopied):
