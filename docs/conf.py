@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
 import ivshmem
+from ivshmem.cli import compat
+from ivshmem.cli import main as cli
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -52,17 +55,18 @@ class HelpOf(Directive):
 
     def run(self) -> list[nodes.Node]:
         words = self.arguments[0].split()
-        call = "from ivshmem.cli.main import main; main({!r})"
-        if words[:1] == ["ivshmem-server"]:
-            words, call = words[1:], "from ivshmem.cli.compat import main; main({!r})"
-        text = subprocess.run(
-            [sys.executable, "-c", call.format([*words, "--help"])],
-            env={**os.environ, "COLUMNS": "90", "HOME": "/root"},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout
+        command = cli.main
+        if words[0] == "ivshmem-server":
+            command = compat.main
+            del words[0]
+        with (
+            mock.patch.dict(os.environ, {"COLUMNS": "90", "HOME": "/root"}),
+            contextlib.redirect_stdout(io.StringIO()) as said,
+            contextlib.suppress(SystemExit),
+        ):
+            command([*words, "--help"])
+        text = said.getvalue()
+        assert text.startswith("usage: "), self.arguments[0]
         block = nodes.literal_block(text, text)
         block["language"] = "text"
         return [block]

@@ -1,13 +1,14 @@
 """README.md, docs/ and the other documents: what they show runs, what they name exists.
 
 - Every block of Python runs, with a server and peers; a guest's device is a client there.
-- Every command of this package is parsed; those that only ask a server, or change little, run.
+  (test_readme_commands.py runs the commands.)
 - Every option, `make` target, file and link that a page names exists.
 - Reference pages list every setting, log event, metric and request that the source has.
 """
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import io
 import os
@@ -18,26 +19,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from support.pages import HOME, PAGES, README, blocks, name_of, shell_lines
 from support.served import Served
 
 import ivshmem
 from ivshmem import control, errors
-from ivshmem.cli import main
+from ivshmem.cli import main, shell
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.migration import group_file
 from ivshmem.service import config_file, control_client, metrics
 
-HOME = Path(__file__).parents[2]
-README = HOME / "README.md"
-PAGES = [
-    README,
-    *(HOME / name for name in ("ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md")),
-    HOME / "bench/README.md",
-    *sorted((HOME / "docs").rglob("*.md")),
-]
-IDS = [str(page.relative_to(HOME)) for page in PAGES]
-PUBLIC = ("guest", "migration", "config", "control")
+IDS = [name_of(page) for page in PAGES]
+PUBLIC = ("aio", "guest", "migration", "config", "control")
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 # A guest's device has the interface of a client, so a client stands for it here.
@@ -46,29 +42,6 @@ import faulthandler, ivshmem, ivshmem.guest
 faulthandler.dump_traceback_later(45, exit=True)
 ivshmem.guest.open = lambda address=None, **more: ivshmem.connect({path!r}, timeout=30)
 """
-
-# What runs, of all commands: these ask a server or change only files in the working directory.
-RUNS = {"status", "connect", "qemu", "save", "load", "evict", "hold", "release"}
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The words of each command of this package, without what surrounds it in a shell's line."""
-    unfenced = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    indented = re.findall(r"^    (\S.*)$", unfenced, re.MULTILINE)
-    fenced = "".join(blocks(page, "sh")).replace("\\\n", "")
-    lines = fenced.splitlines() + indented
-    found = []
-    for line in lines:
-        for part in re.split(r"\$\(|\)|\||&&|;(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", line):
-            with contextlib.suppress(ValueError):  # a line of output, with one quote
-                words = shlex.split(part, comments=True)
-                if words and re.fullmatch(r"(\S*/)?ivshmem", words[0]):
-                    found.append(words[1:])
-    return found
 
 
 @contextlib.contextmanager
@@ -145,49 +118,32 @@ def test_python(page: Path, socket_path: str, tmp_path: Path) -> None:
         assert result.stderr == "", block
 
 
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if any(words[:1] and words[0] in RUNS for words in commands(page))],
-    ids=lambda page: page.stem,
-)
-def test_commands_run(page: Path, tmp_path: Path) -> None:
-    path = str(tmp_path / "ivshmem.sock")
-    (tmp_path / "file.toml").write_text(
-        re.sub(r'"(gid:)?kvm"', r'"\1root"', "".join(blocks(page, "toml")[:1]))
-    )
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "NO_COLOR": "1"}
-    tmp_path.chmod(0o700)
-    with a_server(path):
-        for words in commands(page):
-            if not words or words[0] not in RUNS:
-                continue
-            words = [re.sub(r"^/run/.*\.sock$", path, word) for word in words]
-            words = [word.replace("/etc/ivshmem.toml", f"{tmp_path}/file.toml") for word in words]
-            if not {"-S", "--config", "--name", "--file", "-device"} & {*words}:
-                words += ["-S", path]
-            result = subprocess.run(
-                [sys.executable, "-m", "ivshmem", *words],
-                env=environment,
-                cwd=tmp_path,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-            assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")], ids=name_of)
+def test_configurations_are_read(page: Path) -> None:
+    for block in blocks(page, "toml"):
+        if "[vm." in block:
+            assert group_file.parse(block.encode(), page.name)
+        else:
+            here = re.sub(r'"(gid:)?kvm"', r'"\1root"', block)  # a group that is everywhere
+            assert config_file.parse(here.encode(), page.name).regions
 
 
-@each_page
-def test_commands_are_parsed(page: Path) -> None:
-    for words in commands(page):
-        if any(word.isupper() and not word.isdigit() for word in words) or words == []:
-            continue  # a place-holder
-        try:
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                main._parser(words).parse_args(words)
-        except SystemExit:
-            pytest.fail(f"{shlex.join(words)}: {said.getvalue()}")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "ini")], ids=name_of)
+def test_units_are_read(page: Path) -> None:
+    """The options that they give to `serve` are options of it."""
+    for block in blocks(page, "ini"):
+        unit = configparser.RawConfigParser(strict=False)
+        unit.read_string(block)
+        words = shlex.split(unit["Service"].get("Environment", ""))
+        for options in [word.removeprefix("OPTIONS=") for word in words]:
+            given = ["serve", *options.split()]
+            main._parser(given).parse_args(given)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "xml")], ids=name_of)
+def test_xml_is_read(page: Path) -> None:
+    for block in blocks(page, "xml"):
+        assert len(ElementTree.fromstring(f"<domain>{block}</domain>"))  # noqa: S314
 
 
 # -- what exists ----------------------------------------------------------------------------------
@@ -215,8 +171,8 @@ def test_options_exist(page: Path, helps: dict[str, str]) -> None:
 @each_page
 def test_targets_of_make_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (HOME / "Makefile").read_text(), re.M))
-    text = page.read_text()
-    for target in re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M):
+    text = "\n".join([*shell_lines(page), *re.findall(r"`make .*?`", page.read_text())])
+    for target in re.findall(r"^`?make ([a-z-]+)", text, re.M):
         assert target in targets
 
 
@@ -227,20 +183,48 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+SOURCE = HOME / "src/ivshmem"
+ARCHITECTURE = (HOME / "ARCHITECTURE.md").read_text()
+
+
 def test_files_of_the_architecture_exist() -> None:
     """Each `room/file.py: Class.function` names a file that has that function."""
-    source = HOME / "src/ivshmem"
-    page = (HOME / "ARCHITECTURE.md").read_text()
-    for path in set(re.findall(r"`([\w/]+\.pyx?)[`:]", page)) - {"tests/unit/test_layers.py"}:
-        file = source / path
+    for path in set(re.findall(r"`([\w/]+\.pyx?)[`:]", ARCHITECTURE)) - {
+        "tests/unit/test_layers.py"
+    }:
+        file = SOURCE / path
         if not file.exists():
-            (file,) = source.glob(f"*/{path}")
-        for names in re.findall(rf"`{re.escape(path)}: ([\w.]+)`", page):
+            (file,) = SOURCE.glob(f"*/{path}")
+        for names in re.findall(rf"`{re.escape(path)}: ([\w.]+)`", ARCHITECTURE):
             for name in names.split("."):
                 assert re.search(rf"\b(def|class) {name}\b", file.read_text()), f"{path}: {name}"
 
 
+def test_functions_of_the_architecture_exist() -> None:
+    """Each `Class.function` is in a file that has both."""
+    sources = [*SOURCE.rglob("*.py"), *SOURCE.rglob("*.pyx")]
+    for owner, name in set(re.findall(r"`(?:[\w/.]+: )?([A-Z]\w+)\.(\w+)`", ARCHITECTURE)):
+        homes = [file.read_text() for file in sources]
+        homes = [text for text in homes if re.search(rf"^(cdef )?class {owner}\b", text, re.M)]
+        assert any(re.search(rf"\b{name}\b", text) for text in homes), f"{owner}.{name}"
+
+
 # -- what is complete -----------------------------------------------------------------------------
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    """Each room has a paragraph that names its modules, a subcommand's excepted."""
+    listed = dict(re.findall(r"^\*\*(\w+)/\*\*:? (.*?)\n\n", ARCHITECTURE, re.DOTALL | re.M))
+    rooms = {file.parent.name for file in SOURCE.glob("*/__init__.py")}
+    assert set(listed) == rooms
+    for room, text in listed.items():
+        files = [*SOURCE.glob(f"{room}/*.py"), *SOURCE.glob(f"{room}/*.pyx")]
+        known = {name for name, _ in main.SUBCOMMANDS.values()} if room == "cli" else set()
+        modules = {file.stem for file in files} - {"__init__"} - known
+        named = set(re.findall(r"`(\w+)`", text))
+        if room != "bench":
+            assert modules <= named, f"{room}: {sorted(modules - named)}"
+        assert named <= modules | known, f"{room}: {sorted(named - modules)}"
 
 
 def test_every_subcommand_has_its_help() -> None:
@@ -248,6 +232,15 @@ def test_every_subcommand_has_its_help() -> None:
     assert set(re.findall(r"^## ivshmem (\w+)$", page, re.M)) == set(main.SUBCOMMANDS)
     for name in main.SUBCOMMANDS:
         assert f"```{{help-of}} {name}\n" in page
+
+
+def test_every_command_of_connect_is_listed() -> None:
+    page = (HOME / "docs/reference/command-line.md").read_text()
+    table = page[page.index("### Commands of `ivshmem connect`") : page.index("## ivshmem guest")]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.M)
+    listed = {word for row in rows for word in re.findall(r"`(\w+)", row)}
+    commands = {name[3:] for name in dir(shell.ClientShell) if name.startswith("do_")}
+    assert listed == commands - {"EOF", "exit", "q"}
 
 
 def test_every_setting_is_listed() -> None:
