@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.pages import HOME, PAGES, blocks, indented, name_of, shell_lines
@@ -141,7 +142,8 @@ class Session:
     def _answer(self) -> None:
         """Read all news and interrupts, and ring those who joined later after each."""
         with contextlib.suppress(ivshmem.ClosedError):
-            while self._ended not in select.select([self._ended, *self.peers], [], [])[0]:
+            watched: list[Any] = [self._ended, *self.peers]
+            while self._ended not in select.select(watched, [], [])[0]:
                 for peer in self.peers:
                     for event in peer.events(timeout=0):
                         if isinstance(event, ivshmem.Interrupt):
