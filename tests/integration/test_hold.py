@@ -24,8 +24,8 @@ from ivshmem import control
 from ivshmem.control import ControlError
 from ivshmem.errors import UnplugPending
 from ivshmem.lasting.journal import Chapter, Journal
-from ivshmem.migration.held_news import news_held
 from ivshmem.migration.model import Step
+from ivshmem.migration.servers import messages_held
 
 VECTORS = 2
 LONG = 1e5  # seconds: it does not end by itself
@@ -131,7 +131,7 @@ def test_it_lasts_as_long_as_its_asker_and_the_time_after(served: Served) -> Non
 def test_an_asker_that_is_killed_is_gone(served: Served) -> None:
     path = control.default_path(served.server().path)
     program = (
-        "import sys; from ivshmem.service import control\n"
+        "import sys; from ivshmem.service import control_client\n"
         "client = control_client.ControlClient(sys.argv[1]); client.hold(0, linger=0.1)\n"
         "print('held', flush=True); sys.stdin.read()"
     )
@@ -331,7 +331,7 @@ def test_a_guest_that_has_longer_is_held_longer(served: Served) -> None:
         step = Step("unplug", control=path, region="default", pid=os.getpid())
 
         async def unplug() -> None:
-            async with news_held(step, 300.0):
+            async with messages_held(step, 300.0):
                 raise UnplugPending("the guest has not let go of it")
 
         migrating = Background(lambda: asyncio.run(unplug()))

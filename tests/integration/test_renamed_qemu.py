@@ -18,7 +18,7 @@ import ivshmem
 from ivshmem import control
 from ivshmem.cli import status_text
 from ivshmem.config import RegionConfig, ServiceConfig
-from ivshmem.migration.inspection import _Servers, look_at
+from ivshmem.migration.inspection import _Servers, inspect_qemu
 from ivshmem.qemu.monitor import Monitor
 from ivshmem.service.observability import observable
 
@@ -75,6 +75,6 @@ def test_to_all(server: Running, qemu: subprocess.Popen[bytes], tmp_path: Path) 
             servers = _Servers([path], local=True)
             await servers.memory(f"{tmp_path}/socket", local=True)
             (peer,) = servers.found[f"{tmp_path}/socket"].peers
-            return (await look_at("vm", monitor, servers, ())).pid, peer.is_qemu
+            return (await inspect_qemu("vm", monitor, servers, ())).pid, peer.is_qemu
 
     assert asyncio.run(look()) == (qemu.pid, True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ivshmem.migration import Options, Plan
-from ivshmem.migration.held_news import _linger
+from ivshmem.migration.servers import _linger
 from ivshmem.server.limits import LINGER, LONGEST_LINGER
 
 from .test_migration_plan import Case

@@ -33,7 +33,7 @@ async def unplug(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     """
     if (path := await find(monitor, device)) is not None:
         await _ask_to_unplug(monitor, device.id or path)
-        await gone(monitor, device, seconds)
+        await until_unplugged(monitor, device, seconds)
     await _remove_backend(monitor, device)
     await _fence(monitor, device)
 
@@ -103,7 +103,7 @@ async def _ask_to_unplug(monitor: Monitor, ident: str) -> None:
             raise UnplugRefused(str(error)) from None
 
 
-async def gone(monitor: Monitor, device: VmDevice, seconds: float) -> None:
+async def until_unplugged(monitor: Monitor, device: VmDevice, seconds: float) -> None:
     """Until a guest has let go of a device."""
     end = time.monotonic() + seconds
     while (path := await find(monitor, device)) is not None:

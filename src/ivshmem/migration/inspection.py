@@ -46,7 +46,7 @@ _SECONDS = 10.0  # for a server's answer
 Controls = Mapping[Place, Sequence[str]]
 
 
-async def look(
+async def inspect_all(
     vms: Sequence[Vm], monitors: Mapping[tuple[str, Place], Monitor], controls: Controls
 ) -> Found:
     """Look at all QEMUs of a migration, and at their servers; nothing changes by it.
@@ -66,12 +66,14 @@ async def look(
                 else set()
             )
             monitor = monitors[vm.name, place]
-            found[place][vm.name] = await look_at(vm.name, monitor, asked, buses)
+            found[place][vm.name] = await inspect_qemu(vm.name, monitor, asked, buses)
         servers[place] = asked.found
     return Found(found["source"], found["destination"], servers)
 
 
-async def look_at(name: str, monitor: Monitor, servers: _Servers, buses: Iterable[str]) -> Qemu:
+async def inspect_qemu(
+    name: str, monitor: Monitor, servers: _Servers, buses: Iterable[str]
+) -> Qemu:
     """Look at one QEMU."""
     # A forwarded socket is a local process's that is no QEMU.
     local = monitor.local and bool(is_qemu(monitor.pid or 0, ask_process=True))

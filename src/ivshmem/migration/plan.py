@@ -72,11 +72,11 @@ def make_plan(vms: Sequence[Vm], found: Found, options: Options | None = None) -
     planner = _Planner(vms, found, options or Options())
     if reasons := list(dict.fromkeys(planner.reasons())):
         raise MigrationRefused(reasons)
-    return planner.plan()
+    return planner.make()
 
 
 class _Planner:
-    """One plan in the making. Who calls `plan` has seen that there are no `reasons`."""
+    """One plan in the making. Call `make` only if there are no `reasons`."""
 
     def __init__(self, vms: Sequence[Vm], found: Found, options: Options) -> None:
         self._vms = tuple(vms)
@@ -313,7 +313,7 @@ class _Planner:
 
     # -- what, and in which order -----------------------------------------------------------------
 
-    def plan(self) -> Plan:
+    def make(self) -> Plan:
         """The plan of what nothing speaks against."""
         groups = [_group(members) for members in self._memories]
         unplugged = [other for group in groups for other in group.others]

@@ -1,11 +1,11 @@
-"""Carrying out a plan: forward, or, if that fails, back.
+"""Carries out a plan: forward, or, if that fails, back.
 
-Knows: the order, what is written down when, where the way back ends.
-Does not know: what a step does.
+Knows: the order, which module does a step and undoes it, what is written down when, where the way
+back ends. Does not know: what QEMU and servers are told for a step.
 
-Whatever goes wrong before the first VM has arrived: what was done is undone, the last step first,
-and the group runs at the source as before. Later there is only the way forward: the error names
-the step, and `resume` goes on with it.
+If anything fails before the first VM has arrived, the steps that were done are undone, the last one
+first, and the group runs at the source as before. Later there is only the way forward: the error
+names the step, and `resume` continues with it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from ..errors import (
     UnplugPending,
     UnplugRefused,
 )
-from .inspection import Controls, look
+from .hotplug import plug, unplug, until_unplugged
+from .inspection import Controls, inspect_all
 from .model import Options, Plan, Step, Vm
 from .monitors import Monitors
 from .plan import check_vms, make_plan
+from .servers import evict, hold_leaves, messages_held
 from .state_file import StateFile, Word, default_path
-from .step_worker import StepWorker
-from .transfer import Watch
+from .transfer import Mover, Watch
 
 _T = TypeVar("_T")
 
-# Told of each step when it begins: its number, from 1 on, and whether it is undone.
+# Called when a step begins, with its number, from 1 on, and whether it is undone.
 Tell = Callable[[int, Step, bool], object]
 
 
@@ -56,8 +57,9 @@ async def prepare(
         QmpError, OSError, ValueError: a QEMU cannot be asked.
     """
     check_vms(vms)
-    async with Monitors(vms) as crew:
-        return make_plan(vms, await look(vms, await crew.all(), controls or {}), options)
+    async with Monitors(vms) as monitors:
+        found = await inspect_all(vms, await monitors.all(), controls or {})
+        return make_plan(vms, found, options)
 
 
 async def migrate(
@@ -85,12 +87,12 @@ async def migrate(
         OSError: the state cannot be written; nothing was touched.
     """
     path = state or default_path(plan.vms)
-    begun, cancelled = await _wholly(StateFile.create, path, plan)
+    begun, cancelled = await _to_its_end(StateFile.create, path, plan)
     with begun:
         if cancelled is not None:
             begun.remove()
             raise cancelled
-        await _Run(begun, tell, watch).forward()
+        await _Migration(begun, tell, watch).forward()
 
 
 async def resume(
@@ -103,7 +105,7 @@ async def resume(
         MigrationError: there is nothing to be resumed, or another process is at it.
     """
     with StateFile.load(state) as begun:
-        await _Run(begun, tell, watch).forward()
+        await _Migration(begun, tell, watch).forward()
 
 
 async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> None:
@@ -114,10 +116,12 @@ async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> N
         MigrationError, OSError: there is nothing to be undone, or another process is at it.
     """
     with StateFile.load(state) as begun:
-        await _Run(begun, tell, _nothing).back()
+        await _Migration(begun, tell, _nothing).back()
 
 
-class _Run:
+class _Migration:
+    """A migration whose state is in a file."""
+
     def __init__(self, state: StateFile, tell: Tell, watch: Watch) -> None:
         self._state = state
         self._plan = state.plan
@@ -127,33 +131,81 @@ class _Run:
     async def forward(self) -> None:
         """Do what is left; if that fails and there is a way back, go it."""
         try:
-            async with Monitors(self._plan.vms) as crew:
-                worker = StepWorker(crew, self._plan.options, self._watch)
+            async with Monitors(self._plan.vms) as monitors:
                 while self._state.next < len(self._plan.steps):
-                    await self._do(worker)
+                    await self._do_next(monitors)
         except (Exception, asyncio.CancelledError) as error:
             await self._failed(error)
         else:
             self._state.remove()
 
-    async def _do(self, worker: StepWorker) -> None:
+    async def _do_next(self, monitors: Monitors) -> None:
         index = self._state.next
         step = self._plan.steps[index]
         await self._note("begin", index)
         self._tell(index + 1, step, False)
-        await worker.do(step, self._vm(step))
+        await self._do(step, monitors)
         await self._note("done", index)
 
+    async def _do(self, step: Step, monitors: Monitors) -> None:
+        """Do a step, or what is left of it.
+
+        Raises:
+            MigrationError, QmpError, OSError: it could not be done.
+        """
+        if step.kind in ("hold", "release"):
+            await hold_leaves(step, on=step.kind == "hold")
+        elif step.kind == "evict":
+            await evict(step)
+        elif step.kind == "migrate":
+            await self._mover(step, monitors, self._watch).move()
+        elif step.kind == "unplug":
+            assert step.device is not None
+            monitor = await monitors.monitor(step.vm, "source")
+            async with messages_held(step, self._unplug_seconds):
+                await unplug(monitor, step.device, self._unplug_seconds)
+        else:
+            assert step.device is not None
+            await plug(await monitors.monitor(step.vm, "destination"), step.device, step.where)
+
+    async def _undo(self, step: Step, monitors: Monitors, seconds: float) -> None:
+        """Undo a step, or what was begun of it.
+
+        Args:
+            seconds: that a guest still has to let go of a device that it was asked for.
+
+        Raises:
+            AlreadyMigrated: a migration that has completed.
+            MigrationError, QmpError, OSError: it could not be undone.
+        """
+        if step.kind == "hold":
+            await hold_leaves(step, on=False)
+        elif step.kind == "migrate":
+            await self._mover(step, monitors, _nothing).take_back()
+        elif step.kind == "unplug":
+            assert step.device is not None
+            monitor = await monitors.monitor(step.vm, "source")
+            async with messages_held(step, self._unplug_seconds):
+                await until_unplugged(monitor, step.device, seconds)
+                await plug(monitor, step.device, step.device.where)
+
+    def _mover(self, step: Step, monitors: Monitors, watch: Watch) -> Mover:
+        return Mover(monitors, self._plan.vm(step.vm), step, self._plan.options, watch)
+
+    @property
+    def _unplug_seconds(self) -> float:
+        return self._plan.options.unplug_seconds
+
     async def _note(self, word: Word, index: int) -> None:
-        """Write it down before anything else is done; if we are cancelled, that comes after."""
-        _, cancelled = await _wholly(self._state.note, word, index)
+        """Write a word before anything else is done; a cancellation is raised after that."""
+        _, cancelled = await _to_its_end(self._state.note, word, index)
         if cancelled is not None:
             raise cancelled
 
     async def _failed(self, error: BaseException) -> None:
-        """Go back if there is a way, and say how things stand."""
+        """Go back if there is a way, and raise what says how things stand."""
         if self._state.next == len(self._plan.steps):
-            self._state.remove()  # all is done: it came too late
+            self._state.remove()  # all is done: the error came too late
             return
         if self._state.arrived:
             raise self._unfinished(error) from error
@@ -163,27 +215,28 @@ class _Run:
             raise worse from error
         if isinstance(error, asyncio.CancelledError):
             raise error
-        raise MigrationFailed(f"{_said(error)}; the group runs at the source as before") from error
+        raise MigrationFailed(
+            f"{_reason_of(error)}; the group runs at the source as before"
+        ) from error
 
     async def back(self, reason: BaseException | None = None) -> None:
-        """Undo what was done, the last first; what cannot be undone does not stop the rest."""
+        """Undo the steps, the last one first; one that cannot be undone does not stop the rest."""
         if self._state.arrived:
             raise self._unfinished(reason, why="a VM has arrived, so there is no way back")
-        # Who has used up its time gets no more.
-        seconds = 0.0 if isinstance(reason, UnplugPending) else self._plan.options.unplug_seconds
+        # A guest that has used up its time gets no more.
+        seconds = 0.0 if isinstance(reason, UnplugPending) else self._unplug_seconds
         problems: list[tuple[BaseException, int]] = []
         index = self._state.next
         try:
-            async with Monitors(self._plan.vms) as crew:
-                worker = StepWorker(crew, self._plan.options, _nothing)
+            async with Monitors(self._plan.vms) as monitors:
                 for index in reversed(range(len(self._plan.steps))):
                     if self._state.words[index] == "undone":
                         continue
                     try:
-                        await self._undo(worker, index, seconds, reason)
+                        await self._undo_at(index, monitors, seconds, reason)
                     except AlreadyMigrated as error:
                         if error.wholly:
-                            with contextlib.suppress(OSError):  # who resumes will find out
+                            with contextlib.suppress(OSError):  # `resume` will find out
                                 await self._note("done", index)
                         raise self._unfinished(reason, why=str(error), forward=True) from error
                     except (IvshmemError, OSError) as error:
@@ -195,18 +248,15 @@ class _Run:
             raise self._unfinished(first, index) from first
         self._state.remove()
 
-    async def _undo(
-        self, worker: StepWorker, index: int, seconds: float, reason: BaseException | None
+    async def _undo_at(
+        self, index: int, monitors: Monitors, seconds: float, reason: BaseException | None
     ) -> None:
         step = self._plan.steps[index]
-        # Of a device that the guest was not asked for there is nothing to be undone.
+        # If the guest was not asked for its device, there is nothing to undo.
         if not (isinstance(reason, UnplugRefused) and self._state.words[index] == "begin"):
             self._tell(index + 1, step, True)
-            await worker.undo(step, self._vm(step), seconds)
+            await self._undo(step, monitors, seconds)
         await self._note("undone", index)
-
-    def _vm(self, step: Step) -> Vm | None:
-        return self._plan.vm(step.vm) if step.vm else None
 
     def _unfinished(
         self,
@@ -215,14 +265,14 @@ class _Run:
         why: str = "",
         forward: bool = False,
     ) -> MigrationUnfinished:
-        """An error that names the step to go on with, or the one that could not be undone."""
+        """An error that names the step to continue with, or the one that could not be undone."""
         stands = "it stands at" if index is None else "this could not be undone:"
         if index is None:
             index = min(self._state.next, len(self._plan.steps) - 1)
         step = self._plan.steps[index]
         forward = forward or self._state.arrived
         way = "--resume finishes it" + ("" if forward else ", --put-back undoes it")
-        what = "; ".join(filter(None, [_said(error) if error is not None else "", why]))
+        what = "; ".join(filter(None, [_reason_of(error) if error is not None else "", why]))
         return MigrationUnfinished(
             f"{what}; {stands} step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
             f" (state: {self._state.path})",
@@ -232,12 +282,12 @@ class _Run:
         )
 
 
-async def _wholly(
+async def _to_its_end(
     work: Callable[..., _T], *arguments: object
 ) -> tuple[_T, asyncio.CancelledError | None]:
     """Do in a thread what waits for a disk, to its end; say whether we were cancelled during it.
 
-    The disk can take seconds, in which the embedding program's other tasks go on.
+    The disk can take seconds; the embedding program's other tasks run during them.
     """
     task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     cancelled = None
@@ -249,7 +299,7 @@ async def _wholly(
     return task.result(), cancelled
 
 
-def _said(error: BaseException) -> str:
+def _reason_of(error: BaseException) -> str:
     if isinstance(error, asyncio.CancelledError):
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:

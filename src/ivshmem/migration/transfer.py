@@ -62,8 +62,10 @@ class Mover:
         watch: told of its progress.
     """
 
-    def __init__(self, crew: Monitors, vm: Vm, step: Step, options: Options, watch: Watch) -> None:
-        self._crew = crew
+    def __init__(
+        self, monitors: Monitors, vm: Vm, step: Step, options: Options, watch: Watch
+    ) -> None:
+        self._monitors = monitors
         self._vm = vm
         self._step = step
         self._options = options
@@ -77,7 +79,7 @@ class Mover:
             StepFailed: it is not; `take_back` sees to it that it runs at the source.
             QmpError, OSError: a QEMU is gone.
         """
-        source = await self._crew.monitor(self._vm.name, "source")
+        source = await self._monitors.monitor(self._vm.name, "source")
         # In this order: it may complete in between.
         busy = is_under_way(await _status(source))
         left = await _run_state(source) in ("finish-migrate", "postmigrate")
@@ -93,7 +95,7 @@ class Mover:
             AlreadyMigrated: it is at the destination.
             StepFailed, QmpError, OSError: it does not.
         """
-        source = await self._crew.monitor(self._vm.name, "source")
+        source = await self._monitors.monitor(self._vm.name, "source")
         await self._cancel(source)
         end = time.monotonic() + _SETTLE
         while (state := await _run_state(source)) != "running":
@@ -112,7 +114,7 @@ class Mover:
     # -- there ------------------------------------------------------------------------------------
 
     async def _start(self, source: Monitor) -> None:
-        destination = await self._crew.monitor(self._vm.name, "destination")
+        destination = await self._monitors.monitor(self._vm.name, "destination")
         state = await _run_state(destination)
         if state != "inmigrate":
             raise StepFailed(
@@ -175,7 +177,7 @@ class Mover:
 
     async def _arrive(self, source: Monitor) -> None:
         """Until the destination goes on, and the source has noticed that it does not."""
-        destination = await self._crew.monitor(self._vm.name, "destination")
+        destination = await self._monitors.monitor(self._vm.name, "destination")
         if self._file is not None:
             await self._read(destination)
         end = time.monotonic() + _SETTLE
@@ -257,7 +259,7 @@ class Mover:
     async def _runs_there(self, status: str) -> bool:
         """Whether the guest has begun to run at the destination, as far as this can be known."""
         try:
-            destination = await self._crew.monitor(self._vm.name, "destination")
+            destination = await self._monitors.monitor(self._vm.name, "destination")
             return await _run_state(destination) != "inmigrate"
         except (QmpError, OSError):
             # It cannot be asked. These say that its guest ran there, before whatever happened.
