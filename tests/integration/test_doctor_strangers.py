@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.peer import FakeServer
 
-from ivshmem.doctor import holders, host, request, server
+from ivshmem.doctor import host, open_files, request, server
 from ivshmem.doctor.check import Check, run
 
 
@@ -88,8 +88,8 @@ def test_what_is_no_memory(kind: str, tmp_path: Path) -> None:
         "device": lambda: path.symlink_to("/dev/null"),
     }
     make[kind]()
-    wishes = request.Request(path=str(path), qemu="/bin/true")
-    (check,) = (check for check in host.examine_host(wishes) if check.name == "memory")
+    wanted = request.Request(path=str(path), qemu="/bin/true")
+    (check,) = (check for check in host.examine_host(wanted) if check.name == "memory")
     assert check.state == "failed"
     assert "not a regular file" in check.found
     assert not any(word in check.fix for word in ("mv ", "rm ", "chmod"))
@@ -103,15 +103,15 @@ class TestHolders:
     ) -> list[str]:
         (tmp_path / "net").mkdir()
         (tmp_path / "net/unix").write_bytes(self.HEAD + lines)
-        monkeypatch.setattr(holders, "PROC", tmp_path)
+        monkeypatch.setattr(open_files, "PROC", tmp_path)
         links: list[str] = []
 
-        def noted(link: str) -> list[holders.Holder]:
+        def noted(link: str) -> list[open_files.FoundProcess]:
             links.append(link)
             return []
 
-        monkeypatch.setattr(holders, "_with_link", noted)
-        holders.of_socket(path)
+        monkeypatch.setattr(open_files, "_with_link", noted)
+        open_files.processes_listening(path)
         return links
 
     def test_a_path_that_is_not_utf_8(

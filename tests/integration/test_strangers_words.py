@@ -30,7 +30,7 @@ from ivshmem.cli.run import one_line
 from ivshmem.cli.screen import Screen
 from ivshmem.config import RegionConfig, ServiceConfig, parse
 from ivshmem.doctor.check import CheckStep, failed, run
-from ivshmem.doctor.holders import Holder
+from ivshmem.doctor.open_files import FoundProcess
 from ivshmem.peer.names_table import Entry
 from ivshmem.qemu import cmdline
 from ivshmem.qemu.guest_name import guest_name
@@ -129,7 +129,7 @@ class Ways:
     # -- doctor ---------------------------------------------------------------
 
     def doctor_s_command_lines(self) -> str:
-        return str(Holder(1, ["python3", HOSTILE]))
+        return str(FoundProcess(1, ["python3", HOSTILE]))
 
     def doctor_s_findings(self) -> str:
         (check,) = run("host", [CheckStep("server", lambda: failed(HOSTILE, f"kill {HOSTILE}"))])

@@ -16,7 +16,7 @@ from bench import picture, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmem.bench import noise as quiet
+from ivshmem.bench import noise as bench_noise
 from ivshmem.bench.noise import Account, Core, Noise, Process, Snapshot
 from ivshmem.bench.percentiles import Sample
 from ivshmem.bench.roundtrip import Measured
@@ -55,7 +55,7 @@ cpu1 709634 4 198355 1552452 2275 0 992 1374 0 0
 intr 44698345 0 0
 ctxt 90
 """
-    assert quiet.parse_cores(text) == {
+    assert bench_noise.parse_cores(text) == {
         0: Core((668639 + 3 + 174986 + 2 + 695) * TICK, 1387 * TICK),
         1: Core((709634 + 4 + 198355 + 992) * TICK, 1374 * TICK),
     }
@@ -68,15 +68,15 @@ def test_a_process(name: str) -> None:
         "1024 18446744073709551615 94 94 140 0 0 0 65536 4 65538 1 0 0 17 1 0 0 0 0 0 94 94 94 140 "
         "140 140 140 0\n"
     )
-    assert quiet.parse_process(text) == Process(name, 1, (31 + 12) * TICK)
+    assert bench_noise.parse_process(text) == Process(name, 1, (31 + 12) * TICK)
 
 
 def test_an_account() -> None:
-    assert quiet.parse_account("33973559 12048204 115\n") == Account(33973559, 12048204)
+    assert bench_noise.parse_account("33973559 12048204 115\n") == Account(33973559, 12048204)
 
 
 def test_this_process_is_seen() -> None:
-    found = quiet.look([os.getpid()], [os.getppid()])
+    found = bench_noise.snapshot([os.getpid()], [os.getppid()])
     assert os.getpid() in found.ends[0]  # its first thread
     assert found.ends[0][os.getpid()].ran > 0
     assert found.known > 0
@@ -128,7 +128,7 @@ def looks(
 
 
 def noise(cores: tuple[set[int], set[int]], looked: tuple[Snapshot, Snapshot]) -> Noise:
-    return quiet.noise(*looked, cores, 100 * MS)
+    return bench_noise.noise_between(*looked, cores, 100 * MS)
 
 
 def test_nobody() -> None:
@@ -162,7 +162,7 @@ def test_nobody_who_can_be_seen() -> None:
     found = noise(TWO, looks(ping=(40, 30)))
     assert found.spoilt
     assert found.share == pytest.approx(0.3)
-    assert str(found) == f"{quiet.UNKNOWN} took 30% of a core"
+    assert str(found) == f"{bench_noise.UNKNOWN} took 30% of a core"
 
 
 def test_a_core_that_is_busier_than_can_be_explained() -> None:
@@ -184,7 +184,7 @@ def test_a_process_that_has_begun_since() -> None:
     before, after = looks(others={7: ("ld", 0, 40)})
     before.others.clear()
     before.main.clear()
-    found = quiet.noise(before, after, TWO, 1000 * MS)
+    found = bench_noise.noise_between(before, after, TWO, 1000 * MS)
     assert found.spoilt
     assert str(found).startswith("ld (pid 7) took ")
 
@@ -192,7 +192,7 @@ def test_a_process_that_has_begun_since() -> None:
 # -- which rounds count ----------------------------------------------------------------------------
 
 CLEAN = Noise(0.0, ())
-SPOILT = Noise(0.5, (quiet.Culprit("cc1 (pid 9)", 0.5, 1),))
+SPOILT = Noise(0.5, (bench_noise.Culprit("cc1 (pid 9)", 0.5, 1),))
 
 
 def rounds(*medians: int, spoilt: tuple[int, ...] = ()) -> list[Measured]:

@@ -84,7 +84,7 @@ def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
     """It has no IOMMU and needs none; and is not free while a process has it open."""
 
     def look() -> dict[str, tuple[str, str, str]]:
-        steps = {step.name: step.look for step in DeviceSteps(pci.look(A)).steps()}
+        steps = {step.name: step.check for step in DeviceSteps(pci.look(A)).steps()}
         wanted = ("driver", "IOMMU", "IOMMU group", "interrupt remapping", "free")
         return {name: tuple(steps[name]()) for name in wanted}  # type: ignore[misc]
 
@@ -112,7 +112,7 @@ def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
 def test_the_doctor_does_not_advise_to_kill_oneself(machine: FakePci, kernel: FakeVfio) -> None:
     with guest.open():
         (step,) = [s for s in DeviceSteps(pci.look(A)).steps() if s.name == "free"]
-        assert tuple(step.look()) == ("failed", "this process has it open: close it first", "")
+        assert tuple(step.check()) == ("failed", "this process has it open: close it first", "")
 
 
 def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
@@ -121,7 +121,7 @@ def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
     machine.end_group(A)
     vfio.NOIOMMU.write_text("N\n")
     (step,) = [s for s in DeviceSteps(pci.look(A)).steps() if s.name == "IOMMU"]
-    state, said, fix = step.look()
+    state, said, fix = step.check()
     assert (state, fix) == ("failed", vfio.ENABLE_NOIOMMU)
     assert "vfio's no-IOMMU mode" in said
 
@@ -170,7 +170,7 @@ def test_a_driver_in_use_is_not_taken(
     assert not [path for path, _ in machine.writes if path.endswith(("unbind", "override"))]
     (step,) = [s for s in DeviceSteps(pci.look(A)).steps() if s.name == "free"]
     if driver == "uio_ivshmem":
-        state, said, _ = step.look()
+        state, said, _ = step.check()
         assert (state, said.startswith(f"pid {user.pid} ")) == ("warning", True)
         assert said.endswith(" has it open, and is not disturbed")
 

@@ -134,7 +134,7 @@ def _texts(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
             yield int(path.parent.name), path.read_text(errors="surrogateescape")
 
 
-def look(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False) -> Snapshot:
+def snapshot(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False) -> Snapshot:
     """Look at /proc now.
 
     Args:
@@ -173,7 +173,7 @@ def _files(pids: Iterable[int], name: str) -> Iterator[Path]:
 # -- what follows from two looks -------------------------------------------------------------------
 
 
-def noise(before: Snapshot, after: Snapshot, cores: Sequence[set[int]], wall: int) -> Noise:
+def noise_between(before: Snapshot, after: Snapshot, cores: Sequence[set[int]], wall: int) -> Noise:
     """What others did between two looks.
 
     Args:

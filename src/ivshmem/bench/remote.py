@@ -145,7 +145,7 @@ def _watched(endpoint: Endpoint, peer: int, done: Callable[[], int]) -> Iterator
     """Leave the block by NoAnswer when there is no progress any more."""
     progress, since = -1, time.monotonic()
 
-    def look(_number: int, _frame: object) -> None:
+    def check_progress(_number: int, _frame: object) -> None:
         nonlocal progress, since
         if (now_done := done()) > progress:
             progress, since = now_done, time.monotonic()
@@ -158,7 +158,7 @@ def _watched(endpoint: Endpoint, peer: int, done: Callable[[], int]) -> Iterator
                 " seconds"
             )
 
-    handler = signal.signal(signal.SIGALRM, look)
+    handler = signal.signal(signal.SIGALRM, check_progress)
     timer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
         yield

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from ..errors import WorkerFailed
 from ..system.uncopied import Uncopied
 from ..text import counted
-from . import noise as quiet
+from .noise import Noise, noise_between, snapshot
 
 WARM_UP = 20  # round trips before each measurement, which also tell how long one takes
 LEAST = 50  # round trips that are measured however long they take
@@ -60,7 +60,7 @@ def python_end(
     return End(command, tuple(fds), directory)
 
 
-class _Process(Uncopied):
+class _EndProcess(Uncopied):
     """A running end."""
 
     def __init__(self, role: str, end: End, cores: set[int]) -> None:
@@ -139,9 +139,9 @@ class Pair(Uncopied):
     def __init__(self, ping: End, echo: End, cores: tuple[set[int], set[int]]) -> None:
         self.cores = cores
         with contextlib.ExitStack() as stack:
-            self._ping = _Process("ping", ping, cores[0])
+            self._ping = _EndProcess("ping", ping, cores[0])
             stack.callback(self._ping.close)
-            self._echo = _Process("echo", echo, cores[1])
+            self._echo = _EndProcess("echo", echo, cores[1])
             stack.callback(self._echo.close)
             stack.callback(self._ping.dismiss)
             selector = stack.enter_context(selectors.DefaultSelector())
@@ -177,11 +177,11 @@ class Pair(Uncopied):
                 took += data
         return array("q", bytes(took))
 
-    def _hear(self) -> tuple[_Process, bytes]:
+    def _hear(self) -> tuple[_EndProcess, bytes]:
         ready = self._selector.select(PATIENCE)
         if not ready:
             raise WorkerFailed(f"nothing came from either end for {counted(PATIENCE, 'second')}")
-        process: _Process = ready[0][0].data
+        process: _EndProcess = ready[0][0].data
         data = os.read(process.output, 1 << 16)
         if not data:
             raise process.failure()
@@ -202,7 +202,7 @@ class Measured(NamedTuple):
     """Durations in nanoseconds in the order of happening, and who disturbed them."""
 
     durations: array[int]
-    noise: quiet.Noise
+    noise: Noise
 
 
 def measure(
@@ -216,9 +216,9 @@ def measure(
     """
     each = statistics.median(pair.trips(WARM_UP)) / 1e9
     count = max(LEAST, int(min(trips, seconds / max(each, 1e-9))))
-    before = quiet.look(pair.pids, known)
+    before = snapshot(pair.pids, known)
     start = time.perf_counter_ns()
     durations = pair.trips(count)
     wall = time.perf_counter_ns() - start
-    after = quiet.look(pair.pids, known, ended=True)
-    return Measured(durations, quiet.noise(before, after, pair.cores, wall))
+    after = snapshot(pair.pids, known, ended=True)
+    return Measured(durations, noise_between(before, after, pair.cores, wall))

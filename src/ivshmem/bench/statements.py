@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from . import noise as quiet
+from .noise import noise_between, snapshot
 from .roundtrip import Measured
 from .worker import Steps, loop
 
@@ -51,11 +51,11 @@ def measure_exactly(statement: str, names: dict[str, object], count: int) -> Mea
 def _measured(run: Callable[[int], list[int]], count: int) -> Measured:
     clock = _clock()
     ends, cores = (os.getpid(),), (os.sched_getaffinity(0),)
-    before = quiet.look(ends)
+    before = snapshot(ends)
     start = time.perf_counter_ns()
     points = run(count)
     wall = time.perf_counter_ns() - start
-    noise = quiet.noise(before, quiet.look(ends, ended=True), cores, wall)
+    noise = noise_between(before, snapshot(ends, ended=True), cores, wall)
     return Measured(array("q", (max(took - clock, 0) for took in _durations(points))), noise)
 
 

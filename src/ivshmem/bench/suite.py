@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..peer.client import connect
-from . import memory, statements, ways
+from . import ends, memory, statements
 from .cores import PINNINGS, Pinning, cores_for
 from .result import ROUNDS, Measuring, Result, ResultGroup, turns
 from .roundtrip import Pair, measure, python_end
@@ -54,7 +54,7 @@ def run(seconds: float, tell: Tell) -> list[ResultGroup]:
     end = time.monotonic() + seconds
     with (
         tempfile.TemporaryDirectory(prefix="ivshmem-bench-") as directory,
-        ways.serving(path := os.path.join(directory, "socket")),
+        ends.serving(path := os.path.join(directory, "socket")),
     ):
         parts = _parts(path)
         total = sum(part.weight for part in parts)
@@ -135,7 +135,7 @@ def _round_trips(path: str, pinning: Pinning, budget: float) -> Measuring:
         first = _PLACES * PINNINGS.index(pinning)
         for place, (name, factory, arguments) in enumerate(ours, first):
             ping, echo = (
-                python_end(role, f"{ways.__name__}:{factory}", path, place, *arguments)
+                python_end(role, f"{ends.__name__}:{factory}", path, place, *arguments)
                 for role in ("ping", "echo")
             )
             pair = stack.enter_context(Pair(ping, echo, cores))
@@ -154,7 +154,7 @@ def eventfd_pair(cores: tuple[set[int], set[int]]) -> Iterator[Pair]:
     """The yardstick: two processes with two eventfds, by the functions in `os`."""
     a, b = fds = os.eventfd(0), os.eventfd(0)
     try:
-        factory = f"{ways.__name__}:eventfds"
+        factory = f"{ends.__name__}:eventfds"
         ping = python_end("ping", factory, a, b, fds=fds)
         echo = python_end("echo", factory, b, a, fds=fds)
         with Pair(ping, echo, cores) as pair:

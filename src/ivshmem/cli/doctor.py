@@ -79,7 +79,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     directory, name = options.directory, options.name
     if is_name(directory):
         directory, name = None, directory
-    wishes = request.Request(
+    wanted = request.Request(
         options.socket,
         name,
         options.file,
@@ -91,7 +91,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         options.lock,
         tuple(options.accept_owner or ()),
     )
-    of_host = wishes != request.Request()
+    of_host = wanted != request.Request()
     if options.address and (options.host or of_host):
         parser.error("an ADDRESS is for a guest, and the other options are for a host")
     if options.guest and of_host:
@@ -100,7 +100,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if not (guest or options.host or of_host):
         guest = guest_or_host.is_guest(default_paths.expected_socket(), doctor_host.default_qemu())
     checks = (
-        doctor_guest.examine_guest(options.address) if guest else doctor_host.examine_host(wishes)
+        doctor_guest.examine_guest(options.address) if guest else doctor_host.examine_host(wanted)
     )
     return (_print_json if options.json else _print)("guest" if guest else "host", checks)
 

@@ -56,7 +56,7 @@ class CheckStep(NamedTuple):
     """A check to be made, unless one of those that it rests on has failed."""
 
     name: str
-    look: Callable[[], Finding]
+    check: Callable[[], Finding]
     rests_on: tuple[str, ...] = ()
 
 
@@ -81,7 +81,7 @@ def run(subject: str, steps: Iterable[CheckStep]) -> Iterator[Check]:
     causes: dict[str, str] = {}  # of what did not come off: the check that failed
     for step in steps:
         cause = next((causes[name] for name in step.rests_on if name in causes), None)
-        finding = step.look() if cause is None else skipped(f"rests on what failed: {cause}")
+        finding = step.check() if cause is None else skipped(f"rests on what failed: {cause}")
         if finding.state == "failed" or cause is not None:
             causes[step.name] = cause or step.name
         yield Check(subject, step.name, finding.state, plain(finding.found), plain(finding.fix))
@@ -90,7 +90,7 @@ def run(subject: str, steps: Iterable[CheckStep]) -> Iterator[Check]:
 # -- commands -------------------------------------------------------------------------------------
 
 
-def ours(*arguments: str) -> str:
+def our_command(*arguments: str) -> str:
     """A command line of this package."""
     return command([sys.executable, "-m", "ivshmem", *arguments])
 

@@ -28,8 +28,19 @@ from ..peer import default_paths
 from ..qemu import cmdline
 from ..system import processes
 from ..text import counted, quoted
-from . import holders
-from .check import Check, CheckStep, Finding, as_root, failed, ok, ours, run, skipped, warning
+from . import open_files
+from .check import (
+    Check,
+    CheckStep,
+    Finding,
+    as_root,
+    failed,
+    ok,
+    our_command,
+    run,
+    skipped,
+    warning,
+)
 
 SECONDS = 2.0  # for all interrupts to come back
 
@@ -68,7 +79,7 @@ def examine_guest(address: str | None = None) -> Iterator[Check]:
 def _missing(devices: list[pci.Device], address: str | None) -> Finding:
     if devices:
         there = ", ".join(device.address for device in devices)
-        fix = ours("doctor", "--guest", devices[0].address)
+        fix = our_command("doctor", "--guest", devices[0].address)
         return failed(f"no ivshmem device at {address}; there is {there}", fix)
     options = cmdline.shell(cmdline.doorbell(default_paths.OF_ROOT, 1))
     return failed("no ivshmem device in this machine (on the host, `ivshmem serve` first)", options)
@@ -152,7 +163,8 @@ class DeviceSteps:
                 f"root may not write {lacking[0]}: a container?", "mount -o remount,rw /sys"
             )
         return failed(
-            f"{who} may not write {lacking[0]}", as_root(ours("doctor", "--guest", device.address))
+            f"{who} may not write {lacking[0]}",
+            as_root(our_command("doctor", "--guest", device.address)),
         )
 
     def _decoding(self) -> Finding:
@@ -303,7 +315,7 @@ class DeviceSteps:
         mates = [a for a, driver in pci.group_mates(device).items() if driver == "vfio-pci"]
         if group is None or not held or not (mates or device.driver == "vfio-pci"):
             return ok("nobody has it open")
-        found = holders.of_file(group)
+        found = open_files.processes_with_file(group)
         who = " and ".join(map(str, found)) or processes.described([])
         if any(_is_broker(holder) for holder in found) and not mates:
             self._shared = True
@@ -323,7 +335,7 @@ class DeviceSteps:
     def _free_of_uio(self, device: pci.Device) -> Finding:
         """Others may have it open, too, but a ring would look like one of a peer to them."""
         name = uio.name(device)
-        found = holders.of_file(uio.DEV / name) if name else []
+        found = open_files.processes_with_file(uio.DEV / name) if name else []
         if not found:
             return ok("nobody has it open")
         self._shared = True
@@ -413,7 +425,7 @@ def _kernel_fix(parameter: str) -> str:
     return f"-append {quoted(' '.join([*words, parameter]))}"
 
 
-def _is_broker(holder: holders.Holder) -> bool:
+def _is_broker(holder: open_files.FoundProcess) -> bool:
     """Whether the process is `ivshmem guest serve`."""
     words = holder.arguments
     return any(words[at : at + 2] == ["guest", "serve"] for at in range(len(words)))

@@ -48,19 +48,19 @@ def default_qemu() -> str:
     return f"qemu-system-{_QEMU_NAMES.get(machine, machine)}"
 
 
-def examine_host(wishes: Request | None = None) -> Iterator[Check]:
+def examine_host(request: Request | None = None) -> Iterator[Check]:
     """Check what sharing needs of this host.
 
     Raises:
-        ValueError: the wishes make no sense: a size that is none, an unknown user.
+        ValueError: the request make no sense: a size that is none, an unknown user.
     """
-    wishes = wishes or Request()
-    if wishes.user is not None:
-        permissions.check_user(wishes.user)
-    host, server = HostSteps(wishes), ServerSteps(wishes)
+    request = request or Request()
+    if request.user is not None:
+        permissions.check_user(request.user)
+    host, server = HostSteps(request), ServerSteps(request)
     yield from run("host", [*host.steps(), *server.steps()])
     host.answer = server.answer
-    memory = MemorySteps(wishes, server.answer)
+    memory = MemorySteps(request, server.answer)
     yield from run("host", [*memory.steps(), *host.last_steps()])
 
 
@@ -71,9 +71,9 @@ class HostSteps:
         answer: what a server said that it serves, if there is one that answers.
     """
 
-    def __init__(self, wishes: Request) -> None:
-        self.wishes = wishes
-        self.qemu = wishes.qemu or default_qemu()
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.qemu = request.qemu or default_qemu()
         self.answer: dict[str, int] = {}
 
     def steps(self) -> list[CheckStep]:
@@ -151,7 +151,7 @@ class HostSteps:
 
     def _locked_memory(self) -> Finding:
         """It counts only where memory is locked: neither the server nor clients do that."""
-        size = self.answer.get("size") or parse_size(self.wishes.size or DEFAULT_SIZE)
+        size = self.answer.get("size") or parse_size(self.request.size or DEFAULT_SIZE)
         soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if _has_capability(_CAP_IPC_LOCK):
             return ok("no limit for who has CAP_IPC_LOCK, as we have")
@@ -161,7 +161,7 @@ class HostSteps:
         fix = f"ulimit -l {-(-size // 1024)}"
         if hard in range(size):
             fix = _for_this_shell("prlimit --memlock=unlimited")
-        if self.wishes.lock:
+        if self.request.lock:
             return failed(what, fix)
         return warning(f"{what}: matters to `-overcommit mem-lock=on` and vfio only", fix)
 
@@ -183,7 +183,7 @@ class HostSteps:
 
     def _confinement(self) -> Finding:
         """Of QEMUs that libvirt runs; one that is started by hand is as free as who starts it."""
-        what = " and ".join(place for place in (self.wishes.server, self.wishes.place) if place)
+        what = " and ".join(place for place in (self.request.server, self.request.place) if place)
         if _read(_ENFORCE) == "1":
             return warning(
                 f"SELinux is enforcing and may keep QEMUs of libvirt's from {what}"

@@ -43,13 +43,13 @@ class MemorySteps:
         answer: what a server said that it serves; empty if there is none that answers.
     """
 
-    def __init__(self, wishes: Request, answer: dict[str, int]) -> None:
-        self.wishes, self.answer = wishes, answer
+    def __init__(self, request: Request, answer: dict[str, int]) -> None:
+        self.request, self.answer = request, answer
         self.target: str | None = None  # the file, or the directory to put one into
-        if wishes.name is not None:
-            self.target = posix_path(wishes.name)
-        elif wishes.place is not None:
-            self.target = os.path.abspath(wishes.place)
+        if request.name is not None:
+            self.target = posix_path(request.name)
+        elif request.place is not None:
+            self.target = os.path.abspath(request.place)
         self._status: os.stat_result | None = None  # of the file, if it exists and is not empty
         self._is_empty = False
 
@@ -65,7 +65,7 @@ class MemorySteps:
     def _folder(self) -> str:
         """Where a file is to be made."""
         assert self.target is not None
-        return self.target if self.wishes.directory else os.path.dirname(self.target)
+        return self.target if self.request.directory else os.path.dirname(self.target)
 
     @property
     def _page(self) -> int:
@@ -77,23 +77,23 @@ class MemorySteps:
     @property
     def _size(self) -> int:
         """Of memory that is to be made."""
-        return parse_size(self.wishes.size or max(parse_size(DEFAULT_SIZE), self._page))
+        return parse_size(self.request.size or max(parse_size(DEFAULT_SIZE), self._page))
 
     # -- what it is -------------------------------------------------------------------------------
 
     def _memory(self) -> Finding:
-        if self.wishes.size is not None:
-            size = parse_size(self.wishes.size)
+        if self.request.size is not None:
+            size = parse_size(self.request.size)
             try:
                 check_size(size, self._page)
             except RegionError as error:
                 nearest = format_size(max(round_up(size), self._page))
-                return failed(str(error), replace(self.wishes, size=nearest).serve())
+                return failed(str(error), self.request.serve_command(size=nearest))
         if self.target is None:
             return ok(_SERVED if self.answer else f"anonymous, {format_size(self._size)}")
         if not os.path.isdir(self._folder) and _is_visible(self._folder):
             return self._no_directory()
-        if self.wishes.directory:
+        if self.request.directory:
             return ok(f"a file without a name in {self.target}, {format_size(self._size)}")
         return self._file(self.target)
 
@@ -101,15 +101,15 @@ class MemorySteps:
         if not (place := permissions.obstacle(self._folder)):
             return failed(f"no directory {self._folder}", f"mkdir -p {quoted(self._folder)}")
         free = permissions.free_beside(place)
-        if self.wishes.directory:
-            fix = f"mkdir -p {quoted(free)} && {replace(self.wishes, directory=free).serve()}"
+        if self.request.directory:
+            fix = f"mkdir -p {quoted(free)} && {self.request.serve_command(directory=free)}"
         else:
-            fix = replace(self.wishes, name=None, path=free).serve()
+            fix = self.request.serve_command(name=None, path=free)
         return failed(f"{place} is not a directory", fix)
 
     def _file(self, path: str) -> Finding:
-        beside = replace(self.wishes, name=None, path=permissions.free_beside(path)).serve()
-        accept, links = self.wishes.accept_owner, self.wishes.name is None
+        beside = self.request.serve_command(name=None, path=permissions.free_beside(path))
+        accept, links = self.request.accept_owner, self.request.name is None
         try:
             with safe_files.find(path, accept=accept, links=links) as place:
                 self._status = place.status()
@@ -129,7 +129,7 @@ class MemorySteps:
             if "inode" in self.answer:
                 return failed(
                     f"{path} is gone, but the server still has its memory: {_ALONE}",
-                    self.wishes.serve(),
+                    self.request.serve_command(),
                 )
             return ok(f"{path} is to be made, {format_size(self._size)}")
         if not self._status.st_size:
@@ -138,9 +138,10 @@ class MemorySteps:
             return ok(f"{path} is empty, and is to be made, {format_size(self._size)}")
         if "inode" in self.answer and not self._is_served():
             return failed(
-                f"{path} is not the memory that the server has: {_ALONE}", self.wishes.serve()
+                f"{path} is not the memory that the server has: {_ALONE}",
+                self.request.serve_command(),
             )
-        size, wanted = self._status.st_size, self.wishes.size
+        size, wanted = self._status.st_size, self.request.size
         try:
             check_size(size, self._page, what=path)
         except RegionError as error:
@@ -165,32 +166,32 @@ class MemorySteps:
         if self._status is None or self._status.st_uid in (0, os.geteuid()):
             return ""
         owner = user_option(self._status.st_uid)
-        return replace(self.wishes, accept_owner=(*self.wishes.accept_owner, owner)).serve()
+        return self.request.serve_command(accept_owner=(*self.request.accept_owner, owner))
 
     def _permission(self) -> Finding:
         if self.target is None:
             return skipped("anonymous memory goes to whoever may connect to the socket")
         if self._status is None and not self._is_empty and _is_visible(self.target):
-            return permissions.permission(self._folder, "wx", self.wishes.user)
-        return permissions.permission(self.target, "rw", self.wishes.user)
+            return permissions.permission(self._folder, "wx", self.request.user)
+        return permissions.permission(self.target, "rw", self.request.user)
 
     # -- what it takes ----------------------------------------------------------------------------
 
     def _huge_pages(self) -> Finding:
-        wishes, page = self.wishes, self._page
-        if not wishes.hugepages and page == pages.PAGE:
+        request, page = self.request, self._page
+        if not request.hugepages and page == pages.PAGE:
             return skipped("not asked for")
         try:
-            wanted = pages.huge_page_size(wishes.hugepages) or page
+            wanted = pages.huge_page_size(request.hugepages) or page
         except RegionError as error:
             offered = bool(pages.huge_page_sizes())
-            return failed(str(error), replace(wishes, hugepages=offered).serve())
+            return failed(str(error), request.serve_command(hugepages=offered))
         if self.target is not None and page != wanted:
-            anonymous = replace(wishes, name=None, path=None, directory=None)
+            anonymous = replace(request, name=None, path=None, directory=None)
             return failed(
                 f"{self.target} has pages of {format_size(page)}, not of {format_size(wanted)};"
                 " memory without a name can have them",
-                anonymous.serve(),
+                anonymous.serve_command(),
             )
         if self._status is not None or self.answer.get("page_size") == wanted:
             return ok("taken when the memory was made")
@@ -198,14 +199,14 @@ class MemorySteps:
         try:
             check_size(size, wanted)
         except RegionError as error:
-            return failed(str(error), replace(wishes, size=format_size(round_up(size))).serve())
+            return failed(str(error), request.serve_command(size=format_size(round_up(size))))
         numbers, fix = pages.huge_pages_for(size, wanted)
         return failed(numbers, as_root(fix)) if fix else ok(numbers)
 
     def _space(self) -> Finding:
         if self.answer and self.target is None:
             return skipped(_SERVED)
-        if self.wishes.hugepages or self._page > pages.PAGE:
+        if self.request.hugepages or self._page > pages.PAGE:
             return skipped("huge pages have been counted")
         size = self._size
         if self._status is not None:
@@ -218,7 +219,7 @@ class MemorySteps:
                 smaller //= 2
             return failed(
                 f"{format_size(size)} do not fit into this machine's memory",
-                replace(self.wishes, size=format_size(smaller)).serve(),
+                self.request.serve_command(size=format_size(smaller)),
             )
         if self.target is None:
             return ok("the machine's memory suffices")
@@ -230,8 +231,8 @@ class MemorySteps:
         if kind == "tmpfs":
             room = -(-(total - free + size) // 2**20)
             return failed(what, as_root(f"mount -o remount,size={room}M {quoted(mount)}"))
-        named = replace(self.wishes, name=os.path.basename(self.target), path=None, directory=None)
-        return failed(f"{what}; there may be room in /dev/shm", named.serve())
+        named = replace(self.request, name=os.path.basename(self.target), path=None, directory=None)
+        return failed(f"{what}; there may be room in /dev/shm", named.serve_command())
 
 
 def _is_visible(path: str) -> bool:

@@ -1,11 +1,12 @@
-"""What somebody wants to share on a host, and the command that serves it."""
+"""What a user wants to share on a host, and the command that serves it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..peer import default_paths
-from .check import ours
+from .check import our_command
 
 # As of `ivshmem serve`.
 DEFAULT_SIZE = "4M"
@@ -47,8 +48,10 @@ class Request:
         """The socket to look at; None where plain memory is shared, which needs none."""
         return self.socket or (None if self.place else default_paths.expected_socket())
 
-    def serve(self) -> str:
-        """The command that serves what is wished for, and returns."""
+    def serve_command(self, **changes: Any) -> str:
+        """Return the command that serves what is wanted, with these changes, in the background."""
+        if changes:
+            return replace(self, **changes).serve_command()
         words = ["serve", "--daemon"]
         words += ["--socket", self.socket] if self.socket else []
         for option, value in (
@@ -63,4 +66,4 @@ class Request:
         if self.hugepages:
             words.append("--hugepages")
             words += [] if self.hugepages is True else [str(self.hugepages)]
-        return ours(*words)
+        return our_command(*words)

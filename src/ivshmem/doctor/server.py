@@ -24,8 +24,8 @@ from ..peer import inquiry
 from ..service import control_client
 from ..system import sockets
 from ..text import NAME, counted, plain, quoted
-from . import holders, permissions
-from .check import CheckStep, Finding, failed, ok, ours, skipped, warning
+from . import open_files, permissions
+from .check import CheckStep, Finding, failed, ok, our_command, skipped, warning
 from .request import Request
 
 _SECONDS = 3.0  # for a server to answer
@@ -45,9 +45,9 @@ class ServerSteps:
         answer: what it says that it serves, as sockets.ask returns it; empty if it says nothing.
     """
 
-    def __init__(self, wishes: Request) -> None:
-        self.wishes = wishes
-        self.socket = "" if wishes.server is None else os.path.abspath(wishes.server)
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.socket = "" if request.server is None else os.path.abspath(request.server)
         self.answer: dict[str, int] = {}
 
     def steps(self) -> list[CheckStep]:
@@ -69,7 +69,7 @@ class ServerSteps:
                 )
             if not sockets.is_live(path):
                 return self._lost("is stale") or failed(
-                    f"{path} is stale: nobody listens", self.wishes.serve()
+                    f"{path} is stale: nobody listens", self.request.serve_command()
                 )
             if sockets.takes_datagrams(path):
                 return failed(
@@ -81,38 +81,38 @@ class ServerSteps:
         except FileNotFoundError:
             folder = os.path.dirname(path)
             if place := permissions.obstacle(folder):
-                beside = replace(self.wishes, socket=permissions.free_beside(place))
-                return failed(f"{place} is not a directory", beside.serve())
+                beside = replace(self.request, socket=permissions.free_beside(place))
+                return failed(f"{place} is not a directory", beside.serve_command())
             if not os.path.isdir(folder):
                 return failed(f"no directory {folder}", f"mkdir -p {quoted(folder)}")
             return self._lost("is gone") or failed(
-                f"no {path}: no server listens there", self.wishes.serve()
+                f"no {path}: no server listens there", self.request.serve_command()
             )
         except OSError as error:
-            return failed(f"{path}: {error.strerror}", ours("serve", "--daemon"))
+            return failed(f"{path}: {error.strerror}", our_command("serve", "--daemon"))
         return ok(f"{path}, somebody listens")
 
     def _lost(self, what: str) -> Finding | None:
         """Say that a server runs whose path leads elsewhere; None: there is none to be seen."""
-        found = holders.of_socket(self.socket)
+        found = open_files.processes_listening(self.socket)
         if not found:
             return None
         who = " and ".join(map(str, found))
         # It binds its path again within seconds, if it can. Another server would not get its peers.
-        why = ours("status", "-S", self.socket)
+        why = our_command("status", "-S", self.socket)
         return failed(f"{self.socket} {what}, and {who} still serves its peers there", why)
 
     def _permission(self) -> Finding:
         if not self.socket:
             return skipped(_NONE)
-        return permissions.permission(self.socket, "w", self.wishes.user)
+        return permissions.permission(self.socket, "w", self.request.user)
 
     def _server(self) -> Finding:
         if not self.socket:
             return skipped(_NONE)
-        found = holders.of_socket(self.socket)
+        found = open_files.processes_listening(self.socket)
         who = " and ".join(map(str, found)) or "a process that is not to be seen from here"
-        join = ours("connect", "-S", self.socket, "-c", "dump")
+        join = our_command("connect", "-S", self.socket, "-c", "dump")
         if found and not any(map(_may_be_ours, found)):
             return warning(f"{who}: a server of another make, which was not asked: {_ONLY}", join)
         if not found and not os.path.lexists(control_client.default_path(self.socket)):
@@ -132,16 +132,16 @@ class ServerSteps:
         size, vectors, peers = (answer[key] for key in ("size", "vectors", "peers"))
         what = f"{who}: {format_size(size)}, {counted(vectors, 'vector')},"
         what += f" {counted(peers, 'peer')}"
-        if self.wishes.size and size != parse_size(self.wishes.size):
-            return failed(f"{what}, not the {self.wishes.size} asked for", self._beside())
-        if self.wishes.hugepages and answer["page_size"] == PAGE:
+        if self.request.size and size != parse_size(self.request.size):
+            return failed(f"{what}, not the {self.request.size} asked for", self._beside())
+        if self.request.hugepages and answer["page_size"] == PAGE:
             return failed(f"{what}, not in huge pages", self._beside())
         if answer.get("name_lost"):
             return failed(
                 f"{what}; the name of its memory is gone or leads to another file, so whoever opens"
                 " that name shares nothing with its peers: end the server and its guests, and start"
                 " them anew",
-                self.wishes.serve(),
+                self.request.serve_command(),
             )
         return ok(what)
 
@@ -160,13 +160,13 @@ class ServerSteps:
 
     def _beside(self) -> str:
         """The command that serves what is wished for at a path that is free."""
-        return replace(self.wishes, socket=permissions.free_beside(self.socket)).serve()
+        return self.request.serve_command(socket=permissions.free_beside(self.socket))
 
 
-def _may_be_ours(holder: holders.Holder) -> bool:
+def _may_be_ours(holder: open_files.FoundProcess) -> bool:
     """Whether a server can be of this package: then a Python runs it."""
     try:
-        program = os.path.basename(os.readlink(holders.PROC / str(holder.pid) / "exe"))
+        program = os.path.basename(os.readlink(open_files.PROC / str(holder.pid) / "exe"))
     except OSError:
         return True
     return "python" in program or "pypy" in program

@@ -75,7 +75,7 @@ class VfioRegion(NamedTuple):
     mappable: bool
 
 
-class _Group(Uncopied):
+class _IommuGroup(Uncopied):
     """An IOMMU group that this process has open, with a container of its own.
 
     Attributes:
@@ -170,7 +170,7 @@ class _Group(Uncopied):
 
 # The groups that this process has open. A forked child finds none of its own here, and a lock
 # that no thread of its own holds. The lock can be taken again: garbage collection closes, too.
-_groups: weakref.WeakValueDictionary[tuple[int, Path], _Group] = weakref.WeakValueDictionary()
+_groups: weakref.WeakValueDictionary[tuple[int, Path], _IommuGroup] = weakref.WeakValueDictionary()
 _locks: dict[int, contextlib.AbstractContextManager[bool]] = {}
 
 
@@ -199,7 +199,7 @@ class Vfio(Uncopied):
         with _locked():
             key = os.getpid(), self.path
             if (shared := _groups.get(key)) is None:
-                shared = _Group(self.path, iommu)
+                shared = _IommuGroup(self.path, iommu)
                 _groups[key] = shared
             elif address in shared.devices:
                 raise OSError(errno.EBUSY, "this process has the device open already", address)

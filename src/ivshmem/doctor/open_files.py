@@ -1,7 +1,7 @@
-"""Which processes have something open.
+"""Which processes have a file open or listen on a socket, with their command lines.
 
-Knows: command lines and sockets in /proc. Does not know: what it is that they have open. Root sees
-all processes, others their own.
+Knows: command lines and sockets in /proc. Does not know: what the file or socket is for. Root sees
+all processes, other users their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_BYTES = 4096  # of a command line
 _MOST_CHARACTERS = 60  # of them are shown
 
 
-class Holder(NamedTuple):
+class FoundProcess(NamedTuple):
     """A process, and the command line that it was started with."""
 
     pid: int
@@ -36,17 +36,17 @@ class Holder(NamedTuple):
         return f"pid {self.pid} ({plain(command(self.arguments), _MOST_CHARACTERS)})"
 
 
-def of_file(path: Path) -> list[Holder]:
-    """Who has the file at `path` open."""
+def processes_with_file(path: Path) -> list[FoundProcess]:
+    """Return the processes that have the file at `path` open."""
     return _with_link(str(path))
 
 
-def of_socket(path: str) -> list[Holder]:
-    """Who listens on the Unix socket bound to `path`.
+def processes_listening(path: str) -> list[FoundProcess]:
+    """Return the processes that listen on the Unix socket bound to `path`.
 
     A claim, not a proof: the kernel writes paths into its list as they are, and a path can have a
-    newline in it, so that one who binds it writes lines of that list. A line about a socket that
-    has another line, too, is not believed.
+    newline in it, so a process that binds such a path writes lines of that list. So a socket with
+    more than one line is ignored.
     """
     text = (PROC / "net/unix").read_bytes().decode(errors="surrogateescape")
     found = [match for line in text.split("\n")[1:] if (match := _LINE.fullmatch(line))]
@@ -58,10 +58,10 @@ def of_socket(path: str) -> list[Holder]:
         and int(match["flags"], 16) & _LISTENS
         and lines[match["inode"]] == 1
     }
-    return [holder for link in sorted(links) for holder in _with_link(link)]
+    return [process for link in sorted(links) for process in _with_link(link)]
 
 
-def _with_link(link: str) -> list[Holder]:
+def _with_link(link: str) -> list[FoundProcess]:
     found = []
     for pid in processes.pids_with_open(link):
         with (
@@ -69,5 +69,5 @@ def _with_link(link: str) -> list[Holder]:
             open(PROC / str(pid) / "cmdline", "rb") as file,
         ):
             words = os.fsdecode(file.read(_MOST_BYTES)).removesuffix("\0").split("\0")
-            found.append(Holder(pid, words))
+            found.append(FoundProcess(pid, words))
     return found
