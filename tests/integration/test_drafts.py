@@ -13,7 +13,7 @@ import pytest
 from support.mounts import mounted, root
 
 import ivshmem
-from ivshmem.cli import daemon
+from ivshmem.cli import pid_file
 from ivshmem.errors import MigrationError
 from ivshmem.memory import image
 from ivshmem.migration.model import Options, Plan
@@ -93,7 +93,7 @@ def test_fat(fat: Path) -> None:
         region.write(0, b"lost")
         image.load(fat / "image", region)
         assert region.read(0, 4) == b"kept"
-    with daemon.pid_file(str(fat / "pid")):
+    with pid_file.held(str(fat / "pid")):
         assert (fat / "pid").read_text() == f"{os.getpid()}\n"
     assert os.listdir(fat) == ["image"]
 

@@ -23,8 +23,8 @@ from support.children import NOBODY
 from support.leaks import names_in
 
 import ivshmem
-from ivshmem.cli import daemon
 from ivshmem.cli import main as cli
+from ivshmem.cli import pid_file
 from ivshmem.errors import IvshmemError, MigrationError
 from ivshmem.memory import image
 from ivshmem.migration.model import Options, Plan
@@ -408,7 +408,7 @@ def _begin(path: Path) -> None:
 
 
 def _pid(path: Path) -> None:
-    with daemon.pid_file(str(path)):
+    with pid_file.held(str(path)):
         pass
 
 
@@ -498,11 +498,11 @@ def test_pid_file_that_a_reader_locks(
     path = place(False)
     path.write_text(content)
     path.chmod(0o644)
-    with locked(path, NOBODY, kind), daemon.pid_file(str(path)):
+    with locked(path, NOBODY, kind), pid_file.held(str(path)):
         assert path.read_text() == f"{os.getpid()}\n"
         assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
         # It is the one that counts: a second server is refused.
-        with pytest.raises(FileExistsError, match="runs already"), daemon.pid_file(str(path)):
+        with pytest.raises(FileExistsError, match="runs already"), pid_file.held(str(path)):
             pass
     assert not path.exists()
 
@@ -516,7 +516,7 @@ def test_pid_file_that_a_server_locks(user: int, place: Callable[[bool], Path]) 
     with locked(path, user, "LOCK_EX") as holder:
         path.write_text(f"{holder}\n")
         before = path.stat().st_ino
-        with pytest.raises(FileExistsError, match=f"pid {holder}"), daemon.pid_file(str(path)):
+        with pytest.raises(FileExistsError, match=f"pid {holder}"), pid_file.held(str(path)):
             pass
         assert path.stat().st_ino == before
 

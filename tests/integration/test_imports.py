@@ -45,7 +45,7 @@ OPTIONS = (
 PARENT = (
     f"{OPTIONS} native native.descriptors lasting lasting.supervisor system "
     "system.accounts qemu qemu.accounts system.new_files system.safe_files cli cli.serve "
-    "cli.daemon cli.supervise lasting.supervised"
+    "cli.daemon cli.pid_file cli.signals cli.supervise lasting.supervised"
 )
 SERVES = (
     f"{OPTIONS} native native.descriptors system text native.mapping native.wire "
@@ -59,7 +59,8 @@ SERVES = (
     "system.safe_files server.server service.service system.json_shapes memory.sizes "
     "system.sockets peer peer.inquiry system.credentials service.stall_log "
     "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
-    "service.managed cli.hearing cli.log_writer cli.config_checks service.observability "
+    "cli.pid_file cli.signals service.managed cli.hearing cli.log_writer cli.config_checks "
+    "service.observability "
     "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
 ASKS = (
@@ -79,7 +80,7 @@ LISTENS = (
     "protocol.framing protocol.session memory.region server.replay system.safe_files "
     "server.server service.service system.json_shapes memory.sizes system.sockets peer "
     "peer.inquiry system.credentials lasting.fd_store system.work_lock cli cli.daemon "
-    "service.managed cli.log_writer cli.serve cli.serve_process"
+    "cli.pid_file cli.signals service.managed cli.log_writer cli.serve cli.serve_process"
 )
 COSTLY_TO_LISTEN = "argparse socket threading"
 COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} json logging traceback zlib"

@@ -233,7 +233,7 @@ def test_top(stranger: Stranger, socket_path: str) -> None:
     """Also when one answer is compared with another one."""
     options = argparse.Namespace(control=socket_path, socket=None)
     for changed in itertools.islice(mutants(STATUS), 0, None, 3):
-        with contextlib.closing(top._Looks(options)) as looks:
+        with contextlib.closing(top.StatusPoller(options)) as looks:
             stranger.data = json.dumps(STATUS).encode() + b"\n"
             looks.first()
             stranger.data = json.dumps(changed).encode() + b"\n"

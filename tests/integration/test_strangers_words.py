@@ -303,7 +303,7 @@ class Ways:
     def a_step_of_a_migration(self) -> str:
         shown: list[str] = []
         progress = types.SimpleNamespace(show=lambda _, what: shown.append(what))
-        migrate_run._Shown(progress, False).step(1, HOSTILE, False)  # type: ignore[arg-type]
+        migrate_run.ProgressLines(progress, False).step(1, HOSTILE, False)  # type: ignore[arg-type]
         return "".join(shown)
 
     def qemu_s_arguments(self) -> str:

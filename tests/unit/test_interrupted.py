@@ -23,7 +23,7 @@ from support.leaks import open_fds
 import ivshmem
 import ivshmem.memory.image
 from ivshmem import Region
-from ivshmem.cli import daemon
+from ivshmem.cli import pid_file
 from ivshmem.guest.device import GuestDevice
 from ivshmem.migration import Options, Plan, Step, Vm
 from ivshmem.migration.state_file import StateFile
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 # The modules that own descriptors.
 MODULES = (
-    "cli/daemon",
+    "cli/pid_file",
     "guest/device",
     "memory/image",
     "migration/state_file",
@@ -130,7 +130,7 @@ def refused(path: Path) -> None:
 
 
 def with_pid_file(path: Path) -> None:
-    with daemon.pid_file(str(path)):
+    with pid_file.held(str(path)):
         pass
 
 

@@ -316,6 +316,29 @@ def test_all_is_complete_and_sorted() -> None:
         assert hasattr(ivshmem, name)
 
 
+# Classes of the same name, and why that misleads nobody.
+SAME_NAME: dict[str, str] = {
+    "Service": "a Protocol for what a control socket needs of the class, which is of this name",
+    "Served": "a Protocol for what a control socket needs of the class, which is of this name",
+}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """A private class's name counts without its underscore."""
+    homes: dict[str, list[str]] = {}
+    for path in sources():
+        if path.suffix == ".pyx":
+            names = re.findall(r"^(?:cdef )?class (\w+)", path.read_text(), re.MULTILINE)
+        else:
+            tree = ast.walk(ast.parse(path.read_text()))
+            names = [node.name for node in tree if isinstance(node, ast.ClassDef)]
+        for name in names:
+            homes.setdefault(name.lstrip("_"), []).append(str(path.relative_to(HOME)))
+    assert len(homes) > 100
+    several = {name: found for name, found in homes.items() if len(found) > 1}
+    assert several.keys() <= SAME_NAME.keys(), several
+
+
 # What a program catches by its base.
 INTERNAL_ERRORS = {
     *("AlreadyMigrated", "CommandError", "GroupHeld", "HandoverError", "JournalError"),

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from ivshmem.cli.main import main
-from ivshmem.cli.migrate_run import _Shown
+from ivshmem.cli.migrate_run import ProgressLines
 from ivshmem.cli.progress import ProgressBar
 from ivshmem.migration import Step
 from ivshmem.migration import TransferProgress as Migrated
@@ -26,7 +26,7 @@ def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     with ProgressBar(stream) as progress:
-        shows = _Shown(progress, stream.isatty())
+        shows = ProgressLines(progress, stream.isatty())
         shows.steps = 4
         shows.step(2, Step("migrate", "db", size=64 << 20), False)
         shows.migrating(NOW)

@@ -45,7 +45,7 @@ BORROWERS = {
     "ivshmem.cli.screen.Screen",
     "ivshmem.cli.shell.Shell",  # a client, which is the caller's
     "ivshmem.cli.shell.ClientShell",
-    "ivshmem.cli.top._Looks",  # a connection, which it opens again when it is gone
+    "ivshmem.cli.top.StatusPoller",  # a connection, which it opens again when it is gone
 }
 
 # The same with no close(): each of these holds a descriptor, a mapping or a lock.

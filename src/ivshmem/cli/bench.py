@@ -23,7 +23,7 @@ from ..peer.directory import Directory
 from ..peer.endpoint import Endpoint
 from ..protocol.limits import MAX_VECTORS
 from ..text import counted
-from . import daemon, tables, terminal
+from . import signals, tables, terminal
 from .arguments import server_of
 from .progress import ProgressBar
 from .shell import Shell
@@ -147,16 +147,16 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 def _here(options: argparse.Namespace) -> int:
     start = time.monotonic()
     with (
-        daemon.signals_held(),
-        daemon.ended_at_steps() as step,
+        signals.held(),
+        signals.raised_at_steps() as step,
         ProgressBar(sys.stderr, quiet=options.quiet or options.json) as progress,
     ):
 
-        def tell(share: float, what: str) -> None:
+        def show(share: float, what: str) -> None:
             step()
             progress.show(share, what)
 
-        groups = suite.run(options.seconds, tell)
+        groups = suite.run(options.seconds, show)
     _print(groups, time.monotonic() - start, as_json=options.json)
     return 0
 
@@ -184,13 +184,13 @@ def _peer(endpoint: Endpoint, word: str) -> int:
 def _ping(options: argparse.Namespace) -> int:
     start = time.monotonic()
     groups = []
-    with daemon.signals_held(), _open(options) as endpoint:
-        with daemon.ended_by_exceptions(), contextlib.ExitStack() as name:
+    with signals.held(), _open(options) as endpoint:
+        with signals.raised(), contextlib.ExitStack() as name:
             peer = _peer(endpoint, options.peer)
             waiting = partial(_ask_for_echo, endpoint, options, name)
             remote.knock(endpoint, peer, options.vector, options.timeout or _PATIENCE, waiting)
         with (
-            daemon.ended_at_steps() as step,
+            signals.raised_at_steps() as step,
             ProgressBar(sys.stderr, quiet=options.quiet or options.json) as progress,
             contextlib.closing(
                 remote.round_trips(endpoint, peer, options.vector, options.seconds)
@@ -211,7 +211,7 @@ def _ping(options: argparse.Namespace) -> int:
 def _ask_for_echo(
     endpoint: Endpoint, options: argparse.Namespace, name: contextlib.ExitStack
 ) -> None:
-    """Say what is to be started at the other end; and tell it there, where there are names."""
+    """Say what is to be started at the other end; and show it there, where there are names."""
     vector = f" --vector {options.vector}" if options.vector else ""
     command = f"ivshmem bench --echo {endpoint.id}{vector}"
     print(f"no answer yet; this is peer {endpoint.id}: start there: {command}", file=sys.stderr)
@@ -230,19 +230,19 @@ def _echo(options: argparse.Namespace) -> int:
         stopped.append(True)
 
     with (
-        daemon.signals_held(),
+        signals.held(),
         _open(options) as endpoint,
-        daemon.ended_by_signals(stop),
+        signals.calling(stop),
     ):
         peer = _peer(endpoint, options.echo) if options.echo else None
         echo = Echo(endpoint, peer, options.vector, "auto" if options.spin else 0)
         if not options.quiet:
-            _tell_ready(endpoint, echo, options)
+            _say_ready(endpoint, echo, options)
         _answer(echo, options, lambda: bool(stopped))
     return 0
 
 
-def _tell_ready(endpoint: Endpoint, echo: Echo, options: argparse.Namespace) -> None:
+def _say_ready(endpoint: Endpoint, echo: Echo, options: argparse.Namespace) -> None:
     vector = f" --vector {options.vector}" if options.vector else ""
     whom = f"waiting for peer {echo.peer}" if echo.peer is not None else "waiting for a peer"
     command = f"ivshmem bench --peer {endpoint.id}{vector}"
@@ -268,15 +268,15 @@ def _answer(echo: Echo, options: argparse.Namespace, stopped: Callable[[], bool]
                 answered += done
                 left = None if left is None else left - done
             if echo.peer != whom:
-                _tell_answered(whom, answered, as_json=options.json)
+                _say_answered(whom, answered, as_json=options.json)
                 answered, whom = 0, echo.peer
     except NoSuchPeer:
         if not answered:
             raise
-    _tell_answered(whom, answered, as_json=options.json)
+    _say_answered(whom, answered, as_json=options.json)
 
 
-def _tell_answered(peer: int | None, answered: int, *, as_json: bool) -> None:
+def _say_answered(peer: int | None, answered: int, *, as_json: bool) -> None:
     if not answered:
         return
     if as_json:

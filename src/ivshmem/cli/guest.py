@@ -22,7 +22,7 @@ from ..peer import default_paths
 from ..protocol.limits import MAX_ID
 from ..system import sockets
 from ..text import counted
-from . import daemon, terminal
+from . import daemon, pid_file, signals, terminal
 from .log_writer import LogWriter, show, tell_peer
 from .run import guarded
 from .shell import Shell
@@ -150,9 +150,9 @@ def _ids(text: str) -> list[int]:
 def _opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
     """The device, which is given back whatever signal ends the block."""
     with (
-        daemon.signals_held(),
+        signals.held(),
         guest.open(options.address, access=options.access, memory=options.memory) as device,
-        daemon.ended_by_exceptions(),
+        signals.raised(),
     ):
         yield device
 
@@ -281,22 +281,22 @@ def _serve(options: argparse.Namespace) -> int:
 def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
     """Share the device until a signal says to end, and give it back."""
     with (
-        daemon.signals_held(for_good=True),
-        daemon.pid_file(options.pid_file),
-        LogWriter(sys.stderr, logging.INFO) as news,
+        signals.held(for_good=True),
+        pid_file.held(options.pid_file),
+        LogWriter(sys.stderr, logging.INFO) as writer,
         sockets.Listener(options.socket or default_paths.default_socket()) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,
             listener,
             peers=options.peers,
-            on_join=None if options.quiet else partial(tell_peer, news, "joined"),
-            on_leave=None if options.quiet else partial(tell_peer, news, "left"),
+            on_join=None if options.quiet else partial(tell_peer, writer, "joined"),
+            on_leave=None if options.quiet else partial(tell_peer, writer, "left"),
         ) as broker,
     ):
         show(_banner(broker, device))
         ready()
-        with daemon.ended_by_signals(broker.stop):
+        with signals.calling(broker.stop):
             broker.serve_forever()
     return 0
 

@@ -1,4 +1,7 @@
-"""`ivshmem migrate`: move VMs that share memory to other QEMUs, memory included."""
+"""`ivshmem migrate`: its options. What it does is in migrate_run.py, which needs asyncio.
+
+Two files, so that `--help` and wrong usage need not wait until asyncio is imported.
+"""
 
 from __future__ import annotations
 

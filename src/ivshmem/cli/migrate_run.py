@@ -1,4 +1,4 @@
-"""What `ivshmem migrate` does and shows."""
+"""`ivshmem migrate`: what it does and shows. Its options are in migrate.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..memory.sizes import format_size
 from ..migration import GroupMember, MigrationRefused, Options, Plan, Step, Vm, group_file
 from ..migration.inspection import Controls
 from ..text import counted, plain
-from . import daemon
+from . import signals
 from .progress import ProgressBar
 from .status_text import duration
 
@@ -25,12 +25,12 @@ def run(options: argparse.Namespace) -> int:
     vms, controls = _named(options)
     state = options.state or migration.default_path(vms)
     with ProgressBar(sys.stderr, quiet=options.quiet) as progress:
-        shown = _Shown(progress, sys.stderr.isatty())
+        display = ProgressLines(progress, sys.stderr.isatty())
         if options.put_back:
-            _interruptible(migration.put_back(state, tell=shown.step))
+            _interruptible(migration.put_back(state, tell=display.step))
             return 0
         if options.resume:
-            going = migration.resume(state, tell=shown.step, watch=shown.migrating)
+            going = migration.resume(state, tell=display.step, watch=display.migrating)
             _interruptible(going, lambda: _say_as_before(progress))
             return 0
         how = Options(
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
             return 0
         for note in plan.notes:
             print(plain(f"ivshmem: note: {note}"), file=sys.stderr)
-        shown.steps = len(plan.steps)
-        going = migration.migrate(plan, state=state, tell=shown.step, watch=shown.migrating)
+        display.steps = len(plan.steps)
+        going = migration.migrate(plan, state=state, tell=display.step, watch=display.migrating)
         _interruptible(going, lambda: _say_as_before(progress))
     return 0
 
@@ -86,7 +86,7 @@ def _interruptible(
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        for number in daemon.ENDING:
+        for number in signals.ENDING:
             loop.add_signal_handler(number, task.cancel)
         return await work
 
@@ -123,7 +123,7 @@ def _member(member: GroupMember, role: str) -> str:
     return f"  {member.vm}: {device.name} ({kind}) at {device.bus_name} {device.slot}: {role}"
 
 
-class _Shown:
+class ProgressLines:
     """Progress of a migration."""
 
     def __init__(self, progress: ProgressBar, terminal: bool) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..text import plain
-from . import daemon
+from . import signals
 from .log_writer import show
 from .tables import cut
 
@@ -104,7 +104,7 @@ def shown() -> Iterator[Screen]:
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         raise ValueError("this needs a terminal: `ivshmem status` prints the same once")
-    with daemon.signals_held(), contextlib.closing(Screen()) as screen:
+    with signals.held(), contextlib.closing(Screen()) as screen:
         before = [
             (number, signal.signal(number, handler))
             for number, handler in (
@@ -114,7 +114,7 @@ def shown() -> Iterator[Screen]:
         ]
         try:
             screen.enter()
-            with daemon.ended_by_exceptions():
+            with signals.raised():
                 yield screen
         finally:
             for number, handler in before:

@@ -1,7 +1,12 @@
 """`ivshmem serve`: its options, and which process does what.
 
-Knows: options. Does not know: how anything is served, which serve_process.py does; with
---supervise this process stays small, since only its children import that.
+    serve          this: the options
+    serve_process  the process that serves, from start to end
+    supervise      with --supervise: the small parent, whose children are such processes
+    daemon         with --daemon: a process that does either in the background
+
+Knows: options. Does not know: how anything is served. With --supervise this process stays small,
+because only its children import serve_process.py.
 """
 
 from __future__ import annotations
@@ -109,7 +114,7 @@ def _serve(options: argparse.Namespace, ready: daemon.Ready) -> int:
         from .supervise import supervise  # here: few servers have a supervisor
 
         return supervise(options, ready)
-    from .serve_process import planned_by, serve  # here: a supervisor stays small without it
+    from .serve_process import plan_of, serve  # here: a supervisor stays small without it
 
-    plan = planned_by(options)
+    plan = plan_of(options)
     return 0 if plan is None else serve(plan, ready)

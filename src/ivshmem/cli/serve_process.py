@@ -1,7 +1,12 @@
-"""What a process of `ivshmem serve` or `ivshmem-server` does that serves.
+"""The process of `ivshmem serve` or `ivshmem-server` that serves: what it does from start to end.
 
-Knows: all that is needed around a service: news, signals, a pid file, what went on before. Does not
-know: how options are written.
+    serve_process  this: plan, open, serve until a signal, close, or leave all to a successor
+    serve          the options, and which process does what
+    supervise      the small parent of such processes (--supervise)
+    daemon         how a process goes into the background
+
+Knows: all that surrounds a service: the log, signals, the pid file, what another process served
+before. Does not know: how options are written (serve.py, compat.py).
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from ..system import late_logging
 from ..system.named_tuple import NamedTuple
 from ..system.sockets import Listener
 from ..text import counted
-from . import daemon
+from . import daemon, pid_file, signals
 from .arguments import check_no_region, region_of
 from .log_writer import LogWriter, say_as, show, tell_peer
 from .run import one_line
@@ -42,14 +47,14 @@ if TYPE_CHECKING:
 
 _log = late_logging.log_of("ivshmem.serve")
 
-_FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # that are no peer's, about
+_FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # roughly, without those of peers
 _FEW_PEERS = 100
 
-_TRIES = 3  # children that may be killed before they serve, until that is taken for a failure
+_TRIES = 3  # children that are killed before they serve, until the start has failed
 
 
 def _check_restarts(options: argparse.Namespace, manager: Manager) -> None:
-    """Refuse what cannot be, or is one too many."""
+    """Refuse --fd-store without a service manager, and beside what that manager does itself."""
     if not options.fd_store:
         return
     for other in ("supervise", "takeover", "daemon"):
@@ -62,8 +67,8 @@ def _check_restarts(options: argparse.Namespace, manager: Manager) -> None:
         )
 
 
-def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig:
-    """A configuration with what the command line says of all regions."""
+def _configured(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig:
+    """A configuration with what the command line says about all regions."""
     given = {
         "control": None if options.control is None else os.path.abspath(options.control),
         "metrics": options.metrics,
@@ -72,8 +77,8 @@ def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig
     return found._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def planned_by(options: argparse.Namespace) -> ServePlan | None:
-    """What the options say; None: they asked only what that is, and it has been printed.
+def plan_of(options: argparse.Namespace) -> ServePlan | None:
+    """Return what the options say; None after --check, which has printed it.
 
     Raises:
         OSError, ValueError: nothing can be served that way.
@@ -83,8 +88,8 @@ def planned_by(options: argparse.Namespace) -> ServePlan | None:
     if options.config is not None:
         check_no_region(options)
         load = partial(_load, options)
-        going_on = options.fd_store and manager.journal is not None
-        plan = planned_again(load) if going_on else ServePlan(load(), load)
+        continues = options.fd_store and manager.journal is not None
+        plan = plan_of_successor(load) if continues else ServePlan(load(), load)
         if options.check:
             # Here: only --check needs these.
             from .banner import planned
@@ -98,7 +103,7 @@ def planned_by(options: argparse.Namespace) -> ServePlan | None:
         raise ValueError("--check says what is wrong in a file: give --config FILE, too")
     else:
         region = region_of(options, manager.only_path())
-        plan = ServePlan(_seen_as(ServiceConfig({"ivshmem": region}), options))
+        plan = ServePlan(_configured(ServiceConfig({"ivshmem": region}), options))
     return _completed(plan, options, manager)
 
 
@@ -117,17 +122,17 @@ def _completed(plan: ServePlan, options: argparse.Namespace, manager: Manager) -
 
 
 def _load(options: argparse.Namespace) -> ServiceConfig:
-    # Here, since no other process needs the parser of TOML.
+    # Here: only --config needs the parser of TOML.
     from ..service import config_file
 
-    return _seen_as(config_file.load(os.path.abspath(options.config)), options)
+    return _configured(config_file.load(os.path.abspath(options.config)), options)
 
 
 # -- serving --------------------------------------------------------------------------------------
 
 
 class ServePlan(NamedTuple):
-    """What is to be served, and how the process is to be."""
+    """What to serve, and how the process behaves."""
 
     config: ServiceConfig
     load: Callable[[], ServiceConfig] | None = None
@@ -144,8 +149,8 @@ class ServePlan(NamedTuple):
     notice: str = ""
 
 
-def planned_again(load: Callable[[], ServiceConfig]) -> ServePlan:
-    """The same; but nobody has asked for it, so what is served does not end if it is wrong."""
+def plan_of_successor(load: Callable[[], ServiceConfig]) -> ServePlan:
+    """Return the plan of a successor. It serves on even if the configuration is wrong by now."""
     try:
         return ServePlan(load(), load)
     except (OSError, ValueError) as error:
@@ -153,107 +158,124 @@ def planned_again(load: Callable[[], ServiceConfig]) -> ServePlan:
 
 
 def serve(plan: ServePlan, ready: Callable[[], None]) -> int:
-    """Open everything, serve it until a signal says to end, and leave nothing behind."""
+    """Open everything, serve it until a signal ends that, and leave nothing behind."""
     daemon.raise_fd_limit()
-    # Signals wait until there is something to stop, and again from the end on: what was made is
-    # removed, whenever they come.
-    with daemon.signals_held(for_good=True), plan.manager or Manager.from_environment() as manager:
-        past = None
+    # Signals are held back until there is something to stop, and again when the end has begun: so
+    # what was made is removed, whenever they come.
+    with signals.held(for_good=True), plan.manager or Manager.from_environment() as manager:
+        inherited = None
         if plan.takeover:
-            # Here: a server that begins anew listens before it imports this (test_imports.py).
+            # Here: a new server listens before it imports this (test_imports.py).
             from ..service.succession import Inheritance, take_over
 
             journal, _ = take_over(plan.config)
-            past = Inheritance(journal, "asked for", config=plan.config, partly=plan.load is None)
+            inherited = Inheritance(
+                journal, "asked for", config=plan.config, partly=plan.load is None
+            )
         with (
-            daemon.pid_file_of(
-                plan.pid_file, partial(say_as, plan.config.log_format), going_on=past is not None
+            pid_file.held_by_server(
+                plan.pid_file,
+                partial(say_as, plan.config.log_format),
+                is_successor=inherited is not None,
             ),
-            LogWriter(sys.stderr, plan.level, plan.config.log_format) as news,
+            LogWriter(sys.stderr, plan.level, plan.config.log_format) as writer,
         ):
             if plan.notice:
                 _log.error("%s", plan.notice)
             journal_kept = None
             if plan.fd_store:
-                journal_kept, past = manager.keep(plan.config)
-            return _serve(plan, manager, news, ready, journal=journal_kept, past=past)
+                journal_kept, inherited = manager.keep(plan.config)
+            return _serve(plan, manager, writer, ready, journal=journal_kept, inherited=inherited)
 
 
-def serve_kept(
-    options: argparse.Namespace, kept: Supervision, deaths: list[str], ready: Callable[[], None]
+def serve_supervised(
+    options: argparse.Namespace,
+    supervision: Supervision,
+    deaths: list[str],
+    ready: Callable[[], None],
 ) -> int:
-    """Do that in a child of a supervisor; go on where an earlier child was, if one was.
+    """Serve in a child of a supervisor; continue where an earlier child was, if there was one.
 
     Args:
-        deaths: what became of the earlier ones.
+        deaths: how the earlier children ended.
     """
-    # Here: a server that begins anew listens before it imports this (test_imports.py).
+    # Here: a new server listens before it imports this (test_imports.py).
     from ..service import snapshots
     from ..service.succession import past_of
 
-    if not (deaths and kept.announced):
-        return _serve_kept_first(options, kept, Journal(kept.fd), deaths, ready)
-    journal = Journal(kept.fd)
-    past = past_of(kept, journal)
+    if not (deaths and supervision.announced):
+        return _serve_first(options, supervision, Journal(supervision.fd), deaths, ready)
+    journal = Journal(supervision.fd)
+    inherited = past_of(supervision, journal)
     config = snapshots.read(journal).config
     load = None if options.config is None else partial(_load, options)
-    plan = ServePlan(config) if load is None else planned_again(load)
+    plan = ServePlan(config) if load is None else plan_of_successor(load)
     plan = _completed(plan._replace(config=config), options, Manager.of_successor())
-    return _serve_child(plan, kept, journal, past, deaths, ready)
+    return _serve_child(plan, supervision, journal, inherited, deaths, ready)
 
 
-def _serve_kept_first(
+def _serve_first(
     options: argparse.Namespace,
-    kept: Supervision,
+    supervision: Supervision,
     journal: Journal,
     deaths: list[str],
     ready: Callable[[], None],
 ) -> int:
-    """The same, where no child has opened all that is to be served."""
-    # Here: a server that begins anew listens before it imports this (test_imports.py).
+    """Serve where no earlier child has opened all regions."""
+    # Here: a new server listens before it imports this (test_imports.py).
     from ..service import snapshots
     from ..service.succession import Inheritance, past_of
 
-    past = past_of(kept, journal) if deaths else None
-    plan = planned_by(options)
+    inherited = past_of(supervision, journal) if deaths else None
+    plan = plan_of(options)
     assert plan is not None
-    if past is not None and not snapshots.read(journal).descriptors:
-        past = None
-    if past is not None:
-        # The regions that were not open yet.
-        past = past._replace(config=plan.config, partly=options.takeover and plan.load is None)
+    if inherited is not None and not snapshots.read(journal).descriptors:
+        inherited = None
+    if inherited is not None:
+        # With the regions that the earlier child had not opened yet.
+        inherited = inherited._replace(
+            config=plan.config, partly=options.takeover and plan.load is None
+        )
     elif options.takeover and not deaths:
-        past = Inheritance(journal, "asked for", config=plan.config, partly=plan.load is None)
+        inherited = Inheritance(journal, "asked for", config=plan.config, partly=plan.load is None)
     elif len(deaths) >= _TRIES:
         _remove_stale(plan.config)
         raise IvshmemError(
             f"{deaths[-1]}, and so did {len(deaths) - 1} before it, while they started: choose a"
             " smaller --size if memory is short"
         )
-    return _serve_child(plan, kept, journal, past, deaths, ready)
+    return _serve_child(plan, supervision, journal, inherited, deaths, ready)
 
 
 def _serve_child(
     plan: ServePlan,
-    kept: Supervision,
+    supervision: Supervision,
     journal: Journal,
-    past: Inheritance | None,
+    inherited: Inheritance | None,
     deaths: list[str],
     ready: Callable[[], None],
 ) -> int:
     with (
         plan.manager or Manager.of_successor() as manager,
-        LogWriter(sys.stderr, plan.level, plan.config.log_format) as news,
+        LogWriter(sys.stderr, plan.level, plan.config.log_format) as writer,
     ):
         if deaths:
             _log.error("%s: another goes on", deaths[-1])
         if plan.notice:
             _log.error("%s", plan.notice)
-        return _serve(plan, manager, news, ready, journal=journal, past=past, kept=kept)
+        return _serve(
+            plan,
+            manager,
+            writer,
+            ready,
+            journal=journal,
+            inherited=inherited,
+            supervision=supervision,
+        )
 
 
 def _remove_stale(config: ServiceConfig) -> None:
-    """Leave no socket where children were killed that had bound some."""
+    """Remove the sockets that killed children had bound."""
     from ..service import control_client  # here: only a start that failed needs it
 
     paths = [region.socket for region in config.regions.values()]
@@ -266,101 +288,104 @@ def _remove_stale(config: ServiceConfig) -> None:
 def _serve(
     plan: ServePlan,
     manager: Manager,
-    news: LogWriter,
+    writer: LogWriter,
     ready: Callable[[], None],
     *,
     journal: Journal | None,
-    past: Inheritance | None,
-    kept: Supervision | None = None,
+    inherited: Inheritance | None,
+    supervision: Supervision | None = None,
 ) -> int:
-    """Serve; `past`: what another process was serving."""
+    """Serve what the plan says, or continue with `inherited`, what another process served."""
     if manager.warning:
         _log.warning("%s", manager.warning)
-    given: list[socket.socket] = []
+    handed_over: list[socket.socket] = []
     with (
         Service(
             plan.config,
             listeners=manager.for_regions(plan.config),
-            on_join=None if plan.quiet else partial(_tell_peer, plan, news, "joined"),
-            on_leave=None if plan.quiet else partial(_tell_peer, plan, news, "left"),
+            on_join=None if plan.quiet else partial(_log_peer, plan, writer, "joined"),
+            on_leave=None if plan.quiet else partial(_log_peer, plan, writer, "left"),
             journal=journal,
             load=plan.load,
         ) as service,
-        _unharmed(plan, service, past, kept),
+        _left_to_next_on_error(plan, service, inherited, supervision),
     ):
-        if past is None:
+        if inherited is None:
             service.open()
-        # Somebody can connect from now on, and need not wait for the rest to be imported. (Where
-        # there is a past, its peers' descriptors can leave none to read modules by: import first.)
+        # Here: clients can connect from now on, and need not wait for these imports. (A successor
+        # imports first: its peers' descriptors can leave none to read modules by.)
         from ..service.observability import observable
         from ..service.succession import handing_over, replacing
         from .banner import banner
 
-        _tell_fd_limit(plan.config)
-        if past:
-            from ..service import snapshots  # here: a server that begins anew needs none
+        _log_fd_limit(plan.config)
+        if inherited:
+            from ..service import snapshots  # here: a new server needs none
 
-            expected = bool(snapshots.read(past.journal).descriptors)
-            past.go_on(service)
-            if past.journal is not journal:
-                past.journal.close()
-            if kept and not service.regions:
-                _log.warning("there is nothing to go on with")
-                return 1 if expected else 0  # else another process goes on, which asked for it
+            expected = bool(snapshots.read(inherited.journal).descriptors)
+            inherited.go_on(service)
+            if inherited.journal is not journal:
+                inherited.journal.close()
+            if supervision and not service.regions:
+                _log.warning("there is nothing to continue with: no region is left")
+                return 1 if expected else 0  # 0: another process has taken over
         with observable(
             service,
-            needed=past is None,
+            needed=inherited is None,
             controlled=plan.controlled,
             control_needed=plan.control_needed,
             peers=plan.metrics_peers,
             hosts=plan.metrics_hosts,
-            handlers={"takeover": handing_over(service, given)},
+            handlers={"takeover": handing_over(service, handed_over)},
         ):
-            if not (kept and kept.announced):
+            if not (supervision and supervision.announced):
                 try:
-                    show(banner(service, kept.parent if kept else os.getpid()))
+                    show(banner(service, supervision.parent if supervision else os.getpid()))
                 except OSError as error:
                     # The server serves also if stdout is a full disk or a terminal that is gone.
-                    if past is None:
+                    if inherited is None:
                         _log.warning(
                             "serving, but nothing can be shown: stdout: %s", one_line(error)
                         )
-            if kept:
-                kept.announce()
-                kept.reserve()
+            if supervision:
+                supervision.announce()
+                supervision.reserve()
             ready()
-            if past is None:
-                _tell_of_removed(service)
+            if inherited is None:
+                _warn_of_removed_names(service)
             with (
                 _reloading(service, plan, manager) as reload,
-                replacing(kept, service),
+                replacing(supervision, service),
                 keeping(manager, service),
                 telling(manager.notifier, service),
-                daemon.ended_by_signals(service.stop, reload),
+                signals.calling(service.stop, reload),
                 supervisor.left_to_another(partial(say_as, plan.config.log_format))
-                if kept
+                if supervision
                 else contextlib.nullcontext(),
             ):
                 service.run()
-        failed = not service.regions  # the last one, too: the log has said how
-        if given or plan.fd_store:
+        failed = not service.regions  # the last one has failed, too: the log says how
+        if handed_over or plan.fd_store:
             service.abandon()
-    for sock in given:
-        sock.close()  # by which the other knows that all is its own
+    for sock in handed_over:
+        sock.close()  # this tells the other process that it has taken over
     return 1 if failed else 0
 
 
 @contextlib.contextmanager
-def _unharmed(
-    plan: ServePlan, service: Service, past: Inheritance | None, kept: Supervision | None
+def _left_to_next_on_error(
+    plan: ServePlan,
+    service: Service,
+    inherited: Inheritance | None,
+    supervision: Supervision | None,
 ) -> Iterator[None]:
-    """If this process cannot go on where another was, leave all to the next one."""
-    if past is None:
+    """If this process cannot continue where another was, leave all to the next one."""
+    if inherited is None:
         yield
-    elif kept:
+    elif supervision:
         with supervisor.left_to_another(
             partial(say_as, plan.config.log_format)
-        ):  # what it has is the parent's, too
+        ):  # the parent has all descriptors, too
             yield
     else:
         try:
@@ -374,15 +399,15 @@ def _unharmed(
 def _reloading(
     service: Service, plan: ServePlan, manager: Manager
 ) -> Iterator[Callable[[], object] | None]:
-    """What SIGHUP is to do: read the file again, in the loop; None: what SIGTERM does."""
-    if plan.load is None or daemon.has_terminal():
+    """Yield what SIGHUP does: read the file again, in the loop; None: the same as SIGTERM."""
+    if plan.load is None or signals.has_terminal():
         yield None
         return
     wanted = descriptors.FdArray.eventfds(1)
 
     def act() -> None:
         wanted.drain(0)
-        if service.changing:  # this comes while another reload waits for memory
+        if service.changing:  # another reload is waiting for memory
             service.soon(act)
             return
         manager.notifier.reloading()
@@ -405,11 +430,12 @@ def _reloading(
         wanted.close()
 
 
-def _tell_of_removed(service: Service) -> None:
-    """Warn of names that were made now while other memory that had them is still shared.
+def _warn_of_removed_names(service: Service) -> None:
+    """Warn if a name is new while processes still share other memory that had it before.
 
     systemd's RemoveIPC= removes names at a logout, for instance, and the processes that share the
-    memory do not notice. It cannot get its name back: the kernel links no file that has lost all.
+    memory do not notice. That memory cannot get its name back: the kernel does not link a file
+    whose last name is gone.
     """
     for server in service.regions.values():
         if server.region.source != "posix" or not (path := server.region.path):
@@ -423,13 +449,13 @@ def _tell_of_removed(service: Service) -> None:
             )
 
 
-def _tell_peer(plan: ServePlan, news: LogWriter, verb: str, region: str, peer: Peer) -> None:
+def _log_peer(plan: ServePlan, writer: LogWriter, verb: str, region: str, peer: Peer) -> None:
     several = plan.load is not None or len(plan.config.regions) > 1  # or can become several
-    tell_peer(news, verb, peer, region if several else "")
+    tell_peer(writer, verb, peer, region if several else "")
 
 
-def _tell_fd_limit(config: ServiceConfig) -> None:
-    """Say for how many peers that is enough; as a warning if they are few."""
+def _log_fd_limit(config: ServiceConfig) -> None:
+    """Log for how many peers the limit of descriptors is enough; as a warning if they are few."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     vectors = max((region.vectors for region in config.regions.values()), default=1)
     free = max(limit - _FDS_OF_THE_SERVICE - _FDS_OF_A_REGION * len(config.regions), 0)

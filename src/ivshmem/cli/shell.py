@@ -102,7 +102,7 @@ class Shell(cmd.Cmd):
         known = (name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
         raise CommandError(f"no command {word!r}{suggestion(word, known) or ': help lists them'}")
 
-    def _tell(self, text: str, **values: Any) -> None:
+    def _print(self, text: str, **values: Any) -> None:
         print(json_module.dumps(values) if self.json else text, flush=True)
 
     # -- what happens ------------------------------------------------------------------------------
@@ -120,14 +120,14 @@ class Shell(cmd.Cmd):
 
     def _show_event(self, event: Event) -> None:
         if isinstance(event, PeerJoined):
-            self._tell(f"peer {event.peer} joined", event="joined", peer=event.peer)
+            self._print(f"peer {event.peer} joined", event="joined", peer=event.peer)
         elif isinstance(event, PeerLeft):
-            self._tell(f"peer {event.peer} left", event="left", peer=event.peer)
+            self._print(f"peer {event.peer} left", event="left", peer=event.peer)
         elif isinstance(event, ServerLost):
             text = f"{plain(event.reason)}; memory and doorbells continue to work"
-            self._tell(text, event="server lost", reason=plain(event.reason))
+            self._print(text, event="server lost", reason=plain(event.reason))
         elif isinstance(event, IdChanged):
-            self._tell(
+            self._print(
                 f"id {event.id}, which was {event.before}: the virtual machine was migrated",
                 event="id changed",
                 before=event.before,
@@ -138,7 +138,7 @@ class Shell(cmd.Cmd):
 
     def _show_interrupt(self, event: Interrupt) -> None:
         times = "" if event.rings == 1 else f" ({event.rings} times)"
-        self._tell(
+        self._print(
             f"interrupt on vector {event.vector}{times}",
             event="interrupt",
             vector=event.vector,
@@ -166,13 +166,13 @@ class Shell(cmd.Cmd):
             }
             for entry in entries
         ]
-        self._tell("\n".join(lines) or "nobody has published a name", names=values)
+        self._print("\n".join(lines) or "nobody has published a name", names=values)
 
     def do_publish(self, rest: str) -> None:
         """publish NAME [ROLE]: enter this peer into the directory, until the shell ends."""
         words = [*_words(rest, 2, "publish NAME [ROLE]", least=1), ""]
         entry = self._directory().publish(words[0], words[1])
-        self._tell(f"published {plain(entry.name)}", published=entry.name)
+        self._print(f"published {plain(entry.name)}", published=entry.name)
 
     def _directory(self) -> Directory:
         if self._names is None:
@@ -217,7 +217,7 @@ class Shell(cmd.Cmd):
         for peer, vector in doorbells:
             self.endpoint.ring(peer, vector)
             total += 1
-        self._tell(f"rang {counted(total, 'doorbell')}", rang=total)
+        self._print(f"rang {counted(total, 'doorbell')}", rang=total)
 
     def do_wait(self, rest: str) -> None:
         """wait [VECTOR|any [SECONDS]]: wait for an interrupt; fails when the time is over."""
@@ -242,10 +242,10 @@ class Shell(cmd.Cmd):
         if kind in _INTEGERS:
             form = struct.Struct(_INTEGERS[kind])
             (value,) = form.unpack(self._bytes(words[0], form.size))
-            self._tell(f"{value:#x} ({value})", value=value)
+            self._print(f"{value:#x} ({value})", value=value)
         else:
             data = self._bytes(words[0], parse_size(kind))
-            self._tell(data.hex(" "), hex=data.hex())
+            self._print(data.hex(" "), hex=data.hex())
 
     def do_write(self, rest: str) -> None:
         """write ADDRESS u8|u16|u32|u64|hex|text VALUE: store a number, bytes, or UTF-8 text."""
@@ -269,7 +269,7 @@ class Shell(cmd.Cmd):
             raise CommandError("the memory is mapped for reading only")
         with memoryview(self.endpoint.region) as memory:
             memory[start : start + len(data)] = data
-        self._tell(
+        self._print(
             f"wrote {counted(len(data), 'byte')} at {start:#x}", wrote=len(data), address=start
         )
 
@@ -281,13 +281,13 @@ class Shell(cmd.Cmd):
         start = parse_size(words[0])
         length = min(parse_size(words[1]), max(self.endpoint.region.size - start, 1))
         data = self._bytes(words[0], length)
-        self._tell("\n".join(_dumped(data, start)), address=start, hex=data.hex())
+        self._print("\n".join(_dumped(data, start)), address=start, hex=data.hex())
 
     def do_info(self, rest: str) -> None:
         """info: what the region is made of."""
         _words(rest, 0, "info")
         values = self.endpoint.region.info()._asdict()
-        self._tell("\n".join(plain(f"{key} {value}") for key, value in values.items()), **values)
+        self._print("\n".join(plain(f"{key} {value}") for key, value in values.items()), **values)
 
     def _range(self, address: str, length: int) -> int:
         start = parse_size(address)
@@ -357,7 +357,7 @@ class ClientShell(Shell):
             f"server {plain(client.path)}" + ("" if client.connected else " (lost)"),
         ]
         lines += [f"peer {peer}, {counted(self.vectors_of(peer), 'vector')}" for peer in peers]
-        self._tell(
+        self._print(
             "\n".join(lines),
             id=client.id,
             vectors=client.vectors,
@@ -372,7 +372,7 @@ class ClientShell(Shell):
         """peers: the ids of the other peers."""
         _words(rest, 0, "peers")
         peers = self.client.peers
-        self._tell(" ".join(map(str, peers)) or "nobody else is here", peers=peers)
+        self._print(" ".join(map(str, peers)) or "nobody else is here", peers=peers)
 
 
 def _split(line: str) -> Iterator[str]:

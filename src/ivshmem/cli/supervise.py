@@ -1,7 +1,7 @@
-"""`ivshmem serve --supervise`: the small process that a server's children have above them.
+"""`ivshmem serve --supervise`: the small parent of the processes that serve.
 
-Knows: what the children share beside descriptors. Does not know: how anything is served; this
-process imports nothing of that, so that it needs hardly more memory than the interpreter itself.
+Knows: what the children share besides descriptors. Does not know: how anything is served; this
+process imports nothing of that, so it needs hardly more memory than the interpreter itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from ..lasting import supervisor
 from ..lasting.supervised import Supervision
 from ..native import descriptors
-from . import daemon
+from . import daemon, pid_file, signals
 from .run import guarded
 
 TYPE_CHECKING = False
@@ -25,49 +25,55 @@ _ORPHANED = "the parent was gone"
 
 
 def supervise(options: argparse.Namespace, ready: Callable[[], None]) -> int:
-    """Let children serve as the options say, one after the other, until one ends by itself."""
+    """Start a child that serves as the options say, and the next one when it is killed.
+
+    Returns when a child ends by itself, with its exit status.
+    """
     daemon.raise_fd_limit()
     inherited = supervisor.inherited()
     fd, theirs = inherited or (os.memfd_create("ivshmem-journal"), set())
     known = set(supervisor.strays(theirs))
-    with daemon.signals_held(for_good=True):
+    with signals.held(for_good=True):
         if options.takeover and not inherited:
             status = _in_helper(lambda: guarded(_take_over, options, fd))
             if status:
                 return status
         taken = supervisor.strays(known)
-        tell = partial(_tell, options)
-        going_on = options.takeover or inherited is not None
-        with daemon.pid_file_of(options.pid_file, tell, going_on=going_on):
-            kept = Supervision(fd, set(supervisor.strays(taken)), heir=inherited is not None)
+        write_error = partial(_write_error, options)
+        continues = options.takeover or inherited is not None
+        with pid_file.held_by_server(options.pid_file, write_error, is_successor=continues):
+            supervision = Supervision(fd, set(supervisor.strays(taken)), heir=inherited is not None)
             return supervisor.supervise(
-                lambda deaths: guarded(_serve, options, kept, deaths, ready),
-                daemon.ENDING,
-                [_ORPHANED] if kept.heir else [],
+                lambda deaths: guarded(_serve, options, supervision, deaths, ready),
+                signals.ENDING,
+                [_ORPHANED] if supervision.heir else [],
             )
 
 
 def _serve(
-    options: argparse.Namespace, kept: Supervision, deaths: list[str], ready: Callable[[], None]
+    options: argparse.Namespace,
+    supervision: Supervision,
+    deaths: list[str],
+    ready: Callable[[], None],
 ) -> int:
-    """What each child does. Once there are peers, another child does what this one cannot."""
-    kept.release()
-    kept.become()
-    going_on = bool(deaths) and kept.announced
-    tell = partial(_tell, options)
-    with supervisor.left_to_another(tell) if going_on else contextlib.nullcontext():
-        from .serve_process import serve_kept  # here, in the child: the parent stays small
+    """Serve, as a child. Once there are peers, an error leaves all to the next child."""
+    supervision.release()
+    supervision.become()
+    continues = bool(deaths) and supervision.announced
+    write_error = partial(_write_error, options)
+    with supervisor.left_to_another(write_error) if continues else contextlib.nullcontext():
+        from .serve_process import serve_supervised  # here, in the child: the parent stays small
 
-        return serve_kept(options, kept, deaths, ready)
+        return serve_supervised(options, supervision, deaths, ready)
 
 
 def _take_over(options: argparse.Namespace, fd: int) -> int:
-    """Have the journal of what another server gives in the place of this one's."""
+    """Replace this supervisor's journal by that of the server that hands over."""
     # Here, in the helper process: the parent stays small.
     from ..service.succession import take_over
-    from .serve_process import planned_by
+    from .serve_process import plan_of
 
-    plan = planned_by(options)
+    plan = plan_of(options)
     assert plan is not None
     journal, _ = take_over(plan.config)
     os.dup2(journal.fileno(), fd, inheritable=False)
@@ -75,7 +81,7 @@ def _take_over(options: argparse.Namespace, fd: int) -> int:
 
 
 def _in_helper(run: Callable[[], int]) -> int:
-    """Call this in a child that shares the descriptors and brings its own memory; its status."""
+    """Call this in a child that shares our descriptors, not our memory; return its status."""
     child = descriptors.fork_sharing_files()
     if child == 0:
         status = 1
@@ -87,7 +93,7 @@ def _in_helper(run: Callable[[], int]) -> int:
     return daemon.status_of(status)
 
 
-def _tell(options: argparse.Namespace, text: str) -> None:
+def _write_error(options: argparse.Namespace, text: str) -> None:
     if options.log_format == "json":
         from .log_writer import say_as  # here: the parent stays small as long as it says nothing
 

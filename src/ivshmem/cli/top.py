@@ -30,7 +30,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SECONDS",
         type=interval,
         default=1.0,
-        help="between two looks, 0.1 to 3600 (default: %(default)g)",
+        help="between two poller, 0.1 to 3600 (default: %(default)g)",
     )
     parser.set_defaults(run=run)
 
@@ -48,8 +48,8 @@ def interval(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Show it until somebody has seen enough."""
-    with contextlib.closing(_Looks(options)) as looks:
-        lines = looks.first()
+    with contextlib.closing(StatusPoller(options)) as poller:
+        lines = poller.first()
         with contextlib.suppress(KeyboardInterrupt), screen.shown() as shown:
             due = time.monotonic() + options.interval
             while True:
@@ -57,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
                 if shown.key(max(due - time.monotonic(), 0)) in ("q", "Q"):
                     break
                 if time.monotonic() >= due:
-                    lines = looks.next()
+                    lines = poller.next()
                     due = time.monotonic() + options.interval
     return 0
 
 
-class _Looks:
+class StatusPoller:
     """Asks again and again, and compares each answer with the one before."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -74,18 +74,18 @@ class _Looks:
 
     def first(self) -> list[str]:
         """Raises what prevents it."""
-        return self._look()
+        return self._ask()
 
     def next(self) -> list[str]:
         """What prevents it stands before the last answer then."""
         try:
-            return self._look()
+            return self._ask()
         except (IvshmemError, OSError) as error:
             self.close()
             self._before = None
             return [f"no answer: {' '.join(str(error).split())}", *self._lines]
 
-    def _look(self) -> list[str]:
+    def _ask(self) -> list[str]:
         if self._client is None:
             self._client = control_connection.connect(self._options, _SECONDS)
         status = self._client.ask({"do": "status"})

@@ -17,7 +17,7 @@ from checks import in_child  # type: ignore[import-not-found]
 import ivshmem
 from ivshmem import Region
 from ivshmem import config as ivshmem_config
-from ivshmem.cli import daemon
+from ivshmem.cli import pid_file
 from ivshmem.config import RegionConfig
 from ivshmem.migration import Options, Plan, Step, Vm
 from ivshmem.migration.state_file import StateFile
@@ -62,7 +62,7 @@ def refused(*words: str) -> Iterator[None]:
 
 
 def with_pid_file(path: Path) -> None:
-    with daemon.pid_file(str(path)):
+    with pid_file.held(str(path)):
         pass
 
 

@@ -16,7 +16,7 @@ from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..peer.client import connect
 from ..text import plain
-from . import daemon
+from . import signals
 from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of
 from .progress import ProgressBar
 
@@ -88,13 +88,13 @@ def _region(options: argparse.Namespace, *, readonly: bool) -> Iterator[Region]:
 
 
 @contextlib.contextmanager
-def _shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int], None]]:
+def _with_progress(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int], None]]:
     """Shows progress, and lets signals end the work between two steps of it."""
     quiet = options.quiet or not sys.stderr.isatty()
     with (
         ProgressBar(sys.stderr, quiet=quiet) as progress,
-        daemon.signals_held(),
-        daemon.ended_at_steps() as step,
+        signals.held(),
+        signals.raised_at_steps() as step,
     ):
 
         def show(done: int, total: int) -> None:
@@ -106,7 +106,7 @@ def _shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, in
 
 def run_save(options: argparse.Namespace) -> int:
     """Save a region."""
-    with _region(options, readonly=True) as region, _shown(options, "saving") as show:
+    with _region(options, readonly=True) as region, _with_progress(options, "saving") as show:
         info = image.save(
             region,
             options.path,
@@ -123,11 +123,11 @@ def run_load(options: argparse.Namespace) -> int:
     accept = options.accept_owner or ()
     _find(options.path)
     if options.check:
-        with _shown(options, "checking") as show:
+        with _with_progress(options, "checking") as show:
             info = image.check(options.path, progress=show, accept_owner=accept)
         _print(options.path, info, "; the file is whole, and nothing was loaded")
     else:
-        with _region(options, readonly=False) as region, _shown(options, "loading") as show:
+        with _region(options, readonly=False) as region, _with_progress(options, "loading") as show:
             info = image.load(options.path, region, progress=show, accept_owner=accept)
         _print(options.path, info)
     return 0
