@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -30,10 +31,13 @@ exclude_patterns = ["conf.py"]
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 3
 highlight_language = "text"  # of blocks that name none
+python_use_unqualified_type_names = True
 default_role = "code"  # docstrings have `names` in single backticks
 nitpicky = False
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"ivshmem {release}"
 html_copy_source = False
 html_show_sphinx = False
@@ -45,6 +49,18 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 suppress_warnings = ["ref.python"]  # several classes have an attribute `vectors`
+
+
+HOME = Path(__file__).parents[1]
+# Pages that stand elsewhere in the repository, and where they are here.
+PLACES = {
+    HOME / "README.md": HOME / "docs/index.md",
+    HOME / "ARCHITECTURE.md": HOME / "docs/explanation/architecture.md",
+    HOME / "SECURITY.md": HOME / "docs/explanation/security.md",
+    HOME / "bench/README.md": HOME / "docs/explanation/measurements.md",
+    HOME / "CONTRIBUTING.md": HOME / "docs/contributing.md",
+    HOME / "CHANGELOG.md": HOME / "docs/changelog.md",
+}
 
 
 class HelpOf(Directive):
@@ -70,6 +86,26 @@ class HelpOf(Directive):
         block = nodes.literal_block(text, text)
         block["language"] = "text"
         return [block]
+
+
+def _take_in(app: Sphinx, name: str, source: list[str]) -> None:
+    """Put the file that a page includes in its place, its links as seen from there.
+
+    The directive `include` of MyST leaves links between such files as they are.
+    """
+    folder = (HOME / "docs" / name).parent
+
+    def text_of(match: re.Match[str]) -> str:
+        file = (folder / match[1]).resolve()
+        app.env.note_dependency(str(file), docname=name)
+
+        def link_of(link: re.Match[str]) -> str:
+            target = (file.parent / link[1]).resolve()
+            return f"]({os.path.relpath(PLACES.get(target, target), folder)}{link[2]})"
+
+        return re.sub(r"\]\(([^)#\s:]+)((?:#[^)]*)?)\)", link_of, file.read_text())
+
+    source[0] = re.sub(r"^```{include} (\S+)\n```$", text_of, source[0], flags=re.MULTILINE)
 
 
 def _named_as_known(*arguments: Any) -> None:
@@ -108,12 +144,17 @@ def _as_rst(*arguments: Any) -> None:
     literal = table = False
     for line in lines:
         indent = len(line) - len(line.lstrip())
-        row = re.match(r"\s*\|.*\|\s*$", line) is not None
-        if row and not table:
-            result += ["", "::", ""]
-        table = row
+        row = re.fullmatch(r"\s*\|(.*)\|\s*", line)
+        if row:
+            if not table:
+                result += ["", ".. list-table::", "    :header-rows: 1", ""]
+            cells = [cell.strip() for cell in row[1].split(" | ")]
+            if cells[0].strip("-|"):  # else it is the line below the head
+                result += [f"    {'  ' if n else '* '}- {cell}" for n, cell in enumerate(cells)]
+        elif table and line.strip():
+            result.append("")
+        table = row is not None
         if table:
-            result.append(f"    {line}")
             continue
         # An indented block after an empty line is an example.
         if indent >= 4 and result and not result[-1].strip() and not literal and _is_text(result):
@@ -133,5 +174,6 @@ def _is_text(before: list[str]) -> bool:
 
 def setup(app: Sphinx) -> None:
     app.add_directive("help-of", HelpOf)
+    app.connect("source-read", _take_in)
     app.connect("autodoc-process-docstring", _named_as_known, priority=100)
     app.connect("autodoc-process-docstring", _as_rst, priority=900)  # after napoleon

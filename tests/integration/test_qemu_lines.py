@@ -272,7 +272,7 @@ def test_hot_plug_as_documented(sockets_of_two: tuple[str, str]) -> None:
     (port,) = re.findall(r"`(-device pcie-root-port[^`]*)`", document)
     orders = [
         '{"execute": "qmp_capabilities"}',
-        *lines.replace("/run/frames.sock", sockets_of_two[0]).splitlines(),
+        lines.replace("/run/frames.sock", sockets_of_two[0]),
         '{"execute": "quit"}',
     ]
     line = START.replace("-monitor stdio", "-qmp stdio")
@@ -280,4 +280,4 @@ def test_hot_plug_as_documented(sockets_of_two: tuple[str, str]) -> None:
     answers = [
         answer for answer in map(json.loads, said) if "return" in answer or "error" in answer
     ]
-    assert [answer.get("error") for answer in answers] == [None] * len(orders)
+    assert [answer.get("error") for answer in answers] == [None] * 4  # two stand in the page
