@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+HOME = Path(__file__).parents[2]
 DISTRIBUTION = importlib.metadata.distribution("ivshmem")
 
 
@@ -31,6 +34,40 @@ def test_the_units_of_the_wheel() -> None:
     for name in ("ivshmem.service", "ivshmem@.service", "ivshmem@.socket"):
         assert "[Install]" in (prefix / "lib/systemd/system" / name).read_text()
     assert (prefix / "lib/sysusers.d/ivshmem.conf").read_text().splitlines()[-1].startswith("u ")
+
+
+def test_the_files_of_the_sdist(tmp_path: Path) -> None:
+    """All that git has: so `make test` works from an sdist, too."""
+    if not (HOME / ".git").exists():
+        pytest.skip("this is an sdist: git, which knows what belongs to it, is not here")
+    listed = subprocess.check_output(["git", "ls-files"], cwd=HOME, text=True, timeout=60)
+    tracked = {name for name in listed.splitlines() if (HOME / name).is_file()}
+    copy = tmp_path / "copy"
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HOME / name, copy / name)
+    (copy / "src/ivshmem/left_over.so").touch()  # of a build in place
+    code = """if True:
+        import sys
+        sys.modules["Cython.Build"] = None  # it would generate all C files afresh
+        from setuptools import build_meta
+        build_meta.build_sdist(sys.argv[1])
+        """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=120)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        files = {member.name.partition("/")[2] for member in tar if member.isfile()}
+    made = {name for name in files if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert files - made == tracked
+
+
+def test_generated_files_are_marked() -> None:
+    """Diffs, statistics and reviews leave them out."""
+    attributes = (HOME / ".gitattributes").read_text().split()
+    assert attributes == ["src/ivshmem/**/*.c", "linguist-generated=true", "-diff"]
+    for path in (HOME / "src").rglob("*.c"):
+        assert path.with_suffix(".pyx").exists(), path
 
 
 def test_nothing_is_needed_at_run_time() -> None:
