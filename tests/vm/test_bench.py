@@ -108,6 +108,7 @@ def test_host_and_guest(guest: MakeGuest, server: ivshmem.Server) -> None:
     assert "peer 9 did not answer for 0.5 seconds" in errors_there[0]
 
 
+@pytest.mark.nightly
 def test_by_name(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client) -> None:
     """Where there is a directory of names, the guest's end finds out by itself whom to answer."""
     with ivshmem.Directory.create(host):

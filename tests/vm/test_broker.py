@@ -112,6 +112,7 @@ def test_names_lead_from_guest_to_host(
         assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_an_unplugged_device_ends_the_broker(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:

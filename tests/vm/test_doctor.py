@@ -177,6 +177,7 @@ def plain(tmp_path: Path) -> Iterator[list[str]]:
 
 
 class TestWell:
+    @pytest.mark.nightly
     def test_exit_status_output_and_nothing_changed(
         self, guest: MakeGuest, doorbell: list[str]
     ) -> None:
@@ -221,6 +222,7 @@ class TestWell:
 class TestFixed:
     """By commands in the guest."""
 
+    @pytest.mark.nightly
     def test_decoding_and_bus_master(self, guest: MakeGuest, doorbell: list[str]) -> None:
         a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
         clear = f"printf '\\001' | dd of={a.path}/config bs=1 seek=4 conv=notrunc status=none"
@@ -331,6 +333,7 @@ class TestFixed:
         assert found[1]["vfio"].found == "not loaded yet: opening the device does it"
         assert found[1]["opening"].state == "failed"  # this modprobe loads nothing
 
+    @pytest.mark.nightly
     def test_group(self, guest: MakeGuest, doorbell: list[str]) -> None:
         bridge = ["-device", "pcie-pci-bridge,id=bridge"]
         mates = ["-device", "virtio-rng-pci,bus=bridge", "-device", "virtio-rng-pci,bus=bridge"]
@@ -363,6 +366,7 @@ class TestHost:
 class TestFixedByQemu:
     """By options that QEMU gets instead, or the guest's kernel."""
 
+    @pytest.mark.nightly
     def test_no_device(self, guest: MakeGuest, server: ivshmem.Server) -> None:
         a = Patient(guest(PROGRAM))
         status, answer = a.call("doctor", "--guest")
@@ -406,6 +410,7 @@ class TestFixedByQemu:
         c = Patient(guest(PROGRAM, args=[*doorbell, *options], modules=["vfio"], kernel_args=on))
         assert c.doctor()["self-interrupt"].found == SELF
 
+    @pytest.mark.nightly
     @pytest.mark.parametrize(
         ("parameter", "name"), [("intel_iommu", "IOMMU"), ("intremap", "interrupt remapping")]
     )
@@ -425,6 +430,7 @@ class TestFixedByQemu:
             f"{parameter}=on",
         ]
 
+    @pytest.mark.nightly
     def test_lockdown(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
         kernel_args = ["lockdown=integrity"]
         vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, kernel_args=kernel_args)
@@ -449,6 +455,7 @@ class TestFixedByQemu:
                 for patient in (a, c):
                     patient.sh("mount -t securityfs none /sys/kernel/security")
 
+    @pytest.mark.nightly
     def test_a_server_with_fewer_vectors(
         self, guest: MakeGuest, server: ivshmem.Server, tmp_path: Path
     ) -> None:

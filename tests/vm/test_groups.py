@@ -1,5 +1,7 @@
 """Two devices in one IOMMU group, as libvirt places them: both on one bridge."""
 
+import pytest
+
 import ivshmem
 from ivshmem.qemu import cmdline
 
@@ -7,6 +9,7 @@ from .harness import MakeGuest
 from .host import SLOW
 
 
+@pytest.mark.nightly
 def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
     """One process has both; another is told which one is in the way, and how to place them."""
     doorbells = []
@@ -82,6 +85,7 @@ def test_two_on_one_bridge(guest: MakeGuest, server: ivshmem.Server) -> None:
     assert a.wait(SLOW) == 0
 
 
+@pytest.mark.nightly
 def test_what_is_printed_keeps_them_apart(guest: MakeGuest, server: ivshmem.Server) -> None:
     """QEMU places devices without an address so that each has a group of its own."""
     arguments = [w for n in range(2) for w in cmdline.doorbell(server.path, 4, ident=f"c{n}")]

@@ -32,6 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 
 class TestVfio:
+    @pytest.mark.nightly
     def test_memory_and_every_vector_both_ways(
         self, guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
     ) -> None:
@@ -109,6 +110,7 @@ class TestVfio:
             assert bytes(memory[-6:]) == b"guest!"
         assert a.wait() == 0
 
+    @pytest.mark.nightly
     def test_the_device_is_given_back_as_it_was(
         self, guest: MakeGuest, server: ivshmem.Server
     ) -> None:
@@ -244,6 +246,7 @@ class TestVfio:
             assert rings <= total
         assert a.wait() == 0
 
+    @pytest.mark.nightly
     def test_a_register_bar_in_the_middle_of_a_page(
         self, guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
     ) -> None:
@@ -352,6 +355,7 @@ class TestSysfs:
         assert a.wait() == 0
         assert host.wait(timeout=0) is None
 
+    @pytest.mark.nightly
     def test_beside_vfio_and_where_vfio_cannot_be_used(
         self, guest: MakeGuest, server: ivshmem.Server
     ) -> None:
@@ -393,6 +397,7 @@ class TestSysfs:
         )
         assert a.wait() == 0
 
+    @pytest.mark.nightly
     def test_a_register_bar_in_the_middle_of_a_page(
         self, guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
     ) -> None:
@@ -457,6 +462,7 @@ def check_shared_page(guest: Guest, host: ivshmem.Client) -> None:
 # -- plain devices, and several -------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("iommu", [False, True], ids=["pc", "q35"])
 def test_plain_device(guest: MakeGuest, file: Path, iommu: bool) -> None:
     """Memory, and of all else a clear word; by way of vfio, too."""
@@ -516,6 +522,7 @@ def test_plain_device(guest: MakeGuest, file: Path, iommu: bool) -> None:
         assert memory.read(1) == bytes([4 if iommu else 1])
 
 
+@pytest.mark.nightly
 def test_several_devices(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, file: Path
 ) -> None:
@@ -566,6 +573,7 @@ def test_several_devices(
     assert [host.wait(vector, 0) for vector in range(4)] == [1, 0, 0, 1]
 
 
+@pytest.mark.nightly
 def test_two_guests_find_each_other_by_the_memory(guest: MakeGuest, server: ivshmem.Server) -> None:
     """No host process is a peer: they exchange a thousand doorbells among themselves."""
     program = """

@@ -10,6 +10,7 @@ from .host import SLOW, doorbell
 pytestmark = pytest.mark.timeout(2 * SLOW)
 
 
+@pytest.mark.nightly
 def test_each_is_typed(guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client) -> None:
     """A kernel without PAT, sysfs mounted read-only, a full table of asynchronous I/O, a user."""
     a = guest(

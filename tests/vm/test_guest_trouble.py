@@ -7,6 +7,8 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
+import pytest
+
 import ivshmem
 from ivshmem.qemu import cmdline
 
@@ -14,6 +16,7 @@ from .harness import MakeGuest
 from .host import SLOW, doorbell
 
 
+@pytest.mark.nightly
 def test_other_processes_and_live_views(guest: MakeGuest, server: ivshmem.Server) -> None:
     """One that has it open, forks that live on, one that is killed; and memory in use at close."""
     a = guest(
@@ -129,6 +132,7 @@ def test_other_processes_and_live_views(guest: MakeGuest, server: ivshmem.Server
     assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_users_who_are_not_root(guest: MakeGuest, server: ivshmem.Server) -> None:
     """They are told what they lack; and who was given the device by its owner can use it."""
     a = guest(
@@ -203,6 +207,7 @@ def test_users_who_are_not_root(guest: MakeGuest, server: ivshmem.Server) -> Non
     assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_lockdown(guest: MakeGuest, server: ivshmem.Server, tmp_path: Path) -> None:
     """As with Secure Boot: sysfs is closed to root, too, and vfio serves both kinds of device."""
     path = tmp_path / "memory"
@@ -260,6 +265,7 @@ def test_lockdown(guest: MakeGuest, server: ivshmem.Server, tmp_path: Path) -> N
     assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_a_bare_guest(guest: MakeGuest, server: ivshmem.Server, tmp_path: Path) -> None:
     """Python's own library and the files of the package are enough."""
     package = Path(ivshmem.__file__).parent

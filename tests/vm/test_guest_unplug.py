@@ -15,6 +15,7 @@ from .host import TIMEOUT, pluggable
 pytestmark = pytest.mark.qemu
 
 
+@pytest.mark.nightly
 def test_unplugged_while_waiting(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:

@@ -48,6 +48,7 @@ class TestProgram:
         assert a.lines == ["hello, world it's me", "bye"]
         assert gone(a.pid, 0)
 
+    @pytest.mark.nightly
     def test_has_our_python_and_environment(self, guest: MakeGuest, tmp_path: Path) -> None:
         (tmp_path / "ours.py").write_text("answer = 42")
         program = tmp_path / "program.py"
@@ -58,6 +59,7 @@ class TestProgram:
         assert a.expect("42") == f"42 {sys.prefix} blue"
         assert a.wait() == 0
 
+    @pytest.mark.nightly
     def test_writes_stay_in_the_guest(self, guest: MakeGuest, tmp_path: Path) -> None:
         a = guest(
             f"""
@@ -73,6 +75,7 @@ class TestProgram:
         assert not list(tmp_path.iterdir())
         assert not Path("/dev/shm/ivshmem-written-in-a-guest").exists()
 
+    @pytest.mark.nightly
     def test_moves_much_without_loss(self, guest: MakeGuest) -> None:
         a = guest("for line in range(20_000): print(line, 'x' * 50)\ninput()\nprint('done')")
         a.send("go")
@@ -81,6 +84,7 @@ class TestProgram:
             str(number) for number in range(20_000)
         ]
 
+    @pytest.mark.nightly
     def test_traceback_is_in_the_failure(self, guest: MakeGuest) -> None:
         a = guest("print('before')\nraise LookupError('the dog ate it')")
         with pytest.raises(GuestError) as failure:
@@ -91,9 +95,11 @@ class TestProgram:
         assert "before" in str(failure.value)
         assert a.wait() == 1
 
+    @pytest.mark.nightly
     def test_killed_by_a_signal(self, guest: MakeGuest) -> None:
         assert guest("import os; os.kill(os.getpid(), 15)").wait() == 128 + signal.SIGTERM
 
+    @pytest.mark.nightly
     def test_silence_times_out_with_the_console(self, guest: MakeGuest) -> None:
         a = guest(
             """
@@ -114,6 +120,7 @@ class TestProgram:
 
 
 class TestLife:
+    @pytest.mark.nightly
     def test_two_at_once(self, guest: MakeGuest) -> None:
         a, b = guest("print('A')", name="a"), guest("print('B')", name="b")
         assert (b.expect("B"), a.expect("A")) == ("B", "A")
@@ -166,6 +173,7 @@ class TestLife:
             assert gone(int(pid), 10)
         shutil.rmtree(folder)  # killed like this, the run could not do it
 
+    @pytest.mark.nightly
     def test_outlives_the_thread_that_started_it(self, guest: MakeGuest) -> None:
         guests: list[Guest] = []
         thread = threading.Thread(target=lambda: guests.append(guest("print(input())")))
@@ -175,6 +183,7 @@ class TestLife:
         guests[0].expect("still here")
         assert guests[0].wait() == 0
 
+    @pytest.mark.nightly
     def test_qmp(self, guest: MakeGuest) -> None:
         a = guest("input()")
         assert a.qmp("query-status")["status"] == "running"

@@ -67,6 +67,7 @@ def until_peers(server: ivshmem.Server, count: int) -> list[int]:
     return [peer.id for peer in server.peers]
 
 
+@pytest.mark.nightly
 def test_fifty_cycles(guest: MakeGuest, server: ivshmem.Server) -> None:
     server.hold_leaves(True)
     guests = two(guest, server)
@@ -89,6 +90,7 @@ def test_fifty_cycles(guest: MakeGuest, server: ivshmem.Server) -> None:
         assert each.wait() == 0
 
 
+@pytest.mark.nightly
 def test_without_holding(guest: MakeGuest, server: ivshmem.Server) -> None:
     """It is QEMU's fault, and still there: when this fails, the reason to hold leaves is gone."""
     one, other = two(guest, server)

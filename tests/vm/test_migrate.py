@@ -5,8 +5,8 @@ does for us in its own way (migrate by socket, file and several connections, pos
 unplug, and what it says when the other end is gone). The others test our own order and bookkeeping.
 
 A run that is killed or cancelled goes through the same code for both kinds of device, except where
-one is unplugged and plugged back. By default each moment is tried with the doorbell kind, and the
-first and the last one with the other, which are those; `make nightly` tries all.
+one is unplugged and plugged back. By default the first and the last moment are tried, which are
+those; `make nightly` tries all.
 """
 
 from __future__ import annotations
@@ -551,7 +551,12 @@ def pair(make: MakeGroup, kind: str) -> Group:
 
 
 # Commands that change something.
-FILE_MOMENTS = [("migrate", 1), ("migrate-incoming", 1), ("migrate", 2), ("migrate-incoming", 2)]
+FILE_MOMENTS = [
+    pytest.param("migrate", 1, marks=pytest.mark.nightly),
+    pytest.param("migrate-incoming", 1, marks=pytest.mark.nightly),
+    pytest.param("migrate", 2, marks=pytest.mark.nightly),
+    ("migrate-incoming", 2),
+]
 MOMENTS = {
     "plain": [
         *(("device_del", 1), ("object-del", 1), ("migrate-incoming", 1), ("migrate", 1)),
@@ -566,15 +571,15 @@ BEFORE_IT_ARRIVES = slice(4)
 
 
 def each_moment(which: slice = slice(None)) -> list[Any]:
-    """Each with the doorbell kind; the newest QEMU tries those in which it migrates."""
+    """The first and the last one, and all by night; the newest QEMU tries one amid a migration."""
     found = []
     for kind, moments in MOMENTS.items():
         chosen = moments[which]
         for moment in chosen:
             marks: list[pytest.MarkDecorator] = []
-            if kind == "plain" and moment not in (chosen[0], chosen[-1]):
+            if moment not in (chosen[0], chosen[-1]):
                 marks.append(pytest.mark.nightly)
-            if kind == "doorbell" and moment[0] == "migrate":
+            if kind == "doorbell" and moment == ("migrate", 1):
                 marks.append(pytest.mark.qemu)
             found.append(pytest.param(kind, *moment, marks=marks))
     return found

@@ -52,6 +52,7 @@ def device(kind: str, where: str, options: str = "") -> list[str]:
 
 
 # Each kind, each way, huge pages on each side (0, 1) or on none (-1).
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "uri", "huge", "options"),
     [

@@ -4,6 +4,8 @@ fs.protected_symlinks, protected_hardlinks, protected_regular and protected_fifo
 whole machine, so this one is a guest.
 """
 
+import pytest
+
 from .harness import MakeGuest
 
 SETTINGS = (
@@ -16,6 +18,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.nightly
 def test_other_users(guest: MakeGuest) -> None:
     a = guest(
         f"""

@@ -35,6 +35,7 @@ class TestPlainDevice:
             print(device.memory[-4:].decode())
         """
 
+    @pytest.mark.nightly
     def test_bytes_both_ways(self, guest: MakeGuest, region: Path) -> None:
         a = guest(
             self.PROGRAM,
@@ -52,6 +53,7 @@ class TestPlainDevice:
         a.expect("host")
         assert a.wait() == 0
 
+    @pytest.mark.nightly
     @pytest.mark.parametrize("iommu", [False, True], ids=["pc", "q35"])
     def test_memory_by_fd_and_hotplug(self, guest: MakeGuest, iommu: bool) -> None:
         fd = os.memfd_create("region")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ivshmem
 
 from .harness import MakeGuest
@@ -36,6 +38,7 @@ def write(file: Path, **regions: str) -> None:
     file.write_text("".join(tables))
 
 
+@pytest.mark.nightly
 def test_two_regions_in_a_guest_and_reloads(guest: MakeGuest, tmp_path: Path) -> None:
     file = tmp_path / "ivshmem.toml"
     db, log = 'size = "1M"\nvectors = 3', 'size = "64K"'

@@ -45,6 +45,7 @@ def hugetlbfs(huge_pages: None) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.nightly
 def test_host_and_guest_ring_each_other(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, events: Events
 ) -> None:
@@ -114,6 +115,7 @@ def test_two_guests_ring_each_other_while_the_host_watches(
     until(host, ivshmem.PeerLeft(ids[1]))
 
 
+@pytest.mark.nightly
 def test_a_guest_reads_the_id_that_the_server_gave(
     guest: MakeGuest, server: ivshmem.Server, events: Events
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_guest_reads_the_id_that_the_server_gave(
         assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_guests_that_come_and_go_do_no_harm_to_one_that_stays(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:
@@ -169,6 +172,7 @@ def test_guests_that_come_and_go_do_no_harm_to_one_that_stays(
     assert stays.wait() == 0
 
 
+@pytest.mark.nightly
 def test_memory_and_doorbells_outlive_the_server(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
 ) -> None:
@@ -185,6 +189,7 @@ def test_memory_and_doorbells_outlive_the_server(
     assert a.wait() == 0
 
 
+@pytest.mark.nightly
 def test_plain_device_on_a_file(guest: MakeGuest, tmp_path: Path) -> None:
     path = tmp_path / "memory"
     with ivshmem.Region.create("1M", path=path) as region, memoryview(region) as memory:
@@ -220,6 +225,7 @@ HUGE = """
 """
 
 
+@pytest.mark.nightly
 def test_huge_pages_from_a_memfd_by_the_server(
     guest: MakeGuest, tmp_path: Path, huge_pages: None
 ) -> None:
@@ -236,6 +242,7 @@ def test_huge_pages_from_a_memfd_by_the_server(
         assert region.info().huge == region.info().resident == 4 << 20  # its first and last page
 
 
+@pytest.mark.nightly
 def test_huge_pages_from_a_mount_by_qemu(guest: MakeGuest, tmp_path: Path, hugetlbfs: Path) -> None:
     path = hugetlbfs / "region"
     with ivshmem.Region.create("8M", path=path) as region, memoryview(region) as memory:

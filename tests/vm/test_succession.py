@@ -151,7 +151,7 @@ class Visitors:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.nightly)])
 def test_killed_every_second(guest: MakeGuest, supervised: Supervised, seconds: int) -> None:
     arguments = cmdline.doorbell(str(supervised.path), VECTORS)
     with ivshmem.connect(supervised.path) as host, memoryview(host.region) as memory:

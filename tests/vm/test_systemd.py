@@ -129,6 +129,7 @@ SERVICE = """
 """
 
 
+@pytest.mark.nightly
 def test_units(guest: MakeGuest) -> None:
     if shutil.which("/lib/systemd/systemd") is None:
         reason = "needs systemd: apt-get install systemd"

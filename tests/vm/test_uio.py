@@ -91,6 +91,7 @@ def test_memory_and_interrupts(
     assert a.wait(SLOW) == 0
 
 
+@pytest.mark.nightly
 def test_nobody_takes_the_driver_away(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, driver: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_nobody_takes_the_driver_away(
     assert a.wait(SLOW) == 0
 
 
+@pytest.mark.nightly
 def test_sharing_it(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, driver: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_sharing_it(
     assert b.wait(SLOW) == 0
 
 
+@pytest.mark.nightly
 def test_a_driver_that_is_unbound(
     guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, driver: Path
 ) -> None:
@@ -252,6 +255,7 @@ else:
 )
 
 
+@pytest.mark.nightly
 def test_registers_inside_a_page(guest: MakeGuest, server: ivshmem.Server, driver: Path) -> None:
     """UIO maps whole pages, and two functions that are plugged in share one; the remedy helps."""
     remedy = "pci=resource_alignment=12@pci:1af4:1110"
