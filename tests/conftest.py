@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -34,6 +35,10 @@ for _name in [name for name in os.environ if name.startswith("PYTHON")]:
     if _name not in ("PYTHONMALLOC", "PYTHONPATH"):
         del os.environ[_name]
 
+# What CI may skip: what this Python, or this QEMU, cannot do, and a picture. Every other skip hides a
+# failure there: no huge pages, no right to mount, no compiler.
+_MAY_BE_SKIPPED = re.compile(r"in Python (before )?3\.|QEMU \d+|matplotlib|this is an sdist")
+
 _FAILED = pytest.StashKey[bool]()
 _numbers = itertools.count()
 
@@ -49,6 +54,11 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.skipped and "CI" in os.environ and isinstance(report.longrepr, tuple):
+        file, line, reason = report.longrepr
+        if not _MAY_BE_SKIPPED.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{file}:{line}: in CI a skipped test is a failure: {reason}"
     if report.failed:
         item.stash[_FAILED] = True
     return report
