@@ -12,10 +12,11 @@ export QEMU
 JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
+WHEEL := build/wheel$(VENV:.venv%=%)
 CYTHON := $(addprefix native/,descriptors wire mapping spin bell) _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* systemd/*/*)
 
-.PHONY: help serve test test-newest-qemu nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
+.PHONY: help serve test test-newest-qemu test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -23,6 +24,7 @@ help:
 	@echo "             ARGS='tests/unit -k roster': what is given to pytest, instead of all tests)"
 	@echo "make check   the same as CI: what cannot run is a failure"
 	@echo "make test-newest-qemu   run what depends on QEMU on the newest one, which it unpacks first"
+	@echo "make test-pythons   run what depends on Python on the oldest and the newest one"
 	@echo "make nightly   run all tests, also those that take long, with guests on both QEMUs"
 	@echo "make sanitize   run the tests of the C code with it built for AddressSanitizer and UBSan"
 	@echo "make fuzz    a million hostile inputs (COUNT=1000000 SEED=1 TARGET=all); the one input of a"
@@ -57,8 +59,22 @@ test-newest-qemu: $(VENV)/tested
 	qemu=$(NEWEST_QEMU) && \
 	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly')
 
+# What depends on the interpreter: the C modules, asyncio, threads, the command line.
+WITH_PYTHON := $(addprefix unit/test_,core_* config layers objects) \
+    $(addprefix integration/test_,aio async_* cli packaging region server_client threads)
+
+test-pythons:
+	pythons=$$($(PYTHON) tests/support/pythons.py $(CACHE)/pythons) && for python in $$pythons; do \
+	    $(MAKE) test-python PYTHON=$$python || exit 1; done
+
+test-python:
+	$(MAKE) VENV=.venv-$(notdir $(PYTHON)) .venv-$(notdir $(PYTHON))/runs-tests
+	.venv-$(notdir $(PYTHON))/bin/python -m pytest -n $(JOBS) -m 'not nightly and not serial' \
+	    $(or $(ARGS),$(wildcard $(WITH_PYTHON:%=tests/%.py)))
+
 nightly: lint
 	$(MAKE) sanitize NIGHTLY=true
+	$(MAKE) test-pythons
 	CI=true $(BIN)/python -m pytest -n $(JOBS) -m 'not serial'
 	CI=true $(BIN)/python -m pytest -m serial
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
@@ -139,7 +155,7 @@ $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/sanitize
 	@CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
 	    LDFLAGS="$(SANITIZE)" $(VENV)-sanitize/bin/python -m pip install --quiet --no-cache-dir \
-	    --force-reinstall "build/sanitize[test]"
+	    --force-reinstall "build/sanitize[test-run]"
 	@touch $@
 
 cython: $(VENV)/tested
@@ -160,22 +176,26 @@ endef
 $(VENV)/installed: $(SOURCES) | $(VENV)
 	@$(CAN_BUILD)
 	@echo "building and installing into $(VENV) ..."
-	@rm -rf build/wheel
+	@rm -rf $(WHEEL)
 	@find build -path "build/lib*.py" -delete 2>/dev/null || true  # of modules that are gone
-	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
+	@touch $@
+
+$(VENV)/runs-tests: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "$$(echo $(WHEEL)/*.whl)[test-run]"
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]"
+	$(BIN)/python -m pip install --quiet "$$(echo $(WHEEL)/*.whl)[test-run,test]"
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[docs]"
+	$(BIN)/python -m pip install --quiet "$$(echo $(WHEEL)/*.whl)[docs]"
 	@touch $@
 
 $(VENV)/measured: $(VENV)/tested
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[bench]"
+	$(BIN)/python -m pip install --quiet "$$(echo $(WHEEL)/*.whl)[bench]"
 	@touch $@
 
 $(VENV):
@@ -185,4 +205,4 @@ $(VENV):
 	    { rm -rf $(VENV); echo "venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VENV)-sanitize build dist .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	rm -rf .venv .venv-* build dist .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info

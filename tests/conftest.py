@@ -35,8 +35,8 @@ for _name in [name for name in os.environ if name.startswith("PYTHON")]:
     if _name not in ("PYTHONMALLOC", "PYTHONPATH"):
         del os.environ[_name]
 
-# What CI may skip: what this Python, or this QEMU, cannot do, and a picture. Every other skip hides a
-# failure there: no huge pages, no right to mount, no compiler.
+# What CI may skip: what this Python, or this QEMU, cannot do, and a picture. Every other skip hides
+# a failure there: no huge pages, no right to mount, no compiler.
 _MAY_BE_SKIPPED = re.compile(r"in Python (before )?3\.|QEMU \d+|matplotlib|this is an sdist")
 
 _FAILED = pytest.StashKey[bool]()

@@ -7,6 +7,7 @@ beside them say. The real ones need a network: `tests/vm` and CI use those.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "vm" / "newest_qemu.py"
+UNPACKED = Path(__file__).parents[1] / "support" / "unpacked.py"
 
 # The suite and the folder are the last words but one and two.
 MMDEBSTRAP = """#!/bin/sh
@@ -89,10 +91,14 @@ def test_the_next_run_tries_the_newest_suite_again(tools: Path) -> None:
 
 def test_an_old_copy_is_made_anew_and_used_if_that_fails(tools: Path) -> None:
     run(tools)
-    later = SCRIPT.read_text().replace("FRESH = 30 * 86400.0", "FRESH = -1.0")
-    assert later != SCRIPT.read_text()
-    old = tools / "newest_qemu.py"
-    old.write_text(later)
+    copy = tools.parent / "copy"
+    for file in (SCRIPT, UNPACKED):
+        (copy / file.parent.name).mkdir(parents=True)
+        shutil.copy(file, copy / file.parent.name)
+    later = UNPACKED.read_text().replace("FRESH = 30 * 86400.0", "FRESH = -1.0")
+    assert later != UNPACKED.read_text()
+    (copy / "support/unpacked.py").write_text(later)
+    old = copy / "vm/newest_qemu.py"
     command = [sys.executable, str(old), str(tools.parent / "kept")]
     environment = {"PATH": f"{tools}:/usr/bin:/bin"}
     for made, word in ((["sid", "sid"], ""), (["sid", "sid", "sid"], "though it is old")):
