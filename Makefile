@@ -16,7 +16,7 @@ WHEEL := build/wheel$(VENV:.venv%=%)
 CYTHON := $(addprefix native/,descriptors wire mapping spin bell) _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* systemd/*/*)
 
-.PHONY: help serve test test-newest-qemu test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
+.PHONY: help serve test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -40,14 +40,19 @@ help:
 serve: $(VENV)/installed
 	@$(BIN)/python -m ivshmem serve $(ARGS)
 
-# What measures time, or changes what the whole machine shares, runs by itself.
-test: lint
+# Most checks have one thread: they run beside the tests. What measures time, or changes what the whole
+# machine shares, runs by itself.
+test: $(VENV)/tested
 ifdef ARGS
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not nightly and not serial'
+	@$(MAKE) --no-print-directory -j2 lint parallel-tests
 	$(BIN)/python -m pytest -m 'serial and not nightly'
 endif
+
+parallel-tests:
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not nightly and not serial'
 
 check:
 	CI=true $(MAKE) test
@@ -80,7 +85,7 @@ nightly: lint
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
 
-lint: $(VENV)/tested
+lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
@@ -88,11 +93,13 @@ lint: $(VENV)/tested
 	$(BIN)/pylint --disable=all --enable=duplicate-code src/ivshmem
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
-	@for name in $(CYTHON); do \
-	    (cd src && ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ../build/fresh.c 2>../build/said || \
-	        { cat ../build/said; false; }) && \
-	    cmp build/fresh.c src/ivshmem/$$name.c || { echo "$$name.c is stale: make cython"; exit 1; }; \
-	done
+
+# Each C file is what Cython makes of its source; looked at again when one of them changes.
+build/fresh/%.c: src/ivshmem/%.pyx src/ivshmem/%.c $(wildcard src/ivshmem/*.pxd src/ivshmem/*/*.pxd) \
+    pyproject.toml | $(VENV)/tested
+	@mkdir -p $(@D)
+	@(cd src && ../$(BIN)/cython -3 ivshmem/$*.pyx -o ../$@) 2>$@.said || { cat $@.said; exit 1; }
+	@cmp $@ src/ivshmem/$*.c || { rm -f $@; echo "$*.c is stale: make cython"; exit 1; }
 
 # The pages, from Markdown and from the docstrings of the installed package.
 docs: $(VENV)/documented
