@@ -62,6 +62,19 @@ def test_the_files_of_the_sdist(tmp_path: Path) -> None:
     assert files - made == tracked
 
 
+def test_what_others_rely_on_stays() -> None:
+    """Paths and names in packagers' recipes and other projects' builds.
+
+    test_embedding.py compiles `from ivshmem._core cimport Doorbells`.
+    """
+    files = "setup.py pyproject.toml README.md src/ivshmem/_core.pyx src/ivshmem/_core.c"
+    assert all((HOME / name).is_file() for name in files.split())
+    assert all((HOME / name).is_dir() for name in ("tests", "bench"))
+    command = [sys.executable, "-m", "ivshmem", "serve", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.startswith("usage: ivshmem serve")
+
+
 def test_generated_files_are_marked() -> None:
     """Diffs, statistics and reviews leave them out."""
     attributes = (HOME / ".gitattributes").read_text().split()
