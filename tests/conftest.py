@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,19 @@ _MAY_BE_SKIPPED = re.compile(r"in Python (before )?3\.|QEMU \d+|matplotlib|this 
 
 _FAILED = pytest.StashKey[bool]()
 _numbers = itertools.count()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but every Nth case of a test that is marked sampled(N) to the night."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("sampled")) is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % mark.args[0]:
+            item.add_marker("nightly")
+        seen[test] += 1
 
 
 def pytest_collection_finish() -> None:
