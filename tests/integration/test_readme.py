@@ -197,7 +197,8 @@ def test_files_of_the_architecture_exist() -> None:
             (file,) = SOURCE.glob(f"*/{path}")
         for names in re.findall(rf"`{re.escape(path)}: ([\w.]+)`", ARCHITECTURE):
             for name in names.split("."):
-                assert re.search(rf"\b(def|class) {name}\b", file.read_text()), f"{path}: {name}"
+                made = rf"\b(def|class) {name}\b|^{name} = "
+                assert re.search(made, file.read_text(), re.MULTILINE), f"{path}: {name}"
 
 
 def test_functions_of_the_architecture_exist() -> None:
