@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .peer.names_table import Entry
     from .server.access import Rules, Verdict
     from .server.engine import Gate
-    from .server.report import Peer, PeerReport
+    from .server.report import Peer, PeerReport, ServerCounts
     from .server.server import Server
     from .system.credentials import Credentials
     from .system.sockets import Listener
@@ -105,7 +105,7 @@ _HOMES = {
     "peer.names_table": ("Entry",),
     "server.access": ("Rules", "Verdict"),
     "server.engine": ("Gate",),
-    "server.report": ("Peer", "PeerReport"),
+    "server.report": ("Peer", "PeerReport", "ServerCounts"),
     "server.server": ("Server",),
     "system.credentials": ("Credentials",),
     "system.sockets": ("Listener",),
@@ -174,6 +174,7 @@ __all__ = [
     "RegionInfo",
     "Rules",
     "Server",
+    "ServerCounts",
     "ServerFailed",
     "ServerGone",
     "ServerLost",

@@ -23,9 +23,11 @@ import ivshmem.system.sockets
 from ivshmem import control
 from ivshmem.control import ControlError
 from ivshmem.errors import UnplugPending
-from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.lasting.journal import Journal, Section
 from ivshmem.migration.model import Step
 from ivshmem.migration.servers import messages_held
+from ivshmem.server.records import member_record
+from ivshmem.server.region_server import RegionServer
 
 VECTORS = 2
 LONG = 1e5  # seconds: it does not end by itself
@@ -131,8 +133,8 @@ def test_it_lasts_as_long_as_its_asker_and_the_time_after(served: Served) -> Non
 def test_an_asker_that_is_killed_is_gone(served: Served) -> None:
     path = control.default_path(served.server().path)
     program = (
-        "import sys; from ivshmem.service import control_client\n"
-        "client = control_client.ControlClient(sys.argv[1]); client.hold(0, linger=0.1)\n"
+        "import sys; from ivshmem.control import ControlClient\n"
+        "client = ControlClient(sys.argv[1]); client.hold(0, linger=0.1)\n"
         "print('held', flush=True); sys.stdin.read()"
     )
     with joined(served) as peer:
@@ -244,7 +246,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
     region = ivshmem.Region.create("4K")
     listener = ivshmem.system.sockets.Listener(tmp_path / "s")
     listener.unlinks = False
-    with ivshmem.Server(listener, region, 1, journal=Chapter(journal, 1)) as former:
+    with RegionServer(listener, region, 1, journal=Section(journal, 1)) as former:
         peer, other = RawPeer(former.path), RawPeer(former.path)
         while len(former.peers) < 2:
             former.step(0)
@@ -261,8 +263,9 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
         former.abandon()
     state, records = journal.read()
     again = ivshmem.system.sockets.Listener(tmp_path / "s2")
-    with listening, ivshmem.Server(again, region, 1, journal=Chapter(journal, 1)) as server:
-        server.resume(state, [record[1:] for record in records], None, copies.get)
+    with listening, RegionServer(again, region, 1, journal=Section(journal, 1)) as server:
+        told = [member_record(*record) for _, *record in records]
+        server.resume(state, told, None, copies.get)
         (one, two) = server.report()
         assert (one.held, two.held) == (True, False)
         if linger is None:

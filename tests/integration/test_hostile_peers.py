@@ -192,14 +192,14 @@ def test_ids_are_used_up_no_faster_than_joins_are_allowed(
     scene = make_scene(Rules(joins_per_minute=50))
     with attack(FLOOD_READING, 2, scene.path, VECTORS) as children:
         scene.go_on(2)
-        until(lambda: scene.server.counts.get("refused", 0) > 1000)
+        until(lambda: scene.server.counts.refused > 1000)
         for child in children:
             child.process.send_signal(signal.SIGTERM)
             assert int(child.line()) > 0
             child.finish()
     until(lambda: len(scene.server.peers) == 3)
     # As many as can come at once, and more with time: at most one a second here.
-    assert scene.server.counts["joins"] <= 3 + 2 + 50 + 2 * PATIENCE
+    assert scene.server.counts.joins <= 3 + 2 + 50 + 2 * PATIENCE
 
 
 @needs_root

@@ -21,6 +21,7 @@ from support.waiting import PATIENCE, Background, in_child, until
 import ivshmem
 from ivshmem import ClosedError, NoSuchPeer, Server, ServerFailed
 from ivshmem.server.access import Verdict
+from ivshmem.server.region_server import RegionServer
 from ivshmem.system.credentials import Credentials
 
 VECTORS = 2
@@ -36,7 +37,7 @@ class Scene:
     def __init__(self, path: str, **hooks: Any) -> None:
         self.path = path
         self.undo = ExitStack()
-        self.server = self.undo.enter_context(Server(path, 4096, VECTORS, **hooks))
+        self.server = self.undo.enter_context(RegionServer(path, 4096, VECTORS, **hooks))
         self.peers = [self.undo.enter_context(RawPeer(path)) for _ in range(3)]
         while len(self.server.peers) < 3:
             self.server.step(PATIENCE)
@@ -132,13 +133,13 @@ def stop(scene: Scene) -> None:
 
 
 def gate(scene: Scene) -> None:
-    scene.server.admit_by(admit)
+    scene.server.set_gate(admit)
 
 
 def look(scene: Scene) -> None:
     server = scene.server
     assert len(server.peers) in (0, 2, 3, 4)
-    assert server.counts["joins"] in (3, 4)
+    assert server.counts.joins in (3, 4)
     assert server.paused == ""
     assert server.error is None
     assert repr(server)
@@ -208,8 +209,8 @@ def test_a_handler_at_each_bytecode_of_a_step(socket_path: str, run: str, act: s
         moments = interrupted(lambda: RUNS[run](scene), lambda: ACTS[act](scene), opcodes=True)
         assert len(moments) > 200
         scene.catch_up()
-        assert scene.server.counts["joins"] == 4
-        assert scene.server.counts["leaves"] == 1
+        assert scene.server.counts.joins == 4
+        assert scene.server.counts.leaves == 1
         has_come_true(scene, act)
 
 
@@ -440,7 +441,7 @@ def test_no_step_in_a_step(socket_path: str, hook: str, call: Callable[[Server],
 
     with Scene(socket_path) as scene, no_deadlock():
         if hook == "gate":
-            scene.server.admit_by(again)
+            scene.server.set_gate(again)
         else:
             setattr(scene.server._engine, f"_{hook}", again)
         scene.news()
@@ -481,7 +482,7 @@ def test_a_lock_of_the_log_that_the_caller_has(socket_path: str) -> None:
     assert handler.lock is not None
     try:
         with Scene(socket_path) as scene, no_deadlock():
-            scene.server.admit_by(lambda *_: Verdict(False, reason="for the log"))
+            scene.server.set_gate(lambda *_: Verdict(False, reason="for the log"))
             scene.server.start()
             with handler.lock:
                 with RawPeer(socket_path) as refused:
@@ -515,7 +516,7 @@ def test_a_gate_that_fails_refuses_that_newcomer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Scene(socket_path) as scene:
-        scene.server.admit_by(failing)
+        scene.server.set_gate(failing)
         scene.server.start()
         with socket.socket(socket.AF_UNIX) as sock:
             if asks:
@@ -524,11 +525,11 @@ def test_a_gate_that_fails_refuses_that_newcomer(
             sock.connect(socket_path)
             assert sock.recv(100) == b""
         assert len(scene.server.report()) == 3
-        assert scene.server.counts["refused"] == 1
+        assert scene.server.counts.refused == 1
         assert "the gate failed" in caplog.text
         if failing is wrong:
             assert "a mistake in the gate" in caplog.text
-        scene.server.admit_by(admit)
+        scene.server.set_gate(admit)
         with RawPeer(socket_path) as peer:
             peer.set_up(VECTORS)
             assert peer.id == 3
@@ -540,7 +541,7 @@ def test_a_gate_that_raises_what_is_no_exception_ends_the_server(socket_path: st
 
     def serve() -> None:
         with Scene(socket_path) as scene:
-            scene.server.admit_by(leave)
+            scene.server.set_gate(leave)
             scene.server.start()
             with RawPeer(socket_path) as peer:
                 assert peer.receive() is None

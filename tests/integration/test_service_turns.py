@@ -304,7 +304,7 @@ def test_in_a_callback(regions: Regions, act: Callable[[Service], None], hook: s
         made = stack.enter_context(Service(regions("ab"), **hooks))
         made.open()
         if hook == "gate":
-            made.regions["a"].server.admit_by(act_once)
+            made.regions["a"].server.set_gate(act_once)
         thread = Background(made.run)
         try:
             stack.enter_context(RawPeer(str(regions.directory / "a")))

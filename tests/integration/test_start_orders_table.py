@@ -737,7 +737,7 @@ def test_several_wait(place: Path, ways: str) -> None:
         with ivshmem.Server(str(place), "64K").start() as server:
             for waiter in waiters:
                 assert re.fullmatch("id [0-9]", waiter.outcome())
-            assert server.counts["joins"] == len(waiters)
+            assert server.counts.joins == len(waiters)
     finally:
         for waiter in waiters:
             waiter.end()
@@ -755,7 +755,7 @@ def test_tasks_of_one_loop(place: Path, tasks: int) -> None:
             task.cancel()
         with ivshmem.Server(str(place), "64K").start() as server:
             done = await asyncio.gather(*waiting, return_exceptions=True)
-            assert server.counts["joins"] == tasks // 2
+            assert server.counts.joins == tasks // 2
         for each in done[::2]:
             assert isinstance(each, asyncio.CancelledError)
         assert all(isinstance(each, int) for each in done[1::2])

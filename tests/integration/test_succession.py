@@ -22,7 +22,9 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.lasting.journal import Journal, Section
+from ivshmem.server.records import member_record
+from ivshmem.server.region_server import RegionServer
 from ivshmem.system.sockets import Listener
 
 VECTORS = 3
@@ -122,16 +124,16 @@ def test_who_is_evicted_sees_the_end_before_it_is_noted(
     socket_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or else a successor would take the connection for that of a newcomer."""
-    note = Chapter.note
+    note = Section.note
     ended: list[bool] = []
 
-    def looked_at(chapter: Chapter, *record: object) -> None:
+    def looked_at(section: Section, *record: object) -> None:
         if record[0] == "leave":
             peer.drain()
             ended.append(peer.eof)
-        note(chapter, *record)
+        note(section, *record)
 
-    monkeypatch.setattr(Chapter, "note", looked_at)
+    monkeypatch.setattr(Section, "note", looked_at)
     with ivshmem.Server(socket_path, 4096, VECTORS) as server, RawPeer(socket_path) as peer:
         server.step(PATIENCE)
         peer.set_up(VECTORS)
@@ -144,7 +146,7 @@ def test_counts_go_on(socket_path: str) -> None:
         region = stack.enter_context(ivshmem.Region.create(4096))
         listener = stack.enter_context(Listener(socket_path))
         journal = Journal()
-        former = ivshmem.Server(listener, region, VECTORS, journal=Chapter(journal, 1))
+        former = RegionServer(listener, region, VECTORS, journal=Section(journal, 1))
         for _ in range(3):
             peer = stack.enter_context(RawPeer(socket_path))
             former.step(PATIENCE)
@@ -152,8 +154,9 @@ def test_counts_go_on(socket_path: str) -> None:
         former.step(PATIENCE)
         _, records = journal.read()
         with Listener.adopt(os.dup(listener.socket.fileno())) as another:
-            with ivshmem.Server(another, region, VECTORS) as server:
-                server.resume(None, [record for _, *record in records], None, os.dup)
+            with RegionServer(another, region, VECTORS) as server:
+                told = [member_record(*record) for _, *record in records]
+                server.resume(None, told, None, os.dup)
                 assert server.counts == former.counts
                 former.abandon()
         del former

@@ -8,9 +8,11 @@ import signal
 import socket
 import sys
 
-from ivshmem import Region, Server
-from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem import Region
+from ivshmem.lasting.journal import Journal, Section
 from ivshmem.lasting.supervisor import strays, supervise
+from ivshmem.server.records import member_record
+from ivshmem.server.region_server import RegionServer
 from ivshmem.system.sockets import Listener
 
 
@@ -26,11 +28,12 @@ def main(path: str, vectors: int) -> int:
         again = bool(deaths)
         found = strays(baseline)
         listener.unlinks = False
-        with Server(listener, region, vectors, journal=Chapter(journal, 1)) as server:
+        with RegionServer(listener, region, vectors, journal=Section(journal, 1)) as server:
             if again:
                 state, records = journal.read()
                 unfinished = journal.outbox.unfinished()
-                server.resume(state, [r[1:] for r in records], unfinished and unfinished[1:])
+                told = [member_record(*record) for _, *record in records]
+                server.resume(state, told, unfinished and unfinished[1:])
                 adopt(server, found, path)
             journal.rewrite(server.snapshot())
             signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -46,7 +49,7 @@ def main(path: str, vectors: int) -> int:
     return supervise(run, {signal.SIGTERM})
 
 
-def adopt(server: Server, found: list[int], path: str) -> None:
+def adopt(server: RegionServer, found: list[int], path: str) -> None:
     held = server.descriptors
     for fd in set(found) - held:
         with contextlib.suppress(OSError):

@@ -17,7 +17,7 @@ from support.peer import Eventfds, eventfd_id
 
 from ivshmem.errors import JournalError
 from ivshmem.lasting.fd_store import FdStore, place, sort_out
-from ivshmem.lasting.journal import Chapter, Journal
+from ivshmem.lasting.journal import Journal, Section
 from ivshmem.system.systemd import Notifier, check_name, listen_fds
 
 
@@ -268,14 +268,14 @@ def test_a_store_is_given_up(
 ) -> None:
     """Who cannot have all kept keeps nothing: nobody must go on by half of it."""
     journal = Journal()
-    chapter = Chapter(journal, 1)
+    section = Section(journal, 1)
     store = FdStore(notifier, journal, patience=0.1)
     with Eventfds() as eventfds:
-        chapter.keep(eventfds.make(2))
+        section.keep(eventfds.make(2))
         fill(notifier)
         with caplog.at_level(logging.ERROR):
-            chapter.keep(eventfds.make(1), 5)
-            chapter.drop(5)
+            section.keep(eventfds.make(1), 5)
+            section.drop(5)
             assert not caplog.records
             while not caplog.records:
                 assert select.select([store], [], [], 10)[0]
@@ -290,7 +290,7 @@ def test_a_store_is_given_up(
     assert not select.select([manager], [], [], 0)[0]
     store.close()
     copy = os.dup(journal.fileno())
-    del chapter  # it holds the journal's memory
+    del section  # it holds the journal's memory
     journal.close()
     with pytest.raises(JournalError, match="given up"):
         Journal(copy)

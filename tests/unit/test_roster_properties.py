@@ -20,7 +20,8 @@ from support.members import Client, make_roster, send_to_crowd
 
 from ivshmem.errors import NoFreeId
 from ivshmem.protocol import roster as protocol
-from ivshmem.server.replay import BATCH, MemberFds, UnfinishedBatch, muted_for, replay, snapshot
+from ivshmem.server.records import MemberFds, member_record
+from ivshmem.server.replay import BATCH, UnfinishedBatch, muted_for, replay, snapshot
 
 
 class Rosters(RuleBasedStateMachine):
@@ -170,7 +171,7 @@ class Rosters(RuleBasedStateMachine):
         """A successor makes of the records what the roster was."""
         before = self.roster.dump()
         muted = {client.member.serial for client in self.clients if client.member.muted}
-        assert set(muted_for(self.state, self.records)) == muted
+        assert set(muted_for(self.state, self.told())) == muted
         self.succeed(None)
         assert self.roster.dump() == before
 
@@ -188,10 +189,13 @@ class Rosters(RuleBasedStateMachine):
     def note(self, *record: object) -> None:
         self.records.append(list(record))
 
+    def told(self) -> list[Any]:
+        return [member_record(*record) for record in json.loads(json.dumps(self.records))]
+
     def succeed(self, unfinished: UnfinishedBatch | None) -> None:
         old = self.roster
         self.roster = make_roster(old.vectors)
-        held = replay(self.roster, self.state, json.loads(json.dumps(self.records)), unfinished)
+        held = replay(self.roster, self.state, self.told(), unfinished)
         by_serial = {client.member.serial: client for client in self.clients}
         assert {serial: kept.fd for serial, kept in held.items()} == {
             serial: client.key for serial, client in by_serial.items()

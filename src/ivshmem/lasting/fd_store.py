@@ -24,7 +24,7 @@ from ..system import late_logging
 from ..system.systemd import Notifier
 from ..system.uncopied import Uncopied
 from ..text import counted
-from .journal import Journal, is_group
+from .journal import Journal, is_group_name
 
 _log = late_logging.log_of("ivshmem.server")
 
@@ -177,7 +177,7 @@ def sort_out(passed: Iterable[tuple[str, int]]) -> tuple[int | None, Groups, lis
     for name, fd in passed:
         if name == _JOURNAL and journal is None:
             journal = fd
-        elif is_group(name):
+        elif is_group_name(name):
             groups.setdefault(name, []).append(fd)
         else:
             others.append(fd)

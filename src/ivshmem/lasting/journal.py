@@ -38,8 +38,6 @@ assert wire.OUTBOX_BYTES <= _ABOUT
 # meant; the lower half is an offset in it.
 _OFFSET_BITS = 32
 
-OF_THE_SERVICE = 0  # the number of the chapter that is about regions; theirs begin at 1
-
 _LONG = 1 << 20  # bytes of records from which on a state is written anew, if they are more than it
 
 
@@ -163,42 +161,46 @@ def _line(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-class Chapter:
-    """The part of a journal that is about one region; None: nothing is noted or kept."""
+class Section:
+    """The part of a journal that is about one thing; without a journal nothing is kept.
+
+    Args:
+        number: of the section; each of its records begins with that.
+    """
 
     def __init__(self, journal: Journal | None = None, number: int = 0) -> None:
         self._journal = journal
         self.number = number
         self.outbox = wire.Outbox() if journal is None else journal.outbox
 
-    def note(self, *record: Any) -> None:
+    def note(self, *fields: Any) -> None:
         """Add a record."""
         if self._journal is not None:
-            self._journal.append([self.number, *record])
+            self._journal.append([self.number, *fields])
 
-    def keep(self, fds: Sequence[int], member: int | None = None) -> None:
-        """Have the descriptors kept of the region itself, or of a member of it."""
+    def keep(self, fds: Sequence[int], item: int | None = None) -> None:
+        """Have the descriptors kept of an item of this section; None: of the section itself."""
         if self._journal is not None:
-            self._journal.keep(group(self.number, member), fds)
+            self._journal.keep(group_name(self.number, item), fds)
 
     @property
     def settled(self) -> bool:
-        """Whether all that was to be kept has been: only then may a newcomer be told anything."""
+        """Whether everything that was to be kept is kept: only then may others rely on it."""
         return self._journal is None or self._journal.settled()
 
-    def drop(self, member: int | None = None) -> None:
+    def drop(self, item: int | None = None) -> None:
         """Undo `keep`."""
         if self._journal is not None:
-            self._journal.drop(group(self.number, member))
+            self._journal.drop(group_name(self.number, item))
 
 
-def group(region: int, member: int | None = None) -> str:
-    """What the descriptors of a region, or of a member of it, are called: never others' name."""
-    return f"{region:x}/" if member is None else f"{region:x}/{member:x}"
+def group_name(section: int, item: int | None = None) -> str:
+    """Name the descriptors of a section, or of one of its items; no other group has that name."""
+    return f"{section:x}/" if item is None else f"{section:x}/{item:x}"
 
 
-def is_group(name: str) -> bool:
-    """Whether `group` could have made this name."""
+def is_group_name(name: str) -> bool:
+    """Whether `group_name` could have made this name."""
     return re.fullmatch("[0-9a-f]+/[0-9a-f]*", name) is not None
 
 

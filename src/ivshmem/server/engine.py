@@ -35,7 +35,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from ..errors import NoSuchPeer
-from ..lasting.journal import Chapter
+from ..lasting.journal import Section
 from ..native import descriptors
 from ..peer import inquiry
 from ..protocol.roster import Member, Roster
@@ -47,12 +47,26 @@ from ..text import counted
 from . import log_events
 from .access import Verdict
 from .limits import LINGER
-from .replay import BATCH, MemberFds, UnfinishedBatch, muted_for, replay, snapshot
+from .records import (
+    Crowd,
+    Hold,
+    Join,
+    Leave,
+    MemberFds,
+    Mute,
+    Sent,
+    Split,
+    Unmute,
+    encode,
+)
+from .replay import BATCH, UnfinishedBatch, muted_for, replay, snapshot
 from .report import Peer, PeerReport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from .records import MemberRecord
 
 _log = late_logging.log_of("ivshmem.server")
 
@@ -176,7 +190,7 @@ class Engine(Uncopied):
         on_join: Callable[[Peer], object] | None,
         on_leave: Callable[[Peer], object] | None,
         gate: Gate | None = None,
-        journal: Chapter | None = None,
+        journal: Section | None = None,
         shared_id: int | None = None,
         work: AbstractContextManager[object] | None = None,
     ) -> None:
@@ -188,7 +202,7 @@ class Engine(Uncopied):
         self._on_join, self._on_leave = on_join, on_leave
         self.gate = gate
         self._holds = False
-        self._journal = journal or Chapter()
+        self._journal = journal or Section()
         self._nobody = descriptors.FdArray.eventfds(1)  # one that nobody reads
         self._roster = Roster(vectors, memory, self._nobody, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}  # by serial number
@@ -316,6 +330,9 @@ class Engine(Uncopied):
             call(peer)
         except Exception:
             _log.exception("the callback for peer %d failed", peer.id)
+
+    def _note(self, record: MemberRecord) -> None:
+        self._journal.note(*encode(record))
 
     # -- joining and leaving ----------------------------------------------------------------------
 
@@ -466,8 +483,7 @@ class Engine(Uncopied):
         # One of which that cannot be known is taken for a QEMU.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, holds=holds)
-        held = MemberFds(sock.fileno(), fds, since, readonly, holds)
-        self._journal.note("join", member.serial, *held)
+        self._note(Join(member.serial, sock.fileno(), fds, since, readonly, holds))
         if self._small_buffers:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
@@ -527,7 +543,7 @@ class Engine(Uncopied):
         # First the end that it sees, for a successor takes a connection that is not known for a
         # newcomer's, and would tell it of a second set-up.
         _disconnect(connection.socket)
-        self._journal.note("leave", serial)
+        self._note(Leave(serial))
         if self._roster.leave(connection.member):
             self._dirty_others()
         self._journal.drop(serial)
@@ -577,7 +593,7 @@ class Engine(Uncopied):
             peer, member = connection.peer, connection.member
             if not member.holds and is_qemu(peer.pid, peer.process) is not False:
                 self._roster.hold(member)
-                self._journal.note("hold", serial)
+                self._note(Hold(serial))
 
     def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
         """Send a peer nothing from the end of its set-up on; whether it has read all that it was.
@@ -599,7 +615,7 @@ class Engine(Uncopied):
         before = hold.linger
         hold.ask(asker, math.inf if linger is None else linger)
         if serial not in self._held or hold.linger != before:
-            self._journal.note("mute", serial, _or_never(hold.linger))
+            self._note(Mute(serial, _or_never(hold.linger)))
             self._roster.mute(member)
             self._held[serial] = hold
         self._wind_clock()
@@ -610,7 +626,7 @@ class Engine(Uncopied):
         if self._held.pop(serial, None) is None:
             return False
         connection = self._connections[serial]
-        self._journal.note("unmute", serial)
+        self._note(Unmute(serial))
         self._roster.unmute(connection.member)
         if not connection.stalled:
             self._dirty.add(serial)
@@ -699,10 +715,10 @@ class Engine(Uncopied):
                 member = self._connections[serial].member
                 self._roster.split(member)
                 self._roster.sent(member, runs, sent)
-                self._journal.note("split", serial, sent, done, count)
+                self._note(Split(serial, sent, done, count))
                 self._dirty.add(serial)
             self._roster.sent_to_crowd(runs, count)
-            self._journal.note("crowd", count, len(fds))
+            self._note(Crowd(count, len(fds)))
             self.counts["messages"] += count * len(fds)
 
     def _flush(self, serial: int) -> None:
@@ -721,7 +737,7 @@ class Engine(Uncopied):
                 return
             if count:
                 self._roster.sent(member, runs, count)
-                self._journal.note("sent", serial, count)
+                self._note(Sent(serial, count))
                 self.counts["messages"] += count
             full = count < sum(run.length for run in runs)
             if full and (count or not connection.taken):
@@ -825,7 +841,7 @@ class Engine(Uncopied):
     def resume(
         self,
         state: Mapping[str, Any] | None,
-        records: Iterable[list[Any]],
+        records: Iterable[MemberRecord],
         unfinished: UnfinishedBatch | None,
         find: Callable[[int], int | None],
     ) -> None:
@@ -838,8 +854,8 @@ class Engine(Uncopied):
         records = list(records)
         held = replay(self._roster, state, records, unfinished)
         self.counts.update((state or {}).get("counts", {}))
-        for kind, *rest in records:
-            self.counts.update(_counted(kind, rest))
+        for record in records:
+            self.counts.update(_counted(record))
         gone = []
         for member in list(self._roster.members):
             mine = held[member.serial]
@@ -874,7 +890,7 @@ class Engine(Uncopied):
             if member.serial in self._connections:
                 self._leave(member.serial)
             else:
-                self._journal.note("leave", member.serial)
+                self._note(Leave(member.serial))
                 self._roster.leave(member)
         self._dirty.update(self._roster.others)
         self.wake()
@@ -953,13 +969,15 @@ def _unread(sock: socket.socket) -> bool:
     return any(fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))
 
 
-def _counted(kind: str, rest: list[Any]) -> dict[str, int]:
+def _counted(record: MemberRecord) -> dict[str, int]:
     """What a record of the journal adds to the counts."""
-    if kind in ("join", "leave"):
-        return {f"{kind}s": 1}
-    if kind == "crowd":
-        return {"messages": rest[0] * rest[1]}
-    return {"messages": rest[1]} if kind in ("sent", "split") else {}
+    if isinstance(record, Join):
+        return {"joins": 1}
+    if isinstance(record, Leave):
+        return {"leaves": 1}
+    if isinstance(record, Crowd):
+        return {"messages": record.batch * record.members}
+    return {"messages": record.messages} if isinstance(record, Sent | Split) else {}
 
 
 def _close(connection: _Connection) -> None:

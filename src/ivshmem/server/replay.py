@@ -1,24 +1,10 @@
-"""What a server's journal says of one region: the roster as it was, and who had what descriptors.
+"""What a journal says of one region: the roster as it was, and who had which descriptors.
 
-Knows: the records, and what they did to the roster. Does not know: where records are kept, or what
-a descriptor is beside its number.
+Knows: what each record of records.py did to the roster. Does not know: the layout of a record,
+where records are kept, what a descriptor is beside its number.
 
-Records, in the order of happening; a member is named by its serial number:
-
-    ["join", member, fd, fds, since, readonly, holds]
-                                        one joined: its socket, its eventfds, when, with what
-                                        memory, whether it is never told of a leave
-    ["hold", member]                    it is told of none from now on
-    ["mute", member, seconds]           it is sent nothing until further notice, or until so long
-                                        after the one who asked for that is gone
-    ["unmute", member]                  it is sent what it must be told again
-    ["leave", member]
-    ["sent", member, count]             it was sent so many messages of what was pending
-    ["split", member, count, done, all] of the batch of `all` messages for the crowd, it was sent
-                                        `count`, and the first `done` of the crowd all of it
-    ["crowd", all, number]              everybody in the crowd, so many, was sent that batch
-
-The roster needs nothing but these to be what it was, since all that it decides follows from them.
+The roster needs nothing but these records to be what it was, because every decision of a roster
+follows from them.
 """
 
 from __future__ import annotations
@@ -26,39 +12,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..protocol.roster import Member, Roster
-from ..system.named_tuple import NamedTuple
+from .records import (
+    Crowd,
+    Hold,
+    Join,
+    Leave,
+    MemberFds,
+    Mute,
+    Sent,
+    Split,
+    Unmute,
+    member_fds,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .records import MemberRecord
+
 BATCH = 64  # messages that an outbox sends at once
 
-# What `Outbox.unfinished` says, without the region: member, batches, messages, of how many.
+# What `Outbox.unfinished` says, without the section: member, batches, messages, of how many.
 UnfinishedBatch = tuple[int, int, int, int]
-
-
-class MemberFds(NamedTuple):
-    """What a member had: the numbers of its socket and of its eventfds; when it joined."""
-
-    fd: int
-    fds: list[int]
-    since: float
-    readonly: bool
-    holds: bool = False  # when it joined
 
 
 def replay(
     roster: Roster,
     state: Mapping[str, Any] | None,
-    records: Iterable[list[Any]],
+    records: Iterable[MemberRecord],
     unfinished: UnfinishedBatch | None,
 ) -> dict[int, MemberFds]:
     """Make a new roster what the former one was.
 
     Args:
         state: as `snapshot` made it, before the records; None: nobody had joined.
-        records: without the region's number.
+        records: of the region's section, in the order of happening.
         unfinished: what was being sent at the end.
 
     Returns:
@@ -66,35 +55,33 @@ def replay(
         replaced before anything is sent.
     """
     blank = range(roster.vectors)
-    held: dict[int, MemberFds] = {}
+    had: dict[int, MemberFds] = {}
     if state is not None:
         roster.load(state["roster"], blank)
-        held = {int(serial): MemberFds(*kept) for serial, kept in state["held"].items()}
+        had = {int(serial): member_fds(fields) for serial, fields in state["held"].items()}
     members = {member.serial: member for member in roster.members}
     told: tuple[int, int] | None = None  # the crowd's batch: how many have it, how long it is
-    for kind, *rest in records:
-        if kind == "join":
-            had = MemberFds(*rest[1:])
-            member = roster.join(blank, holds=had.holds)
+    for record in records:
+        if isinstance(record, Join):
+            member = roster.join(blank, holds=record.holds)
             members[member.serial] = member
-            held[member.serial] = had
-        elif kind == "hold":
-            roster.hold(members[rest[0]])
-        elif kind == "mute":
-            roster.mute(members[rest[0]])
-        elif kind == "unmute":
-            roster.unmute(members[rest[0]])
-        elif kind == "leave":
-            del held[rest[0]]
-            roster.leave(members.pop(rest[0]))
-        elif kind == "sent":
-            _sent(roster, members[rest[0]], rest[1])
-        elif kind == "split":
-            serial, count, done, batch = rest
-            _split(roster, members[serial], count, batch)
-            told = done, batch
-        elif kind == "crowd":
-            roster.sent_to_crowd(roster.news(rest[0]), rest[0])
+            had[member.serial] = record.had
+        elif isinstance(record, Hold):
+            roster.hold(members[record.member])
+        elif isinstance(record, Mute):
+            roster.mute(members[record.member])
+        elif isinstance(record, Unmute):
+            roster.unmute(members[record.member])
+        elif isinstance(record, Leave):
+            del had[record.member]
+            roster.leave(members.pop(record.member))
+        elif isinstance(record, Sent):
+            _sent(roster, members[record.member], record.messages)
+        elif isinstance(record, Split):
+            _split(roster, members[record.member], record.messages, record.batch)
+            told = record.done, record.batch
+        elif isinstance(record, Crowd):
+            roster.sent_to_crowd(roster.news(record.batch), record.batch)
             told = None
     if unfinished is not None:
         serial, step, count, batch = unfinished
@@ -112,30 +99,46 @@ def replay(
         for member in list(roster.crowd.values())[done:]:
             roster.split(member)
         roster.sent_to_crowd(runs, batch)
-    return held
+    return had
 
 
-def snapshot(roster: Roster, held: Mapping[int, MemberFds]) -> dict[str, Any]:
+def snapshot(roster: Roster, had: Mapping[int, MemberFds]) -> dict[str, Any]:
     """What `replay` takes instead of all the records up to now."""
-    return {"roster": roster.dump(), "held": held}
+    return {"roster": roster.dump(), "held": had}
 
 
 def muted_for(
-    state: Mapping[str, Any] | None, records: Iterable[list[Any]]
+    state: Mapping[str, Any] | None, records: Iterable[MemberRecord]
 ) -> dict[int, float | None]:
-    """How long each muted member stays so after those who asked are gone (None: for ever).
+    """How long each muted member stays so after the process that asked is gone (None: no limit).
 
     Args:
         state: with "muted_for" beside what `snapshot` made, if anybody was muted.
         records: as of `replay`.
     """
     found = {int(serial): each for serial, each in (state or {}).get("muted_for", {}).items()}
-    for kind, *rest in records:
-        if kind == "mute":
-            found[rest[0]] = rest[1]
-        elif kind in ("unmute", "leave"):
-            found.pop(rest[0], None)
+    for record in records:
+        if isinstance(record, Mute):
+            found[record.member] = record.seconds
+        elif isinstance(record, Unmute | Leave):
+            found.pop(record.member, None)
     return found
+
+
+def renumbered(state: Mapping[str, Any], found: Mapping[int, int]) -> dict[str, Any]:
+    """A state, with the numbers that its descriptors have in another process."""
+    had = {serial: member_fds(fields) for serial, fields in state["held"].items()}
+    here = {
+        serial: each._replace(fd=found[each.fd], fds=[found[fd] for fd in each.fds])
+        for serial, each in had.items()
+    }
+    return {**state, "held": here}
+
+
+def descriptors(state: Mapping[str, Any]) -> dict[int, list[int]]:
+    """The numbers of the descriptors that a state names, by member: its socket comes first."""
+    had = {int(serial): member_fds(fields) for serial, fields in state["held"].items()}
+    return {serial: [each.fd, *each.fds] for serial, each in had.items()}
 
 
 def _sent(roster: Roster, member: Member, count: int) -> None:

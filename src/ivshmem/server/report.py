@@ -1,4 +1,4 @@
-"""What a server says of its peers."""
+"""What a server says of its peers, and what it counts."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ class PeerReport(NamedTuple):
     leaves_held: int = 0
     held: bool = False
     held_until: float | None = None
+
+
+class ServerCounts(NamedTuple):
+    """How often something has happened since the server began; a successor continues the counts.
+
+    Attributes:
+        joins, leaves: of peers.
+        messages: of the ivshmem protocol that were sent, over all peers.
+        refused: connections that the gate refused.
+        starved: times that sending had to wait for memory or for descriptors.
+    """
+
+    joins: int = 0
+    leaves: int = 0
+    messages: int = 0
+    refused: int = 0
+    starved: int = 0

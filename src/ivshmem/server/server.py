@@ -16,15 +16,13 @@ import atexit
 import contextlib
 import operator
 import os
-import socket
 import threading
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 from ..errors import ClosedError, ServerFailed
-from ..lasting.journal import Chapter
 from ..memory.pages import PAGE
 from ..memory.region import Region
 from ..memory.sizes import check_size
@@ -38,13 +36,13 @@ from ..system.work_lock import WorkLock
 from ..text import counted
 from .engine import Engine, Gate, import_the_rest
 from .limits import LINGER
-from .replay import UnfinishedBatch
-from .report import Peer, PeerReport
+from .report import Peer, PeerReport, ServerCounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex, TypeVar
 
+    from ..lasting.journal import Section
     from ..peer.directory import Directory
 
     _S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
@@ -71,8 +69,6 @@ class Server(Uncopied):
             (see access.Rules). If it raises an Exception, that is logged, and the newcomer is
             refused. A newcomer that is refused is disconnected; QEMU then spins until it is
             stopped.
-        journal: where a successor of this process finds what it needs to go on (`resume`).
-        listen: False: nobody can connect yet; the caller lets them by `Listener.listen`.
 
     It listens from the start; peers are served while one of these runs: `serve_forever()` in the
     calling thread until `stop()`, `start()` in a thread of its own, or `step()` from another loop,
@@ -114,7 +110,10 @@ class Server(Uncopied):
         OSError: EADDRINUSE where a live server listens, or as of bind(2). Nothing is left behind.
     """
 
+    # What subclasses in this package set before Server.__init__.
     _shared_id: int | None = None  # see Engine
+    _section: Section | None = None  # see RegionServer
+    _listens = True
 
     # What __del__, __repr__ and close() find where __init__ did not come to its end.
     _closed = True
@@ -134,8 +133,6 @@ class Server(Uncopied):
         on_join: Callable[[Peer], object] | None = None,
         on_leave: Callable[[Peer], object] | None = None,
         gate: Gate | None = None,
-        journal: Chapter | None = None,
-        listen: bool = True,
     ) -> None:
         self._pid = os.getpid()
         self._closed = True  # until there is something to close
@@ -181,12 +178,12 @@ class Server(Uncopied):
                 on_join,
                 on_leave,
                 gate,
-                journal,
+                self._section,
                 self._shared_id,
                 self._turns.work,
             )
             self._turns.wake = self._engine.wake
-            if listen:
+            if self._listens:
                 listener.listen()
                 import_the_rest()
             self._resources = undo.pop_all()
@@ -331,14 +328,13 @@ class Server(Uncopied):
         return self._engine.paused
 
     @property
-    def counts(self) -> Counter[str]:
-        """How often something happened since the start, a copy.
+    def counts(self) -> ServerCounts:
+        """How often joins, leaves and the like have happened, as of now.
 
-        The keys: "joins" and "leaves" of peers; "messages" of the protocol that were sent;
-        "refused" connections, by the gate; "starved", how often sending had to wait for memory or
-        descriptors. What has not happened yet counts 0.
+        Never waits; from any thread, callback and signal handler, also when the server is closed.
         """
-        return Counter(self._engine.counts)
+        counts = self._engine.counts
+        return ServerCounts(*[counts[name] for name in ServerCounts._fields])
 
     def report(self, *, interrupts: bool = True) -> list[PeerReport]:
         """How each peer stands, by id.
@@ -410,8 +406,8 @@ class Server(Uncopied):
         Args:
             linger: seconds after which the hold ends by itself; None: it does not. If several
                 have asked, it lasts for the longest of their times. It ends at `release` in any
-                case, and when the peer disconnects. If another process takes over (see `resume`),
-                the time begins anew there.
+                case, and when the peer disconnects. If another process takes over, the
+                time begins anew there.
             asker: any object; then the time runs from `asker_is_gone(asker)` on.
 
         Returns:
@@ -458,10 +454,6 @@ class Server(Uncopied):
         else:
             self._ask(act)
 
-    def admit_by(self, gate: Gate | None) -> None:
-        """Have another gate for all who connect from now on; peers stay. Never waits."""
-        self._engine.gate = gate
-
     def relisten(self, bind: Callable[[], None]) -> None:
         """Have `bind` put another socket in the listener's place; it must not use the server."""
         self._ask(partial(self._engine.relisten, bind))
@@ -487,41 +479,7 @@ class Server(Uncopied):
             if self._close_wanted and not self._closed and not self._turns.in_step:
                 self.close()
 
-    # -- a successor: for Service, by the thread that makes the steps, between two of them ---------
-
-    def snapshot(self) -> dict[str, Any]:
-        """What `resume` takes instead of what the journal has said up to now."""
-        return self._engine.snapshot()
-
-    def resume(
-        self,
-        state: Mapping[str, Any] | None,
-        records: Iterable[list[Any]] = (),
-        unfinished: UnfinishedBatch | None = None,
-        find: Callable[[int], int | None] = lambda fd: fd,
-    ) -> None:
-        """Go on where a server was whose process has ended: before anything else.
-
-        Args:
-            state, records, unfinished: of its journal; see replay.
-            find: what descriptor has here the number that it had there; None: it is gone.
-        """
-        self._engine.resume(state, records, unfinished, find)
-
-    def adopt(self, sock: socket.socket) -> None:
-        """Take a connection that the other had accepted, and had not noted down yet."""
-        self._engine.adopt(sock)
-
-    @property
-    def descriptors(self) -> set[int]:
-        """The numbers of those that belong to peers."""
-        return self._engine.descriptors
-
     # -- the end ----------------------------------------------------------------------------------
-
-    def abandon(self) -> None:
-        """Close this process's copies, without a sign to anybody: a successor has them, too."""
-        self._close(abandoned=True)
 
     def close(self) -> None:
         """Stop, disconnect all peers, remove the socket; may be called twice, and anywhere.

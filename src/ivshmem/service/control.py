@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
     from ..memory.region import Region
     from ..peer.directory import Directory
-    from ..server.report import PeerReport
+    from ..server.report import PeerReport, ServerCounts
 
 _log = late_logging.log_of("ivshmem.control")
 MODE = 0o600
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
         @property
         def paused(self) -> str: ...
         @property
-        def counts(self) -> Mapping[str, int]: ...
+        def counts(self) -> ServerCounts: ...
         def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
         def evict(self, peer_id: int) -> None: ...
         @property
@@ -395,7 +395,7 @@ class Control(Uncopied):
             "memory_leads_to": region.name_leads_to() or "",
             "paused": server.paused,
             "holds_leaves": server.holds_leaves,
-            "counts": dict(server.counts),
+            "counts": server.counts._asdict(),
         }
         if peers:
             names = self._names(region)

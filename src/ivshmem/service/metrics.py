@@ -166,7 +166,7 @@ class Figures:
         for key, text in _COUNTERS.items():
             counter = CounterMetricFamily(f"ivshmem_{key}", text, labels=["region"])
             for name, server, _ in found:
-                counter.add_metric([plain(name, NAME)], server.counts.get(key, 0))
+                counter.add_metric([plain(name, NAME)], getattr(server.counts, key))
             yield counter
         for metric, (text, of_peer) in _PEER_GAUGES.items() if self._peers else ():
             gauge = GaugeMetricFamily(metric, text, labels=["region", "peer"])

@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ..errors import ConfigError, NoDirectory
-from ..lasting.journal import OF_THE_SERVICE, Chapter, Journal
+from ..lasting.journal import Journal, Section
 from ..memory.region import Region
+from ..server import records
 from ..server.access import Verdict
 from ..server.engine import Gate, import_the_rest
+from ..server.region_server import RegionServer
 from ..server.report import Peer
-from ..server.server import Server
 from ..system import late_logging
 from ..system.credentials import Credentials
 from ..system.loop import Loop
@@ -43,7 +44,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..lasting.journal import Record
+    from ..server.records import ServiceRecord
     from .snapshots import RegionPast
 
 _log = late_logging.log_of("ivshmem.service")
@@ -64,7 +65,7 @@ class Served(Uncopied):
     """
 
     def __init__(
-        self, name: str, config: RegionConfig, number: int, server: Server, opened: Opened
+        self, name: str, config: RegionConfig, number: int, server: RegionServer, opened: Opened
     ) -> None:
         self.name = name
         self.config = config
@@ -80,21 +81,20 @@ class Served(Uncopied):
         self.directory = opened.directory
         self.ended = False  # it is to be closed when its step ends
 
-    def record(self) -> Record:
+    def record(self) -> records.Region:
         """What a successor needs beside what the server has noted."""
-        return [
-            "region",
-            self.number,
-            self.name,
-            self.config._asdict(),
-            self.fds[0],
-            self.listener.unlinks,
-            self.fds[1],
-            self.region.source,
-            self.region.name,
-            self.created,
-            self.listener.file,
-        ]
+        return records.Region(
+            number=self.number,
+            name=self.name,
+            config=self.config._asdict(),
+            listener=self.fds[0],
+            unlinks=self.listener.unlinks,
+            memory=self.fds[1],
+            source=self.region.source,
+            source_name=self.region.name,
+            created=self.created,
+            file=self.listener.file,
+        )
 
     def close(self) -> None:
         """Disconnect everybody, and remove what was made for it."""
@@ -147,7 +147,7 @@ class Service(Loop):
         self._listeners = dict(listeners or {})
         self._on_join, self._on_leave = on_join, on_leave
         self._journal = journal
-        self._chapter = Chapter(journal, OF_THE_SERVICE)
+        self._section = Section(journal, records.SERVICE_SECTION)
         self._load = load
         self._next_number = 1
         self._change = threading.RLock()  # held during a change of what is served
@@ -162,7 +162,7 @@ class Service(Loop):
         """
         if found := conflicts(self.config):
             raise self.config.error("; ".join(found))
-        self._chapter.note("service", self._common())
+        self._note(records.Settings(self._common()))
         with contextlib.ExitStack() as undo:
             self._begin(self._open_all(self.config, self.config.regions, undo), undo)
             undo.pop_all()
@@ -193,14 +193,14 @@ class Service(Loop):
     def _serve(
         self, name: str, config: RegionConfig, number: int, opened: Opened, gate: Gate | None
     ) -> Served:
-        server = Server(
+        server = RegionServer(
             opened.listener,
             opened.region,
             config.vectors,
             on_join=self._on_join and partial(self._on_join, name),
             on_leave=self._on_leave and partial(self._on_leave, name),
             gate=gate,
-            journal=Chapter(self._journal, number),
+            journal=Section(self._journal, number),
             listen=False,
         )
         if config.hold_leaves:
@@ -210,8 +210,8 @@ class Service(Loop):
     def _begin(self, opened: Iterable[Served], undo: contextlib.ExitStack) -> None:
         """Let others connect."""
         for served in opened:
-            Chapter(self._journal, served.number).keep(served.fds)
-            self._chapter.note(*served.record())
+            Section(self._journal, served.number).keep(served.fds)
+            self._note(served.record())
             self._adopt(served)
             undo.callback(self._end, served)
         for served in opened:
@@ -243,8 +243,8 @@ class Service(Loop):
         with contextlib.suppress(OSError):  # somebody closed the server
             self.unwatch(served.fd)
         del self.regions[served.name]
-        self._chapter.note("gone", served.number)
-        Chapter(self._journal, served.number).drop()
+        self._note(records.Gone(served.number))
+        Section(self._journal, served.number).drop()
         if served.server.in_step:
             served.ended = True
         else:
@@ -263,7 +263,7 @@ class Service(Loop):
             OSError: as of Listener.bind_again; nothing has changed.
         """
         served = self.regions[name]
-        config, chapter = served.config, Chapter(self._journal, served.number)
+        config, section = served.config, Section(self._journal, served.number)
         bind = partial(
             served.listener.bind_again,
             mode=config.mode,
@@ -273,8 +273,11 @@ class Service(Loop):
         )
         served.server.relisten(bind)
         # Whoever keeps copies of its descriptors has one of the old socket.
-        chapter.drop()
-        chapter.keep(served.fds)
+        section.drop()
+        section.keep(served.fds)
+
+    def _note(self, record: ServiceRecord) -> None:
+        self._section.note(*records.encode(record))
 
     def _note_all(self) -> None:
         if self._journal is not None:
@@ -343,10 +346,10 @@ class Service(Loop):
             served = self.regions[name]
             served.config = region
             if not changes.altered[name].isdisjoint(RULES):  # a gate counts joins, so it stays
-                served.server.admit_by(gates[name])
+                served.server.set_gate(gates[name])
             if "hold_leaves" in changes.altered[name]:
                 served.server.hold_leaves(region.hold_leaves)
-            self._chapter.note("config", served.number, region._asdict())
+            self._note(records.Config(served.number, region._asdict()))
         for name in changes.removed:
             if name in self.regions:
                 self._end(self.regions[name])
@@ -390,7 +393,7 @@ class Service(Loop):
         return {
             "next": self._next_number,
             "service": self._common(),
-            "regions": [[r.record()[1:], r.server.snapshot()] for r in self.regions.values()],
+            "regions": [[r.record(), r.server.snapshot()] for r in self.regions.values()],
         }
 
     def _common(self) -> dict[str, Any]:

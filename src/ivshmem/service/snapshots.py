@@ -1,16 +1,11 @@
 """What a service says of itself to a successor, checked before anything is done with it.
 
-Knows: the layout of a snapshot and of a journal's records, what their descriptors must be. Does not
-know: who wrote them.
+Knows: the types in a snapshot and in a journal's records, what their descriptors must be. Does not
+know: who wrote them, at which place in a record a field stands (server/records.py does).
 
-A snapshot is {"next": number, "service": {setting: value}, "regions": [[RECORD, STATE], ..]}: see
-Service.snapshot, Served.record and replay.snapshot. A journal holds a snapshot and the records
-since: [0, ..] of the service itself, [NUMBER, ..] of a region's members.
-
-    [0, "service", {setting: value}]
-    [0, "region", RECORD..]
-    [0, "config", NUMBER, {setting: value}]
-    [0, "gone", NUMBER]
+A snapshot is {"next": number, "service": {setting: value}, "regions": [[REGION, STATE], ..]}:
+REGION has the fields of records.Region, STATE is what replay.snapshot makes. A journal holds a
+snapshot and the records since.
 
 Invariants:
 1. A snapshot that passes `check`, and a history that passes `rehearse`, can be resumed: the types
@@ -27,11 +22,12 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import IvshmemError, JournalError, Misshapen, reason_of
-from ..lasting.journal import OF_THE_SERVICE, Journal, group
+from ..lasting.journal import Journal, group_name
 from ..memory.region import posix_path
 from ..protocol.limits import MAX_VECTORS
 from ..protocol.roster import Roster
-from ..server.replay import UnfinishedBatch, replay
+from ..server import records, replay
+from ..server.replay import UnfinishedBatch
 from ..system import credentials, json_shapes, sockets
 from ..system.named_tuple import NamedTuple
 from .config import ServiceConfig, from_json
@@ -42,9 +38,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..lasting.journal import Record
-    from ..memory.region import Source
-if TYPE_CHECKING:
-    from typing import Any
+    from ..server.records import MemberRecord, ServiceRecord
 
 MOST_FDS = 1 << 20
 
@@ -74,21 +68,38 @@ _CONFIG = json_shapes.record(
     },
     socket=json_shapes.text(),
 )
-_RECORD = json_shapes.tuple_of(
-    json_shapes.integer(1),
-    json_shapes.text(),
-    _CONFIG,
-    _FD,
-    json_shapes.flag(),
-    _FD,
-    json_shapes.text("anonymous", "posix", "file", "directory", "descriptor", "device"),
-    _WORD,
-    json_shapes.flag(),
-    json_shapes.optional(json_shapes.tuple_of(json_shapes.integer(0), json_shapes.integer(0))),
+
+
+def _in_order(made: Any, **shapes: json_shapes.Shape) -> list[json_shapes.Shape]:
+    """The shapes of a record's fields, in its order, but for those that have a default."""
+    assert set(shapes) == {*made._fields} - {*made._field_defaults}
+    return [shapes[name] for name in made._fields if name in shapes]
+
+
+_REGION = json_shapes.tuple_of(
+    *_in_order(
+        records.Region,
+        number=json_shapes.integer(1),
+        name=json_shapes.text(),
+        config=_CONFIG,
+        listener=_FD,
+        unlinks=json_shapes.flag(),
+        memory=_FD,
+        source=json_shapes.text("anonymous", "posix", "file", "directory", "descriptor", "device"),
+        source_name=_WORD,
+        created=json_shapes.flag(),
+        file=json_shapes.optional(
+            json_shapes.tuple_of(json_shapes.integer(0), json_shapes.integer(0))
+        ),
+    )
 )
-_MEMBER = json_shapes.begins_with(
-    _FD, json_shapes.array(_FD, MAX_VECTORS), json_shapes.moment(), json_shapes.flag()
-)
+_HAD: dict[str, json_shapes.Shape] = {
+    "fd": _FD,
+    "fds": json_shapes.array(_FD, MAX_VECTORS),
+    "since": json_shapes.moment(),
+    "readonly": json_shapes.flag(),
+}
+_MEMBER = json_shapes.begins_with(*_in_order(records.MemberFds, **_HAD))
 _STATE = json_shapes.record(
     {
         "counts": json_shapes.table(json_shapes.integer(0)),
@@ -110,54 +121,38 @@ _SERVICE = json_shapes.record(
 _SNAPSHOT = json_shapes.record(
     next=json_shapes.integer(1),
     service=_SERVICE,
-    regions=json_shapes.array(json_shapes.tuple_of(_RECORD, _STATE)),
+    regions=json_shapes.array(json_shapes.tuple_of(_REGION, _STATE)),
 )
 
 
-# Records by what they say.
+# Records by their kind.
 _NUMBER = json_shapes.integer(1)
 _COUNT = json_shapes.integer(0, (1 << 31) - 1)
 _SERIAL = json_shapes.integer(0)
-_BEGINNING = json_shapes.integer(0), json_shapes.text()  # of each: the chapter, and what it says
-_OF_REGIONS: Mapping[str, json_shapes.Shape] = {
-    "service": json_shapes.begins_with(*_BEGINNING, _SERVICE),
-    "config": json_shapes.begins_with(*_BEGINNING, _NUMBER, _CONFIG),
-    "gone": json_shapes.begins_with(*_BEGINNING, _NUMBER),
+_BEGINNING = json_shapes.integer(0), json_shapes.text()  # of each: its section, its kind
+
+
+def _record(made: Any, **shapes: json_shapes.Shape) -> json_shapes.Shape:
+    return json_shapes.begins_with(*_BEGINNING, *_in_order(made, **shapes))
+
+
+_OF_THE_SERVICE: Mapping[str, json_shapes.Shape] = {
+    "service": _record(records.Settings, values=_SERVICE),
+    "config": _record(records.Config, number=_NUMBER, config=_CONFIG),
+    "gone": _record(records.Gone, number=_NUMBER),
 }
 _OF_MEMBERS: Mapping[str, json_shapes.Shape] = {
-    "join": json_shapes.begins_with(
-        *(
-            *_BEGINNING,
-            _SERIAL,
-            _FD,
-            json_shapes.array(_FD, MAX_VECTORS),
-            json_shapes.moment(),
-            json_shapes.flag(),
-        )
+    "join": _record(records.Join, member=_SERIAL, **_HAD),
+    "mute": _record(
+        records.Mute, member=_SERIAL, seconds=json_shapes.optional(json_shapes.number(0, 1e6))
     ),
-    "mute": json_shapes.begins_with(
-        *_BEGINNING, _SERIAL, json_shapes.optional(json_shapes.number(0, 1e6))
-    ),
-    **dict.fromkeys(("hold", "unmute", "leave"), json_shapes.begins_with(*_BEGINNING, _SERIAL)),
-    "sent": json_shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT),
-    "split": json_shapes.begins_with(*_BEGINNING, _SERIAL, _COUNT, _COUNT, _COUNT),
-    "crowd": json_shapes.begins_with(*_BEGINNING, _COUNT, _COUNT),
+    "hold": _record(records.Hold, member=_SERIAL),
+    "unmute": _record(records.Unmute, member=_SERIAL),
+    "leave": _record(records.Leave, member=_SERIAL),
+    "sent": _record(records.Sent, member=_SERIAL, messages=_COUNT),
+    "split": _record(records.Split, member=_SERIAL, messages=_COUNT, done=_COUNT, batch=_COUNT),
+    "crowd": _record(records.Crowd, batch=_COUNT, members=_COUNT),
 }
-
-
-class RegionRecord(NamedTuple):
-    """What a snapshot says of a region, beside its peers: Served.record less its first word."""
-
-    number: int
-    name: str
-    config: Mapping[str, Any]
-    listener: int
-    unlinks: bool
-    memory: int
-    source: Source
-    source_name: str | None
-    created: bool
-    file: tuple[int, int] | None
 
 
 class RegionPast(NamedTuple):
@@ -168,9 +163,9 @@ class RegionPast(NamedTuple):
         unfinished: what was being sent to a member of it at the end.
     """
 
-    record: RegionRecord
+    record: records.Region
     state: Mapping[str, Any] | None
-    records: list[Record]
+    records: list[MemberRecord]
     unfinished: UnfinishedBatch | None
 
 
@@ -182,7 +177,8 @@ def check(snapshot: Any) -> None:
     """
     _SNAPSHOT(snapshot, "state")
     regions = [
-        RegionPast(RegionRecord(*record), state, [], None) for record, state in snapshot["regions"]
+        RegionPast(records.Region(*record), state, [], None)
+        for record, state in snapshot["regions"]
     ]
     _check_meaning("state", snapshot["service"], regions, list(descriptors(snapshot)))
 
@@ -213,18 +209,17 @@ def _rehearse(past: RegionPast, where: str) -> None:
     if past.record.source == "posix":
         posix_path(past.record.source_name or "")
     roster = Roster(from_json(past.record.config).vectors, (), ())
-    held = replay(roster, past.state, past.records, past.unfinished)
-    if held.keys() != {member.serial for member in roster.members}:
+    had = replay.replay(roster, past.state, past.records, past.unfinished)
+    if had.keys() != {member.serial for member in roster.members}:
         raise Misshapen(f"{where}: its peers and their descriptors do not match")
 
 
 def descriptors(snapshot: Mapping[str, Any]) -> Iterator[int]:
     """Yield the numbers of all descriptors that a snapshot names."""
     for record, state in snapshot["regions"]:
-        region = RegionRecord(*record)
+        region = records.Region(*record)
         yield from (region.listener, region.memory)
-        for fd, fds, *_ in state["held"].values():
-            yield fd
+        for fds in replay.descriptors(state).values():
             yield from fds
 
 
@@ -237,12 +232,12 @@ def examine(snapshot: Mapping[str, Any], found: Mapping[int, int]) -> None:
     if missing := set(descriptors(snapshot)) - set(found):
         raise Misshapen(f"{len(missing)} of the descriptors that the state names did not come")
     for record, state in snapshot["regions"]:
-        region = RegionRecord(*record)
+        region = records.Region(*record)
         whose = f"region {json_shapes.shown(region.name)}"
         _examine_listener(found[region.listener], region.config["socket"], whose)
         if not stat.S_ISREG(os.fstat(found[region.memory]).st_mode):
             raise Misshapen(f"{whose}: its memory is not a file")
-        for fd, fds, *_ in state["held"].values():
+        for fd, *fds in replay.descriptors(state).values():
             if not sockets.is_connection(found[fd]):
                 raise Misshapen(f"{whose}: a peer's connection is not a connected Unix socket")
             for each in fds:
@@ -330,52 +325,74 @@ def rehearse(history: History) -> None:
 
 
 def _told(
-    state: Any, records: list[Record], unfinished: tuple[int, int, int, int, int] | None
+    state: Any, lines: list[Record], unfinished: tuple[int, int, int, int, int] | None
 ) -> History:
-    begun: dict[int, RegionPast] = {}
-    named: dict[str, list[int]] = {}
-    next_number, service = 1, {}
+    told = _Told()
     if state is not None:
-        _SNAPSHOT(state, "journal")
-        next_number, service = state["next"], state["service"]
-        for record, server in state["regions"]:
-            region = RegionRecord(*record)
-            begun[region.number] = RegionPast(region, server, [], None)
-            named[group(region.number)] = [region.listener, region.memory]
-            for serial, held in server["held"].items():
-                named[group(region.number, int(serial))] = [held[0], *held[1]]
-    for place, record in enumerate(records):
+        told.begin(state)
+    for place, line in enumerate(lines):
         where = f"journal.records[{place}]"
-        json_shapes.begins_with(*_BEGINNING)(record, where)
-        chapter, kind, *rest = record
-        if chapter != OF_THE_SERVICE:
-            _shape_of(_OF_MEMBERS, kind, where)(record, where)
-            if chapter not in begun:
-                continue
-            begun[chapter].records.append(record[1:])
-            if kind == "join":
-                named[group(chapter, rest[0])] = [rest[1], *rest[2]]
-            elif kind == "leave":
-                named.pop(group(chapter, rest[0]), None)
+        json_shapes.begins_with(*_BEGINNING)(line, where)
+        section, kind, *fields = line
+        if section != records.SERVICE_SECTION:
+            _shape_of(_OF_MEMBERS, kind, where)(line, where)
+            told.add_of_region(section, records.member_record(kind, *fields))
         elif kind == "region":
-            _RECORD(rest, where)
-            region = RegionRecord(*rest)
-            begun[region.number] = RegionPast(region, None, [], None)
-            named[group(region.number)] = [region.listener, region.memory]
-            next_number = region.number + 1
+            _REGION(fields, where)
+            told.add(records.Region(*fields))
         else:
-            _shape_of(_OF_REGIONS, kind, where)(record, where)
-            if kind == "service":
-                service = rest[0]
-            elif kind == "gone":
-                begun.pop(rest[0], None)
-                named = {k: v for k, v in named.items() if not k.startswith(group(rest[0]))}
-            elif rest[0] in begun:
-                past = begun[rest[0]]
-                begun[rest[0]] = past._replace(record=past.record._replace(config=rest[1]))
-    if unfinished and unfinished[0] in begun:
-        begun[unfinished[0]] = begun[unfinished[0]]._replace(unfinished=unfinished[1:])
-    return History(next_number, service, begun, named)
+            _shape_of(_OF_THE_SERVICE, kind, where)(line, where)
+            told.add(records.service_record(kind, *fields))
+    regions = told.regions
+    if unfinished and unfinished[0] in regions:
+        regions[unfinished[0]] = regions[unfinished[0]]._replace(unfinished=unfinished[1:])
+    return History(told.next_number, told.service, regions, told.descriptors)
+
+
+class _Told:
+    """What a journal has said so far; the attributes are those of History."""
+
+    def __init__(self) -> None:
+        self.next_number = 1
+        self.service: Mapping[str, Any] = {}
+        self.regions: dict[int, RegionPast] = {}
+        self.descriptors: dict[str, list[int]] = {}
+
+    def begin(self, snapshot: Any) -> None:
+        _SNAPSHOT(snapshot, "journal")
+        for fields, state in snapshot["regions"]:
+            region = records.Region(*fields)
+            self.add(region)
+            self.regions[region.number] = RegionPast(region, state, [], None)
+            for member, fds in replay.descriptors(state).items():
+                self.descriptors[group_name(region.number, member)] = fds
+        self.next_number, self.service = snapshot["next"], snapshot["service"]
+
+    def add_of_region(self, number: int, record: MemberRecord) -> None:
+        if number not in self.regions:
+            return
+        self.regions[number].records.append(record)
+        if isinstance(record, records.Join):
+            self.descriptors[group_name(number, record.member)] = [record.fd, *record.fds]
+        elif isinstance(record, records.Leave):
+            self.descriptors.pop(group_name(number, record.member), None)
+
+    def add(self, record: ServiceRecord) -> None:
+        if isinstance(record, records.Region):
+            self.regions[record.number] = RegionPast(record, None, [], None)
+            self.descriptors[group_name(record.number)] = [record.listener, record.memory]
+            self.next_number = record.number + 1
+        elif isinstance(record, records.Settings):
+            self.service = record.values
+        elif isinstance(record, records.Gone):
+            self.regions.pop(record.number, None)
+            of_region = group_name(record.number)
+            for name in [each for each in self.descriptors if each.startswith(of_region)]:
+                del self.descriptors[name]
+        elif record.number in self.regions:
+            past = self.regions[record.number]
+            region = past.record._replace(config=record.config)
+            self.regions[record.number] = past._replace(record=region)
 
 
 def _shape_of(known: Mapping[str, json_shapes.Shape], kind: str, where: str) -> json_shapes.Shape:
@@ -384,11 +401,11 @@ def _shape_of(known: Mapping[str, json_shapes.Shape], kind: str, where: str) -> 
     return known[kind]
 
 
-def renumbered(state: Any, found: Mapping[int, int]) -> Any:
-    """What a service said of itself, with the numbers that its descriptors have here."""
-    for record, server in state["regions"]:
-        record[3], record[5] = found[record[3]], found[record[5]]
-        for held in server["held"].values():
-            held[0] = found[held[0]]
-            held[1] = [found[fd] for fd in held[1]]
-    return state
+def renumbered(snapshot: Any, found: Mapping[int, int]) -> Any:
+    """A snapshot, with the numbers that its descriptors have in this process."""
+    regions = []
+    for fields, state in snapshot["regions"]:
+        region = records.Region(*fields)
+        here = region._replace(listener=found[region.listener], memory=found[region.memory])
+        regions.append([here, replay.renumbered(state, found)])
+    return {**snapshot, "regions": regions}
