@@ -48,15 +48,15 @@ from . import log_events
 from .access import Verdict
 from .limits import LINGER
 from .records import (
-    Crowd,
-    Hold,
-    Join,
-    Leave,
+    CrowdRecord,
+    HoldRecord,
+    JoinRecord,
+    LeaveRecord,
     MemberFds,
-    Mute,
-    Sent,
-    Split,
-    Unmute,
+    MuteRecord,
+    SentRecord,
+    SplitRecord,
+    UnmuteRecord,
     encode,
 )
 from .replay import BATCH, UnfinishedBatch, muted_for, replay, snapshot
@@ -483,7 +483,7 @@ class Engine(Uncopied):
         # One of which that cannot be known is taken for a QEMU.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, holds=holds)
-        self._note(Join(member.serial, sock.fileno(), fds, since, readonly, holds))
+        self._note(JoinRecord(member.serial, sock.fileno(), fds, since, readonly, holds))
         if self._small_buffers:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
@@ -543,7 +543,7 @@ class Engine(Uncopied):
         # First the end that it sees, for a successor takes a connection that is not known for a
         # newcomer's, and would tell it of a second set-up.
         _disconnect(connection.socket)
-        self._note(Leave(serial))
+        self._note(LeaveRecord(serial))
         if self._roster.leave(connection.member):
             self._dirty_others()
         self._journal.drop(serial)
@@ -593,7 +593,7 @@ class Engine(Uncopied):
             peer, member = connection.peer, connection.member
             if not member.holds and is_qemu(peer.pid, peer.process) is not False:
                 self._roster.hold(member)
-                self._note(Hold(serial))
+                self._note(HoldRecord(serial))
 
     def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
         """Send a peer nothing from the end of its set-up on; whether it has read all that it was.
@@ -615,7 +615,7 @@ class Engine(Uncopied):
         before = hold.linger
         hold.ask(asker, math.inf if linger is None else linger)
         if serial not in self._held or hold.linger != before:
-            self._note(Mute(serial, _or_never(hold.linger)))
+            self._note(MuteRecord(serial, _or_never(hold.linger)))
             self._roster.mute(member)
             self._held[serial] = hold
         self._wind_clock()
@@ -626,7 +626,7 @@ class Engine(Uncopied):
         if self._held.pop(serial, None) is None:
             return False
         connection = self._connections[serial]
-        self._note(Unmute(serial))
+        self._note(UnmuteRecord(serial))
         self._roster.unmute(connection.member)
         if not connection.stalled:
             self._dirty.add(serial)
@@ -715,10 +715,10 @@ class Engine(Uncopied):
                 member = self._connections[serial].member
                 self._roster.split(member)
                 self._roster.sent(member, runs, sent)
-                self._note(Split(serial, sent, done, count))
+                self._note(SplitRecord(serial, sent, done, count))
                 self._dirty.add(serial)
             self._roster.sent_to_crowd(runs, count)
-            self._note(Crowd(count, len(fds)))
+            self._note(CrowdRecord(count, len(fds)))
             self.counts["messages"] += count * len(fds)
 
     def _flush(self, serial: int) -> None:
@@ -737,7 +737,7 @@ class Engine(Uncopied):
                 return
             if count:
                 self._roster.sent(member, runs, count)
-                self._note(Sent(serial, count))
+                self._note(SentRecord(serial, count))
                 self.counts["messages"] += count
             full = count < sum(run.length for run in runs)
             if full and (count or not connection.taken):
@@ -890,7 +890,7 @@ class Engine(Uncopied):
             if member.serial in self._connections:
                 self._leave(member.serial)
             else:
-                self._note(Leave(member.serial))
+                self._note(LeaveRecord(member.serial))
                 self._roster.leave(member)
         self._dirty.update(self._roster.others)
         self.wake()
@@ -971,13 +971,13 @@ def _unread(sock: socket.socket) -> bool:
 
 def _counted(record: MemberRecord) -> dict[str, int]:
     """What a record of the journal adds to the counts."""
-    if isinstance(record, Join):
+    if isinstance(record, JoinRecord):
         return {"joins": 1}
-    if isinstance(record, Leave):
+    if isinstance(record, LeaveRecord):
         return {"leaves": 1}
-    if isinstance(record, Crowd):
+    if isinstance(record, CrowdRecord):
         return {"messages": record.batch * record.members}
-    return {"messages": record.messages} if isinstance(record, Sent | Split) else {}
+    return {"messages": record.messages} if isinstance(record, SentRecord | SplitRecord) else {}
 
 
 def _close(connection: _Connection) -> None:

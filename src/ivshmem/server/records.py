@@ -49,7 +49,7 @@ class MemberFds(NamedTuple):
     holds: bool = False
 
 
-class Join(NamedTuple):
+class JoinRecord(NamedTuple):
     """A member joined; the fields are those of MemberFds."""
 
     member: int
@@ -65,42 +65,43 @@ class Join(NamedTuple):
         return MemberFds(*self[1:])
 
 
-class Hold(NamedTuple):
+class HoldRecord(NamedTuple):
     """From now on a member is told of no leave."""
 
     member: int
 
 
-class Mute(NamedTuple):
+class MuteRecord(NamedTuple):
     """From now on a member is sent nothing.
 
-    That ends by Unmute, or `seconds` after the process that asked for it is gone (None: never).
+    That ends by UnmuteRecord, or `seconds` after the process that asked for it is gone (None:
+    never).
     """
 
     member: int
     seconds: float | None
 
 
-class Unmute(NamedTuple):
+class UnmuteRecord(NamedTuple):
     """A member is sent what it has still to be told."""
 
     member: int
 
 
-class Leave(NamedTuple):
+class LeaveRecord(NamedTuple):
     """A member left."""
 
     member: int
 
 
-class Sent(NamedTuple):
+class SentRecord(NamedTuple):
     """A member was sent the first `messages` of its pending messages."""
 
     member: int
     messages: int
 
 
-class Split(NamedTuple):
+class SplitRecord(NamedTuple):
     """A member took only `messages` of a batch for the crowd, and is no longer in the crowd.
 
     The batch has `batch` messages; the first `done` members of the crowd were sent all of it.
@@ -112,7 +113,7 @@ class Split(NamedTuple):
     batch: int
 
 
-class Crowd(NamedTuple):
+class CrowdRecord(NamedTuple):
     """All `members` of the crowd were sent a batch of `batch` messages."""
 
     batch: int
@@ -122,13 +123,13 @@ class Crowd(NamedTuple):
 # -- records of the service's section -------------------------------------------------------------
 
 
-class Settings(NamedTuple):
+class SettingsRecord(NamedTuple):
     """What the configuration says beside its regions."""
 
     values: Mapping[str, Any]
 
 
-class Region(NamedTuple):
+class RegionRecord(NamedTuple):
     """A region is served from now on; in a snapshot, without its kind, it says the same.
 
     Attributes:
@@ -152,40 +153,49 @@ class Region(NamedTuple):
     file: Sequence[int] | None
 
 
-class Config(NamedTuple):
+class ConfigRecord(NamedTuple):
     """A region's settings were changed."""
 
     number: int
     config: Mapping[str, Any]
 
 
-class Gone(NamedTuple):
+class GoneRecord(NamedTuple):
     """A region is no longer served."""
 
     number: int
 
 
 MEMBER_KINDS: dict[str, type[MemberRecord]] = {
-    "join": Join,
-    "hold": Hold,
-    "mute": Mute,
-    "unmute": Unmute,
-    "leave": Leave,
-    "sent": Sent,
-    "split": Split,
-    "crowd": Crowd,
+    "join": JoinRecord,
+    "hold": HoldRecord,
+    "mute": MuteRecord,
+    "unmute": UnmuteRecord,
+    "leave": LeaveRecord,
+    "sent": SentRecord,
+    "split": SplitRecord,
+    "crowd": CrowdRecord,
 }
 SERVICE_KINDS: dict[str, type[ServiceRecord]] = {
-    "service": Settings,
-    "region": Region,
-    "config": Config,
-    "gone": Gone,
+    "service": SettingsRecord,
+    "region": RegionRecord,
+    "config": ConfigRecord,
+    "gone": GoneRecord,
 }
 _KIND_OF = {made: kind for kinds in (MEMBER_KINDS, SERVICE_KINDS) for kind, made in kinds.items()}
 
 if TYPE_CHECKING:
-    MemberRecord: TypeAlias = Join | Hold | Mute | Unmute | Leave | Sent | Split | Crowd
-    ServiceRecord: TypeAlias = Settings | Region | Config | Gone
+    MemberRecord: TypeAlias = (
+        JoinRecord
+        | HoldRecord
+        | MuteRecord
+        | UnmuteRecord
+        | LeaveRecord
+        | SentRecord
+        | SplitRecord
+        | CrowdRecord
+    )
+    ServiceRecord: TypeAlias = SettingsRecord | RegionRecord | ConfigRecord | GoneRecord
 
 
 def encode(record: MemberRecord | ServiceRecord) -> tuple[Any, ...]:
@@ -200,8 +210,8 @@ def member_record(kind: str, *fields: Any) -> MemberRecord:
         Misshapen: as of `member_fds`.
     """
     made = MEMBER_KINDS[kind]
-    if made is Join:
-        return Join(fields[0], *member_fds(fields[1:]))
+    if made is JoinRecord:
+        return JoinRecord(fields[0], *member_fds(fields[1:]))
     return made(*fields[: len(made._fields)])
 
 

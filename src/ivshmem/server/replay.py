@@ -13,15 +13,15 @@ from collections.abc import Iterable, Mapping
 
 from ..protocol.roster import Member, Roster
 from .records import (
-    Crowd,
-    Hold,
-    Join,
-    Leave,
+    CrowdRecord,
+    HoldRecord,
+    JoinRecord,
+    LeaveRecord,
     MemberFds,
-    Mute,
-    Sent,
-    Split,
-    Unmute,
+    MuteRecord,
+    SentRecord,
+    SplitRecord,
+    UnmuteRecord,
     member_fds,
 )
 
@@ -62,25 +62,25 @@ def replay(
     members = {member.serial: member for member in roster.members}
     told: tuple[int, int] | None = None  # the crowd's batch: how many have it, how long it is
     for record in records:
-        if isinstance(record, Join):
+        if isinstance(record, JoinRecord):
             member = roster.join(blank, holds=record.holds)
             members[member.serial] = member
             had[member.serial] = record.had
-        elif isinstance(record, Hold):
+        elif isinstance(record, HoldRecord):
             roster.hold(members[record.member])
-        elif isinstance(record, Mute):
+        elif isinstance(record, MuteRecord):
             roster.mute(members[record.member])
-        elif isinstance(record, Unmute):
+        elif isinstance(record, UnmuteRecord):
             roster.unmute(members[record.member])
-        elif isinstance(record, Leave):
+        elif isinstance(record, LeaveRecord):
             del had[record.member]
             roster.leave(members.pop(record.member))
-        elif isinstance(record, Sent):
+        elif isinstance(record, SentRecord):
             _sent(roster, members[record.member], record.messages)
-        elif isinstance(record, Split):
+        elif isinstance(record, SplitRecord):
             _split(roster, members[record.member], record.messages, record.batch)
             told = record.done, record.batch
-        elif isinstance(record, Crowd):
+        elif isinstance(record, CrowdRecord):
             roster.sent_to_crowd(roster.news(record.batch), record.batch)
             told = None
     if unfinished is not None:
@@ -118,9 +118,9 @@ def muted_for(
     """
     found = {int(serial): each for serial, each in (state or {}).get("muted_for", {}).items()}
     for record in records:
-        if isinstance(record, Mute):
+        if isinstance(record, MuteRecord):
             found[record.member] = record.seconds
-        elif isinstance(record, Unmute | Leave):
+        elif isinstance(record, UnmuteRecord | LeaveRecord):
             found.pop(record.member, None)
     return found
 

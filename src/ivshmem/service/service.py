@@ -81,9 +81,9 @@ class Served(Uncopied):
         self.directory = opened.directory
         self.ended = False  # it is to be closed when its step ends
 
-    def record(self) -> records.Region:
+    def record(self) -> records.RegionRecord:
         """What a successor needs beside what the server has noted."""
-        return records.Region(
+        return records.RegionRecord(
             number=self.number,
             name=self.name,
             config=self.config._asdict(),
@@ -162,7 +162,7 @@ class Service(Loop):
         """
         if found := conflicts(self.config):
             raise self.config.error("; ".join(found))
-        self._note(records.Settings(self._common()))
+        self._note(records.SettingsRecord(self._common()))
         with contextlib.ExitStack() as undo:
             self._begin(self._open_all(self.config, self.config.regions, undo), undo)
             undo.pop_all()
@@ -243,7 +243,7 @@ class Service(Loop):
         with contextlib.suppress(OSError):  # somebody closed the server
             self.unwatch(served.fd)
         del self.regions[served.name]
-        self._note(records.Gone(served.number))
+        self._note(records.GoneRecord(served.number))
         Section(self._journal, served.number).drop()
         if served.server.in_step:
             served.ended = True
@@ -349,7 +349,7 @@ class Service(Loop):
                 served.server.set_gate(gates[name])
             if "hold_leaves" in changes.altered[name]:
                 served.server.hold_leaves(region.hold_leaves)
-            self._note(records.Config(served.number, region._asdict()))
+            self._note(records.ConfigRecord(served.number, region._asdict()))
         for name in changes.removed:
             if name in self.regions:
                 self._end(self.regions[name])

@@ -4,8 +4,8 @@ Knows: the types in a snapshot and in a journal's records, what their descriptor
 know: who wrote them, at which place in a record a field stands (server/records.py does).
 
 A snapshot is {"next": number, "service": {setting: value}, "regions": [[REGION, STATE], ..]}:
-REGION has the fields of records.Region, STATE is what replay.snapshot makes. A journal holds a
-snapshot and the records since.
+REGION has the fields of records.RegionRecord, STATE is what replay.snapshot makes. A journal holds
+a snapshot and the records since.
 
 Invariants:
 1. A snapshot that passes `check`, and a history that passes `rehearse`, can be resumed: the types
@@ -78,7 +78,7 @@ def _in_order(made: Any, **shapes: json_shapes.Shape) -> list[json_shapes.Shape]
 
 _REGION = json_shapes.tuple_of(
     *_in_order(
-        records.Region,
+        records.RegionRecord,
         number=json_shapes.integer(1),
         name=json_shapes.text(),
         config=_CONFIG,
@@ -137,21 +137,23 @@ def _record(made: Any, **shapes: json_shapes.Shape) -> json_shapes.Shape:
 
 
 _OF_THE_SERVICE: Mapping[str, json_shapes.Shape] = {
-    "service": _record(records.Settings, values=_SERVICE),
-    "config": _record(records.Config, number=_NUMBER, config=_CONFIG),
-    "gone": _record(records.Gone, number=_NUMBER),
+    "service": _record(records.SettingsRecord, values=_SERVICE),
+    "config": _record(records.ConfigRecord, number=_NUMBER, config=_CONFIG),
+    "gone": _record(records.GoneRecord, number=_NUMBER),
 }
 _OF_MEMBERS: Mapping[str, json_shapes.Shape] = {
-    "join": _record(records.Join, member=_SERIAL, **_HAD),
+    "join": _record(records.JoinRecord, member=_SERIAL, **_HAD),
     "mute": _record(
-        records.Mute, member=_SERIAL, seconds=json_shapes.optional(json_shapes.number(0, 1e6))
+        records.MuteRecord, member=_SERIAL, seconds=json_shapes.optional(json_shapes.number(0, 1e6))
     ),
-    "hold": _record(records.Hold, member=_SERIAL),
-    "unmute": _record(records.Unmute, member=_SERIAL),
-    "leave": _record(records.Leave, member=_SERIAL),
-    "sent": _record(records.Sent, member=_SERIAL, messages=_COUNT),
-    "split": _record(records.Split, member=_SERIAL, messages=_COUNT, done=_COUNT, batch=_COUNT),
-    "crowd": _record(records.Crowd, batch=_COUNT, members=_COUNT),
+    "hold": _record(records.HoldRecord, member=_SERIAL),
+    "unmute": _record(records.UnmuteRecord, member=_SERIAL),
+    "leave": _record(records.LeaveRecord, member=_SERIAL),
+    "sent": _record(records.SentRecord, member=_SERIAL, messages=_COUNT),
+    "split": _record(
+        records.SplitRecord, member=_SERIAL, messages=_COUNT, done=_COUNT, batch=_COUNT
+    ),
+    "crowd": _record(records.CrowdRecord, batch=_COUNT, members=_COUNT),
 }
 
 
@@ -163,7 +165,7 @@ class RegionPast(NamedTuple):
         unfinished: what was being sent to a member of it at the end.
     """
 
-    record: records.Region
+    record: records.RegionRecord
     state: Mapping[str, Any] | None
     records: list[MemberRecord]
     unfinished: UnfinishedBatch | None
@@ -177,7 +179,7 @@ def check(snapshot: Any) -> None:
     """
     _SNAPSHOT(snapshot, "state")
     regions = [
-        RegionPast(records.Region(*record), state, [], None)
+        RegionPast(records.RegionRecord(*record), state, [], None)
         for record, state in snapshot["regions"]
     ]
     _check_meaning("state", snapshot["service"], regions, list(descriptors(snapshot)))
@@ -217,7 +219,7 @@ def _rehearse(past: RegionPast, where: str) -> None:
 def descriptors(snapshot: Mapping[str, Any]) -> Iterator[int]:
     """Yield the numbers of all descriptors that a snapshot names."""
     for record, state in snapshot["regions"]:
-        region = records.Region(*record)
+        region = records.RegionRecord(*record)
         yield from (region.listener, region.memory)
         for fds in replay.descriptors(state).values():
             yield from fds
@@ -232,7 +234,7 @@ def examine(snapshot: Mapping[str, Any], found: Mapping[int, int]) -> None:
     if missing := set(descriptors(snapshot)) - set(found):
         raise Misshapen(f"{len(missing)} of the descriptors that the state names did not come")
     for record, state in snapshot["regions"]:
-        region = records.Region(*record)
+        region = records.RegionRecord(*record)
         whose = f"region {json_shapes.shown(region.name)}"
         _examine_listener(found[region.listener], region.config["socket"], whose)
         if not stat.S_ISREG(os.fstat(found[region.memory]).st_mode):
@@ -327,7 +329,7 @@ def rehearse(history: History) -> None:
 def _told(
     state: Any, lines: list[Record], unfinished: tuple[int, int, int, int, int] | None
 ) -> History:
-    told = _Told()
+    told = _JournalReader()
     if state is not None:
         told.begin(state)
     for place, line in enumerate(lines):
@@ -339,7 +341,7 @@ def _told(
             told.add_of_region(section, records.member_record(kind, *fields))
         elif kind == "region":
             _REGION(fields, where)
-            told.add(records.Region(*fields))
+            told.add(records.RegionRecord(*fields))
         else:
             _shape_of(_OF_THE_SERVICE, kind, where)(line, where)
             told.add(records.service_record(kind, *fields))
@@ -349,7 +351,7 @@ def _told(
     return History(told.next_number, told.service, regions, told.descriptors)
 
 
-class _Told:
+class _JournalReader:
     """What a journal has said so far; the attributes are those of History."""
 
     def __init__(self) -> None:
@@ -361,7 +363,7 @@ class _Told:
     def begin(self, snapshot: Any) -> None:
         _SNAPSHOT(snapshot, "journal")
         for fields, state in snapshot["regions"]:
-            region = records.Region(*fields)
+            region = records.RegionRecord(*fields)
             self.add(region)
             self.regions[region.number] = RegionPast(region, state, [], None)
             for member, fds in replay.descriptors(state).items():
@@ -372,19 +374,19 @@ class _Told:
         if number not in self.regions:
             return
         self.regions[number].records.append(record)
-        if isinstance(record, records.Join):
+        if isinstance(record, records.JoinRecord):
             self.descriptors[group_name(number, record.member)] = [record.fd, *record.fds]
-        elif isinstance(record, records.Leave):
+        elif isinstance(record, records.LeaveRecord):
             self.descriptors.pop(group_name(number, record.member), None)
 
     def add(self, record: ServiceRecord) -> None:
-        if isinstance(record, records.Region):
+        if isinstance(record, records.RegionRecord):
             self.regions[record.number] = RegionPast(record, None, [], None)
             self.descriptors[group_name(record.number)] = [record.listener, record.memory]
             self.next_number = record.number + 1
-        elif isinstance(record, records.Settings):
+        elif isinstance(record, records.SettingsRecord):
             self.service = record.values
-        elif isinstance(record, records.Gone):
+        elif isinstance(record, records.GoneRecord):
             self.regions.pop(record.number, None)
             of_region = group_name(record.number)
             for name in [each for each in self.descriptors if each.startswith(of_region)]:
@@ -405,7 +407,7 @@ def renumbered(snapshot: Any, found: Mapping[int, int]) -> Any:
     """A snapshot, with the numbers that its descriptors have in this process."""
     regions = []
     for fields, state in snapshot["regions"]:
-        region = records.Region(*fields)
+        region = records.RegionRecord(*fields)
         here = region._replace(listener=found[region.listener], memory=found[region.memory])
         regions.append([here, replay.renumbered(state, found)])
     return {**snapshot, "regions": regions}
