@@ -97,6 +97,7 @@ def test_server_and_doorbell_device(guest: MakeGuest, name: str, tmp_path: Path)
     assert not path.exists()
 
 
+@pytest.mark.nightly
 def test_hugepages_for_a_plain_device(guest: MakeGuest) -> None:
     with huge_pages(2 << 20, 512), mounted("hugetlbfs", "pagesize=2M") as mount:
         a = guest(
@@ -115,6 +116,7 @@ def test_hugepages_for_a_plain_device(guest: MakeGuest) -> None:
             region.unlink()
 
 
+@pytest.mark.nightly
 def test_server_with_a_hugepages_mount_point(guest: MakeGuest, tmp_path: Path) -> None:
     pidfile, path = tmp_path / "pid", tmp_path / "socket"
     with huge_pages(2 << 20, 8), mounted("hugetlbfs", "pagesize=2M") as mount:
