@@ -80,7 +80,7 @@ test-python:
 nightly: lint
 	$(MAKE) sanitize NIGHTLY=true
 	$(MAKE) test-pythons
-	CI=true $(BIN)/python -m pytest -n $(JOBS) -m 'not serial'
+	CI=true $(BIN)/python -m pytest -n $(JOBS) -m 'not serial' --hypothesis-profile=nightly
 	CI=true $(BIN)/python -m pytest -m serial
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz

@@ -27,8 +27,10 @@ hypothesis.settings.register_profile(
     deadline=None,  # noisy machines
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    max_examples=40,
 )
 hypothesis.settings.load_profile("ivshmem")
+hypothesis.settings.register_profile("nightly", max_examples=400)  # the rest as above
 
 # Tests run in a user's environment: with PYTHONUNBUFFERED, for one, an output that nobody reads
 # hangs nowhere. PYTHONMALLOC is for the sanitizers, PYTHONPATH for pytest-xdist.

@@ -240,6 +240,7 @@ class TestServe:
             wait_until(lambda: not file.exists())
         assert not os.path.exists(path)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_signals_at_any_moment_leave_nothing(
         self, path: str, name: str, tmp_path: Path, number: signal.Signals
@@ -350,6 +351,7 @@ BAD = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(case: str, path: str) -> None:
     arguments, message = BAD[case]
@@ -487,6 +489,7 @@ class TestConnect:
             {"event": "interrupt", "vector": 1, "rings": 1},
         ]
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize(
         ("command", "message"),
         [

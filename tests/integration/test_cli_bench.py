@@ -143,6 +143,7 @@ class TestHere:
         assert errors.splitlines()[-1] == "100%  done"
         assert list(temporary.iterdir()) == []
 
+    @pytest.mark.nightly
     def test_json(self, temporary: Path) -> None:
         out, errors = run("--seconds", "0.2", "--json")
         assert errors == ""
@@ -164,12 +165,14 @@ class TestHere:
         assert values["machine"]["ivshmem"] == "0.1.0"
         assert 0 < values["seconds"] < PATIENCE
 
+    @pytest.mark.nightly
     def test_one_core(self, one_core: None, temporary: Path) -> None:
         out, errors = run("--seconds", "0.2", "--quiet")
         assert errors == ""
         shown_well(out)
         assert "round trip, two cores\n  not here: two cores are needed" in out
 
+    @pytest.mark.nightly
     def test_a_terminal(self) -> None:
         """A bar, which is gone in the end; and no line is too long for it."""
         main, terminal = pty.openpty()
@@ -199,6 +202,7 @@ class TestHere:
         assert drawn[-1] == "\033[K"
         assert all(len(line.removesuffix("\033[K")) < 60 for line in drawn)
 
+    @pytest.mark.nightly
     @pytest.mark.parametrize(
         ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
     )

@@ -99,6 +99,7 @@ QUICK = ("plain", "nobody there", "no socket", "wait in vain")
 LONG = [pytest.param(way, marks=pytest.mark.nightly) for way in CONNECTS if way not in QUICK]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", [*QUICK, *LONG])
 def test_connect(scene: Scene, way: str) -> None:
     assert ctrl_c_anywhere(lambda: CONNECTS[way](scene), scene.alone) > 10
@@ -181,6 +182,7 @@ def said(told: Told, words: str) -> None:
             told.join(int(word))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("look", "opcodes"),
     [("peers", False)]

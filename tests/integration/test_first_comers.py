@@ -337,6 +337,7 @@ def _table() -> Iterator[object]:
             yield pytest.param(command, trap, id=name, marks=marks)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("command", "trap"), list(_table()))
 def test_path(
     command: Command,
@@ -420,6 +421,7 @@ HARMLESS: dict[str, list[Trap]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_call(

@@ -101,6 +101,7 @@ def test_nobody_accepts(socket_path: str, timeout: float) -> None:
 SETUP = 8 * (3 + 2 + 2)  # greeting, two vectors of a peer, two of its own
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("count", range(SETUP + 1))
 def test_end_after_any_byte(socket_path: str, events: Eventfds, count: int) -> None:
     fds = events.make(4)
@@ -288,6 +289,7 @@ SERVER = """
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("free", range(15))
 def test_out_of_descriptors(socket_path: str, free: int) -> None:
     """However few can be opened: one error that says so, or a client; nothing is left open."""

@@ -209,6 +209,7 @@ def history(socket_path: str) -> Iterator[History]:
         yield History(socket_path, undo)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", HISTORIES)
 def test_histories(history: History, line: str) -> None:
     for step in line.split(", "):

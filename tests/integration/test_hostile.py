@@ -206,6 +206,7 @@ def test_killed(serving: ivshmem.Server, witness: RawPeer) -> None:
         assert client.next_event(0) is None
 
 
+@pytest.mark.nightly
 def test_killed_while_stopped(serving: ivshmem.Server, witness: RawPeer) -> None:
     """A client that is stopped does not read; then it goes on where it was, or dies."""
     with python(CLIENT, serving.path) as child:

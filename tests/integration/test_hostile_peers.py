@@ -133,6 +133,7 @@ def scene(make_scene: Callable[[Rules], Scene]) -> Scene:
 # -- the others go on -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_others_go_on(scene: Scene, name: str) -> None:
     source, processes = ATTACKS[name]
@@ -149,6 +150,7 @@ def test_the_others_go_on(scene: Scene, name: str) -> None:
     scene.all_quiet()
 
 
+@pytest.mark.nightly
 def test_all_at_once(scene: Scene) -> None:
     with ExitStack() as stack:
         for name, (source, _) in ATTACKS.items():

@@ -256,6 +256,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("started", [True, False], ids=["started", "idle"])
 @pytest.mark.parametrize(("call", "act"), PAIRS)
 def test_a_handler_at_each_line_of_a_call(
@@ -392,6 +393,7 @@ def test_the_wakeup_descriptor_is_taken_away_again(socket_path: str) -> None:
 # -- callbacks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("run", ["step", "start"])
 @pytest.mark.parametrize("hook", ["on_join", "on_leave", "gate"])
 @pytest.mark.parametrize("act", ACTS)

@@ -39,6 +39,7 @@ def complaints(devices: str) -> str:
     return "" if result.returncode == 0 else result.stderr
 
 
+@pytest.mark.sampled(3)
 @needs_libvirt
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("vectors", [0, 1, 2048])

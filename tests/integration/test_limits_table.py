@@ -56,6 +56,7 @@ def works(client: ivshmem.Client) -> None:
     assert client.wait(1, timeout=30)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("limit", [*AT_ONCE, *NEGATIVE])
 def test_over_at_once(client: ivshmem.Client, call: str, limit: str) -> None:
@@ -66,6 +67,7 @@ def test_over_at_once(client: ivshmem.Client, call: str, limit: str) -> None:
     works(client)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("limit", WRONG)
 def test_wrong(client: ivshmem.Client, call: str, limit: str) -> None:
@@ -74,6 +76,7 @@ def test_wrong(client: ivshmem.Client, call: str, limit: str) -> None:
     works(client)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("limit", LONG)
 def test_long(client: ivshmem.Client, call: str, limit: str) -> None:
@@ -111,6 +114,7 @@ def test_names_long(client: ivshmem.Client, limit: str) -> None:
         assert names.lookup("me", LONG[limit]).id == client.id
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("limit", [*WRONG, *LONG])
 def test_connect(client: ivshmem.Client, limit: str, wait: bool) -> None:
@@ -123,6 +127,7 @@ def test_connect(client: ivshmem.Client, limit: str, wait: bool) -> None:
         assert limit in LONG
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("limit", [*AT_ONCE, *NEGATIVE, *WRONG])
 def test_connect_to_nobody(directory: Any, limit: str, wait: bool) -> None:

@@ -97,6 +97,7 @@ class TestFormat:
         raw = entry(1, "a")
         assert names_table.parse(raw[:8] + b"12345678" + raw[16:]) == names_table.parse(raw)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("position", [*range(8), *range(16, 128)])
     def test_nothing_else_may(self, position: int) -> None:
         raw = bytearray(entry(1, "a", vectors=2))

@@ -235,6 +235,7 @@ ERRORS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("iommu", [True, False])
 @pytest.mark.parametrize("before", ["", "pci-stub", "vfio-pci"])
 @pytest.mark.parametrize("call", sorted({*CALLS.values()} - {"CHECK_EXTENSION"}))

@@ -185,6 +185,7 @@ def represented(thing: object) -> None:
         assert repr(thing)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("kind", list(filter(shown, CLASSES)), ids=lambda kind: kind.__qualname__)
 def test_a_constructor_that_fails_says_one_thing(kind: type, wrong: str) -> None:
