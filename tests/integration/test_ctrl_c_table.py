@@ -258,6 +258,7 @@ SERVERS: dict[str, Callable[[ServerPlace], object]] = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("way", table(SERVERS, "region", "listener with a group"))
 def test_server(server_place: ServerPlace, way: str) -> None:
     place = server_place

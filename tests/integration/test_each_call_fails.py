@@ -88,6 +88,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("call", "code", "after"), CASES, ids=[f"{c}-{errno.errorcode[e]}-{a}" for c, e, a in CASES]
 )

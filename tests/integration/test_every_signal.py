@@ -239,6 +239,7 @@ def test_killed_before_it_listens(tmp_path: Path, lives: contextlib.ExitStack) -
     assert not os.path.lexists(life.path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", FEW, ids=words)
 def test_a_signal(tmp_path: Path, lives: contextlib.ExitStack, case: tuple[str, str, int]) -> None:
     run(tmp_path, lives, case)

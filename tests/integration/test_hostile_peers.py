@@ -160,6 +160,7 @@ def test_all_at_once(scene: Scene) -> None:
     scene.all_quiet()
 
 
+@pytest.mark.nightly
 def test_descriptors_of_the_server_during_a_flood(scene: Scene) -> None:
     """Those who have gone do not pile up."""
     with attack(FLOOD, 2, scene.path, VECTORS), attack(FLOOD_READING, 1, scene.path, VECTORS):

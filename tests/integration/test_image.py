@@ -205,6 +205,7 @@ SMALL = zlib.compress(bytes(4096))
 BOMB = zlib.compress(bytes(1 << 30), 9)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

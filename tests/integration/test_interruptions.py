@@ -201,6 +201,7 @@ def by_serve_forever(scene: Scene) -> None:
 RUNS = {"step": by_step, "serve_forever": by_serve_forever}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("act", HARMLESS)
 def test_a_handler_at_each_bytecode_of_a_step(socket_path: str, run: str, act: str) -> None:
@@ -214,6 +215,7 @@ def test_a_handler_at_each_bytecode_of_a_step(socket_path: str, run: str, act: s
         has_come_true(scene, act)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("act", LASTING)
 def test_a_handler_at_each_line_of_a_step(socket_path: str, run: str, act: str) -> None:

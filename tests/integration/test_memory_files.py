@@ -52,6 +52,7 @@ def run(*arguments: object, status: int | None = 0) -> subprocess.CompletedProce
 # -- killed at any moment -------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("source", ["name", "path", "replaced", "directory", "image"])
 def test_killed_while_it_makes_one(source: str, directory: Path, shm_name: str) -> None:
     """Nothing is left: neither memory under a hidden name, nor half of something."""

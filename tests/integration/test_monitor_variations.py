@@ -272,6 +272,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", MOVES)
 def test_while_it_moves(two: Two, case: str) -> None:
     source, destination, words = MOVES[case]

@@ -112,6 +112,7 @@ def _peer(path: str) -> RawPeer | None:
         return None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("when", ["from the start", "later"])
 @pytest.mark.parametrize("output", KINDS, indirect=True)
 @pytest.mark.parametrize("server", SERVERS)

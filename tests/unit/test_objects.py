@@ -117,6 +117,7 @@ def refuses(kind: type, make: Callable[[Any], object], thing: object) -> None:
     assert "\n" not in str(error.value), kind
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", list(filter(owns, CLASSES)), ids=lambda kind: kind.__qualname__)
 def test_an_owner_is_not_copied(kind: Any) -> None:
     make_one = MAKERS.get(f"{kind.__module__}.{kind.__qualname__}", lambda: kind.__new__(kind))
@@ -218,6 +219,7 @@ def test_a_constructor_that_fails_says_one_thing(kind: type, wrong: str) -> None
         make()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", list(filter(shown, CLASSES)), ids=lambda kind: kind.__qualname__)
 def test_what_no_constructor_has_seen(kind: Any) -> None:
     with silence():
