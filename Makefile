@@ -64,9 +64,10 @@ test-newest-qemu: $(VENV)/tested
 	qemu=$(NEWEST_QEMU) && \
 	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly')
 
-# What depends on the interpreter: the C modules, asyncio, threads, the command line.
-WITH_PYTHON := $(addprefix unit/test_,core_* config layers objects) \
-    $(addprefix integration/test_,aio async_* cli packaging region server_client threads)
+# What depends on the interpreter: the C modules, asyncio, threads. All unit tests by night.
+WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
+    $(addprefix integration/test_,aio async_endpoint server_client threads)
+WITH_PYTHON_NIGHTLY := unit/test_* integration/test_cli integration/test_region
 
 test-pythons:
 	pythons=$$($(PYTHON) tests/support/pythons.py $(CACHE)/pythons) && for python in $$pythons; do \
@@ -75,12 +76,13 @@ test-pythons:
 test-python:
 	$(MAKE) VENV=.venv-$(notdir $(PYTHON)) .venv-$(notdir $(PYTHON))/runs-tests
 	.venv-$(notdir $(PYTHON))/bin/python -m pytest -n $(JOBS) -m 'not nightly and not serial' \
-	    $(or $(ARGS),$(wildcard $(WITH_PYTHON:%=tests/%.py)))
+	    $(or $(ARGS),$(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY)))))
 
 nightly: lint
 	$(MAKE) sanitize NIGHTLY=true
-	$(MAKE) test-pythons
-	CI=true $(BIN)/python -m pytest -n $(JOBS) -m 'not serial' --hypothesis-profile=nightly
+	$(MAKE) test-pythons NIGHTLY=true
+	free=$$($(PYTHON) tests/support/free_threaded.py $(CACHE)/free-threaded) && CI=true \
+	    IVSHMEM_FREE_THREADED=$$free $(BIN)/python -m pytest -n $(JOBS) -m 'not serial' --hypothesis-profile=nightly
 	CI=true $(BIN)/python -m pytest -m serial
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
@@ -118,11 +120,10 @@ bench-roundtrips: $(VENV)/measured
 # the others do not. Left out are tests that hardly touch it, and take long then: command lines, the
 # doctor, packaging, benchmarks, what is Python alone. The sanitizer does not look for leaks, because
 # CPython's own look the same to it; the tests look for descriptors and mappings themselves.
-SANITIZED := fuzz/test_fuzz $(addprefix unit/test_,core_* directory guest_uio guest_vfio) \
-    $(addprefix integration/test_,aio foreign_servers memory region server_client threads)
-SANITIZED_NIGHTLY := $(addprefix unit/test_,events guest_pci) \
-    $(addprefix integration/test_,access broker directory each_call_fails embedding hostile image \
-    lifecycle region_shortage service shortages sockets succession)
+SANITIZED := fuzz/test_fuzz unit/test_core_* $(addprefix integration/test_,aio memory server_client threads)
+SANITIZED_NIGHTLY := $(addprefix unit/test_,directory events guest_pci guest_uio guest_vfio) \
+    $(addprefix integration/test_,access broker directory each_call_fails embedding foreign_servers hostile \
+    image lifecycle region region_shortage service shortages sockets succession)
 SANITIZE := -fsanitize=address,undefined
 RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
 

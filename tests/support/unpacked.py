@@ -153,10 +153,11 @@ def mirror() -> str:
     return sites[0]
 
 
-def done(*command: str) -> subprocess.CompletedProcess[str]:
+def done(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, and keep what it says on both streams."""
     return subprocess.run(
         command,
+        cwd=cwd,
         timeout=LIMIT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -167,14 +168,14 @@ def done(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run(*command: str) -> None:
+def run(*command: str, cwd: Path | None = None) -> None:
     """Run a command.
 
     Raises:
         CannotError: with the last line of what it said.
     """
     try:
-        ended = done(*command)
+        ended = done(*command, cwd=cwd)
     except subprocess.TimeoutExpired:
         raise CannotError(f"{command[0]} did not end within {LIMIT:g} seconds") from None
     if ended.returncode:
