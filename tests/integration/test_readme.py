@@ -30,6 +30,7 @@ from ivshmem import control, errors
 from ivshmem.cli import main, shell
 from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.migration import group_file
+from ivshmem.server import records
 from ivshmem.service import config_file, control_client, metrics
 
 IDS = [name_of(page) for page in PAGES]
@@ -233,6 +234,12 @@ def test_every_subcommand_has_its_help() -> None:
     assert set(re.findall(r"^## ivshmem (\w+)$", page, re.M)) == set(main.SUBCOMMANDS)
     for name in main.SUBCOMMANDS:
         assert f"```{{help-of}} {name}\n" in page
+
+
+def test_every_record_is_listed() -> None:
+    page = (HOME / "docs/reference/file-formats.md").read_text()
+    listed = re.findall(r'^\| `\[(?:0, )?"(\w+)"', page, re.M)
+    assert listed == [*records.MEMBER_KINDS, *records.SERVICE_KINDS]
 
 
 def test_every_command_of_connect_is_listed() -> None:
