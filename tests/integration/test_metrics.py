@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import socket
 import sys
 from collections.abc import Iterator
@@ -162,6 +164,48 @@ def test_those_who_send_nothing(scraped: Scraped) -> None:
             sock.send(b"GET /metrics HTTP/1.1\r\n")
         assert scraped.figure("ivshmem_peers") == 0
         assert len(open_fds()) - before - 200 <= requests.CALLERS
+
+
+def test_compressed_if_asked_for(scraped: Scraped) -> None:
+    ask = b"GET /metrics HTTP/1.1\r\nAccept-Encoding: deflate, gzip\r\n\r\n"
+    status, head, body = scraped.http(ask)
+    assert status == 200
+    assert "Content-Encoding: gzip" in head
+    assert b"ivshmem_peers" in gzip.decompress(body)
+
+
+def test_only_some_figures_if_asked_for(scraped: Scraped) -> None:
+    _, _, body = scraped.http(b"GET /metrics?name%5B%5D=ivshmem_info HTTP/1.1\r\n\r\n")
+    families = {family.name for family in text_string_to_metric_families(body.decode())}
+    assert families == {"ivshmem_info"}
+
+
+def test_options(scraped: Scraped) -> None:
+    """The library answers what it knows of HTTP."""
+    status, head, _ = scraped.http(b"OPTIONS /metrics HTTP/1.1\r\n\r\n")
+    assert status == 200
+    assert "Allow: OPTIONS,GET" in head
+
+
+def test_500_who_ask_and_do_not_read(scraped: Scraped) -> None:
+    before = len(open_fds())
+    with ExitStack() as silent:
+        for _ in range(500):
+            sock = silent.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            sock.settimeout(PATIENCE)
+            sock.connect(scraped.address)
+            with contextlib.suppress(ConnectionError):  # it has hung up already
+                sock.send(b"GET /metrics HTTP/1.1\r\n\r\n" * 100)
+        with ivshmem.connect(scraped.path, timeout=PATIENCE):
+            assert scraped.figure("ivshmem_peers") == 1
+        assert len(open_fds()) - before - 500 <= requests.CALLERS + 2
+
+
+def test_a_host_behind_a_malformed_line(scraped: Scraped) -> None:
+    """What e-mail's parser would take for the end of the headers hides nothing."""
+    ask = b"GET /metrics HTTP/1.1\r\nno colon\r\nHost: attacker.example\r\n\r\n"
+    assert scraped.http(ask)[0] == 421
 
 
 def test_a_failure_is_the_scraper_s(scraped: Scraped, caplog: pytest.LogCaptureFixture) -> None:

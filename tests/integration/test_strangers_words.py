@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import pytest
 from support.waiting import PATIENCE
 
+import ivshmem
 from ivshmem import control, errors
 from ivshmem.bench import noise
 from ivshmem.cli import banner, control_connection, evict, hearing, log_writer, migrate_run, reload
@@ -283,7 +284,11 @@ class Ways:
     def a_label_of_a_figure(self) -> str:
         pytest.importorskip("prometheus_client")
         server = types.SimpleNamespace(
-            region=types.SimpleNamespace(size=1), vectors=1, paused="", counts={}, report=list
+            region=types.SimpleNamespace(size=1),
+            vectors=1,
+            paused="",
+            counts=ivshmem.ServerCounts(),
+            report=list,
         )
         served = types.SimpleNamespace(server=server)
         service = types.SimpleNamespace(regions={HOSTILE: served})

@@ -150,9 +150,6 @@ NO_REASON = {
     "service/config_file.py: import tomllib",
     "service/control.py: from ..memory import pages",
     "service/managed.py: from . import snapshots",
-    "service/metrics.py: from prometheus_client import CollectorRegistry, ProcessCollector",
-    "service/metrics.py: from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily",
-    "service/metrics.py: from prometheus_client.exposition import choose_encoder",
     "system/json_shapes.py: import json",
     "system/late_logging.py: import logging",
 }
