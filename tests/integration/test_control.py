@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,8 @@ from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 from ivshmem import control
-from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
+from ivshmem.control import ControlError
 from ivshmem.service import control as service_control
 from ivshmem.system import requests
 
@@ -386,6 +388,91 @@ GARBAGE = {
     "region": b'{"do": "evict", "id": 1, "region": {"a": 1}}',
     "peers": b'{"do": "status", "peers": "yes"}',
 }
+
+
+CODES: dict[str, list[dict[str, Any]]] = {
+    "bad-request": [{"do": "\0" * 70_000}],
+    "unknown-request": [{"do": "statsu"}, {"do": 1}],
+    "bad-field": [
+        {"do": "status", "peers": 1},
+        {"do": "evict", "id": "0"},
+        {"do": "hold", "id": 0, "linger": 0},
+        {"do": "hold-leaves", "on": "yes"},
+    ],
+    "no-such-region": [{"do": "evict", "id": 0, "region": "x"}, {"do": "status", "region": 7}],
+    "no-such-peer": [{"do": "evict", "id": 9}, {"do": "hold", "id": 9}, {"do": "release", "id": 9}],
+}
+
+
+class TestCodes:
+    """Each refusal has a word for programs, which stays when the text changes."""
+
+    @pytest.mark.parametrize("code", CODES)
+    def test_refused(self, controlled: Controlled, code: str) -> None:
+        for message in CODES[code]:
+            with pytest.raises(control.ControlError) as error:
+                control.request(controlled.path, message, PATIENCE)
+            assert error.value.code == code, message
+
+    @pytest.mark.parametrize("line_", [b"[1]", b"{", b"\xff"])
+    def test_not_a_request(self, controlled: Controlled, line_: bytes) -> None:
+        with raw(controlled.path) as sock:
+            sock.sendall(line_ + b"\n")
+            assert line(sock)["code"] == "bad-request"
+
+    def test_of_a_reload(self, controlled: Controlled) -> None:
+        said = {
+            ControlError("x", "busy"): "busy",
+            ConfigError("x"): "bad-config",
+            ivshmem.RegionError("x"): "bad-config",
+            FileNotFoundError(errno.ENOENT, "No such file", "x"): "system",
+            RuntimeError("x"): "internal",
+        }
+        for error, code in said.items():
+            controlled.config = error
+            with pytest.raises(control.ControlError) as refused:
+                controlled.ask("reload")
+            assert refused.value.code == code
+
+    def test_another_user(self, unstarted: Controlled) -> None:
+        controlled = unstarted.begin(uids=frozenset({NOBODY}))
+        with pytest.raises(control.ControlError) as error:
+            controlled.ask("version")
+        assert error.value.code == "not-allowed"
+
+    def test_which_region(self, directory: Path) -> None:
+        paths = {name: str(directory / name) for name in "ab"}
+        with Controlled(str(directory / "c"), paths) as made:
+            with pytest.raises(control.ControlError) as error:
+                made.begin().ask("evict", id=0)
+            assert error.value.code == "region-needed"
+
+    def test_all_are_documented(self) -> None:
+        source = Path(service_control.__file__).read_text()
+        listed = source.partition("codes that it does not know.")[2].split("\n\n")[1]
+        documented = set(re.findall(r"^    ([a-z-]+)  ", listed, re.MULTILINE))
+        words = "(?:bad|no|not|unknown|region)-[a-z-]+|busy|system|internal"
+        used = set(re.findall(f'"({words})"', source))
+        assert used == documented
+        assert documented >= CODES.keys()
+
+    @pytest.mark.parametrize(
+        ("reply", "code"),
+        [
+            (b'{"ok": false, "error": "x"}\n', ""),
+            (b'{"ok": false, "error": "x", "code": "of-the-future"}\n', "of-the-future"),
+            (b'{"ok": false, "error": "x", "code": "a\\u001b[2J"}\n', r"a\x1b[2J"),
+        ],
+        ids=["an older server", "a newer server", "an escape sequence"],
+    )
+    def test_of_other_servers(self, socket_path: str, reply: bytes, code: str) -> None:
+        def answer(sock: socket.socket) -> None:
+            sock.recv(100)
+            sock.sendall(reply)
+
+        with FakeServer(socket_path, answer), pytest.raises(control.ControlError) as error:
+            control.request(socket_path, {"do": "status"}, PATIENCE)
+        assert error.value.code == code
 
 
 class TestHostileCallers:

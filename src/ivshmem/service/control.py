@@ -25,8 +25,24 @@ evict, hold-leaves, hold, release and status may name a region; a server of one 
 for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no news until
 release, or until "linger" seconds (usually 60) after the connection has ended that asked for it.
 "read" says whether the peer has read all that it was sent: ask again until it has. "held" says
-whether there was something to release. What could not be
-done is {"ok": false, "error": "one line: what, why, what to do"}, and has changed nothing.
+whether there was something to release.
+
+What could not be done has changed nothing. The reply is {"ok": false, "error": TEXT, "code": CODE}:
+a line for people (what, why, what to do), and a word for programs, which stays the same from
+version to version. A program must take codes that it does not know.
+
+    bad-request      not a JSON object on one line, or one of more than 65,536 bytes
+    unknown-request  "do" is not a request that this server knows
+    bad-field        a field of the request has a value that is not allowed
+    not-allowed      this user is not heard: only root and the server's own user are
+    region-needed    the server has several regions, or none: "region" has to name one
+    no-such-region   no region of that name is served
+    no-such-peer     no peer with that id is connected to the region
+    busy             another reload is under way: ask again when it is done
+    bad-config       the configuration cannot be served; all stays as it was
+    system           the operating system refused something, a file for instance
+    internal         the server has a fault, which its log describes
+
 Whoever reads replies must take fields that it does not know; "protocol" is raised when a known one
 changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
 
@@ -66,7 +82,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from .. import __version__
-from ..errors import ClosedError, ControlError, IvshmemError, Misshapen, NoDirectory, NoSuchPeer
+from ..errors import (
+    ClosedError,
+    ControlError,
+    IvshmemError,
+    Misshapen,
+    NoDirectory,
+    NoSuchPeer,
+)
 from ..peer.limits import MAGIC, SLOT_BYTES
 from ..server import log_events
 from ..server.limits import LINGER, LONGEST_LINGER
@@ -133,6 +156,8 @@ if TYPE_CHECKING:
     class Service(Regions, Protocol):
         """The same, with a configuration."""
 
+        @property
+        def changing(self) -> bool: ...
         def reload(self) -> Sequence[str] | None:
             """Read the configuration again; what has changed, a line each."""
 
@@ -185,7 +210,9 @@ class Control(Uncopied):
                 listener.socket,
                 _cut_line,
                 self._answer,
-                too_long=as_line(_refusal(f"a request has at most {LONGEST} bytes: send less")),
+                too_long=as_line(
+                    _refusal(f"a request has at most {LONGEST} bytes: send less", "bad-request")
+                ),
                 admit=self._admit,
             )
             listener.listen()
@@ -225,7 +252,8 @@ class Control(Uncopied):
         if uid in self._uids:
             return None
         heard = " and ".join(map(str, sorted(self._uids)))
-        return as_line(_refusal(f"uid {uid} is not heard here, only uid {heard}: be one of these"))
+        reason = f"uid {uid} is not heard here, only uid {heard}: be one of these"
+        return as_line(_refusal(reason, "not-allowed"))
 
     def _answer(self, caller: Caller, request: bytes) -> bytes | None:
         try:
@@ -233,14 +261,18 @@ class Control(Uncopied):
             kind = message.get("do")
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
-                raise ControlError(f'"do" is {_shown(kind)}: known are {", ".join(self._handlers)}')
+                raise ControlError(
+                    f'"do" is {_shown(kind)}: known are {", ".join(self._handlers)}',
+                    "unknown-request",
+                )
             reply = handler(caller, message)
             return None if reply is None else as_line({"ok": True, **reply})
         except (IvshmemError, OSError, ValueError) as error:
-            return as_line(_refusal(_one_line(error)))
+            return as_line(_refusal(_one_line(error), _code_of(error)))
         except Exception as error:
             _log.exception("a request to the control socket failed")
-            return as_line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
+            reason = f"the server has an error, and logged it: {_one_line(error)}"
+            return as_line(_refusal(reason, "internal"))
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -250,7 +282,7 @@ class Control(Uncopied):
     def _status(self, _: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peers = message.get("peers", True)
         if not isinstance(peers, bool):
-            raise ControlError(f'"peers" is {_shown(peers)}: true or false is allowed')
+            raise ControlError(f'"peers" is {_shown(peers)}: true or false is allowed', "bad-field")
         regions = self._service.regions
         if message.get("region") is not None:
             name, served = self._named(message)
@@ -275,7 +307,7 @@ class Control(Uncopied):
     def _hold_leaves(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         on = message.get("on")
         if not isinstance(on, bool):
-            raise ControlError(f'"on" is {_shown(on)}: true or false is wanted')
+            raise ControlError(f'"on" is {_shown(on)}: true or false is wanted', "bad-field")
         name, served = self._named(message)
         served.server.hold_leaves(on)
         by = _who(caller)
@@ -290,7 +322,8 @@ class Control(Uncopied):
         if not number or not 0 < linger <= LONGEST_LINGER:
             raise ControlError(
                 f'"linger" is {_shown(linger)}: allowed are more than 0 and at most'
-                f" {LONGEST_LINGER:g} seconds"
+                f" {LONGEST_LINGER:g} seconds",
+                "bad-field",
             )
         name, served = self._named(message)
         with self._known(name):
@@ -330,6 +363,9 @@ class Control(Uncopied):
     def _reload(self, caller: Caller, _: Mapping[str, Any]) -> Mapping[str, Any]:
         by = _who(caller)
         try:
+            if self._service.changing:
+                reason = "another change is under way: ask again when it is done"
+                raise ControlError(reason, "busy")
             changes = list(self._service.reload() or ())
         except (IvshmemError, OSError, ValueError) as error:
             reason = _one_line(error)
@@ -350,8 +386,11 @@ class Control(Uncopied):
             return name, regions[name]
         known = ", ".join(regions) or "none"
         if name is None:
-            raise ControlError(f'there is not just one region: "region" has to be one of {known}')
-        raise ControlError(f"no region {_shown(name)} is served here: there are {known}")
+            raise ControlError(
+                f'there is not just one region: "region" has to be one of {known}', "region-needed"
+            )
+        reason = f"no region {_shown(name)} is served here: there are {known}"
+        raise ControlError(reason, "no-such-region")
 
     @contextlib.contextmanager
     def _known(self, name: str) -> Iterator[None]:
@@ -360,7 +399,8 @@ class Control(Uncopied):
             yield
         except NoSuchPeer as error:
             listing = command(["ivshmem", "status", "--control", os.path.abspath(self.path)])
-            raise ControlError(f"region {name}: {error} (`{listing}` lists who is)") from None
+            reason = f"region {name}: {error} (`{listing}` lists who is)"
+            raise ControlError(reason, "no-such-peer") from None
 
     # -- the state --------------------------------------------------------------------------------
 
@@ -450,21 +490,34 @@ def _parse(request: bytes) -> dict[str, Any]:
     try:
         message = json_shapes.loads(request)
     except Misshapen as error:
-        raise ControlError(f'no JSON ({_one_line(error)}): send {{"do": "status"}}') from None
+        reason = f'no JSON ({_one_line(error)}): send {{"do": "status"}}'
+        raise ControlError(reason, "bad-request") from None
     if not isinstance(message, dict):
-        raise ControlError(f'{_shown(message)} is no JSON object: send {{"do": "status"}}')
+        reason = f'{_shown(message)} is no JSON object: send {{"do": "status"}}'
+        raise ControlError(reason, "bad-request")
     return message
 
 
 def _id(message: Mapping[str, Any]) -> int:
     peer = message.get("id")
     if not isinstance(peer, int) or isinstance(peer, bool):
-        raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
+        raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted', "bad-field")
     return peer
 
 
-def _refusal(error: str) -> dict[str, Any]:
-    return {"ok": False, "error": error[:_MOST_ERROR]}
+def _refusal(error: str, code: str) -> dict[str, Any]:
+    return {"ok": False, "error": error[:_MOST_ERROR], "code": code}
+
+
+def _code_of(error: Exception) -> str:
+    """The code of what a handler raised; those of this module's own errors stand in them."""
+    if isinstance(error, ControlError):
+        return error.code or "internal"
+    if isinstance(error, OSError):
+        return "system"
+    # What a reload finds wrong in a configuration, or in a region that it names, is a ValueError.
+    is_config = isinstance(error, ValueError) and not isinstance(error, ClosedError)
+    return "bad-config" if is_config else "internal"
 
 
 def _shown(value: object) -> str:

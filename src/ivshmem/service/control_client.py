@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 PROTOCOL = 1
+LONGEST_CODE = 64  # characters of an error's code
 SUFFIX = ".control"
 
 
@@ -115,7 +116,11 @@ REPLIES: Mapping[str, json_shapes.Shape] = {
 _PEERS = json_shapes.record(
     regions=json_shapes.array(json_shapes.record(peers=json_shapes.array(_PEER)))
 )
-_ANY_REPLY = json_shapes.record({"error": json_shapes.text()}, ok=json_shapes.flag())
+_ANY_REPLY = json_shapes.record(
+    # Servers of older versions do not say a code.
+    {"error": json_shapes.text(), "code": json_shapes.text()},
+    ok=json_shapes.flag(),
+)
 
 
 def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
@@ -171,8 +176,8 @@ class ControlClient(Uncopied):
         """The reply to a request, but for "ok".
 
         Raises:
-            ControlError: the server could not do it; or this is no control socket; or the reply
-                makes no sense.
+            ControlError: the server refused it, for a reason that `code` names; or this is not a
+                control socket, or the reply makes no sense (`code` is "").
             TimeoutError: no reply within the time limit. The connection is of no use any more.
             ConnectionError: the server has closed the connection.
         """
@@ -191,7 +196,8 @@ class ControlClient(Uncopied):
                     f"the server's reply makes no sense ({error}): is it of another version?"
                 ) from None
             return reply
-        raise ControlError(plain(reply.get("error", "it could not be done")))
+        text = plain(reply.get("error", "it could not be done"))
+        raise ControlError(text, plain(reply.get("code", ""), LONGEST_CODE))
 
     def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
         """Have a peer sent no news, and wait until it has read what it was sent.

@@ -171,7 +171,7 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
 
     def act(caller: Caller, _: Mapping[str, object]) -> None:
         if service.changing:
-            raise ControlError("a reload is under way: try again when it is done")
+            raise ControlError("a reload is under way: try again when it is done", "busy")
         sock, _rest = caller.detach()
         if handover.give(service, sock):
             told = log_events.fields("takeover", reason="another process goes on")
