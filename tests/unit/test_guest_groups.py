@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_pci import FakePci
-from support.fake_vfio import FakeVfio
 from support.leaks import open_fds
 
 from ivshmem import guest
 from ivshmem.guest import vfio
 from ivshmem.guest.vfio import Vfio
 from ivshmem.system import processes
+from ivshmem.testing.fake_pci import FakePci
+from ivshmem.testing.fake_vfio import FakeVfio
 
 A, B = "0000:01:01.0", "0000:01:02.0"
 GROUP = 7

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_pci import FakePci
-from support.fake_vfio import FakeVfio
 
 from ivshmem import guest
 from ivshmem.cli.main import main
@@ -22,6 +20,8 @@ from ivshmem.doctor.guest import DeviceSteps
 from ivshmem.errors import VfioUnusable
 from ivshmem.guest import pci, uio, vfio
 from ivshmem.guest.device import best_way
+from ivshmem.testing.fake_pci import FakePci
+from ivshmem.testing.fake_vfio import FakeVfio
 
 A = "0000:00:04.0"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fake_pci import MIB, MSIX, FakePci, config_space
 from support.leaks import open_fds
 from support.waiting import Background, until
 
@@ -24,6 +23,7 @@ from ivshmem import NoSuchDevice
 from ivshmem.guest import pci
 from ivshmem.guest.device import choose
 from ivshmem.guest.pci import Device
+from ivshmem.testing.fake_pci import MIB, MSIX, FakePci, config_space
 
 A, B = "0000:00:04.0", "0000:00:05.0"
 

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_pci import FakePci
 from support.leaks import open_fds, shared_mappings
 from support.waiting import in_child
 
-from ivshmem import NoInterrupts, guest
-from ivshmem.guest import device as ways
+from ivshmem import NoInterrupts, Region, guest
 from ivshmem.guest.device import DOORBELL, IVPOSITION
+from ivshmem.testing.fake_pci import FakePci
 
 A = "0000:00:04.0"
 MIB = 1 << 20
@@ -136,7 +135,7 @@ def test_memory_that_cannot_be_mapped(
         raise OSError(code, os.strerror(code))
 
     machine.add_driver("pci-stub", lambda _: True)
-    monkeypatch.setattr(ways, "Region", refuse)
+    monkeypatch.setattr(Region, "_over", refuse)
     before, mappings = open_fds(), shared_mappings()
     with pytest.raises(OSError, match=text) as error:
         guest.open()

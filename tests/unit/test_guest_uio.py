@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from support.fake_pci import FakePci
 from support.leaks import open_fds, shared_mappings
 from support.waiting import PATIENCE, Background, once_asleep, until
 
@@ -37,6 +36,7 @@ from ivshmem.aio import open_async
 from ivshmem.guest import device as ways
 from ivshmem.guest import pci, uio
 from ivshmem.native.descriptors import FdArray
+from ivshmem.testing.fake_pci import FakePci
 
 A = "0000:00:04.0"
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -87,7 +87,7 @@ class Listener(Doorbells):
     def __init__(self, counter: Counter) -> None:
         self._listen_uio(counter.open())
 
-    def _news(self) -> NoReturn:
+    def _read_news(self) -> NoReturn:
         raise DeviceGone
 
 
@@ -108,7 +108,7 @@ def listener(counter: Counter) -> Iterator[Listener]:
 # -- counting -------------------------------------------------------------------------------------
 
 WAITS: list[tuple[Callable[[Listener, float | None], object], Callable[[int], object]]] = [
-    (lambda d, t: d.wait(0, t), lambda rings: rings),
+    (lambda d, t: d.wait(0, t), lambda rings: rings or None),
     (lambda d, t: d.wait(timeout=t), lambda rings: Interrupt(0, rings) if rings else None),
     (lambda d, t: d._wait_event(t), lambda rings: Interrupt(0, rings) if rings else None),
 ]
@@ -315,7 +315,7 @@ def test_registers_of_a_device_that_is_gone(
     machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They read as 0, which would be an id: nobody is told of that one."""
-    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+    monkeypatch.setattr(ways.GuestDevice, "_poll_seconds", 0.01)
     with guest.open() as device:
         migrate(memory, 0)
         counter.end()
@@ -354,7 +354,7 @@ def test_an_id_that_changes_while_somebody_waits(
     machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing tells of it, so whoever waits for events looks now and then."""
-    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+    monkeypatch.setattr(ways.GuestDevice, "_poll_seconds", 0.01)
     with guest.open() as device:
         with once_asleep(lambda: migrate(memory, 8)):
             assert device.next_event() == IdChanged(6, 8)
@@ -368,7 +368,7 @@ def test_an_id_that_changes_while_somebody_waits(
 def test_an_id_that_changes_in_asyncio(
     machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+    monkeypatch.setattr(ways.GuestDevice, "_poll_seconds", 0.01)
 
     async def main() -> None:
         async with open_async() as device:

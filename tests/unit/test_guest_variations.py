@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.fake_pci import FakePci
-from support.fake_vfio import CALLS, FakeVfio
 from support.leaks import open_fds
 
 from ivshmem import DeviceGone, guest
 from ivshmem.errors import IvshmemError
 from ivshmem.guest import pci, uio, vfio
 from ivshmem.guest.device import Access
+from ivshmem.testing.fake_pci import FakePci
+from ivshmem.testing.fake_vfio import CALLS, FakeVfio
 
 A, GROUP = "0000:00:04.0", 7
 ENABLE = "echo Y > "

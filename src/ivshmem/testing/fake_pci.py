@@ -1,6 +1,6 @@
-"""A sysfs of files that answers writes as the kernel does: PCI devices, drivers, who takes what.
+"""Internal: a sysfs of files that answers writes as the kernel does: PCI devices and their drivers.
 
-The real one is in tests/vm; here are the cases that no stock kernel produces.
+Knows: what the kernel does with a driver. Does not know: vfio.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from ivshmem.guest import pci
+from ..guest import pci
+from .patches import Patcher
 
 MIB = 1 << 20
 
@@ -37,16 +36,16 @@ def config_space(
 
 
 class FakePci:
-    """Put in the place of /sys/bus/pci for one test.
+    """Takes the place of /sys/bus/pci until the patcher undoes it.
 
     Attributes:
         writes: what was written, as (path below the root, text).
         takes: for each driver, which addresses it takes when asked to; a test may change it.
         refuse: paths (below the root) that answer a write with this error number.
-        bound, unbound: called with address and driver after a driver has got a device, or lost it.
+        bound, unbound: called with address and driver after a driver got a device, or lost it.
     """
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, root: Path, patcher: Patcher) -> None:
         self.root = root
         self.writes: list[tuple[str, str]] = []
         self.takes: dict[str, Callable[[str], bool]] = {}
@@ -55,9 +54,9 @@ class FakePci:
         self.unbound: Callable[[str, str], object] = lambda *_: None
         for folder in ("devices", "drivers"):
             (root / folder).mkdir(parents=True)
-        monkeypatch.setattr(pci, "SYSFS", root)
-        monkeypatch.setattr(pci, "LOCKDOWN", root / "lockdown")
-        monkeypatch.setattr(pci, "_write", self.write)
+        patcher.setattr(pci, "SYSFS", root)
+        patcher.setattr(pci, "LOCKDOWN", root / "lockdown")
+        patcher.setattr(pci, "_write", self.write)
 
     # -- making it --------------------------------------------------------------------------------
 

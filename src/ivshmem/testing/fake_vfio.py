@@ -1,10 +1,11 @@
-"""A kernel's vfio of files and a function in the place of ioctl(2), as strict as linux/vfio.h.
+"""Internal: a kernel's vfio, of files and a function in the place of ioctl(2).
 
-The real one is in tests/vm; here are no-IOMMU mode, which stock kernels lack, and every refusal.
+Knows: linux/vfio.h, and is as strict as the kernel. Does not know: PCI drivers, ivshmem.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,11 +13,10 @@ import struct
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pytest
-
-from ivshmem.guest import vfio
-
-from .leaks import open_fds
+from ..guest import vfio
+from ..guest.pci import MEMORY
+from ..system.uncopied import Uncopied
+from .patches import Patcher
 
 # As <linux/vfio.h> and <linux/pci.h> have them; written down once more, not taken from the package.
 CALLS = {
@@ -32,11 +32,13 @@ CALLS = {
 }
 TYPE1, TYPE1V2, NOIOMMU = 1, 3, 8
 CONFIG, MSIX, REQUEST = 7, 2, 4
-SPACING = 24  # bits: region n begins at n << 24 in the device's file
+SPACING = 24  # bits: region n begins at n << 24 in the device's file, and has at most so much
 
 
-class FakeVfio:
-    """In the place of /dev/vfio and its ioctls for one test; owns the device's file.
+class FakeVfio(Uncopied):
+    """Takes the place of /dev/vfio and its ioctls until the patcher undoes it.
+
+    It owns the device's file, until `close`.
 
     Attributes:
         calls: the names of all ioctls, in order.
@@ -50,7 +52,10 @@ class FakeVfio:
         busy: somebody else has the group open.
     """
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, size: int = 1 << 20) -> None:
+    def __init__(
+        self, root: Path, patcher: Patcher, *, size: int = 1 << 20, memory_first: bool = False
+    ) -> None:
+        self._memory_first = memory_first
         self.dev = root / "vfio"
         self.dev.mkdir(parents=True)
         (self.dev / "vfio").touch()
@@ -65,14 +70,14 @@ class FakeVfio:
         self.command: list[int] = []
         self.addresses = {"0000:00:04.0"}
         self.file = os.memfd_create("device")
-        os.truncate(self.file, (CONFIG + 1) << SPACING)
+        os.truncate(self.file, (CONFIG + 2) << SPACING)
         self._containers: dict[int, int] = {}  # descriptor -> IOMMU type, 0 for none yet
         self._groups: dict[int, int] = {}  # descriptor -> container, -1 for none yet
         self._open = os.open
-        monkeypatch.setattr(vfio, "DEV", self.dev)
-        monkeypatch.setattr(vfio, "NOIOMMU", root / "enable_unsafe_noiommu_mode")
-        monkeypatch.setattr(os, "open", self.open)
-        monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
+        patcher.setattr(vfio, "DEV", self.dev)
+        patcher.setattr(vfio, "NOIOMMU", root / "enable_unsafe_noiommu_mode")
+        patcher.setattr(os, "open", self.open)
+        patcher.setattr(fcntl, "ioctl", self.ioctl)
 
     def add_group(self, number: int, *, iommu: bool = True) -> Path:
         path = self.dev / (f"{number}" if iommu else f"noiommu-{number}")
@@ -81,11 +86,17 @@ class FakeVfio:
             self.types = {NOIOMMU}
         return path
 
+    def place_of(self, region: int) -> int:
+        """Where a region begins in the device's file; with `memory_first` the memory is at 0."""
+        if not self._memory_first:
+            return region << SPACING
+        return 0 if region == MEMORY else (region + 1) << SPACING
+
     def poke(self, region: int, at: int, data: bytes) -> None:
-        os.pwrite(self.file, data, (region << SPACING) + at)
+        os.pwrite(self.file, data, self.place_of(region) + at)
 
     def peek(self, region: int, at: int, count: int = 4) -> int:
-        data = os.pread(self.file, count, (region << SPACING) + at)
+        data = os.pread(self.file, count, self.place_of(region) + at)
         return int.from_bytes(data, "little")
 
     def interrupt(self, index: int, number: int) -> None:
@@ -104,7 +115,7 @@ class FakeVfio:
     def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         inside = isinstance(path, Path) and path.parent == self.dev
         if inside and path.name != "vfio":
-            held = str(path) in open_fds().values()
+            held = _is_open(path)
             if path.exists() and path.name.startswith("noiommu-") and not self.rawio:
                 raise PermissionError(errno.EPERM, "Operation not permitted", path)
             if path.exists() and (self.busy or held):
@@ -178,7 +189,9 @@ class FakeVfio:
         if size < 32 or len(arg) < 32 or index not in self.sizes:
             _refuse(errno.EINVAL)
         flags = 1 | 2 | (4 if index in self.mappable else 0)
-        struct.pack_into("IIIIQQ", arg, 0, 32, flags, index, 0, self.sizes[index], index << SPACING)
+        struct.pack_into(
+            "IIIIQQ", arg, 0, 32, flags, index, 0, self.sizes[index], self.place_of(index)
+        )
         return 0
 
     def _device_get_irq_info(self, fd: int, arg: bytearray) -> int:
@@ -201,6 +214,16 @@ class FakeVfio:
         for number, eventfd in enumerate(struct.unpack_from(f"{count}i", arg, 20)):
             self.eventfds[index, number] = os.dup(eventfd)
         return 0
+
+
+def _is_open(path: Path) -> bool:
+    """Whether this process has the file open."""
+    with os.scandir("/proc/self/fd") as fds:
+        for fd in fds:
+            with contextlib.suppress(OSError):  # scandir's own, which is closed by now
+                if os.readlink(fd.path) == str(path):
+                    return True
+    return False
 
 
 def _refuse(number: int) -> NoReturn:
