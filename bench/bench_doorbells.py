@@ -104,13 +104,13 @@ def bench_ring_all(
     try:
         vectors = range(VECTORS)
         assert len(client.peers) == peers  # which takes in the news of them
-        rung = client.ring_all(vector=vectors)
+        rung = client.ring_all(vectors=vectors)
         assert rung == peers * VECTORS
 
         def ring_all(client: ivshmem.Client, count: int) -> None:
             call = client.ring_all
             for _ in repeat(None, count // rung):
-                call(vector=vectors)
+                call(vectors=vectors)
 
         measured(benchmark, compare, client, ring_all, "ring")
     finally:

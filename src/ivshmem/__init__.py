@@ -53,14 +53,15 @@ if TYPE_CHECKING:
         ServerFailed,
         ServerGone,
     )
-    from .memory.image import ImageInfo, load, save
+    from .memory.blocks import ImageInfo
+    from .memory.image import check_image, load, save
     from .memory.region import Region, RegionInfo
     from .memory.sizes import format_size, parse_size
     from .native.bell import Doorbell
     from .native.mapping import Atomic, AtomicU32, AtomicU64
     from .peer.client import Client, connect
     from .peer.directory import Directory, Publication
-    from .peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
+    from .peer.endpoint import Disconnected, Endpoint, Event, IdChanged, PeerJoined, PeerLeft
     from .peer.names_table import Entry
     from .server.access import Rules, Verdict
     from .server.engine import Gate
@@ -94,14 +95,15 @@ _HOMES = {
         "ServerFailed",
         "ServerGone",
     ),
-    "memory.image": ("ImageInfo", "load", "save"),
+    "memory.blocks": ("ImageInfo",),
+    "memory.image": ("check_image", "load", "save"),
     "memory.region": ("Region", "RegionInfo"),
     "memory.sizes": ("format_size", "parse_size"),
     "native.bell": ("Doorbell",),
     "native.mapping": ("Atomic", "AtomicU32", "AtomicU64"),
     "peer.client": ("Client", "connect"),
     "peer.directory": ("Directory", "Publication"),
-    "peer.endpoint": ("Endpoint", "Event", "IdChanged", "PeerJoined", "PeerLeft", "ServerLost"),
+    "peer.endpoint": ("Disconnected", "Endpoint", "Event", "IdChanged", "PeerJoined", "PeerLeft"),
     "peer.names_table": ("Entry",),
     "server.access": ("Rules", "Verdict"),
     "server.engine": ("Gate",),
@@ -144,6 +146,7 @@ __all__ = [
     "DeviceGone",
     "Directory",
     "DirectoryFull",
+    "Disconnected",
     "Doorbell",
     "Endpoint",
     "Entry",
@@ -177,8 +180,8 @@ __all__ = [
     "ServerCounts",
     "ServerFailed",
     "ServerGone",
-    "ServerLost",
     "Verdict",
+    "check_image",
     "connect",
     "format_size",
     "load",

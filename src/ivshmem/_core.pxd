@@ -101,7 +101,7 @@ cdef class Doorbells:
     cdef FdArray bells_of(self, peer, Py_ssize_t vector)
     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1
     cdef Signaller quiet(self)
-    cdef list several(self, object peers, object vector)
+    cdef list several(self, object peers, object vectors)
     cdef Py_ssize_t ring_several(self, list bells) except -1
     cdef int check_vector(self, Py_ssize_t vector) except -1
     cdef Epoll anything(self)

@@ -152,8 +152,7 @@ cdef class Doorbells:
     """The doorbells that an endpoint rings, and those that it listens on.
 
     A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and
-    overrides hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
-    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.
+    overrides hooks, which EndpointHooks in peer/endpoint.py documents.
 
     A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).
     """
@@ -177,22 +176,22 @@ cdef class Doorbells:
 
     # Overridden by subclasses.
 
-    def _news(self):
+    def _read_news(self):
         raise NotImplementedError
 
-    def _missing(self, peer, vector):
+    def _look_for(self, peer, vector):
         raise NotImplementedError
 
-    def _deaf(self):
+    def _check_can_wait(self):
         """Called before a wait when there is no vector; raises where none can ever come."""
 
     # Bookkeeping, called with the GIL held.
 
     @cython.critical_section
-    def _watch(self, int fd, *, bint urgent=False):
-        """Call `_news()` when `fd`, which is borrowed, is readable.
+    def _watch_news(self, int fd, *, bint urgent=False):
+        """Call `_read_news()` when `fd`, which is borrowed, is readable.
 
-        `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
+        `urgent`: also while one vector is waited for, which what `_read_news()` raises then ends.
         """
         self.watched = fd
         self.urgent = urgent
@@ -200,8 +199,8 @@ cdef class Doorbells:
             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 
     @cython.critical_section
-    def _unwatch(self):
-        """Forget the descriptor of `_watch`, before it is closed."""
+    def _unwatch_news(self):
+        """Forget the descriptor of `_watch_news`, before it is closed."""
         # A forked child shares the epoll object with its parent, and must leave it as it is.
         if self.epoll is not None and self.watched >= 0:
             if not self.closed and getpid() == self.pid:
@@ -257,8 +256,9 @@ cdef class Doorbells:
     def _listen_uio(self, int fd):
         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
 
-        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been. When
-        the driver has lost the device, reads say EIO, and a wait calls `_news()`, which raises.
+        Reading 4 bytes waits for the next interrupt, and returns how many there have ever been.
+        When the driver has lost the device, a read fails with EIO, and a wait calls `_read_news()`,
+        which raises.
         """
         self.own.take(fd)
         self.uio = True
@@ -385,7 +385,7 @@ cdef class Doorbells:
             self.check()
             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
-                self._missing(peer, vector)
+                self._look_for(peer, vector)
             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
             return
         while True:
@@ -407,7 +407,7 @@ cdef class Doorbells:
                 return
             if code == ESHUTDOWN:
                 self.check()
-                self._missing(peer, vector)
+                self._look_for(peer, vector)
             elif code != EINTR:
                 fail_with(code)
             else:
@@ -437,7 +437,7 @@ cdef class Doorbells:
                     bells.leave()
                 return None
             self.check()
-            self._missing(peer, vector)
+            self._look_for(peer, vector)
 
     cdef Signaller quiet(self):
         """The process's signaller, kept until this endpoint is closed; None if there is none."""
@@ -471,7 +471,7 @@ cdef class Doorbells:
             self.check()
             number = PyNumber_AsSsize_t(peer, NULL)
             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
-                self._missing(peer, vector)
+                self._look_for(peer, vector)
             made.owner = self.registers
             made.bell.registers = <void *>self.registers
             made.bell.state = &self.registers.state
@@ -480,7 +480,7 @@ cdef class Doorbells:
         else:
             while (bells := self.bells_of(peer, vector)) is None:
                 self.check()
-                self._missing(peer, vector)
+                self._look_for(peer, vector)
             made.owner = bells
             made.bell.fds = <void *>bells
             made.bell.state = &bells.state
@@ -494,15 +494,15 @@ cdef class Doorbells:
         made.signaller = self.quiet() if made.nowait else None
         return made
 
-    def ring_all(self, peers=None, vector=0):
-        """Ring several doorbells in one call: each vector named of each peer named.
+    def ring_all(self, peers=None, vectors=0):
+        """Ring several doorbells in one call: each of the vectors of each of the peers.
 
         Nothing is rung unless all of them can be. Like `ring`, it can be held up by a hostile peer.
 
         Args:
             peers: ids; None: all other peers that are connected. (A guest's device does not
                 know who is there: name them.)
-            vector: one, or several.
+            vectors: one, or several.
 
         Returns:
             How many doorbells were rung. (A peer that leaves during the call is not counted.)
@@ -510,11 +510,11 @@ cdef class Doorbells:
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
         """
-        return self.ring_several(self.several(peers, vector))
+        return self.ring_several(self.several(peers, vectors))
 
-    def ring_all_nowait(self, peers=None, vector=0):
+    def ring_all_nowait(self, peers=None, vectors=0):
         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
-        cdef list bells = self.several(peers, vector)
+        cdef list bells = self.several(peers, vectors)
         cdef list entered = []
         cdef Signaller signaller
         if self.registers is not None:
@@ -534,7 +534,7 @@ cdef class Doorbells:
                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
         return len(entered)
 
-    cdef list several(self, object peers, object vector):
+    cdef list several(self, object peers, object vectors):
         """The doorbells that ring_all is to ring."""
         cdef list bells = []
         self.check()
@@ -542,12 +542,12 @@ cdef class Doorbells:
             if self.registers is not None:
                 raise TypeError("a device does not know who is there: name the peers to ring")
             if self.watched >= 0 and is_readable(self.watched):
-                self._news()
+                self._read_news()
             with cython.critical_section(self):
                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
-        vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
+        numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
         for peer in peers:
-            for number in vectors:
+            for number in numbers:
                 bells.append(self.doorbell(peer, number))
         self.check()  # what was iterated over may have closed it
         return bells
@@ -585,11 +585,12 @@ cdef class Doorbells:
     # -- waiting ----------------------------------------------------------------------------------
 
     @cython.binding(False)
-    def wait(self, vector=None, timeout=None, *, spin=0):
-        """Wait for an interrupt, at most `timeout` seconds (None: for as long as it takes).
+    def wait(self, vectors=None, timeout=None, *, spin=0):
+        """Wait for an interrupt, at most `timeout` seconds (None: for ever; 0: do not wait).
 
         Args:
-            vector: the one to wait for; None: any; several: any of these, the first that is ready.
+            vectors: a number: wait for that vector; None: for any; an iterable of numbers: for any
+                of these, and take the first that is ready.
             spin: seconds to look again and again before sleeping. To be woken takes ten times as
                 long as all else, so a spin that succeeds is worth much; one that keeps the peer
                 from running costs more. "auto": a short while (20 to 50 microseconds), if that
@@ -597,8 +598,9 @@ cdef class Doorbells:
                 spins in a row brought nothing, it sleeps at once for a while (see _spin).
 
         Returns:
-            For one vector: how often it was rung since the last look, 0 when the time is over.
-            Else: an Interrupt(vector, rings), None when the time is over.
+            For one vector: how often it was rung since the last look, at least 1.
+            Else: an Interrupt(vector, rings).
+            None if nothing came in time.
             Rings coalesce in the count: never count messages by interrupts.
 
         Raises:
@@ -608,11 +610,11 @@ cdef class Doorbells:
         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
         self.enter()
         try:
-            if vector is None:
+            if vectors is None:
                 return self.wait_any(timeout, wish, False)
-            if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
-                return self.wait_one(vector, timeout, wish)
-            return self.wait_some(vector, timeout, wish)
+            if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
+                return self.wait_one(vectors, timeout, wish)
+            return self.wait_some(vectors, timeout, wish)
         finally:
             self.leave()
 
@@ -628,7 +630,7 @@ cdef class Doorbells:
         if not plainly and not turn.left:
             n = self.take(vector)
             if n == 0 and deadline == 0 and not self.urgent:
-                return 0
+                return None
         while True:
             if n == 0 and turn.left:
                 n = spin_for(
@@ -644,7 +646,7 @@ cdef class Doorbells:
                     # A plain read clears the flag, which the next spin would have to set again.
                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
                 if n == 0:
-                    return 0
+                    return None
             if n > 0 and not relay_fired(self):
                 return n
             self.attend(n if n < 0 else <int64_t>NEWS)
@@ -658,7 +660,7 @@ cdef class Doorbells:
             self.check()
         if length_of(self.own) == 0:
             try:
-                self._deaf()
+                self._check_can_wait()
             except BaseException:
                 self.leave()
                 raise
@@ -678,7 +680,7 @@ cdef class Doorbells:
             or code == -EIO and self.uio
             or code == -EINTR and self.urgent and is_readable(self.watched)
         ):
-            self._news()
+            self._read_news()
         elif code == -EINVAL:
             what = "UIO device" if self.uio else "eventfd"
             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
@@ -876,7 +878,7 @@ cdef class Doorbells:
         return n
 
     def _wait_event(self, timeout=None):
-        """Like wait(), but returns True as soon as `_news()` was called."""
+        """Like wait(), but returns True as soon as `_read_news()` was called."""
         self.enter()
         try:
             return self.wait_any(timeout, 0, True)
@@ -905,7 +907,7 @@ cdef class Doorbells:
             if n > 0:
                 token = polled.event.data.u64
                 if token == TOKEN_NEWS:
-                    self._news()
+                    self._read_news()
                     if for_news:
                         return True
                 elif token < TOKEN_NEWS:
@@ -993,7 +995,7 @@ cdef class Doorbells:
         begin_wait(&wait, timeout, spin)
         self.check()
         if length_of(self.own) == 0:
-            self._deaf()
+            self._check_can_wait()
         self.check_vector(vector)
         stopped[0] = 0
         while done < rounds and stopped[0] == 0:
@@ -1107,7 +1109,7 @@ cdef class Doorbells:
         if not ivshmem_enter(&self.state):
             return
         try:
-            self._unwatch()
+            self._unwatch_news()
             ivshmem_shut(&self.state)
             self._close_bells()
             # In a forked child the other users are threads of the parent, and the eventfds too.
@@ -1161,11 +1163,11 @@ cdef class Doorbells:
 
         Args:
             which: a vector, for `_take`; "any", for `_wait_event`; "queued", for what the subclass
-                has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
+                has queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
         """
         self.check()
         if length_of(self.own) == 0:
-            self._deaf()
+            self._check_can_wait()
         if which == "any":
             return self.anything().epfd
         if which == "queued":

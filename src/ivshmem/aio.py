@@ -4,14 +4,15 @@ Knows: event loops, and how a task sleeps until a descriptor is readable.
 Does not know: what comes over a descriptor, or where an endpoint comes from.
 
 Invariants:
-1. A count is taken only for a task that goes on at once, inside the reader's callback. Nothing can
-   come between, so no cancellation, time limit or close() loses one. What nobody waits for stays
-   where it is, for who waits next, here or by the endpoint itself.
-2. No task is resumed inside another: what is not a reader's callback resumes by call_soon.
+1. A count is taken only for a task that continues at once, inside the reader's callback. Nothing
+   can come between, so no cancellation, time limit or close() loses one. A count that no task waits
+   for stays in its eventfd, for the next wait here or of the endpoint itself.
+2. No task is resumed inside another: only the callbacks of readers and timers resume one directly;
+   all others use call_soon.
 3. The loop watches a descriptor only while it is open, and at most once without a waiter.
-4. Nothing here blocks the loop: not a peer that filled the counter of its doorbell (rings go by
-   `ring_nowait`), and not what takes time, which has a thread (opening, `aclose`). A peer that
-   rings without end does not keep the loop from turning. `close()` alone may take time.
+4. Nothing here blocks the loop. Rings use `ring_nowait`, which a peer that filled the counter of
+   its doorbell cannot hold up. What takes time (opening, `aclose`) has a thread. A peer that rings
+   without end does not keep the loop from turning. Only `close()` may take time.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from .guest import GuestDevice
 from .guest.device import Access, Memory
 from .memory.region import Region
 from .native.bell import Doorbell
+from .native.mapping import Atomic
 from .peer.client import Client
-from .peer.directory import Directory, Publication
-from .peer.endpoint import Endpoint, Event
+from .peer.directory import Directory, Publication, _limit
+from .peer.endpoint import Endpoint, Event, EventLimit
 from .peer.names_table import Entry
 from .system import sockets
 from .system.uncopied import Uncopied
@@ -46,9 +48,9 @@ __all__ = [
     "AsyncEndpoint",
     "Opening",
     "connect_async",
-    "lookup_async",
     "open_async",
     "publish_async",
+    "wait_for_async",
 ]
 
 # What is there already is taken without suspending, so often in a row; then others have a turn.
@@ -68,11 +70,13 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
     these before `async for`; among equals, who began first. Each interrupt goes to one of them.
     Rings that come while nobody waits are counted for the next who does.
 
-    Time limits are asyncio's: `async with asyncio.timeout(1)`, or `wait_for`. A wait that is cut
-    short takes no ring with it. To look without waiting: `client.endpoint.wait(0, timeout=0)`.
+    The calls have the names, the arguments and the results of the endpoint's. A `timeout` in
+    seconds ends a wait with None; cancellation and `asyncio.timeout` work too. A wait that is cut
+    short takes no ring with it. (`echo` is not here: it is a loop without the interpreter. Call
+    `endpoint.echo` in a thread.)
 
-    Close this, not the endpoint, whose descriptors the loop would go on watching. `async with` and
-    `aclose` do so in a thread.
+    Close this, not the endpoint, whose descriptors the loop would continue to watch. `async with`
+    and `aclose` do so in a thread.
 
     Attributes:
         endpoint: the wrapped one.
@@ -127,29 +131,48 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         """As Endpoint.fileno(), for another event loop than asyncio's."""
         return self.endpoint.fileno()
 
-    def ring_all(self, peers: Iterable[int] | None = None, vector: int | Iterable[int] = 0) -> int:
+    def vectors_of(self: AsyncEndpoint[Client], peer: int) -> int:
+        """How many vectors of a peer can be rung; 0 if it is not connected."""
+        return self.endpoint.vectors_of(peer)
+
+    def peer_events(self) -> list[Event]:
+        """The events that are there now, except interrupts, as Endpoint.peer_events()."""
+        return self.endpoint.peer_events()
+
+    def ring_all(self, peers: Iterable[int] | None = None, vectors: int | Iterable[int] = 0) -> int:
         """Ring several doorbells, as Endpoint.ring_all(), and wait for nobody."""
-        return self.endpoint.ring_all_nowait(peers, vector)
+        return self.endpoint.ring_all_nowait(peers, vectors)
 
     def doorbell(self, peer: int, vector: int = 0) -> Doorbell:
         """Look up a doorbell, as Endpoint.doorbell(); its `ring` waits for nobody."""
         return self.endpoint._doorbell_nowait(peer, vector)
 
     @overload
-    async def wait(self, vector: Iterable[int] | None = None) -> Interrupt: ...
+    async def wait(
+        self, vectors: Iterable[int] | None = None, timeout: None = None
+    ) -> Interrupt: ...
     @overload
-    async def wait(self, vector: int) -> int: ...
-    async def wait(self, vector: Any = None) -> Any:
+    async def wait(self, vectors: int, timeout: None = None) -> int: ...
+    @overload
+    async def wait(
+        self, vectors: Iterable[int] | None = None, timeout: float | None = None
+    ) -> Interrupt | None: ...
+    @overload
+    async def wait(self, vectors: int, timeout: float | None = None) -> int | None: ...
+    async def wait(self, vectors: Any = None, timeout: float | None = None) -> Any:
         """Wait for an interrupt. One that is there already is returned without suspending.
 
         (After 64 of these in a row it does suspend, so that other tasks have their turn.)
 
         Args:
-            vector: the one to wait for; None: any; several: any of these.
+            vectors: a number: wait for that vector; None: for any; an iterable of numbers: for any
+                of these.
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
 
         Returns:
-            For one vector: how often it was rung since the last look.
+            For one vector: how often it was rung since the last look, at least 1.
             Else: an Interrupt(vector, rings).
+            None if nothing came in time.
             Rings coalesce in the count: never count messages by interrupts.
 
         Raises:
@@ -162,19 +185,21 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         if self._loop is not get_running_loop():
             self._bind()
         try:
-            queue = self._queues.get(vector)
+            queue = self._queues.get(vectors)
         except TypeError:  # a list, for instance
             queue = None
         if queue is None:
-            if hasattr(vector, "__iter__"):
-                return await self._wait_some(vector)
-            queue = self._listen(vector)
+            if hasattr(vectors, "__iter__"):
+                return await self._wait_some(vectors, timeout)
+            queue = self._listen(vectors)
         waiters = queue.waiters
         if not waiters and queue.streak < _STREAK:
-            found = queue.take(vector)
+            found = queue.take(vectors)
             if found:
                 queue.streak += 1
                 return found
+        if timeout is not None and _limit(timeout) == 0:
+            return await self._look_after_others(queue, vectors)
         queue.streak = 0
         if not queue.watched:
             queue.watch()
@@ -185,21 +210,38 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             queue.spare = None
             waiter._asyncio_future_blocking = True
         waiters.append(waiter)
+        timer = None if timeout is None else queue.loop.call_later(timeout, waiter.expire)
         try:
             await waiter
         except BaseException:
             with contextlib.suppress(ValueError):  # it was passed over already
                 waiters.remove(waiter)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if waiter.found is None:  # the time is over
+            with contextlib.suppress(ValueError):
+                waiters.remove(waiter)
         queue.spare = waiter
         return waiter.found
+
+    async def _look_after_others(self, queue: _Queue, what: Any) -> Any:
+        """Look once without waiting, after other tasks have had their turn if that is due."""
+        if queue.streak >= _STREAK and not queue.waiters:
+            queue.streak = 0
+            await asyncio.sleep(0)
+            if not queue.waiters and (found := queue.take(what)):
+                queue.streak += 1
+                return found
+        return None
 
     def _listen(self, what: Any) -> _Queue:
         if self._closing:
             raise ClosedError("the endpoint is closed")
         return self._readers.listen(what)
 
-    async def _wait_some(self, vectors: Iterable[int]) -> Interrupt:
+    async def _wait_some(self, vectors: Iterable[int], timeout: float | None) -> Interrupt | None:
         """Wait in the queues of several vectors at once."""
         queues: dict[int, _Queue] = {}
         for vector in map(operator.index, vectors):
@@ -210,7 +252,13 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if not queue.waiters and queue.streak < _STREAK and (rings := queue.take(vector)):
                 queue.streak += 1
                 return Interrupt(vector, rings)
+        if timeout is not None and _limit(timeout) == 0:
+            for vector, queue in queues.items():
+                if rings := await self._look_after_others(queue, vector):
+                    return Interrupt(vector, rings)
+            return None
         waiter = _Waiter(self._readers.loop)
+        timer = None if timeout is None else waiter._loop.call_later(timeout, waiter.expire)
         shares = [(queue, _Share(waiter, vector)) for vector, queue in queues.items()]
         try:
             for queue, share in shares:
@@ -220,21 +268,77 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 queue.waiters.append(share)
             await waiter
         finally:
+            if timer is not None:
+                timer.cancel()
             for queue, share in shares:
                 with contextlib.suppress(ValueError):  # it was taken out already
                     queue.waiters.remove(share)
-        found: Interrupt = waiter.found
+        found: Interrupt | None = waiter.found
         return found
+
+    async def wait_word(
+        self,
+        word: Atomic,
+        old: int,
+        vector: int = 0,
+        timeout: float | None = None,
+        *,
+        sleeping: Atomic | None = None,
+    ) -> int | None:
+        """Wait until a word of shared memory differs from `old`, as Endpoint.wait_word().
+
+        It never spins, which would block the loop: it looks, and sleeps until `vector` is rung.
+
+        Returns:
+            The value; None if it did not change in time.
+
+        Raises:
+            NoSuchVector, ClosedError, DeviceGone, RuntimeError: as of `wait`; ClosedError also if
+                the region is closed.
+            TypeError: `sleeping` is in memory that is mapped for reading only.
+        """
+        loop = get_running_loop()
+        end = None if timeout is None else loop.time() + _limit(timeout)
+        while (value := word.load("seq_cst")) == old:
+            left = None if end is None else max(end - loop.time(), 0.0)
+            rung: int | None = 1
+            try:
+                if sleeping is not None:
+                    sleeping.store(1, "seq_cst")
+                if word.load("seq_cst") == old:
+                    rung = await self.wait(vector, left)
+            finally:
+                if sleeping is not None:
+                    sleeping.store(0, "seq_cst")
+            if rung is None or left == 0:
+                value = word.load("seq_cst")
+                return None if value == old else value
+        return value
+
+    async def next_event(self, timeout: float | None = None) -> Event | None:
+        """The next of `events`; None if nothing happens within `timeout` seconds, or if closed."""
+        try:
+            return await self.wait(_EVENTS, timeout)  # type: ignore[call-overload, no-any-return]
+        except ClosedError:
+            return None
+
+    async def events(self, timeout: float | None = None) -> AsyncIterator[Event]:
+        """Yield what happens, as Endpoint.events(): for `timeout` seconds, or until closed."""
+        limit = EventLimit(timeout if timeout is None else _limit(timeout), self.vectors)
+        while (event := await self.next_event(limit.left)) is not None:
+            yield event
+            if limit.ends_after(event):
+                return
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Iterate over what happens: as Endpoint.events(), until this is closed."""
         return self
 
     async def __anext__(self) -> Event:
-        try:
-            return await self.wait(_EVENTS)  # type: ignore[call-overload, no-any-return]
-        except ClosedError:
-            raise StopAsyncIteration from None
+        event = await self.next_event()
+        if event is None:
+            raise StopAsyncIteration
+        return event
 
     def _bind(self) -> None:
         """Belong to the running loop."""
@@ -347,6 +451,11 @@ class _Waiter:
         self.callback = None
         self.found = found
         self.context.run(callback, self)
+
+    def expire(self) -> None:
+        """End the wait with nothing, if it has not ended; called by the loop's timer."""
+        if self.callback is not None:
+            self.resume(None)
 
     def fail(self, error: BaseException) -> bool:
         """Let the error be raised in the task; False if it was told something before."""
@@ -474,7 +583,7 @@ class _Events(_Queue):
         if endpoint.closed:
             raise ClosedError("the endpoint is closed")
         if self.readers.wanted() or self.readers.awaited(None):
-            return endpoint._next_news()
+            return endpoint._next_peer_event()
         return endpoint.next_event(0)
 
     def watch(self) -> None:
@@ -485,7 +594,7 @@ class _Events(_Queue):
 
     def _look_later(self) -> None:
         """Look now and then for what no descriptor tells of."""
-        every = self.readers.endpoint._every
+        every = self.readers.endpoint._poll_seconds
         if every is not None and self._timer is None:
             self._timer = self.loop.call_later(every, self._look)
 
@@ -495,7 +604,7 @@ class _Events(_Queue):
             self.watched = False  # who waits again watches again
             return
         try:
-            news = self.readers.endpoint._next_news()
+            news = self.readers.endpoint._next_peer_event()
         except Exception as error:
             self.readers.fail(error)
             return
@@ -559,7 +668,7 @@ class _Readers(Uncopied):
         try:
             found = self.endpoint._wait_event(0)
             if found is True:
-                news = self.endpoint._next_news() if followers is not None else None
+                news = self.endpoint._next_peer_event() if followers is not None else None
         except Exception as error:
             self.fail(error)
             return
@@ -578,7 +687,7 @@ class _Readers(Uncopied):
         followers = self.awaited(_EVENTS)
         if followers is None:
             self._unwatch("queued")
-        elif (news := self.endpoint._next_news()) is not None:
+        elif (news := self.endpoint._next_peer_event()) is not None:
             followers.give(news)
 
     def _urgent_ready(self) -> None:
@@ -589,7 +698,7 @@ class _Readers(Uncopied):
                 vector.unwatch()  # who watches one again watches for this again
             return
         try:
-            self.endpoint._news()
+            self.endpoint._read_news()
         except Exception as error:
             self.fail(error)
 
@@ -844,16 +953,19 @@ def _start_closing(
 # -- the directory of names -----------------------------------------------------------------------
 
 
-async def lookup_async(directory: Directory, name: str, timeout: float | None = 0) -> Entry:
-    """`directory.lookup(name, timeout)`; the loop turns while it waits."""
-    return await _go_through(directory._look_up(name, timeout))
+async def wait_for_async(directory: Directory, name: str, timeout: float | None = None) -> Entry:
+    """`directory.wait_for(name, timeout)`; the loop turns while it waits.
+
+    (`directory.lookup` never waits, and needs no twin.)
+    """
+    return await _go_through(directory._wait_for(name, timeout))
 
 
 async def publish_async(
     directory: Directory,
     name: str,
     role: str = "",
-    vectors: range | None = None,
+    vector_range: range | None = None,
     *,
     id: SupportsIndex | None = None,  # noqa: A002 - as in Directory.publish
     timeout: float | None = None,
@@ -862,7 +974,7 @@ async def publish_async(
 
     If it is cancelled, nothing is published.
     """
-    return await _go_through(directory._publish(name, role, vectors, id, timeout))
+    return await _go_through(directory._publish(name, role, vector_range, id, timeout))
 
 
 async def _go_through(steps: Generator[float, None, _T]) -> _T:

@@ -447,7 +447,7 @@ class Player:
             if event.peer not in self.known:
                 raise Finding(f"{event}, and nobody had joined")
             self.known.remove(event.peer)
-        elif isinstance(event, ivshmem.ServerLost):
+        elif isinstance(event, ivshmem.Disconnected):
             self._check_text(event.reason)
             self.lost += 1
         elif isinstance(event, ivshmem.IdChanged):
@@ -467,7 +467,7 @@ class Player:
             raise Finding(f"peers of {client.id}: {peers}")
 
     def _news(self, client: ivshmem.Client) -> None:
-        for event in client.news():
+        for event in client.peer_events():
             self._follow(client, event)
 
     def _events(self, client: ivshmem.Client) -> None:

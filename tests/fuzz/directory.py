@@ -246,8 +246,8 @@ class Player:
             and entry.name.isprintable()
             and entry.role.isprintable()
             and entry.name == entry.name.strip(" ")
-            and 0 <= entry.vectors.start <= entry.vectors.stop <= MAX_VECTORS
-            and entry.vectors.step == 1
+            and 0 <= entry.vector_range.start <= entry.vector_range.stop <= MAX_VECTORS
+            and entry.vector_range.step == 1
             and entry.alive is not False
         ):
             raise Finding(f"{entry}")
@@ -255,7 +255,7 @@ class Player:
     def _op_lookup(self, name: int) -> None:
         for directory in self.directories:
             wanted = NAMES[name % len(NAMES)]
-            entry = directory.lookup(wanted, timeout=0.01 * (name >> 4))
+            entry = directory.wait_for(wanted, 0.01 * (name >> 4))
             self._check(entry)
             if entry.name != wanted:
                 raise Finding(f"{wanted!r} was looked up, and {entry} found")

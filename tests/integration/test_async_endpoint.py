@@ -17,8 +17,8 @@ import pytest
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import ClosedError, Directory, Interrupt, NameTaken, NoSuchName, NoSuchVector, Region
-from ivshmem.aio import AsyncEndpoint, connect_async, lookup_async, publish_async
+from ivshmem import ClosedError, Directory, Interrupt, NameTaken, NoSuchVector, Region
+from ivshmem.aio import AsyncEndpoint, connect_async, publish_async, wait_for_async
 from ivshmem.peer import names_table
 from ivshmem.peer.endpoint import Endpoint, Event
 
@@ -39,9 +39,9 @@ class Bare(Endpoint):
         self.theirs = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._add_bell(1, os.dup(self.theirs))
 
-    def _news(self) -> None: ...
+    def _read_news(self) -> None: ...
 
-    def _next_news(self) -> Event | None:
+    def _next_peer_event(self) -> Event | None:
         return None
 
     def close(self) -> None:
@@ -354,9 +354,9 @@ def test_names_without_waiting_in_the_loop() -> None:
                     ticks += 1
 
             ticking = asyncio.ensure_future(tick())
-            with pytest.raises(NoSuchName):
-                await lookup_async(table, "a", 0)
-            looking = asyncio.ensure_future(lookup_async(table, "a", None))
+            with pytest.raises(TimeoutError, match="no entry 'a'"):
+                await wait_for_async(table, "a", 0)
+            looking = asyncio.ensure_future(wait_for_async(table, "a", None))
             await asyncio.sleep(0.01)
             mine = await publish_async(table, "a", "role", id=1)
             assert (await looking).name == "a"
@@ -364,7 +364,7 @@ def test_names_without_waiting_in_the_loop() -> None:
                 with pytest.raises(NameTaken):
                     await publish_async(other, "a", id=2)
                 before = ticks
-                cut = asyncio.ensure_future(lookup_async(other, "b", None))
+                cut = asyncio.ensure_future(wait_for_async(other, "b", None))
                 await asyncio.sleep(0.02)
                 cut.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -381,7 +381,7 @@ def test_publishing_takes_a_time_limit_there_too() -> None:
         with Region.create("4K") as region, Directory.create(region) as table:
             region.write(2048, names_table.pack(77, 9, "a", "", range(1)))
             begun = time.monotonic()
-            with pytest.raises(NameTaken):
+            with pytest.raises(TimeoutError, match="not known yet"):
                 await publish_async(table, "a", id=1, timeout=0.02)
             assert time.monotonic() - begun < 3
 

@@ -89,7 +89,7 @@ def test_the_id_is_another_after_a_migration(
         client = stack.enter_context(ivshmem.connect(broker.path))
         assert (client.id, broker.remote) == (0, [5, 6])
         monkeypatch.setattr(device, "current_id", lambda: 6)
-        assert any(isinstance(e, ivshmem.ServerLost) for e in client.events(PATIENCE))
+        assert any(isinstance(e, ivshmem.Disconnected) for e in client.events(PATIENCE))
         again = stack.enter_context(ivshmem.connect(broker.path))
         assert again.id == 6
         until(lambda: again.peers == [5])
@@ -118,7 +118,7 @@ def test_the_memory_is_the_same(scene: Scene) -> None:
 def test_clients_do_not_see_one_another(scene: Scene) -> None:
     with ivshmem.connect(scene.broker.path) as a, ivshmem.connect(scene.broker.path) as b:
         assert (a.id, a.peers) == (b.id, b.peers) == (1, [0])
-        assert a.news() == []
+        assert a.peer_events() == []
 
 
 def test_a_killed_client_harms_nobody(scene: Scene) -> None:
@@ -206,7 +206,7 @@ def test_an_unplugged_device_ends_it(directory: Path) -> None:
     class Unplugged(ivshmem.Endpoint):
         id = 1
 
-        def _next_news(self) -> None:
+        def _next_peer_event(self) -> None:
             raise ivshmem.DeviceGone("the device was unplugged")
 
     with Unplugged() as device:

@@ -127,7 +127,7 @@ class TestServe:
         server = serve("--quiet")
         with ivshmem.connect(path, timeout=TIMEOUT) as client:
             assert server.end(number) == (0, "")
-            assert client.next_event(TIMEOUT) == ivshmem.ServerLost(
+            assert client.next_event(TIMEOUT) == ivshmem.Disconnected(
                 "the server ended the connection"
             )
             client.ring(client.id)
@@ -667,7 +667,7 @@ class TestQemu:
             told = {"protocol": 0, "vectors": 3, "size": 1 << 20, "page_size": 4096, "peers": 1}
             assert inquiry.ask(path, TIMEOUT).items() >= told.items()
             assert "vectors=3" in run("qemu", "-S", path).stdout
-            assert client.news() == []
+            assert client.peer_events() == []
         assert server.news().startswith("peer 0 joined")
         assert server.news().startswith("peer 0 left")
         assert server.end() == (0, "")

@@ -152,7 +152,7 @@ class TestStatus:
     def test_evict(self, served: Child, socket_path: str) -> None:
         with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
             assert run("evict", "0", "-S", socket_path) == "peer 0 of region default was evicted\n"
-            assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+            assert isinstance(client.next_event(PATIENCE), ivshmem.Disconnected)
         line = run("evict", "0", "-S", socket_path, status=1)
         assert line.startswith("ivshmem: region default: peer 0 is not connected")
         remedy = re.fullmatch(r".* \(`ivshmem (.*)` lists who is\)", line)

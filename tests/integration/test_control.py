@@ -229,7 +229,7 @@ class TestWhatItDoes:
         with ivshmem.connect(controlled.server().path, timeout=PATIENCE) as other:
             assert client.peers == [other.id]
             assert controlled.ask("evict", id=other.id) == {"region": "default"}
-            assert isinstance(other.next_event(PATIENCE), ivshmem.ServerLost)
+            assert isinstance(other.next_event(PATIENCE), ivshmem.Disconnected)
             assert client.next_event(PATIENCE) == ivshmem.PeerJoined(other.id)
             assert client.next_event(PATIENCE) == ivshmem.PeerLeft(other.id)
             assert "peer 1 is not connected" in controlled.refused("evict", id=other.id)
@@ -256,7 +256,7 @@ class TestWhatItDoes:
                 assert "there are a, b" in controlled.refused("status", region=["a"])
                 assert "region a: peer 0" in controlled.refused("evict", id=client.id, region="a")
                 controlled.ask("evict", id=client.id, region="b")
-                assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+                assert isinstance(client.next_event(PATIENCE), ivshmem.Disconnected)
 
     def test_reload(self, controlled: Controlled, directory: Path) -> None:
         assert controlled.ask("reload") == {"changes": []}
@@ -285,7 +285,7 @@ class TestWhatItDoes:
     ) -> None:
         with raw(controlled.path) as sock:
             sock.sendall(b'{"do":"evict","id":0}\n')
-        assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+        assert isinstance(client.next_event(PATIENCE), ivshmem.Disconnected)
 
     def test_who_says_no_more_still_gets_the_replies(self, controlled: Controlled) -> None:
         with raw(controlled.path) as sock:

@@ -16,7 +16,7 @@ from support.ctrl_c import SERVER, ctrl_c_anywhere, interrupted
 from support.waiting import Background, until
 
 import ivshmem
-from ivshmem import PeerJoined, Region, ServerLost, connect
+from ivshmem import Disconnected, PeerJoined, Region, connect
 from ivshmem.native.descriptors import FdArray
 from ivshmem.peer.client import Client
 from ivshmem.protocol.framing import encode
@@ -159,7 +159,7 @@ class Told:
 
 LOOKS: dict[str, Callable[[Any], object]] = {
     "peers": lambda client: client.peers,
-    "event": lambda client: client._news(),
+    "event": lambda client: client._read_news(),
     "ring": lambda client: refused(lambda: client.ring(77)),
 }
 NEWS: dict[str, tuple[str, list[object], list[int]]] = {
@@ -168,7 +168,7 @@ NEWS: dict[str, tuple[str, list[object], list[int]]] = {
     "join and leave": ("4 -4", [], []),
     "leave and join": ("4 -4 5", [PeerJoined(5)], [5]),
     "again": ("4 -4 4", [PeerJoined(4)], [4]),
-    "end": ("4 .", [PeerJoined(4), ServerLost("the server ended the connection")], [4]),
+    "end": ("4 .", [PeerJoined(4), Disconnected("the server ended the connection")], [4]),
 }
 
 

@@ -131,7 +131,7 @@ def test_who_was_stopped_comes_back(region: Region, publisher: Publish) -> None:
         os.kill(child.pid, signal.SIGSTOP)
         until(lambda: sum(owner != 0 for owner in owners(region, table)) == 1)
         os.kill(child.pid, signal.SIGCONT)
-        assert table.lookup("there", 30).id == 2
+        assert table.wait_for("there", 30).id == 2
         assert table.lookup("here").id == 1
         assert owners(region, table) != before
         child.tell()
@@ -215,7 +215,7 @@ class TestClients:
                 here.publish("a")
                 there.publish("b")
                 serving.close()
-                until(lambda: not a.connected or a.news())
+                until(lambda: not a.connected or a.peer_events())
                 assert names(here) == ["a", "b"]
 
     def test_a_restart_has_its_name_at_once(self, server: Callable[..., Server]) -> None:
@@ -236,9 +236,9 @@ class TestClients:
             Directory.create(client) as table,
             Directory.open(other) as theirs,
         ):
-            theirs.publish("them", vectors=range(2, 3))
-            entry = table.lookup("them", timeout=30)
-            client.ring(entry.id, entry.vectors[0])
+            theirs.publish("them", vector_range=range(2, 3))
+            entry = table.wait_for("them", timeout=30)
+            client.ring(entry.id, entry.vector_range[0])
             assert other.wait(2, timeout=30) == 1
 
 

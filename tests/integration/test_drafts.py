@@ -72,7 +72,7 @@ def test_all_at_once() -> None:
             assert region.name_leads_to() == "this"
             image.save(region, place / "image")
             image.save(region, place / "image")
-            image.load(place / "image", region)
+            image.load(region, place / "image")
         with StateFile.create(place / "state", PLAN):
             pass
         assert sorted(os.listdir(place)) == ["image", "it", "state"]
@@ -91,7 +91,7 @@ def test_fat(fat: Path) -> None:
         for _ in range(2):  # a new file, and one that replaces it
             image.save(region, fat / "image")
         region.write(0, b"lost")
-        image.load(fat / "image", region)
+        image.load(region, fat / "image")
         assert region.read(0, 4) == b"kept"
     with pid_file.held(str(fat / "pid")):
         assert (fat / "pid").read_text() == f"{os.getpid()}\n"

@@ -396,7 +396,7 @@ def _replace(path: Path) -> None:
 
 
 def _open(path: Path) -> None:
-    ivshmem.Region.open(SIZE, path=path)[0].close()
+    ivshmem.Region.open(SIZE, path=path).close()
 
 
 def _nameless(path: Path) -> None:
@@ -458,7 +458,7 @@ def test_draft(
     names = names_in(path.parent)
     with ivshmem.Region.attach(path=directory / "memory") as region:
         image.save(region, path)
-    assert image.check(path).size == SIZE
+    assert image.check_image(path).size == SIZE
     assert outside.state() == before
     if trap not in (hard_link, hard_link_to_empty):  # a draft of root's, for all one can see
         assert names_in(path.parent) == names

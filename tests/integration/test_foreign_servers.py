@@ -24,7 +24,7 @@ from support.peer import Eventfds, FakeServer, memory_fd, send_raw, until_closed
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
-from ivshmem import Interrupt, ProtocolError, RegionError, ServerGone, ServerLost
+from ivshmem import Disconnected, Interrupt, ProtocolError, RegionError, ServerGone
 
 Script = Callable[[socket.socket], object]
 
@@ -132,7 +132,7 @@ def test_end_after_any_byte(socket_path: str, events: Eventfds, count: int) -> N
         else:
             with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
                 assert (client.id, client.peers, client.vectors) == (3, [7], 2)
-                assert isinstance(client.next_event(PATIENCE), ServerLost)
+                assert isinstance(client.next_event(PATIENCE), Disconnected)
     os.close(memory)
 
 
@@ -351,9 +351,9 @@ def test_failures_after_setup_are_an_event(
         with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
             ready.set()
             for event in client.events(PATIENCE):
-                if isinstance(event, ServerLost):
+                if isinstance(event, Disconnected):
                     break
-            assert isinstance(event, ServerLost)
+            assert isinstance(event, Disconnected)
             assert reason in event.reason
             assert not client.connected
             assert client.next_event(0) is None
@@ -380,7 +380,7 @@ def test_a_vector_that_cannot_be_watched_after_setup(socket_path: str, events: E
     with FakeServer(socket_path, script):
         with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
             ready.set()
-            assert isinstance(client.next_event(PATIENCE), ServerLost)
+            assert isinstance(client.next_event(PATIENCE), Disconnected)
 
 
 def test_unfinished_announcement_and_an_interrupt(socket_path: str, events: Eventfds) -> None:

@@ -98,8 +98,8 @@ for _ in range(100):
         region.close()
 
 class Bells(Doorbells):
-    def _news(self): pass
-    def _missing(self, peer, vector):
+    def _read_news(self): pass
+    def _look_for(self, peer, vector):
         raise NoSuchPeer(str(peer))
 
 fails = []

@@ -98,7 +98,7 @@ class Scene:
         until(lambda: newcomer.id not in self.client.peers)
         until(lambda: not self.knows(newcomer.id))
         assert newcomer.id in self.witness.left
-        self.client.news()
+        self.client.peer_events()
 
     def go_on(self, times: int = 10) -> None:
         for _ in range(times):

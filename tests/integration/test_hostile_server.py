@@ -22,7 +22,7 @@ from support.peer import Eventfds, FakeServer, memory_fd, send_raw, until_closed
 from support.waiting import PATIENCE, in_child
 
 import ivshmem
-from ivshmem import ProtocolError, RegionError, ServerLost
+from ivshmem import Disconnected, ProtocolError, RegionError
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_what_is_not_a_doorbell(
             with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
                 ready.set()
                 event = client.next_event(PATIENCE)
-                assert isinstance(event, ServerLost)
+                assert isinstance(event, Disconnected)
                 assert "more than 1 vector" in event.reason or "is not an eventfd" in event.reason
                 assert client.vectors_of(7) == 0
                 with pytest.raises(ivshmem.NoSuchPeer):
@@ -209,7 +209,7 @@ def test_news_without_end(socket_path: str, events: Eventfds) -> None:
         with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
             calls: list[Callable[[], object]] = [
                 lambda: client.peers,
-                client.news,
+                client.peer_events,
                 lambda: client.wait(0, 0.01),
                 lambda: client.wait(None, 0.01),
                 lambda: client.next_event(0.01),
@@ -220,7 +220,7 @@ def test_news_without_end(socket_path: str, events: Eventfds) -> None:
             for call in calls * 3:
                 call()
             assert time.monotonic() - begun < 20
-            assert len(client.news()) <= 8
+            assert len(client.peer_events()) <= 8
 
 
 def test_descriptors_without_end(socket_path: str, events: Eventfds) -> None:

@@ -58,16 +58,16 @@ def test_there_and_back(region: Region, file: Path, compress: bool) -> None:
     info = ivshmem.save(region, file, compress=compress)
     assert blocks(region) == before, "looking filled the holes"
     assert info.size == SIZE
-    assert image.read_info(file) == image.check(file) == info
+    assert image.read_info(file) == image.check_image(file) == info
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.stat().st_size < (200_000 if compress else 1_400_000)
     with Region.create(SIZE) as other:
         other.write(500_000, b"to be cleared")
-        assert ivshmem.load(file, other) == info
+        assert ivshmem.load(other, file) == info
         assert blocks(other) <= before + 8  # the page that was cleared
         assert content(other) == content(region)
         other.write(0, b"something else")
-        ivshmem.load(file, other)
+        ivshmem.load(other, file)
         assert content(other) == content(region)
     assert content(region)[-3:] == b"end"
 
@@ -77,11 +77,11 @@ def test_an_empty_one_and_a_full_one(file: Path) -> None:
         full.write(0, random.Random(2).randbytes(2 << 20))  # noqa: S311
         ivshmem.save(empty, file)
         assert file.stat().st_size < 400
-        ivshmem.load(file, full)
+        ivshmem.load(full, file)
         assert content(full) == bytes(2 << 20)
         full.write(0, b"x" * (2 << 20))
         ivshmem.save(full, file)
-        ivshmem.load(file, empty)
+        ivshmem.load(empty, file)
         assert content(empty) == b"x" * (2 << 20)
 
 
@@ -95,7 +95,7 @@ def test_huge_pages_that_nobody_has_touched(file: Path) -> None:
             before = region.info().resident
             assert before == 2 << 20
             ivshmem.save(region, file)
-            ivshmem.load(file, region)
+            ivshmem.load(region, file)
             assert file.stat().st_size < 8192
             assert region.info().resident == before
             assert region.read(5 << 20, 4) == b"here"
@@ -112,9 +112,9 @@ def test_progress_ends_at_its_end(region: Region, file: Path) -> None:
         if number == 0:
             ivshmem.save(region, file, progress=note)
         elif number == 1:
-            image.check(file, progress=note)
+            image.check_image(file, progress=note)
         else:
-            ivshmem.load(file, region, progress=note)
+            ivshmem.load(region, file, progress=note)
         assert told[-1][0] == told[-1][1] > 0
         assert [done for done, _ in told] == sorted(done for done, _ in told)
 
@@ -135,13 +135,13 @@ def test_any_damage_is_found(region: Region, file: Path, tmp_path: Path, compres
                 good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :]
             )
             with pytest.raises(ImageError, match=r"damaged at byte|not a saved region|of version"):
-                ivshmem.load(bad, other)
+                ivshmem.load(other, bad)
             bad.write_bytes(good[:place])
             with pytest.raises(ImageError, match=r"damaged at byte|not a saved region"):
-                ivshmem.load(bad, other)
+                ivshmem.load(other, bad)
         bad.write_bytes(good + b"\0")
         with pytest.raises(ImageError, match=f"damaged at byte {len(good)}"):
-            ivshmem.load(bad, other)
+            ivshmem.load(other, bad)
         assert content(other).rstrip(b"\0") == b"as before"
 
 
@@ -154,7 +154,7 @@ def test_the_damage_is_where_it_is_said_to_be(region: Region, file: Path) -> Non
         damaged = file.with_name("damaged")
         damaged.write_bytes(data)
         with pytest.raises(ImageError, match=rf"/damaged is damaged at byte {start}: .*; nothing "):
-            image.check(damaged)
+            image.check_image(damaged)
 
 
 def records(data: bytes) -> list[int]:
@@ -181,7 +181,7 @@ def test_a_record_that_is_missing_or_stands_elsewhere(region: Region, file: Path
     ):
         file.write_bytes(wrong)
         with pytest.raises(ImageError, match=rf"damaged at byte ({one}|{two}):"):
-            image.check(file)
+            image.check_image(file)
 
 
 def with_header(header: bytes) -> bytes:
@@ -243,7 +243,7 @@ def test_files_by_somebody_else(file: Path, data: bytes, reason: str) -> None:
     with Region.create("4K") as region:
         region.write(0, b"as before")
         with pytest.raises(ImageError, match=reason):
-            ivshmem.load(file, region)
+            ivshmem.load(region, file)
         assert content(region).rstrip(b"\0") == b"as before"
 
 
@@ -251,11 +251,11 @@ def test_what_does_not_fit(region: Region, file: Path, tmp_path: Path) -> None:
     ivshmem.save(region, file)
     with Region.create("8M") as larger:
         with pytest.raises(ImageError, match="holds 4M, and the region has 8M"):
-            ivshmem.load(file, larger)
+            ivshmem.load(larger, file)
     with Region.create(SIZE, path=tmp_path / "memory"):
         with Region.attach(path=tmp_path / "memory", readonly=True) as readonly:
             with pytest.raises(ImageError, match="may only be read"):
-                ivshmem.load(file, readonly)
+                ivshmem.load(readonly, file)
 
 
 def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match="not a regular file"):
             ivshmem.save(region, place)
     with pytest.raises(ImageError, match="not a regular file"):
-        ivshmem.load(tmp_path / "pipe", region)  # nor does it wait for somebody to open it
+        ivshmem.load(region, tmp_path / "pipe")  # nor does it wait for somebody to open it
     with pytest.raises(FileNotFoundError):
         ivshmem.save(region, tmp_path / "no" / "such")
     with Region.create("4K", path=tmp_path / "memory") as itself:
@@ -276,7 +276,7 @@ def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     ivshmem.save(region, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    image.check(tmp_path / "real")
+    image.check_image(tmp_path / "real")
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "real"}
 
 
@@ -316,7 +316,7 @@ def test_memory_that_somebody_truncates(
     saved = file.read_bytes()
     memory = tmp_path / "memory"
     with Region.create(SIZE, path=memory) as truncated:
-        ivshmem.load(file, truncated)
+        ivshmem.load(truncated, file)
 
         def truncate(done: int, _total: int) -> None:
             if done >= at:
@@ -325,7 +325,7 @@ def test_memory_that_somebody_truncates(
         with pytest.raises(OSError, match="truncated"):
             ivshmem.save(truncated, file, progress=truncate)
         assert file.read_bytes() == saved
-        ivshmem.load(file, truncated)
+        ivshmem.load(truncated, file)
         assert memory.read_bytes() == content(region)
 
 
@@ -337,7 +337,7 @@ def test_no_room_for_what_is_loaded(region: Region, file: Path) -> None:
             memory.truncate(SIZE)
         with Region.attach(path=full / "memory") as sparse:
             with pytest.raises(OSError, match="No space left") as error:
-                ivshmem.load(file, sparse)
+                ivshmem.load(sparse, file)
             assert error.value.filename == str(full / "memory")
 
 
@@ -355,7 +355,7 @@ def test_saved_while_somebody_writes(region: Region, file: Path) -> None:
     try:
         for compress in (False, True) * 3:
             ivshmem.save(region, file, compress=compress)
-            image.check(file)
+            image.check_image(file)
     finally:
         end.set()
         thread.join()

@@ -79,7 +79,7 @@ class TestServer:
             for thread in (*threads, runner):
                 thread.join(PATIENCE)
                 assert not thread.is_alive()
-            assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+            assert isinstance(client.next_event(PATIENCE), ivshmem.Disconnected)
         assert not os.path.exists(path)
 
     @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
@@ -93,7 +93,7 @@ class TestServer:
         # Its set-up came first, but the end may come before it has looked.
         with contextlib.suppress(ivshmem.ServerGone):
             with ivshmem.connect(path, timeout=PATIENCE) as client:
-                assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+                assert isinstance(client.next_event(PATIENCE), ivshmem.Disconnected)
         server.close()
         assert isinstance(server.error, error)
         assert not os.path.exists(path)
@@ -205,7 +205,7 @@ class TestPublishing:
         def open_it(number: int) -> None:
             try:
                 start.wait(PATIENCE)
-                region, _ = Region.open("64K", path=tmp_path / f"memory{number}")
+                region = Region.open("64K", path=tmp_path / f"memory{number}")
                 with region:
                     inodes.append(os.fstat(region.fileno()).st_ino)
             except BaseException as error:

@@ -89,19 +89,19 @@ def test_long(client: ivshmem.Client, call: str, limit: str) -> None:
 def test_names_at_once(client: ivshmem.Client, limit: str) -> None:
     value = {**AT_ONCE, **NEGATIVE}[limit]
     with Directory.create(client) as names:
-        with pytest.raises(ivshmem.IvshmemError):
-            names.lookup("nobody", value)
+        with pytest.raises(TimeoutError):
+            names.wait_for("nobody", value)
         with names.publish("me", timeout=30):
             with pytest.raises(ivshmem.NameTaken):
                 names.publish("me", timeout=value)
-            assert names.lookup("me", value).id == client.id
+            assert names.wait_for("me", value).id == client.id
 
 
 @pytest.mark.parametrize("limit", WRONG)
 def test_names_wrong(client: ivshmem.Client, limit: str) -> None:
     with Directory.create(client) as names:
         with pytest.raises(REFUSED):
-            names.lookup("nobody", WRONG[limit])
+            names.wait_for("nobody", WRONG[limit])
         with names.publish("other"), pytest.raises(REFUSED):
             names.publish("other", timeout=WRONG[limit])
         with names.publish("me", timeout=30):
@@ -111,7 +111,7 @@ def test_names_wrong(client: ivshmem.Client, limit: str) -> None:
 @pytest.mark.parametrize("limit", LONG)
 def test_names_long(client: ivshmem.Client, limit: str) -> None:
     with Directory.create(client) as names, names.publish("me", timeout=LONG[limit]):
-        assert names.lookup("me", LONG[limit]).id == client.id
+        assert names.wait_for("me", LONG[limit]).id == client.id
 
 
 @pytest.mark.sampled(3)

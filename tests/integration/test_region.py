@@ -137,7 +137,7 @@ def test_prealloc(directory: Path, shm_name: str, source: str) -> None:
         region.unlink()
     with Region.create("2M") as lazy:
         assert lazy.info().resident == 0
-        lazy.populate(PAGE)
+        lazy.populate()
         assert lazy.info().resident == 2 * MIB
 
 
@@ -359,12 +359,12 @@ def test_replace(directory: Path) -> None:
 
 def test_open_creates_or_attaches(directory: Path, shm_name: str) -> None:
     for place in ({"name": shm_name}, {"path": directory / "memory"}):
-        region, created = Region.open("1M", **place)
-        assert created
+        region = Region.open("1M", **place)
+        assert region.created
         with region, memoryview(region) as view:
             view[7] = 1
-        region, created = Region.open("1M", **place)
-        assert not created
+        region = Region.open("1M", **place)
+        assert not region.created
         with region, memoryview(region) as view:
             assert view[7] == 1
         with pytest.raises(RegionError, match="has 1M, not the 2M asked for"):

@@ -196,7 +196,7 @@ CLIENT = """
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
         for event in client.events(timeout=60):
             print(type(event).__name__)
-            if isinstance(event, ivshmem.ServerLost):
+            if isinstance(event, ivshmem.Disconnected):
                 print(event.reason)
                 break
         client.ring(client.id, 1)
@@ -217,7 +217,7 @@ def test_client_out_of_descriptors(socket_path: str) -> None:
                 stack.enter_context(RawPeer(socket_path)).set_up(4)
             while (line := child.line()) == "PeerJoined":
                 pass
-            assert line == "ServerLost"
+            assert line == "Disconnected"
             assert "too many open files" in child.line()
             child.expect("1")
             child.finish()

@@ -20,8 +20,8 @@ def client(path: str) -> None:
         assert_type(client.region, ivshmem.Region)
         assert_type(client.wait(), ivshmem.Interrupt | None)
         assert_type(client.wait(None, 1.0), ivshmem.Interrupt | None)
-        assert_type(client.wait(0), int)
-        assert_type(client.wait(vector=3, timeout=None), int)
+        assert_type(client.wait(0), int | None)
+        assert_type(client.wait(vectors=3, timeout=None), int | None)
         assert_type(client.events(0), Iterator[ivshmem.Event])
         for event in client:
             match event:
@@ -29,7 +29,7 @@ def client(path: str) -> None:
                     assert_type(vector + rings, int)
                 case ivshmem.PeerJoined(peer) | ivshmem.PeerLeft(peer):
                     assert_type(peer, int)
-                case ivshmem.ServerLost(reason):
+                case ivshmem.Disconnected(reason):
                     assert_type(reason, str)
 
 
@@ -44,9 +44,9 @@ def region() -> None:
         np.from_dlpack(region)
         word: ivshmem.Atomic = region.atomic_u64(8)
         assert_type(word.offset, int)
-    opened, created = ivshmem.Region.open(4096, name="x")
-    assert_type(opened, ivshmem.Region)
-    assert_type(created, bool)
+    with ivshmem.Region.open(4096, name="x") as opened:
+        assert_type(opened, ivshmem.Region)
+        assert_type(opened.created, bool)
 
 
 def server(path: str, memory: ivshmem.Region) -> None:
@@ -66,7 +66,7 @@ def device(address: str | None) -> None:
         assert_type(device.region, ivshmem.Region)
         assert_type(device.device, guest.Device)
         assert_type(device.wait(), ivshmem.Interrupt | None)
-        assert_type(device.wait(0, timeout=1), int)
+        assert_type(device.wait(0, timeout=1), int | None)
         assert_type(device.events(0), Iterator[ivshmem.Event])
 
 
@@ -77,6 +77,10 @@ async def asynchronous(path: str, address: str | None) -> None:
         assert_type(client.peers, list[int])
         assert_type(await client.wait(), ivshmem.Interrupt)
         assert_type(await client.wait(0), int)
+        assert_type(await client.wait(0, timeout=1), int | None)
+        assert_type(await client.wait([0, 1], 0), ivshmem.Interrupt | None)
+        assert_type(await client.next_event(1), ivshmem.Event | None)
+        assert_type(await client.wait_word(client.region.atomic_u32(0), 0), int | None)
         client.ring(3, vector=1)
         async for event in client:
             assert_type(event, ivshmem.Event)

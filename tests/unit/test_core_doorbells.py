@@ -53,13 +53,13 @@ class Bells(Doorbells):
         for i in (1, 2):
             self._add_bell(OTHER, os.dup(self.theirs[i]))
         self._ring_self(ME)
-        self._watch(self.reader)
+        self._watch_news(self.reader)
 
-    def _news(self) -> None:
+    def _read_news(self) -> None:
         assert os.read(self.reader, 1) == b"!"
         self.news += 1
 
-    def _missing(self, peer: int, vector: int) -> None:
+    def _look_for(self, peer: int, vector: int) -> None:
         bells = self._bells(peer)
         if bells is None:
             raise NoSuchPeer(f"peer {peer}")
@@ -89,7 +89,7 @@ def bells() -> Iterator[Bells]:
 
 # Each way of waiting, and what it returns for one ring of vector 1.
 WAITS: list[tuple[Callable[[Bells, float | None], object], object, object]] = [
-    (lambda b, t: b.wait(1, t), 1, 0),
+    (lambda b, t: b.wait(1, t), 1, None),
     (lambda b, t: b.wait(timeout=t), Interrupt(1, 1), None),
     (lambda b, t: b._wait_event(t), Interrupt(1, 1), None),
 ]
@@ -111,7 +111,7 @@ def test_ring(bells: Bells) -> None:
 
 def test_ring_oneself(bells: Bells) -> None:
     bells.ring(ME, 1)
-    assert bells.wait(0, 0) == 0
+    assert bells.wait(0, 0) is None
     assert bells.wait(1, 0) == 1
     assert bells.vectors == 2
 
@@ -145,7 +145,7 @@ def test_missing_may_say_try_again(bells: Bells) -> None:
     asked: list[tuple[int, int]] = []
 
     class Late(Bells):
-        def _missing(self, peer: int, vector: int) -> None:
+        def _look_for(self, peer: int, vector: int) -> None:
             asked.append((peer, vector))
             self._add_bell(peer, os.dup(self.theirs[0]))
 
@@ -228,7 +228,7 @@ def test_counts_and_coalescing(bells: Bells) -> None:
         bells.ring(ME, 0)
     bells.ring(ME, 1)
     assert bells.wait(0, 0) == 5
-    assert bells.wait(0, 0) == 0
+    assert bells.wait(0, 0) is None
     assert bells.wait(timeout=0) == Interrupt(1, 1)
     assert bells.wait(timeout=0) is None
 
@@ -267,7 +267,7 @@ def test_no_such_vector(bells: Bells) -> None:
 
 def test_waiting_for_one_leaves_the_others(bells: Bells) -> None:
     bells.ring(ME, 0)
-    assert bells.wait(1, 0.02) == 0
+    assert bells.wait(1, 0.02) is None
     assert bells.wait(0, 0) == 1
 
 
@@ -407,7 +407,7 @@ def test_news_end_only_the_wait_for_events(bells: Bells) -> None:
 
 def test_an_error_in_news_comes_out(bells: Bells) -> None:
     class Broken(Bells):
-        def _news(self) -> None:
+        def _read_news(self) -> None:
             raise RuntimeError("news")
 
     broken = Broken()
@@ -511,7 +511,7 @@ def test_forked_child_may_close(bells: Bells) -> None:
 
 def test_forked_child_may_forget(bells: Bells) -> None:
     def forget() -> None:
-        bells._unwatch()
+        bells._unwatch_news()
         bells.__class__.close(bells)
 
     in_child(forget)
@@ -562,7 +562,7 @@ def test_nonblock_set_by_a_peer_again_and_again(bells: Bells) -> None:
 
 def test_close_ends_a_plain_read_that_a_thief_reads_as_well(bells: Bells) -> None:
     """A peer takes what close() adds to the count to end the read: it has to be outrun."""
-    assert bells.wait(1, 0) == 0
+    assert bells.wait(1, 0) is None
     fd = bells.listened[1]
     stop, ready = os.pipe(), os.pipe()
     pid = os.fork()
@@ -619,7 +619,7 @@ def test_close_never_waits_for_a_full_counter(bells: Bells) -> None:
 def test_ring_all(bells: Bells) -> None:
     assert bells.ring_all() == 1
     assert [bells.rung(v) for v in range(3)] == [1, 0, 0]
-    assert bells.ring_all(vector=(0, 2, 2)) == 3
+    assert bells.ring_all(vectors=(0, 2, 2)) == 3
     assert [bells.rung(v) for v in range(3)] == [1, 0, 2]
     assert bells.ring_all([OTHER, ME], 1) == 2
     assert bells.rung(1) == 1
@@ -653,7 +653,7 @@ def test_ring_all_and_a_full_counter_of_a_hostile_peer(bells: Bells) -> None:
     fd = bells.theirs[1]
     os.eventfd_write(fd, (1 << 64) - 2)
     os.set_blocking(fd, True)
-    ringing = Background(lambda: bells.ring_all(vector=range(3)))
+    ringing = Background(lambda: bells.ring_all(vectors=range(3)))
     ringing.wait_until_writing()
     assert os.eventfd_read(fd) == (1 << 64) - 2
     assert ringing.result() == 3

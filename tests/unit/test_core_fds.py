@@ -303,7 +303,7 @@ def test_closed_mapping() -> None:
     assert mapping.address == 0
     for call in (
         lambda: memoryview(mapping),
-        lambda: mapping.populate(PAGE),
+        lambda: mapping._populate(PAGE),
         lambda: mapping.resident(),
     ):
         with pytest.raises(ClosedError):
@@ -343,7 +343,7 @@ def test_populate_and_resident() -> None:
     for offset, size in ((-1, None), (0, 64 * PAGE + 1), (65 * PAGE, None), (5, -1)):
         with pytest.raises(ValueError, match="bytes at"):
             mapping.resident(offset, size)
-    mapping.populate(PAGE)
+    mapping._populate(PAGE)
     assert mapping.resident() == 64 * PAGE
     with memoryview(mapping) as view:
         assert view[3 * PAGE + 5] == 9, "contents stay as they are"
@@ -355,7 +355,7 @@ def test_populate_and_resident() -> None:
 def test_populate_for_reading() -> None:
     fd = memory_fd(8 * PAGE)
     mapping = Mapping(fd, 8 * PAGE, readonly=True)
-    mapping.populate(PAGE)
+    mapping._populate(PAGE)
     assert mapping.resident() == 8 * PAGE
     mapping.close()
     os.close(fd)
@@ -365,7 +365,7 @@ def test_populate_beyond_the_end_is_an_error() -> None:
     fd = memory_fd(PAGE)
     mapping = Mapping(fd, 2 * PAGE)
     with pytest.raises(OSError, match="Bad address"):
-        mapping.populate(PAGE)
+        mapping._populate(PAGE)
     mapping.close()
     os.close(fd)
 

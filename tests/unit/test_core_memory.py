@@ -452,10 +452,10 @@ def test_closing_is_not_held_up_by_what_is_over(mapping: Mapping) -> None:
     with pytest.raises(TypeError):
         mapping.read_into(0, nothing)
     mapping.resident()
-    mapping.populate(4096)
+    mapping._populate(4096)
     mapping.close()
     assert mapping.closed
-    for call in (lambda: mapping.resident(), lambda: mapping.populate(4096)):
+    for call in (lambda: mapping.resident(), lambda: mapping._populate(4096)):
         with pytest.raises(ClosedError):
             call()
 

@@ -258,10 +258,10 @@ class Device(Doorbells):
         self.registers_of_it = Registers(fd, offset, BAR, mapped=mapped)
         self._ring_by(self.registers_of_it, DOORBELL, vectors)
 
-    def _news(self) -> None:
+    def _read_news(self) -> None:
         raise DeviceGone("it was unplugged")
 
-    def _missing(self, peer: int, vector: int) -> None:
+    def _look_for(self, peer: int, vector: int) -> None:
         if not 0 <= peer <= PEER_LIMIT:
             raise NoSuchPeer(f"peer {peer}")
         raise NoSuchVector(f"vector {vector}")
@@ -357,7 +357,7 @@ Wait = Callable[[Device, float | None], object]
 def test_what_is_urgent_ends_each_wait(
     device: Device, wait: Wait, one: object, timeout: float | None
 ) -> None:
-    device._watch(device.removal[0], urgent=True)
+    device._watch_news(device.removal[0], urgent=True)
     if timeout is not None and timeout < 1:
         assert not wait(device, timeout), "nothing has happened yet"
     device.removal.signal(0)
@@ -368,7 +368,7 @@ def test_what_is_urgent_ends_each_wait(
 
 @each_wait
 def test_what_is_urgent_wakes_who_waits(device: Device, wait: Wait, one: object) -> None:
-    device._watch(device.removal[0], urgent=True)
+    device._watch_news(device.removal[0], urgent=True)
     waiting = Background(lambda: wait(device, None))
     waiting.wait_until_asleep()
     device.removal.signal(0)
@@ -377,7 +377,7 @@ def test_what_is_urgent_wakes_who_waits(device: Device, wait: Wait, one: object)
 
 
 def test_an_interrupt_that_came_before_is_not_lost(device: Device) -> None:
-    device._watch(device.removal[0], urgent=True)
+    device._watch_news(device.removal[0], urgent=True)
     device.listened.signal(1)
     device.removal.signal(0)
     assert device.wait(1, 0) == 1
@@ -386,10 +386,10 @@ def test_an_interrupt_that_came_before_is_not_lost(device: Device) -> None:
 
 
 def test_what_is_not_urgent_does_not_disturb_the_wait_for_one_vector(device: Device) -> None:
-    device._watch(device.removal[0])
+    device._watch_news(device.removal[0])
     device.removal.signal(0)
-    assert device.wait(1, 0) == 0
-    assert device.wait(1, 0.01) == 0
+    assert device.wait(1, 0) is None
+    assert device.wait(1, 0.01) is None
     waiting = Background(lambda: device.wait(1, None))
     waiting.wait_until_asleep()
     device.listened.signal(1)
@@ -398,9 +398,9 @@ def test_what_is_not_urgent_does_not_disturb_the_wait_for_one_vector(device: Dev
 
 @each_wait
 def test_what_is_no_more_watched_is_not_urgent(device: Device, wait: Wait, one: object) -> None:
-    device._watch(device.removal[0], urgent=True)
+    device._watch_news(device.removal[0], urgent=True)
     assert not wait(device, 0)
-    device._unwatch()
+    device._unwatch_news()
     device.removal.signal(0)
     assert not wait(device, 0)
     device.listened.signal(1)

@@ -32,11 +32,11 @@ class Listener(Doorbells):
         for fd in self.fds:
             self._add_vector(fd)
         self.removal = FdArray.eventfds(1)
-        self._watch(self.removal[0], urgent=True)
+        self._watch_news(self.removal[0], urgent=True)
         self.relay = Relay(self.removal[0], self.fds)
         self._listen_alone(self.relay)
 
-    def _news(self) -> NoReturn:
+    def _read_news(self) -> NoReturn:
         raise Gone
 
     def end(self) -> None:
@@ -70,7 +70,7 @@ def test_rings_that_are_there_and_that_come(listener: Listener) -> None:
     (thread,) = sleepers(listener, 2)
     os.eventfd_write(listener.fds[2], 1)
     assert thread.result() == 1
-    assert listener.wait(2, 0) == 0
+    assert listener.wait(2, 0) is None
 
 
 def test_what_is_urgent_ends_every_wait(listener: Listener) -> None:

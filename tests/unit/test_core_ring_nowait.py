@@ -40,9 +40,9 @@ class Bells(Doorbells):
             self._add_bell(OTHER, os.dup(self.theirs[i]))
         self._ring_self(0)
 
-    def _news(self) -> None: ...
+    def _read_news(self) -> None: ...
 
-    def _missing(self, peer: int, vector: int) -> None:
+    def _look_for(self, peer: int, vector: int) -> None:
         raise (NoSuchPeer if self._bells(peer) is None else NoSuchVector)(f"{peer}, {vector}")
 
     def rung(self) -> list[int]:

@@ -141,7 +141,7 @@ SPINS: list[Spin] = ["auto", 1e-5, 0.002]
 each_spin = pytest.mark.parametrize("spin", SPINS)
 
 WAITS: list[tuple[Callable[[Listener, float | None, Spin], object], object, object]] = [
-    (lambda e, t, s: e.wait(1, t, spin=s), 2, 0),
+    (lambda e, t, s: e.wait(1, t, spin=s), 2, None),
     (lambda e, t, s: e.wait(None, t, spin=s), Interrupt(1, 2), None),
     (lambda e, t, s: e.wait((2, 1), t, spin=s), Interrupt(1, 2), None),
 ]
@@ -294,8 +294,8 @@ def test_bad_spins(listener: Listener, spin: Spin) -> None:
 def test_no_spin(listener: Listener) -> None:
     with pytest.raises(TypeError):
         listener.wait(0, 0, spin=None)  # type: ignore[call-overload]
-    assert listener.wait(0, 0, spin=math.inf) == 0
-    assert listener.wait(0, 0, spin=True) == 0
+    assert listener.wait(0, 0, spin=math.inf) is None
+    assert listener.wait(0, 0, spin=True) is None
 
 
 # -- any of several -------------------------------------------------------------------------------

@@ -255,7 +255,9 @@ class TestNames:
                 table.lookup("x")
             with table.publish("a", id=1), table.publish("b", id=1):
                 with pytest.raises(LookupError, match=r"\(there: a, b\)"):
-                    table.lookup("x", 0.01)
+                    table.lookup("x")
+                with pytest.raises(TimeoutError, match=r"'x' .*\(there: a, b\).* 0\.01 s"):
+                    table.wait_for("x", 0.01)
 
     def test_a_long_list_is_cut(self) -> None:
         with Region.create("16K") as region, Directory.create(region) as table:
@@ -266,13 +268,13 @@ class TestNames:
 
     def test_lookup_waits(self, region: Region) -> None:
         with Directory.create(region) as table:
-            looking = Background(lambda: table.lookup("late", None))
+            looking = Background(lambda: table.wait_for("late", None))
             table.publish("late", id=3)
             assert looking.result() == Entry(3, "late", "", range(0), True)
 
     def test_close_ends_waiting(self, region: Region) -> None:
         with Directory.create(region) as table:
-            looking = Background(lambda: table.lookup("never", None))
+            looking = Background(lambda: table.wait_for("never", None))
             table.close()
             with pytest.raises(ivshmem.ClosedError):
                 looking.result()
@@ -488,13 +490,13 @@ class TestEndpoints:
     def test_id_and_vectors_are_the_endpoints(self, follower: Follower) -> None:
         with Directory.create(follower) as table:
             table.publish("a")
-            table.publish("b", vectors=range(1, 2))
+            table.publish("b", vector_range=range(1, 2))
             assert table.entries() == [
                 Entry(3, "a", "", range(2), True),
                 Entry(3, "b", "", range(1, 2), True),
             ]
             with pytest.raises(ValueError, match="the endpoint has 2 vectors"):
-                table.publish("c", vectors=range(3))
+                table.publish("c", vector_range=range(3))
 
     def test_who_has_left_is_not_listed(self, region: Region, follower: Follower) -> None:
         table = Directory.create(follower)
@@ -645,8 +647,8 @@ def check(found: Entry) -> None:
     assert 1 <= len(found.name.encode()) <= 47
     assert len(found.role.encode()) <= 31
     assert (found.name + found.role).isprintable()
-    assert found.vectors.step == 1
-    assert 0 <= found.vectors.start <= found.vectors.stop <= 2048
+    assert found.vector_range.step == 1
+    assert 0 <= found.vector_range.start <= found.vector_range.stop <= 2048
     assert found.alive in (True, None)
 
 

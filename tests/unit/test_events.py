@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from ivshmem import Interrupt, PeerJoined, PeerLeft, ServerLost
+from ivshmem import Disconnected, Interrupt, PeerJoined, PeerLeft
 
-EVENTS = [PeerJoined(1), PeerLeft(1), PeerJoined(2), Interrupt(1, 1), ServerLost("gone")]
+EVENTS = [PeerJoined(1), PeerLeft(1), PeerJoined(2), Interrupt(1, 1), Disconnected("gone")]
 
 
 @pytest.mark.parametrize(("one", "other"), [*itertools.combinations(EVENTS, 2)])

@@ -96,7 +96,7 @@ def test_names_lead_from_guest_to_host(
                 guest.Broker(device, "/tmp/socket").start(),
                 ivshmem.connect("/tmp/socket", timeout=60) as client,
                 ivshmem.Directory.open(client) as names,
-                names.publish("guest", vectors=range(2, 3)),
+                names.publish("guest", vector_range=range(2, 3)),
             ):
                 client.ring(names.lookup("host").id, 3)
                 print("RUNG", client.wait(2, 60))
@@ -105,9 +105,9 @@ def test_names_lead_from_guest_to_host(
             iommu=True,
         )
         assert host.wait(3, TIMEOUT)
-        entry = names.lookup("guest", TIMEOUT)
-        assert (entry.id, entry.vectors) == (1, range(2, 3))
-        host.ring(entry.id, entry.vectors[0])
+        entry = names.wait_for("guest", TIMEOUT)
+        assert (entry.id, entry.vector_range) == (1, range(2, 3))
+        host.ring(entry.id, entry.vector_range[0])
         assert a.expect("RUNG") == "RUNG 1"
         assert a.wait() == 0
 

@@ -361,7 +361,7 @@ import ivshmem
 with ivshmem.connect(sys.argv[1], timeout=20) as client:
     print("CONNECTED")
     for event in client.events(60):
-        if isinstance(event, ivshmem.ServerLost):
+        if isinstance(event, ivshmem.Disconnected):
             print("GONE")
             break
 """

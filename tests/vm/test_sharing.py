@@ -180,7 +180,7 @@ def test_memory_and_doorbells_outlive_the_server(
     a.expect("READY 1")
     assert host.peers == [1]
     server.close()
-    until(host, ivshmem.ServerLost("the server ended the connection"))
+    until(host, ivshmem.Disconnected("the server ended the connection"))
     a.send("0 0")
     for _ in range(10):
         host.ring(1, 0)

@@ -15,7 +15,7 @@ UNITS = Path(__file__).parents[2] / "systemd"
 BEGIN = """
     import os, signal, sys, time
     from pathlib import Path
-    from ivshmem import Interrupt, PeerJoined, PeerLeft, ServerLost, connect
+    from ivshmem import Interrupt, PeerJoined, PeerLeft, Disconnected, connect
     from manager import Manager, install
 
     def step(text):
@@ -80,7 +80,7 @@ TEMPLATE = """
     manager.wait_for(lambda: manager.show(unit, "NFileDescriptorStore") == "6")
     step("a client left while it was down")
     manager.ctl("stop", unit)
-    until(a, ServerLost("the server ended the connection"))
+    until(a, Disconnected("the server ended the connection"))
     step("stopped")
     a.close()
     connect(path, timeout=60).close()
@@ -115,7 +115,7 @@ SERVICE = """
     with connect(path, timeout=60) as other:
         until(client, PeerJoined(other.id))
     manager.ctl("stop", unit)
-    until(client, ServerLost("the server ended the connection"))
+    until(client, Disconnected("the server ended the connection"))
     assert not os.path.exists(path)
     client.close()
     for each in ("ivshmem.service", "ivshmem@.service", "ivshmem@.socket"):

@@ -61,7 +61,7 @@ class Echo:
                 " prints (--echo ID), or let the server have a directory of names (serve --names)"
             )
         if isinstance(endpoint, Client):
-            endpoint.news()
+            endpoint.peer_events()
             peers = endpoint.peers
             self.peer = peers[0] if len(peers) == 1 else None
         self._choose()
@@ -111,7 +111,7 @@ class Echo:
             if client is not None and client.connected and self.peer not in client.peers:
                 raise NoSuchPeer(f"peer {self.peer} is not connected")
             return
-        for event in client.news() if client is not None else ():
+        for event in client.peer_events() if client is not None else ():
             if isinstance(event, PeerJoined):
                 self.peer = event.peer
             elif isinstance(event, PeerLeft) and event.peer == self.peer:

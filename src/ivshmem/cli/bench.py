@@ -218,7 +218,7 @@ def _ask_for_echo(
     with contextlib.suppress(NoDirectory):
         names = name.enter_context(Directory.open(endpoint))
         with contextlib.suppress(NameTaken, DirectoryFull):
-            names.publish(NAME, vectors=range(options.vector, options.vector + 1))
+            names.publish(NAME, vector_range=range(options.vector, options.vector + 1))
 
 
 def _echo(options: argparse.Namespace) -> int:

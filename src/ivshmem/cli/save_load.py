@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from ..memory import image
-from ..memory.image import ImageInfo
+from ..memory import image, raw_image
+from ..memory.blocks import ImageInfo
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..peer.client import connect
@@ -29,7 +29,14 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " during that is saved or not: stop them first if that matters.",
     )
     _add_place(save)
-    save.add_argument("--compress", action="store_true", help="by zlib")
+    form = save.add_mutually_exclusive_group()
+    form.add_argument("--compress", action="store_true", help="by zlib")
+    form.add_argument(
+        "--raw",
+        action="store_true",
+        help="the bytes as they are, in a sparse file that dd, hexdump and QEMU's"
+        f" memory-backend-file read; the checksums go to FILE{raw_image.SUFFIX}",
+    )
     save.set_defaults(run=run_save)
     load = subparsers.add_parser(
         "load",
@@ -38,6 +45,12 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     _add_place(load)
     load.add_argument("--check", action="store_true", help="only check the file")
+    load.add_argument(
+        "--raw",
+        action="store_true",
+        help="the file was saved with --raw, or is any file of the region's size; it is checked if"
+        f" FILE{raw_image.SUFFIX} is there",
+    )
     load.set_defaults(run=run_load)
 
 
@@ -111,6 +124,7 @@ def run_save(options: argparse.Namespace) -> int:
             region,
             options.path,
             compress=options.compress,
+            raw=options.raw,
             progress=show,
             accept_owner=options.accept_owner or (),
         )
@@ -124,11 +138,15 @@ def run_load(options: argparse.Namespace) -> int:
     _find(options.path)
     if options.check:
         with _with_progress(options, "checking") as show:
-            info = image.check(options.path, progress=show, accept_owner=accept)
+            info = image.check_image(
+                options.path, raw=options.raw, progress=show, accept_owner=accept
+            )
         _print(options.path, info, "; the file is whole, and nothing was loaded")
     else:
         with _region(options, readonly=False) as region, _with_progress(options, "loading") as show:
-            info = image.load(options.path, region, progress=show, accept_owner=accept)
+            info = image.load(
+                region, options.path, raw=options.raw, progress=show, accept_owner=accept
+            )
         _print(options.path, info)
     return 0
 
@@ -146,4 +164,7 @@ def _find(path: str) -> None:
 def _print(path: str, info: ImageInfo, more: str = "") -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.saved))
     where = f"{info.source} {info.name}" if info.name else info.source
-    print(plain(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}{more}"))
+    about = f"{format_size(info.size)} ({where}), saved {when}, id {info.id}"
+    if not info.id:
+        about = f"{format_size(info.size)}, not checked: {path}{raw_image.SUFFIX} is not there"
+    print(plain(f"{path}: {about}{more}"))

@@ -19,7 +19,7 @@ from ..errors import ClosedError, CommandError, IvshmemError, NoDirectory
 from ..memory.sizes import format_size, parse_size
 from ..peer.client import Client
 from ..peer.directory import Directory
-from ..peer.endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
+from ..peer.endpoint import Disconnected, Endpoint, Event, IdChanged, PeerJoined, PeerLeft
 from ..text import counted, plain
 from .run import suggestion
 
@@ -123,7 +123,7 @@ class Shell(cmd.Cmd):
             self._print(f"peer {event.peer} joined", event="joined", peer=event.peer)
         elif isinstance(event, PeerLeft):
             self._print(f"peer {event.peer} left", event="left", peer=event.peer)
-        elif isinstance(event, ServerLost):
+        elif isinstance(event, Disconnected):
             text = f"{plain(event.reason)}; memory and doorbells continue to work"
             self._print(text, event="server lost", reason=plain(event.reason))
         elif isinstance(event, IdChanged):
@@ -152,7 +152,7 @@ class Shell(cmd.Cmd):
         _words(rest, 0, "names")
         entries = self._directory().entries()
         lines = [
-            f"{plain(entry.name)}: peer {entry.id}, {_listed(entry.vectors)}"
+            f"{plain(entry.name)}: peer {entry.id}, {_listed(entry.vector_range)}"
             + (f", {plain(entry.role)}" if entry.role else "")
             for entry in entries
         ]
@@ -161,7 +161,7 @@ class Shell(cmd.Cmd):
                 "name": plain(entry.name),
                 "role": plain(entry.role),
                 "peer": entry.id,
-                "vectors": list(entry.vectors),
+                "vectors": list(entry.vector_range),
                 "alive": entry.alive,
             }
             for entry in entries
@@ -197,7 +197,7 @@ class Shell(cmd.Cmd):
             raise CommandError(
                 f"{word!r} is no peer: give a number (the region has no directory of names)"
             ) from None
-        return entry.id, entry.vectors
+        return entry.id, entry.vector_range
 
     # -- interrupts -------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class ClientShell(Shell):
         return f"{super().greeting()}; {others}"
 
     def _ask(self) -> bool:
-        for event in self.client.news():
+        for event in self.client.peer_events():
             self._show_event(event)
         return super()._ask()
 

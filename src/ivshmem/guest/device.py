@@ -196,7 +196,7 @@ class GuestDevice(Endpoint):
     """
 
     id = -1  # until it is read
-    _every = 1.0
+    _poll_seconds = 1.0
     access: Access
     memory: Memory
 
@@ -308,11 +308,11 @@ class GuestDevice(Endpoint):
     def _gone(self) -> NoReturn:
         raise DeviceGone(f"{self.device.address}: the device was unplugged: close it")
 
-    def _next_news(self) -> Event | None:
+    def _next_peer_event(self) -> Event | None:
         before, self.id = self.id, self.current_id()
         return None if self.id == before else IdChanged(before, self.id)
 
-    def _missing(self, peer: int, vector: int) -> NoReturn:
+    def _look_for(self, peer: int, vector: int) -> NoReturn:
         if self.device.variant == "plain":
             raise NoInterrupts(_PLAIN)
         if not 0 <= peer <= MAX_ID:
@@ -443,7 +443,7 @@ class VfioDevice(GuestDevice):
         removal = descriptors.FdArray.eventfds(1)
         self._resources.callback(removal.close)
         self._vfio.listen_for_removal(removal[0])
-        self._watch(removal[0], urgent=True)
+        self._watch_news(removal[0], urgent=True)
         try:
             relay = descriptors.Relay(removal[0], fds)
         except OSError:  # none left, or none in this kernel: waiting takes more system calls then
@@ -452,7 +452,7 @@ class VfioDevice(GuestDevice):
         else:
             self._listen_alone(relay)
 
-    def _news(self) -> NoReturn:
+    def _read_news(self) -> NoReturn:
         self._gone()
 
     def _decodes(self) -> bool:
@@ -556,7 +556,7 @@ class UioDevice(GuestDevice):
         else:
             self._map_resource(memory)
 
-    def _news(self) -> NoReturn:  # reads say EIO
+    def _read_news(self) -> NoReturn:  # reads say EIO
         self._gone()
 
     def _decodes(self) -> bool:
@@ -568,7 +568,7 @@ class UioDevice(GuestDevice):
 class _Deaf(GuestDevice):
     """A device without interrupts: what waits for them raises, instead of waiting for ever."""
 
-    def _deaf(self) -> NoReturn:
+    def _check_can_wait(self) -> NoReturn:
         raise NoInterrupts(_PLAIN)
 
 
@@ -611,9 +611,9 @@ class SysfsDevice(_Deaf):
                 os.close(fd)
         self._map_resource(memory or RESOURCE)
 
-    def _deaf(self) -> NoReturn:
+    def _check_can_wait(self) -> NoReturn:
         if self.device.variant == "plain":
-            super()._deaf()
+            super()._check_can_wait()
         raise NoInterrupts(f"no interrupts here: {self._why}")
 
 

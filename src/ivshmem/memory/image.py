@@ -27,25 +27,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
-import stat
 import struct
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from ..errors import ImageError, WrongKind
-from ..system import new_files, safe_files
+from ..system import safe_files
 from ..system.uncopied import Uncopied
 from ..text import counted, plain
-from .pages import PAGE
+from . import raw_image
+from .blocks import (
+    BLOCK,
+    ImageInfo,
+    OnProgress,
+    check_fits,
+    check_whole,
+    clear,
+    no_progress,
+    nonzero_runs,
+    read_into,
+    replacing,
+    write_to,
+)
 from .region import Region
-from .sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,35 +66,10 @@ _MAGIC = b"IVSHSAVE"
 _VERSION = 1
 _LENGTH = struct.Struct("<I")
 _RECORD = struct.Struct("<QII")
-_BLOCK = 1 << 20  # bytes of a region in a record, at most
 _MOST_HEADER = 1 << 16
 _YEAR_9999 = 253370764800  # its beginning, in seconds since the epoch: later has no date
 _MOST_REASON = 100  # characters of what is wrong in a header
 _LEVEL = 1  # of zlib: higher ones gain little and take long
-
-# Called with how many bytes of the region, or of the file, are done, and of how many.
-OnProgress = Callable[[int, int], object]
-
-
-@dataclass(frozen=True)
-class ImageInfo:
-    """What a saved region is.
-
-    Attributes:
-        id: of this saving, 32 hexadecimal digits.
-        size: of the region, bytes.
-        compressed: whether zlib has been at it.
-        source, name: where the memory came from, as in RegionInfo.
-        saved: when, in seconds since the epoch.
-    """
-
-    id: str
-    size: int
-    compressed: bool
-    source: str
-    name: str | None
-    saved: float
-
 
 # -- saving ---------------------------------------------------------------------------------------
 
@@ -95,15 +79,21 @@ def save(
     path: str | os.PathLike[str],
     *,
     compress: bool = False,
+    raw: bool = False,
     progress: Callable[[int, int], object] | None = None,
     accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
     """Write a region's bytes to a file, which only its owner can read.
 
     Pages of zeros take no space. A file that is there is replaced when the new one is whole and on
-    the disk; whatever happens before, it stays as it was.
+    the disk; whatever happens before, it stays as it was. Nobody who writes to the region is
+    stopped: what they write during the call is saved or not.
 
     Args:
+        compress: by zlib; not with `raw`.
+        raw: write the bytes as they are, into a sparse file as large as the region, which dd,
+            hexdump and QEMU's memory-backend-file read. Checksums go to `path` + ".ivshmem.json".
+        progress: called with the bytes of the region that are done, and their number.
         accept_owner: other users, by name or uid, whose symbolic links are followed to the file.
 
     Raises:
@@ -112,13 +102,17 @@ def save(
             truncated the region's memory (ENODATA).
         ClosedError: the region is closed.
     """
+    if raw and compress:
+        raise ValueError("a raw image is not compressed: leave out one of the two")
+    if raw:
+        return raw_image.save(region, path, progress or no_progress, accept_owner)
     target = os.fspath(path)
     info = ImageInfo(
         uuid.uuid4().hex, region.size, compress, region.source, region.name, time.time()
     )
     try:
-        with _replacing(target, os.fstat(region.fileno()), accept_owner) as file:
-            _write(file, region, info, progress or _nobody)
+        with replacing(target, os.fstat(region.fileno()), accept_owner) as file:
+            _write(file, region, info, progress or no_progress)
     except OSError as error:
         raise OSError(error.errno, error.strerror, target) from error
     return info
@@ -134,15 +128,8 @@ def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: OnProgress
         if len(stored) >= len(data):
             stored = data
         crc = _put(file, crc, offset, len(data), stored)
-    # What is beyond a file's end looks like a hole.
-    end = region.offset + region.size
-    if _is_file(region) and os.fstat(region.fileno()).st_size < end:
-        raise _truncated()
+    check_whole(region)
     _put(file, crc, info.size, 0, b"")
-
-
-def _truncated() -> OSError:
-    return OSError(errno.ENODATA, "somebody has truncated the region's memory")
 
 
 def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | memoryview) -> int:
@@ -155,94 +142,18 @@ def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | mem
 
 def _pieces(region: Region, progress: OnProgress) -> Iterator[tuple[int, memoryview]]:
     """Yield the parts that are not zero, each as a copy: other peers may write to the region."""
-    buffer = bytearray(_BLOCK)
-    zeros = bytes(_BLOCK)
+    buffer = bytearray(BLOCK)
+    zeros = bytes(BLOCK)
     for start, end in region.extents():
-        for offset in range(start, end, _BLOCK):
-            length = min(_BLOCK, end - offset)
+        for offset in range(start, end, BLOCK):
+            length = min(BLOCK, end - offset)
             block = memoryview(buffer)[:length]
-            _read_into(region, offset, block)
+            read_into(region, offset, block)
             if block != memoryview(zeros)[:length]:
-                for first, last in _runs(block, zeros):
+                for first, last in nonzero_runs(block, zeros):
                     yield offset + first, block[first:last]
             progress(offset + length, region.size)
     progress(region.size, region.size)
-
-
-# Both by the descriptor where it is a file's: through a mapping, a hole would take a page, and we
-# would die of SIGBUS where somebody has truncated the file, or its file system is full. To a device
-# it may mean anything: 4 bytes written to UIO's switch its interrupt.
-
-
-def _read_into(region: Region, offset: int, block: memoryview) -> None:
-    done, more = 0, 1
-    try:
-        while _is_file(region) and more and done < len(block):
-            more = os.preadv(region.fileno(), [block[done:]], region.offset + offset + done)
-            done += more
-    except OSError:
-        pass  # sysfs lets its files only be mapped
-    if not more:
-        raise _truncated()
-    if done < len(block):
-        region.read_into(offset + done, block[done:])
-
-
-def _write_to(region: Region, offset: int, data: bytes | memoryview) -> None:
-    done = 0
-    try:
-        while _is_file(region) and done < len(data):
-            done += os.pwrite(region.fileno(), data[done:], region.offset + offset + done)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, error.strerror, region.name) from None
-    if done < len(data):  # hugetlbfs has no write(2)
-        region.write(offset + done, data[done:])
-
-
-def _is_file(region: Region) -> bool:
-    return stat.S_ISREG(os.fstat(region.fileno()).st_mode)
-
-
-def _runs(block: memoryview, zeros: bytes) -> Iterator[tuple[int, int]]:
-    """Where there are pages that are not all zeros, as runs of them."""
-    first = -1
-    for at in range(0, len(block), PAGE):
-        page = block[at : at + PAGE]
-        if page == memoryview(zeros)[: len(page)]:
-            if first >= 0:
-                yield first, at
-            first = -1
-        elif first < 0:
-            first = at
-    if first >= 0:
-        yield first, len(block)
-
-
-@contextlib.contextmanager
-def _replacing(target: str, region: os.stat_result, accept: Users) -> Iterator[BinaryIO]:
-    """A file that takes the place of `target`, not of `region`, when the block has succeeded."""
-    with (
-        safe_files.find(target, accept=accept) as place,
-        new_files.NewFile(place, os.O_WRONLY) as draft,
-    ):
-        if (there := place.status()) is not None:
-            if not stat.S_ISREG(there.st_mode):
-                what = place.wrong_kind(there.st_mode).strerror
-                raise FileExistsError(errno.EEXIST, what)
-            if safe_files.same_file(there, region):
-                raise FileExistsError(errno.EEXIST, "it is the region itself: choose another path")
-        with open(draft.file[0], "wb", closefd=False) as file:
-            yield file
-            file.flush()
-            os.fsync(draft.file[0])
-        draft.publish(replace=True)
-        place.sync()
-        draft.file.close()
-
-
-def _nobody(_done: int, _total: int) -> None:
-    pass
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -264,39 +175,49 @@ def read_info(
         return reader.info
 
 
-def check(
+def check_image(
     path: str | os.PathLike[str],
     *,
+    raw: bool = False,
     progress: Callable[[int, int], object] | None = None,
     accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
-    """Read a whole file, and see whether it is as it was written.
+    """Read a whole file that `save` wrote, and check that it is as it was written.
 
     Args:
+        raw: it was saved with `raw`.
+        progress: called with the bytes of the file that are done, and their number.
         accept_owner: as of `load`.
 
     Raises:
         ImageError: it is not: with the offset of the damage.
         OSError: as of open(2) and read(2).
     """
+    if raw:
+        return raw_image.check(path, progress or no_progress, accept_owner)
     with _Reader(os.fspath(path), accept_owner) as reader:
-        for _ in reader.pieces(progress or _nobody):
+        for _ in reader.pieces(progress or no_progress):
             pass
         return reader.info
 
 
 def load(
-    path: str | os.PathLike[str],
     region: Region,
+    path: str | os.PathLike[str],
     *,
+    raw: bool = False,
     progress: Callable[[int, int], object] | None = None,
     accept_owner: Iterable[SupportsIndex | str] = (),
 ) -> ImageInfo:
-    """Make a region what was saved.
+    """Set a region's bytes to what `save` wrote to a file.
 
     The file is read twice: it is checked to its end before the region changes.
 
     Args:
+        raw: the file was saved with `raw`, or is any file of the region's size. It is checked if
+            its checksums are there: `path` + ".ivshmem.json". Without them nothing can be checked
+            except the size, and the `id` that is returned is "".
+        progress: called with the bytes that are done, and their number.
         accept_owner: other users, by name or uid, whose symbolic links are followed, and whose
             files are read in directories that they can write.
 
@@ -307,40 +228,23 @@ def load(
             somebody truncates the region's memory, which has a part of it then.
         ClosedError: the region is closed.
     """
-    note = progress or _nobody
+    note = progress or no_progress
+    if raw:
+        return raw_image.load(region, path, note, accept_owner)
     with _Reader(os.fspath(path), accept_owner) as reader:
         info = reader.info
-        if info.size != region.size:
-            raise ImageError(
-                f"{reader.path} holds {format_size(info.size)}, and the region has"
-                f" {format_size(region.size)}: they must be the same"
-            )
-        if region.readonly:
-            raise ImageError(f"{reader.path}: the region may only be read here")
+        check_fits(region, info, reader.path)
         for _ in reader.pieces(lambda done, total: note(done, 2 * total)):
             pass
         reader.rewind()
         reader.effect = "somebody changed it during the load; the region has a part of it"
         at = 0
         for offset, data in reader.pieces(lambda done, total: note(total + done, 2 * total)):
-            _clear(region, at, offset)
-            _write_to(region, offset, data)
+            clear(region, at, offset)
+            write_to(region, offset, data)
             at = offset + len(data)
-        _clear(region, at, region.size)
+        clear(region, at, region.size)
     return info
-
-
-def _clear(region: Region, start: int, end: int) -> None:
-    """Make it zeros, where it is not: what is untouched takes no memory."""
-    buffer = bytearray(_BLOCK)
-    zeros = memoryview(bytes(_BLOCK))
-    for first, last in region.extents(start, end):
-        for offset in range(first, last, _BLOCK):
-            length = min(_BLOCK, last - offset)
-            block = memoryview(buffer)[:length]
-            _read_into(region, offset, block)
-            if block != zeros[:length]:
-                _write_to(region, offset, zeros[:length])
 
 
 def _check_values(info: ImageInfo) -> None:
@@ -380,6 +284,7 @@ class _Reader(Uncopied):
         if not head.startswith(_MAGIC):
             raise ImageError(
                 f"{self.path} is not a saved region: give a file that `ivshmem save FILE` wrote"
+                " (--raw, raw=True: one that was saved raw)"
             )
         if len(head) < len(_MAGIC) + _LENGTH.size:
             raise self._damaged(0, "it ends in the header")
@@ -432,7 +337,7 @@ class _Reader(Uncopied):
             if len(record) < _RECORD.size + _LENGTH.size:
                 raise self._damaged(where, "it ends too early")
             offset, length, stored = _RECORD.unpack_from(record)
-            if stored > _BLOCK:
+            if stored > BLOCK:
                 raise self._damaged(where, f"a record of {counted(stored, 'byte')}")
             data = self._file.read(stored)
             if len(data) < stored:
@@ -442,7 +347,7 @@ class _Reader(Uncopied):
                 raise self._damaged(where, "the record has another checksum")
             # Nothing that `save` wrote comes so far, but anybody can make a checksum.
             room = self.info.size - offset
-            if not stored <= length <= _BLOCK or offset < at or length > room:
+            if not stored <= length <= BLOCK or offset < at or length > room:
                 raise self._damaged(where, "a record that cannot be")
             if not length:
                 break

@@ -88,7 +88,8 @@ class Region(Uncopied, mapping.Mapping):
     Attributes:
         source, name, page_size: as in RegionInfo.
         offset: of the region in the file behind it, bytes; not 0 only for a device's memory.
-        adopted: whether `create` made it in an empty file that was there.
+        created: whether `create` or `open` made it; else it was there before.
+        adopted: whether it was made in an empty file that was there.
     """
 
     # What __del__ and __repr__ find where __init__ was interrupted.
@@ -98,6 +99,7 @@ class Region(Uncopied, mapping.Mapping):
     name: str | None = None
     # The one owner of the descriptor, made before it was opened.
     _fd: descriptors.FdArray | None = None
+    created = False
     adopted = False
 
     def __new__(cls, *_: object, **__: object) -> Region:
@@ -366,8 +368,8 @@ class Region(Uncopied, mapping.Mapping):
         prealloc: bool = False,
         mode: int = 0o600,
         accept_owner: Iterable[SupportsIndex | str] = (),
-    ) -> tuple[Region, bool]:
-        """Attach to what exists under a name or path, else create it: (region, created).
+    ) -> Region:
+        """Attach to what exists under a name or path, else create it; `created` says which.
 
         Raises:
             RegionError, OSError: as of `attach` and `create`.
@@ -375,15 +377,13 @@ class Region(Uncopied, mapping.Mapping):
         users = tuple(accept_owner)
         for last in (False, False, True):
             with contextlib.suppress(FileNotFoundError):
-                region = cls.attach(
+                return cls.attach(
                     name=name, path=path, size=size, prealloc=prealloc, accept_owner=users
                 )
-                return region, False
             try:
-                region = cls.create(
+                return cls.create(
                     size, name=name, path=path, prealloc=prealloc, mode=mode, accept_owner=users
                 )
-                return region, True
             except FileExistsError:  # another process was quicker; or a link leads nowhere
                 if last:
                     raise
@@ -486,6 +486,7 @@ class Region(Uncopied, mapping.Mapping):
                 # this gives the size when the space is there, at once.
                 os.posix_fallocate(file[0], 0, size)
             region = cls._map(file, size, page, source, name, path)
+        region.created = True
         if prealloc:
             region._populate_or_close()
         return region
@@ -522,12 +523,24 @@ class Region(Uncopied, mapping.Mapping):
     def _populate_or_close(self) -> None:
         try:
             with pages.explained(self.size, self.page_size, self.name):
-                self.populate(self.page_size)
+                self.populate()
         except BaseException:
             self.close()
             raise
 
     # -- using it ---------------------------------------------------------------------------------
+
+    def populate(self) -> None:
+        """Fault every page in, for writing where that is allowed; the contents stay as they are.
+
+        Other threads run in that time, which is about a second for 4 GiB of small pages.
+
+        Raises:
+            OSError: ENOMEM or EFAULT, memory or huge pages ran out on the way; the pages that were
+                faulted in stay.
+            ClosedError: the region is closed.
+        """
+        self._populate(self.page_size)
 
     def fileno(self) -> int:
         """The descriptor of the file behind the region, still owned by it."""

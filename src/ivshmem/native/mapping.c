@@ -2110,7 +2110,7 @@ enum  {
   __pyx_e_7ivshmem_6native_7mapping_PAGES_AT_ONCE = (1 << 14)
 };
 
-/* "ivshmem/native/mapping.pyx":725
+/* "ivshmem/native/mapping.pyx":728
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2120,7 +2120,7 @@ enum  {
   __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE = 0x1000
 };
 
-/* "ivshmem/native/mapping.pyx":441
+/* "ivshmem/native/mapping.pyx":444
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
  * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil             # <<<<<<<<<<<<<<
@@ -2285,7 +2285,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
 };
 
 
-/* "ivshmem/native/mapping.pyx":324
+/* "ivshmem/native/mapping.pyx":327
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -2378,7 +2378,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "ivshmem/native/mapping.pyx":444
+/* "ivshmem/native/mapping.pyx":447
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2395,7 +2395,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "ivshmem/native/mapping.pyx":566
+/* "ivshmem/native/mapping.pyx":569
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2409,7 +2409,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "ivshmem/native/mapping.pyx":571
+/* "ivshmem/native/mapping.pyx":574
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2423,7 +2423,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "ivshmem/native/mapping.pyx":620
+/* "ivshmem/native/mapping.pyx":623
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3701,7 +3701,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_7address___get__(st
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4size___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer); /* proto */
@@ -5666,7 +5666,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7i
  *     cdef void unpin(self) noexcept nogil:
  *         ivshmem_leave(&self.views)             # <<<<<<<<<<<<<<
  * 
- *     def populate(self, Py_ssize_t page_size):
+ *     def _populate(self, Py_ssize_t page_size):
 */
   (void)(ivshmem_leave((&__pyx_v_self->views)));
 
@@ -5684,21 +5684,21 @@ static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7i
 /* "ivshmem/native/mapping.pyx":111
  *         ivshmem_leave(&self.views)
  * 
- *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *     def _populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3_populate(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_2populate, "populate($self, page_size)\n--\n\nFault every page in, for writing where that is allowed; contents stay as they are.\n\nRaises:\n    OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.");
-static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_7mapping_7Mapping_2_populate, "_populate($self, page_size)\n--\n\nFault every page in, for writing where that is allowed; contents stay as they are.\n\nArgs:\n    page_size: bytes; one byte of each is touched, where madvise(2) cannot do this.\n\nRaises:\n    OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.");
+static PyObject *__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3_populate(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5716,7 +5716,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("populate (wrapper)", 0);
+  __Pyx_RefNannySetupContext("_populate (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -5739,9 +5739,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_populate", 0) < (0)) __PYX_ERR(0, 111, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 111, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, i); __PYX_ERR(0, 111, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
@@ -5753,18 +5753,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 111, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 111, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping._populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_page_size);
+  __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self), __pyx_v_page_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5775,7 +5775,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size) {
+static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size) {
   int __pyx_v_advice;
   int __pyx_v_code;
   char *__pyx_v_page;
@@ -5805,9 +5805,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("populate", 0);
+  __Pyx_RefNannySetupContext("_populate", 0);
 
-  /* "ivshmem/native/mapping.pyx":117
+  /* "ivshmem/native/mapping.pyx":120
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -5823,7 +5823,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":118
+  /* "ivshmem/native/mapping.pyx":121
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5832,7 +5832,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/native/mapping.pyx":121
+  /* "ivshmem/native/mapping.pyx":124
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -5841,7 +5841,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/native/mapping.pyx":122
+  /* "ivshmem/native/mapping.pyx":125
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5853,7 +5853,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":123
+    /* "ivshmem/native/mapping.pyx":126
  *         cdef char seen = 0
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")             # <<<<<<<<<<<<<<
@@ -5861,7 +5861,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
  *         try:
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_page_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_page_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_no_pages_have;
     __pyx_t_6[1] = __pyx_t_5;
@@ -5872,7 +5872,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -5881,14 +5881,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 123, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 123, __pyx_L1_error)
+    __PYX_ERR(0, 126, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":122
+    /* "ivshmem/native/mapping.pyx":125
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5897,17 +5897,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":124
+  /* "ivshmem/native/mapping.pyx":127
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":125
+  /* "ivshmem/native/mapping.pyx":128
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -5916,7 +5916,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":126
+    /* "ivshmem/native/mapping.pyx":129
  *         self.pin()
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -5925,7 +5925,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
     while (1) {
 
-      /* "ivshmem/native/mapping.pyx":127
+      /* "ivshmem/native/mapping.pyx":130
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5938,7 +5938,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":128
+            /* "ivshmem/native/mapping.pyx":131
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -5958,7 +5958,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
             __pyx_v_code = __pyx_t_8;
           }
 
-          /* "ivshmem/native/mapping.pyx":127
+          /* "ivshmem/native/mapping.pyx":130
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5975,7 +5975,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":129
+      /* "ivshmem/native/mapping.pyx":132
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5994,7 +5994,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/native/mapping.pyx":130
+        /* "ivshmem/native/mapping.pyx":133
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -6003,7 +6003,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
         goto __pyx_L8_break;
 
-        /* "ivshmem/native/mapping.pyx":129
+        /* "ivshmem/native/mapping.pyx":132
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6012,19 +6012,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
       }
 
-      /* "ivshmem/native/mapping.pyx":131
+      /* "ivshmem/native/mapping.pyx":134
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 131, __pyx_L5_error)
+      __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L5_error)
 
     }
     __pyx_L8_break:;
 
-    /* "ivshmem/native/mapping.pyx":132
+    /* "ivshmem/native/mapping.pyx":135
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6036,7 +6036,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/mapping.pyx":133
+      /* "ivshmem/native/mapping.pyx":136
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -6047,7 +6047,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 
       __pyx_v_page = __pyx_t_11;
 
-      /* "ivshmem/native/mapping.pyx":134
+      /* "ivshmem/native/mapping.pyx":137
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -6056,7 +6056,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/native/mapping.pyx":135
+      /* "ivshmem/native/mapping.pyx":138
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6069,7 +6069,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":136
+            /* "ivshmem/native/mapping.pyx":139
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -6082,7 +6082,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 
               if (!__pyx_t_2) break;
 
-              /* "ivshmem/native/mapping.pyx":137
+              /* "ivshmem/native/mapping.pyx":140
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6094,7 +6094,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
               if (__pyx_t_2) {
 
 
-                /* "ivshmem/native/mapping.pyx":138
+                /* "ivshmem/native/mapping.pyx":141
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -6103,7 +6103,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/native/mapping.pyx":137
+                /* "ivshmem/native/mapping.pyx":140
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6113,7 +6113,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
                 goto __pyx_L21;
               }
 
-              /* "ivshmem/native/mapping.pyx":140
+              /* "ivshmem/native/mapping.pyx":143
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -6125,7 +6125,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
               }
               __pyx_L21:;
 
-              /* "ivshmem/native/mapping.pyx":141
+              /* "ivshmem/native/mapping.pyx":144
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -6136,7 +6136,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
             }
           }
 
-          /* "ivshmem/native/mapping.pyx":135
+          /* "ivshmem/native/mapping.pyx":138
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6153,7 +6153,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":132
+      /* "ivshmem/native/mapping.pyx":135
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6163,7 +6163,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
       goto __pyx_L15;
     }
 
-    /* "ivshmem/native/mapping.pyx":142
+    /* "ivshmem/native/mapping.pyx":145
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6175,17 +6175,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/mapping.pyx":143
+      /* "ivshmem/native/mapping.pyx":146
  *                         page += page_size
  *             elif code:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.unpin()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L5_error)
 
 
-      /* "ivshmem/native/mapping.pyx":142
+      /* "ivshmem/native/mapping.pyx":145
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6196,7 +6196,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
     __pyx_L15:;
   }
 
-  /* "ivshmem/native/mapping.pyx":145
+  /* "ivshmem/native/mapping.pyx":148
  *                 fail_with(code)
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6247,7 +6247,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   /* "ivshmem/native/mapping.pyx":111
  *         ivshmem_leave(&self.views)
  * 
- *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *     def _populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
 */
@@ -6260,7 +6260,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping._populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6273,7 +6273,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2populate(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":147
+/* "ivshmem/native/mapping.pyx":150
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6321,32 +6321,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 147, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 150, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 150, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 150, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 147, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 150, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 150, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 150, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6354,7 +6354,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
     if (values[0]) {
-      __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 147, __pyx_L3_error)
+      __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 150, __pyx_L3_error)
     } else {
       __pyx_v_offset = ((Py_ssize_t)0);
     }
@@ -6362,7 +6362,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 147, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 150, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6422,7 +6422,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/native/mapping.pyx":153
+  /* "ivshmem/native/mapping.pyx":156
  *         nothing but holes. Other threads run in that time, and signals are handled.
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
@@ -6431,7 +6431,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   __pyx_v_page_size = sysconf(_SC_PAGESIZE);
 
-  /* "ivshmem/native/mapping.pyx":154
+  /* "ivshmem/native/mapping.pyx":157
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size             # <<<<<<<<<<<<<<
@@ -6443,7 +6443,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
     __pyx_t_1 = __pyx_v_self->length;
   } else {
-    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 157, __pyx_L1_error)
 
     __pyx_t_1 = (__pyx_v_offset + ((Py_ssize_t)__pyx_t_3));
 
@@ -6451,7 +6451,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
   __pyx_v_end = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":155
+  /* "ivshmem/native/mapping.pyx":158
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -6460,7 +6460,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/native/mapping.pyx":159
+  /* "ivshmem/native/mapping.pyx":162
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6480,7 +6480,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/native/mapping.pyx":160
+    /* "ivshmem/native/mapping.pyx":163
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -6488,11 +6488,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
  *         self.pin()
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_10[1] = __pyx_t_7;
@@ -6510,7 +6510,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_1, __pyx_t_11);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 160, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6521,14 +6521,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 160, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 160, __pyx_L1_error)
+    __PYX_ERR(0, 163, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":159
+    /* "ivshmem/native/mapping.pyx":162
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6537,7 +6537,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":161
+  /* "ivshmem/native/mapping.pyx":164
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size             # <<<<<<<<<<<<<<
@@ -6546,21 +6546,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 161, __pyx_L1_error)
+    __PYX_ERR(0, 164, __pyx_L1_error)
   }
   __pyx_v_at = (__pyx_v_offset - __Pyx_mod_Py_ssize_t(__pyx_v_offset, __pyx_v_page_size, 0));
 
-  /* "ivshmem/native/mapping.pyx":162
+  /* "ivshmem/native/mapping.pyx":165
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while at < end:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":163
+  /* "ivshmem/native/mapping.pyx":166
  *         at = offset - offset % page_size
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -6569,7 +6569,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":164
+    /* "ivshmem/native/mapping.pyx":167
  *         self.pin()
  *         try:
  *             while at < end:             # <<<<<<<<<<<<<<
@@ -6582,7 +6582,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/native/mapping.pyx":165
+      /* "ivshmem/native/mapping.pyx":168
  *         try:
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)             # <<<<<<<<<<<<<<
@@ -6606,7 +6606,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       __pyx_v_length = __pyx_t_14;
 
 
-      /* "ivshmem/native/mapping.pyx":166
+      /* "ivshmem/native/mapping.pyx":169
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6619,7 +6619,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":167
+            /* "ivshmem/native/mapping.pyx":170
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0             # <<<<<<<<<<<<<<
@@ -6638,7 +6638,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
             __pyx_v_code = __pyx_t_11;
 
-            /* "ivshmem/native/mapping.pyx":168
+            /* "ivshmem/native/mapping.pyx":171
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6650,7 +6650,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
             if (__pyx_t_4) {
 
 
-              /* "ivshmem/native/mapping.pyx":169
+              /* "ivshmem/native/mapping.pyx":172
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):             # <<<<<<<<<<<<<<
@@ -6663,13 +6663,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
                 PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
                 PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
                 __Pyx_PyGILState_Release(__pyx_gilstate_save);
-                __PYX_ERR(0, 169, __pyx_L12_error)
+                __PYX_ERR(0, 172, __pyx_L12_error)
               }
               else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_14))) {
                 PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
                 PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
                 __Pyx_PyGILState_Release(__pyx_gilstate_save);
-                __PYX_ERR(0, 169, __pyx_L12_error)
+                __PYX_ERR(0, 172, __pyx_L12_error)
               }
 
               __pyx_t_1 = __Pyx_div_Py_ssize_t(__pyx_t_14, __pyx_v_page_size, 0);
@@ -6679,7 +6679,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
               for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_14; __pyx_t_3+=1) {
                 __pyx_v_i = __pyx_t_3;
 
-                /* "ivshmem/native/mapping.pyx":170
+                /* "ivshmem/native/mapping.pyx":173
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -6690,7 +6690,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
               }
 
 
-              /* "ivshmem/native/mapping.pyx":171
+              /* "ivshmem/native/mapping.pyx":174
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1
  *                         at += length             # <<<<<<<<<<<<<<
@@ -6699,7 +6699,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
               __pyx_v_at = (__pyx_v_at + __pyx_v_length);
 
-              /* "ivshmem/native/mapping.pyx":168
+              /* "ivshmem/native/mapping.pyx":171
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6709,7 +6709,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
             }
           }
 
-          /* "ivshmem/native/mapping.pyx":166
+          /* "ivshmem/native/mapping.pyx":169
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6731,7 +6731,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":172
+      /* "ivshmem/native/mapping.pyx":175
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6757,17 +6757,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/native/mapping.pyx":173
+        /* "ivshmem/native/mapping.pyx":176
  *                         at += length
  *                 if code and code != EAGAIN:
  *                     fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L5_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 176, __pyx_L5_error)
 
 
-        /* "ivshmem/native/mapping.pyx":172
+        /* "ivshmem/native/mapping.pyx":175
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6776,19 +6776,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
       }
 
-      /* "ivshmem/native/mapping.pyx":174
+      /* "ivshmem/native/mapping.pyx":177
  *                 if code and code != EAGAIN:
  *                     fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             self.unpin()
 */
-      __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L5_error)
+      __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L5_error)
 
     }
   }
 
-  /* "ivshmem/native/mapping.pyx":176
+  /* "ivshmem/native/mapping.pyx":179
  *                 PyErr_CheckSignals()
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6838,14 +6838,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/mapping.pyx":177
+  /* "ivshmem/native/mapping.pyx":180
  *         finally:
  *             self.unpin()
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     # -- copies -----------------------------------------------------------------------------------
 */
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject *__pyx_temp;
@@ -6858,7 +6858,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   __pyx_t_5 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":147
+  /* "ivshmem/native/mapping.pyx":150
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6890,7 +6890,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":181
+/* "ivshmem/native/mapping.pyx":184
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -6938,39 +6938,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 181, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 181, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 184, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_size = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 181, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7005,49 +7005,49 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read", 0);
 
-  /* "ivshmem/native/mapping.pyx":192
+  /* "ivshmem/native/mapping.pyx":195
  *             ClosedError: the memory is closed.
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L1_error)
   __pyx_v_length = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":193
+  /* "ivshmem/native/mapping.pyx":196
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)             # <<<<<<<<<<<<<<
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 196, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":194
+  /* "ivshmem/native/mapping.pyx":197
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":195
+  /* "ivshmem/native/mapping.pyx":198
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":196
+  /* "ivshmem/native/mapping.pyx":199
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data             # <<<<<<<<<<<<<<
@@ -7065,7 +7065,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":181
+  /* "ivshmem/native/mapping.pyx":184
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -7087,7 +7087,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":198
+/* "ivshmem/native/mapping.pyx":201
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7135,39 +7135,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_buffer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 201, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 201, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 201, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 201, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 198, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 201, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 201, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 201, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_buffer = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 201, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7197,14 +7197,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read_into", 0);
 
-  /* "ivshmem/native/mapping.pyx":210
+  /* "ivshmem/native/mapping.pyx":213
  *                 Whatever is raised, the buffer is as it was.
  *         """
  *         return self.exchange(offset, buffer, False)             # <<<<<<<<<<<<<<
  * 
  *     def write(self, offset, data):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7217,7 +7217,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":198
+  /* "ivshmem/native/mapping.pyx":201
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7236,7 +7236,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":212
+/* "ivshmem/native/mapping.pyx":215
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7284,39 +7284,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 212, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 215, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 215, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 215, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 212, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 215, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 215, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_data = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 212, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 215, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7348,7 +7348,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("write", 0);
 
-  /* "ivshmem/native/mapping.pyx":228
+  /* "ivshmem/native/mapping.pyx":231
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7357,7 +7357,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
 */
   if (unlikely(__pyx_v_self->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":229
+    /* "ivshmem/native/mapping.pyx":232
  *         """
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -7370,14 +7370,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 229, __pyx_L1_error)
+    __PYX_ERR(0, 232, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":228
+    /* "ivshmem/native/mapping.pyx":231
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7386,14 +7386,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":230
+  /* "ivshmem/native/mapping.pyx":233
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.exchange(offset, data, True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7406,7 +7406,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":212
+  /* "ivshmem/native/mapping.pyx":215
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7426,7 +7426,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":232
+/* "ivshmem/native/mapping.pyx":235
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7455,7 +7455,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":235
+  /* "ivshmem/native/mapping.pyx":238
  *         # By hand: a typed memoryview as an argument takes 60 ns longer.
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
@@ -7469,11 +7469,11 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
 
     __pyx_t_1 = PyBUF_WRITABLE;
   }
-  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L1_error)
 
 
 
-  /* "ivshmem/native/mapping.pyx":236
+  /* "ivshmem/native/mapping.pyx":239
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7482,26 +7482,26 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":237
+    /* "ivshmem/native/mapping.pyx":240
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)             # <<<<<<<<<<<<<<
  *             return view.len
  *         finally:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 237, __pyx_L4_error)
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L4_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 240, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L4_error)
 
 
 
-    /* "ivshmem/native/mapping.pyx":238
+    /* "ivshmem/native/mapping.pyx":241
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
  *             return view.len             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 238, __pyx_L4_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 241, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -7515,7 +7515,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/mapping.pyx":240
+  /* "ivshmem/native/mapping.pyx":243
  *             return view.len
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7563,7 +7563,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
     }
   }
 
-  /* "ivshmem/native/mapping.pyx":232
+  /* "ivshmem/native/mapping.pyx":235
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7583,7 +7583,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":242
+/* "ivshmem/native/mapping.pyx":245
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7612,17 +7612,17 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("place", 0);
 
-  /* "ivshmem/native/mapping.pyx":244
+  /* "ivshmem/native/mapping.pyx":247
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 247, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":245
+  /* "ivshmem/native/mapping.pyx":248
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7658,7 +7658,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":246
+    /* "ivshmem/native/mapping.pyx":249
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -7666,11 +7666,11 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 246, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 246, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 246, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_9[1] = __pyx_t_6;
@@ -7688,7 +7688,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 246, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7699,14 +7699,14 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 246, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 246, __pyx_L1_error)
+    __PYX_ERR(0, 249, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":245
+    /* "ivshmem/native/mapping.pyx":248
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7715,7 +7715,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":247
+  /* "ivshmem/native/mapping.pyx":250
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         return start             # <<<<<<<<<<<<<<
@@ -7728,7 +7728,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":242
+  /* "ivshmem/native/mapping.pyx":245
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7753,7 +7753,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":249
+/* "ivshmem/native/mapping.pyx":252
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7769,7 +7769,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/mapping.pyx":250
+  /* "ivshmem/native/mapping.pyx":253
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7781,17 +7781,17 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":251
+    /* "ivshmem/native/mapping.pyx":254
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:
  *             hold(self)             # <<<<<<<<<<<<<<
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":252
+    /* "ivshmem/native/mapping.pyx":255
  *         if size < LARGE:
  *             hold(self)
  *             move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -7800,7 +7800,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
 
-    /* "ivshmem/native/mapping.pyx":253
+    /* "ivshmem/native/mapping.pyx":256
  *             hold(self)
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)             # <<<<<<<<<<<<<<
@@ -7809,7 +7809,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_6native_7mapping_let_go(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":250
+    /* "ivshmem/native/mapping.pyx":253
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7819,7 +7819,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":255
+  /* "ivshmem/native/mapping.pyx":258
  *             let_go(self)
  *         else:
  *             self.pin()             # <<<<<<<<<<<<<<
@@ -7827,10 +7827,10 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
  *                 move(self.start + start, buffer, size, into)
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":256
+    /* "ivshmem/native/mapping.pyx":259
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7843,7 +7843,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/mapping.pyx":257
+          /* "ivshmem/native/mapping.pyx":260
  *             self.pin()
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -7853,7 +7853,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
           __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
         }
 
-        /* "ivshmem/native/mapping.pyx":256
+        /* "ivshmem/native/mapping.pyx":259
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7870,7 +7870,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
         }
     }
 
-    /* "ivshmem/native/mapping.pyx":258
+    /* "ivshmem/native/mapping.pyx":261
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -7881,7 +7881,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":259
+  /* "ivshmem/native/mapping.pyx":262
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7894,7 +7894,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":249
+  /* "ivshmem/native/mapping.pyx":252
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7911,7 +7911,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":263
+/* "ivshmem/native/mapping.pyx":266
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -7958,32 +7958,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 263, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 263, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 263, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 263, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 266, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 263, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 263, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8015,7 +8015,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u32", 0);
 
-  /* "ivshmem/native/mapping.pyx":269
+  /* "ivshmem/native/mapping.pyx":272
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU32(self, offset)             # <<<<<<<<<<<<<<
@@ -8028,7 +8028,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -8042,7 +8042,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":263
+  /* "ivshmem/native/mapping.pyx":266
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -8062,7 +8062,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":271
+/* "ivshmem/native/mapping.pyx":274
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8109,32 +8109,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 274, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8166,7 +8166,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/native/mapping.pyx":277
+  /* "ivshmem/native/mapping.pyx":280
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
@@ -8179,7 +8179,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -8193,7 +8193,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":271
+  /* "ivshmem/native/mapping.pyx":274
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8213,7 +8213,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":281
+/* "ivshmem/native/mapping.pyx":284
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8262,26 +8262,26 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_dtype,&__pyx_mstate_global->__pyx_n_u_shape,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "array", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "array", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_uint8));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
@@ -8289,15 +8289,15 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8312,7 +8312,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("array", 0, 0, 3, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("array", 0, 0, 3, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8334,7 +8334,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/native/mapping.pyx":324
+/* "ivshmem/native/mapping.pyx":327
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -8354,7 +8354,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTH
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 324, __pyx_L1_error)
+    __PYX_ERR(0, 327, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8362,7 +8362,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTH
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!gen)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!gen)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8399,16 +8399,16 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
     return NULL;
   }
   __pyx_L3_first_run:;
-  if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 324, __pyx_L1_error)
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 324, __pyx_L1_error) }
+  if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 327, __pyx_L1_error)
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 327, __pyx_L1_error) }
   if (likely(PyList_CheckExact(__pyx_cur_scope->__pyx_genexpr_arg_0)) || PyTuple_CheckExact(__pyx_cur_scope->__pyx_genexpr_arg_0)) {
     __pyx_t_1 = __pyx_cur_scope->__pyx_genexpr_arg_0; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_cur_scope->__pyx_genexpr_arg_0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_cur_scope->__pyx_genexpr_arg_0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 327, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -8416,7 +8416,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8426,7 +8426,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8437,13 +8437,13 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 324, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 327, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -8454,7 +8454,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_length, __pyx_t_4);
     __Pyx_GIVEREF(__pyx_t_4);
     __pyx_t_4 = 0;
-    __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_cur_scope->__pyx_v_length, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_cur_scope->__pyx_v_length, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
     if (__pyx_t_5) {
 
       {
@@ -8505,7 +8505,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":281
+/* "ivshmem/native/mapping.pyx":284
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8557,7 +8557,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("array", 0);
 
-  /* "ivshmem/native/mapping.pyx":300
+  /* "ivshmem/native/mapping.pyx":303
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8573,7 +8573,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":301
+      /* "ivshmem/native/mapping.pyx":304
  *         """
  *         try:
  *             numpy = importlib.import_module("numpy")             # <<<<<<<<<<<<<<
@@ -8581,9 +8581,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ImportError(
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_importlib); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 301, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_importlib); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 304, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_import_module); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 301, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_import_module); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -8603,13 +8603,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __pyx_v_numpy = __pyx_t_4;
       __pyx_t_4 = 0;
 
-      /* "ivshmem/native/mapping.pyx":300
+      /* "ivshmem/native/mapping.pyx":303
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8627,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/native/mapping.pyx":302
+    /* "ivshmem/native/mapping.pyx":305
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8637,7 +8637,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_ImportError))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 302, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 305, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
@@ -8645,7 +8645,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_v_error = __pyx_t_7;
       /*try:*/ {
 
-        /* "ivshmem/native/mapping.pyx":303
+        /* "ivshmem/native/mapping.pyx":306
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:
  *             raise ImportError(             # <<<<<<<<<<<<<<
@@ -8658,11 +8658,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_region_array_needs_numpy_pip_ins};
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ImportError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 303, __pyx_L14_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 306, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
 
-        /* "ivshmem/native/mapping.pyx":305
+        /* "ivshmem/native/mapping.pyx":308
  *             raise ImportError(
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error             # <<<<<<<<<<<<<<
@@ -8671,10 +8671,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
         __Pyx_Raise(__pyx_t_6, 0, 0, __pyx_v_error);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 303, __pyx_L14_error)
+        __PYX_ERR(0, 306, __pyx_L14_error)
       }
 
-      /* "ivshmem/native/mapping.pyx":302
+      /* "ivshmem/native/mapping.pyx":305
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8717,7 +8717,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":300
+    /* "ivshmem/native/mapping.pyx":303
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8733,7 +8733,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":306
+  /* "ivshmem/native/mapping.pyx":309
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error
  *         kind = numpy.dtype(dtype)             # <<<<<<<<<<<<<<
@@ -8747,13 +8747,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_dtype};
     __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_dtype, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 309, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_v_kind = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":307
+  /* "ivshmem/native/mapping.pyx":310
  *             ) from error
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)             # <<<<<<<<<<<<<<
@@ -8761,9 +8761,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -8783,27 +8783,27 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_v_start = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":308
+  /* "ivshmem/native/mapping.pyx":311
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_hasobject); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_hasobject); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":309
+    /* "ivshmem/native/mapping.pyx":312
  *         start = operator.index(offset)
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")             # <<<<<<<<<<<<<<
@@ -8811,7 +8811,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 309, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_no_array_of;
     __pyx_t_20[1] = __pyx_t_7;
@@ -8825,7 +8825,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_8 = 1;
@@ -8834,14 +8834,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 309, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 309, __pyx_L1_error)
+    __PYX_ERR(0, 312, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":308
+    /* "ivshmem/native/mapping.pyx":311
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
@@ -8850,21 +8850,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":310
+  /* "ivshmem/native/mapping.pyx":313
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_subdtype); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_subdtype); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_19 = (__pyx_t_5 != Py_None);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":311
+    /* "ivshmem/native/mapping.pyx":314
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")             # <<<<<<<<<<<<<<
@@ -8872,7 +8872,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 311, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_dtype_2;
     __pyx_t_20[1] = __pyx_t_6;
@@ -8886,7 +8886,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 311, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -8895,14 +8895,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 311, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 311, __pyx_L1_error)
+    __PYX_ERR(0, 314, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":310
+    /* "ivshmem/native/mapping.pyx":313
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
@@ -8911,21 +8911,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":312
+  /* "ivshmem/native/mapping.pyx":315
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 315, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_19 = (__Pyx_PyLong_BoolEqObjC(__pyx_t_5, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_19 = (__Pyx_PyLong_BoolEqObjC(__pyx_t_5, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 315, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":313
+    /* "ivshmem/native/mapping.pyx":316
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")             # <<<<<<<<<<<<<<
@@ -8933,7 +8933,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(
 */
     __pyx_t_7 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 316, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_dtype_2;
     __pyx_t_20[1] = __pyx_t_4;
@@ -8947,7 +8947,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 316, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_8 = 1;
@@ -8956,14 +8956,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 313, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 313, __pyx_L1_error)
+    __PYX_ERR(0, 316, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":312
+    /* "ivshmem/native/mapping.pyx":315
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
@@ -8972,24 +8972,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":314
+  /* "ivshmem/native/mapping.pyx":317
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
  *             raise ValueError(
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyNumber_Remainder(__pyx_v_start, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_6 = PyNumber_Remainder(__pyx_v_start, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_6); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_6); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":315
+    /* "ivshmem/native/mapping.pyx":318
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -8998,20 +8998,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":316
+    /* "ivshmem/native/mapping.pyx":319
  *         if start % kind.alignment:
  *             raise ValueError(
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"             # <<<<<<<<<<<<<<
  *             )
  *         if shape is None:
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_start, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_start, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_23[0] = __pyx_mstate_global->__pyx_kp_u_offset_2;
@@ -9029,7 +9029,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[5]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_23, 6, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 316, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -9040,14 +9040,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 315, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 318, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __Pyx_Raise(__pyx_t_6, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __PYX_ERR(0, 315, __pyx_L1_error)
+    __PYX_ERR(0, 318, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":314
+    /* "ivshmem/native/mapping.pyx":317
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
@@ -9056,7 +9056,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":318
+  /* "ivshmem/native/mapping.pyx":321
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9067,7 +9067,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/native/mapping.pyx":319
+    /* "ivshmem/native/mapping.pyx":322
  *             )
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)             # <<<<<<<<<<<<<<
@@ -9076,17 +9076,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
 
     __pyx_t_24 = 0;
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_10 = __Pyx_PyNumber_Subtract_int_object(__pyx_t_6, __pyx_v_start); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyNumber_Subtract_int_object(__pyx_t_6, __pyx_v_start); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_19 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_19) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 319, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9096,21 +9096,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     }
 
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_5 = PyNumber_FloorDivide(__pyx_t_6, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_5 = PyNumber_FloorDivide(__pyx_t_6, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = PyTuple_New(1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_5);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 319, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 322, __pyx_L1_error);
     __pyx_t_5 = 0;
     __pyx_v_lengths = __pyx_t_10;
     __pyx_t_10 = 0;
 
-    /* "ivshmem/native/mapping.pyx":318
+    /* "ivshmem/native/mapping.pyx":321
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9120,18 +9120,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     goto __pyx_L24;
   }
 
-  /* "ivshmem/native/mapping.pyx":320
+  /* "ivshmem/native/mapping.pyx":323
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
  *             lengths = tuple(map(operator.index, shape))
  *         else:
 */
-  __pyx_t_19 = __Pyx_HasAttr(__pyx_v_shape, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_19 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_HasAttr(__pyx_v_shape, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_19 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/native/mapping.pyx":321
+    /* "ivshmem/native/mapping.pyx":324
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):
  *             lengths = tuple(map(operator.index, shape))             # <<<<<<<<<<<<<<
@@ -9139,9 +9139,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             lengths = (operator.index(shape),)
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 321, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_22 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 321, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -9150,16 +9150,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 321, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
-    __pyx_t_22 = __Pyx_PySequence_Tuple(__pyx_t_10); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 321, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PySequence_Tuple(__pyx_t_10); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_v_lengths = __pyx_t_22;
     __pyx_t_22 = 0;
 
-    /* "ivshmem/native/mapping.pyx":320
+    /* "ivshmem/native/mapping.pyx":323
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
@@ -9169,7 +9169,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     goto __pyx_L24;
   }
 
-  /* "ivshmem/native/mapping.pyx":323
+  /* "ivshmem/native/mapping.pyx":326
  *             lengths = tuple(map(operator.index, shape))
  *         else:
  *             lengths = (operator.index(shape),)             # <<<<<<<<<<<<<<
@@ -9178,9 +9178,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   /*else*/ {
     __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_8 = 1;
@@ -9200,37 +9200,37 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 326, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_22);
     }
-    __pyx_t_6 = PyTuple_New(1); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_6 = PyTuple_New(1); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_22);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_22) != (0)) __PYX_ERR(0, 323, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_22) != (0)) __PYX_ERR(0, 326, __pyx_L1_error);
     __pyx_t_22 = 0;
     __pyx_v_lengths = __pyx_t_6;
     __pyx_t_6 = 0;
   }
   __pyx_L24:;
 
-  /* "ivshmem/native/mapping.pyx":324
+  /* "ivshmem/native/mapping.pyx":327
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
 */
-  __pyx_t_6 = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_6 = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_22 = __Pyx_Generator_GetInlinedResult(__pyx_t_6); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_22 = __Pyx_Generator_GetInlinedResult(__pyx_t_6); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_22);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_22); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_22); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":325
+    /* "ivshmem/native/mapping.pyx":328
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")             # <<<<<<<<<<<<<<
@@ -9238,7 +9238,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *         if start < 0 or start + size > self.length:
 */
     __pyx_t_6 = NULL;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_lengths, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 325, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_lengths, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_shape_2;
     __pyx_t_20[1] = __pyx_t_10;
@@ -9252,7 +9252,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 325, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_8 = 1;
@@ -9261,14 +9261,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 328, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_22);
     }
     __Pyx_Raise(__pyx_t_22, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
-    __PYX_ERR(0, 325, __pyx_L1_error)
+    __PYX_ERR(0, 328, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":324
+    /* "ivshmem/native/mapping.pyx":327
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -9277,7 +9277,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":326
+  /* "ivshmem/native/mapping.pyx":329
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize             # <<<<<<<<<<<<<<
@@ -9285,9 +9285,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
 */
   __pyx_t_5 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_math); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_math); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_prod); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_prod); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __pyx_t_8 = 1;
@@ -9307,26 +9307,26 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
   }
-  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_5 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_22, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_22, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_v_size = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":327
+  /* "ivshmem/native/mapping.pyx":330
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
 */
-  __pyx_t_25 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_start, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_25 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_start, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 330, __pyx_L1_error)
   if (!__pyx_t_25) {
 
   } else {
@@ -9335,11 +9335,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 
     goto __pyx_L27_bool_binop_done;
   }
-  __pyx_t_5 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_25 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_25 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
@@ -9349,7 +9349,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":328
+    /* "ivshmem/native/mapping.pyx":331
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -9357,11 +9357,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *         view = memoryview(self)[start : start + size]
 */
     __pyx_t_5 = NULL;
-    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_26[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_26[1] = __pyx_t_22;
@@ -9379,7 +9379,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_26[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_26[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_26, 7, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 328, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9390,14 +9390,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     __Pyx_Raise(__pyx_t_10, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __PYX_ERR(0, 328, __pyx_L1_error)
+    __PYX_ERR(0, 331, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":327
+    /* "ivshmem/native/mapping.pyx":330
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
@@ -9406,14 +9406,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":330
+  /* "ivshmem/native/mapping.pyx":333
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]             # <<<<<<<<<<<<<<
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
 */
-  __pyx_t_10 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_10 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_INCREF(__pyx_v_start);
   __pyx_t_7 = __pyx_v_start;
@@ -9422,24 +9422,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 
     __pyx_t_21 = 0;
   } else {
-    __pyx_t_27 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_27 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_t_27 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_27 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 333, __pyx_L1_error)
     __pyx_t_21 = __pyx_t_27;
   }
 
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_19 = (__pyx_t_7 == Py_None);
   if (__pyx_t_19) {
 
     __pyx_t_27 = PY_SSIZE_T_MAX;
   } else {
-    __pyx_t_28 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_28 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_t_28 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_28 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 333, __pyx_L1_error)
     __pyx_t_27 = __pyx_t_28;
   }
 
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = PySequence_GetSlice(__pyx_t_10, __pyx_t_21, __pyx_t_27); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_7 = PySequence_GetSlice(__pyx_t_10, __pyx_t_21, __pyx_t_27); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
@@ -9447,7 +9447,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   __pyx_v_view = ((PyObject*)__pyx_t_7);
   __pyx_t_7 = 0;
 
-  /* "ivshmem/native/mapping.pyx":331
+  /* "ivshmem/native/mapping.pyx":334
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]
  *         return numpy.asarray(view).view(kind).reshape(lengths)             # <<<<<<<<<<<<<<
@@ -9461,7 +9461,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_22, __pyx_v_view};
     __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_asarray, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_22); __pyx_t_22 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 334, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   __pyx_t_4 = __pyx_t_6;
@@ -9472,7 +9472,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_view, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_t_10 = __pyx_t_5;
@@ -9483,7 +9483,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_7 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reshape, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 334, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
   }
   {
@@ -9497,7 +9497,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":281
+  /* "ivshmem/native/mapping.pyx":284
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -9529,7 +9529,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":333
+/* "ivshmem/native/mapping.pyx":336
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9602,7 +9602,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/native/mapping.pyx":335
+  /* "ivshmem/native/mapping.pyx":338
  *     def __dlpack__(self, **options):
  *         """All bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy."""
  *         return self.array().__dlpack__(**options)             # <<<<<<<<<<<<<<
@@ -9616,15 +9616,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 335, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 335, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 335, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 335, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9639,7 +9639,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":333
+  /* "ivshmem/native/mapping.pyx":336
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9660,7 +9660,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":337
+/* "ivshmem/native/mapping.pyx":340
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9715,7 +9715,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/native/mapping.pyx":339
+  /* "ivshmem/native/mapping.pyx":342
  *     def __dlpack_device__(self):
  *         """The processor's memory, in DLPack's words."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -9733,7 +9733,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":337
+  /* "ivshmem/native/mapping.pyx":340
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9748,7 +9748,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":341
+/* "ivshmem/native/mapping.pyx":344
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9814,7 +9814,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/mapping.pyx":342
+  /* "ivshmem/native/mapping.pyx":345
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -9823,16 +9823,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/native/mapping.pyx":343
+  /* "ivshmem/native/mapping.pyx":346
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: attach or connect where it is"             # <<<<<<<<<<<<<<
  *             " needed, or pass its descriptor"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -9847,7 +9847,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -9856,14 +9856,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 342, __pyx_L1_error)
+  __PYX_ERR(0, 345, __pyx_L1_error)
 
-  /* "ivshmem/native/mapping.pyx":341
+  /* "ivshmem/native/mapping.pyx":344
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9884,7 +9884,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":347
+/* "ivshmem/native/mapping.pyx":350
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9910,7 +9910,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__(PyObject
 static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":348
+  /* "ivshmem/native/mapping.pyx":351
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -9923,7 +9923,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":347
+  /* "ivshmem/native/mapping.pyx":350
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9937,7 +9937,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":350
+/* "ivshmem/native/mapping.pyx":353
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9983,17 +9983,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/native/mapping.pyx":351
+  /* "ivshmem/native/mapping.pyx":354
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":352
+  /* "ivshmem/native/mapping.pyx":355
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10009,17 +10009,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":353
+      /* "ivshmem/native/mapping.pyx":356
  *         self.pin()
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L3_error)
 
 
-      /* "ivshmem/native/mapping.pyx":352
+      /* "ivshmem/native/mapping.pyx":355
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10033,7 +10033,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/native/mapping.pyx":354
+    /* "ivshmem/native/mapping.pyx":357
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10043,12 +10043,12 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 354, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 357, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/native/mapping.pyx":355
+      /* "ivshmem/native/mapping.pyx":358
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -10057,7 +10057,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-      /* "ivshmem/native/mapping.pyx":356
+      /* "ivshmem/native/mapping.pyx":359
  *         except BaseException:
  *             self.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -10069,11 +10069,11 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 356, __pyx_L5_except_error)
+      __PYX_ERR(0, 359, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":352
+    /* "ivshmem/native/mapping.pyx":355
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10089,7 +10089,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":350
+  /* "ivshmem/native/mapping.pyx":353
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -10122,7 +10122,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":358
+/* "ivshmem/native/mapping.pyx":361
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10146,7 +10146,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releas
 
 static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/native/mapping.pyx":359
+  /* "ivshmem/native/mapping.pyx":362
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.unpin()             # <<<<<<<<<<<<<<
@@ -10155,7 +10155,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(stru
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":358
+  /* "ivshmem/native/mapping.pyx":361
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10167,7 +10167,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(stru
 
 }
 
-/* "ivshmem/native/mapping.pyx":361
+/* "ivshmem/native/mapping.pyx":364
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10235,7 +10235,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/mapping.pyx":368
+  /* "ivshmem/native/mapping.pyx":371
  *                 changed then.
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)             # <<<<<<<<<<<<<<
@@ -10244,7 +10244,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   __pyx_v_views = ivshmem_shut_unused((&__pyx_v_self->views));
 
-  /* "ivshmem/native/mapping.pyx":369
+  /* "ivshmem/native/mapping.pyx":372
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10256,7 +10256,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":370
+    /* "ivshmem/native/mapping.pyx":373
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:
  *             return             # <<<<<<<<<<<<<<
@@ -10273,7 +10273,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":369
+    /* "ivshmem/native/mapping.pyx":372
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10282,7 +10282,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":371
+  /* "ivshmem/native/mapping.pyx":374
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10294,7 +10294,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":372
+    /* "ivshmem/native/mapping.pyx":375
  *             return
  *         if views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10303,14 +10303,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":373
+    /* "ivshmem/native/mapping.pyx":376
  *         if views:
  *             raise BufferError(
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         if ivshmem_shut(&self.accesses):
 */
-    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_5[1] = __pyx_t_4;
@@ -10321,7 +10321,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 373, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 376, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -10330,14 +10330,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 372, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 375, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 372, __pyx_L1_error)
+    __PYX_ERR(0, 375, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":371
+    /* "ivshmem/native/mapping.pyx":374
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10346,7 +10346,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":375
+  /* "ivshmem/native/mapping.pyx":378
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10358,7 +10358,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":376
+    /* "ivshmem/native/mapping.pyx":379
  *             )
  *         if ivshmem_shut(&self.accesses):
  *             unmap(self)             # <<<<<<<<<<<<<<
@@ -10367,7 +10367,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
     __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":375
+    /* "ivshmem/native/mapping.pyx":378
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10376,7 +10376,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":361
+  /* "ivshmem/native/mapping.pyx":364
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10401,7 +10401,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":378
+/* "ivshmem/native/mapping.pyx":381
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10425,7 +10425,7 @@ static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_33__dealloc__(PyObject *
 static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":379
+  /* "ivshmem/native/mapping.pyx":382
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10437,7 +10437,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":380
+    /* "ivshmem/native/mapping.pyx":383
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -10446,7 +10446,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/native/mapping.pyx":379
+    /* "ivshmem/native/mapping.pyx":382
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10455,7 +10455,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":378
+  /* "ivshmem/native/mapping.pyx":381
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10467,7 +10467,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 
 }
 
-/* "ivshmem/native/mapping.pyx":383
+/* "ivshmem/native/mapping.pyx":386
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10488,7 +10488,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold", 0);
 
-  /* "ivshmem/native/mapping.pyx":385
+  /* "ivshmem/native/mapping.pyx":388
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10500,7 +10500,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":386
+    /* "ivshmem/native/mapping.pyx":389
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -10508,7 +10508,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10527,14 +10527,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 389, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 386, __pyx_L1_error)
+    __PYX_ERR(0, 389, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":385
+    /* "ivshmem/native/mapping.pyx":388
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10543,7 +10543,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":387
+  /* "ivshmem/native/mapping.pyx":390
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")
  *     return 0             # <<<<<<<<<<<<<<
@@ -10556,7 +10556,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":383
+  /* "ivshmem/native/mapping.pyx":386
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10577,7 +10577,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":390
+/* "ivshmem/native/mapping.pyx":393
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10588,7 +10588,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":391
+  /* "ivshmem/native/mapping.pyx":394
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10600,7 +10600,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":392
+    /* "ivshmem/native/mapping.pyx":395
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):
  *         unmap(mapping)             # <<<<<<<<<<<<<<
@@ -10609,7 +10609,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 */
     __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_mapping);
 
-    /* "ivshmem/native/mapping.pyx":391
+    /* "ivshmem/native/mapping.pyx":394
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10618,7 +10618,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":390
+  /* "ivshmem/native/mapping.pyx":393
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10630,7 +10630,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 
 }
 
-/* "ivshmem/native/mapping.pyx":395
+/* "ivshmem/native/mapping.pyx":398
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10643,7 +10643,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   void *__pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":402
+  /* "ivshmem/native/mapping.pyx":405
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -10655,7 +10655,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":403
+    /* "ivshmem/native/mapping.pyx":406
  *     cdef void *place
  *     if size < HUGE:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10668,7 +10668,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":402
+    /* "ivshmem/native/mapping.pyx":405
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -10677,7 +10677,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":404
+  /* "ivshmem/native/mapping.pyx":407
  *     if size < HUGE:
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)             # <<<<<<<<<<<<<<
@@ -10686,7 +10686,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
 
-  /* "ivshmem/native/mapping.pyx":405
+  /* "ivshmem/native/mapping.pyx":408
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10698,7 +10698,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":406
+    /* "ivshmem/native/mapping.pyx":409
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10711,7 +10711,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":405
+    /* "ivshmem/native/mapping.pyx":408
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10720,7 +10720,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":407
+  /* "ivshmem/native/mapping.pyx":410
  *     if place == MAP_FAILED:
  *         return NULL
  *     munmap(place, size + HUGE)             # <<<<<<<<<<<<<<
@@ -10729,7 +10729,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE)));
 
-  /* "ivshmem/native/mapping.pyx":408
+  /* "ivshmem/native/mapping.pyx":411
  *         return NULL
  *     munmap(place, size + HUGE)
  *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))             # <<<<<<<<<<<<<<
@@ -10742,7 +10742,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":395
+  /* "ivshmem/native/mapping.pyx":398
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10756,7 +10756,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":411
+/* "ivshmem/native/mapping.pyx":414
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10771,7 +10771,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   Py_ssize_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/mapping.pyx":412
+  /* "ivshmem/native/mapping.pyx":415
  * 
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start             # <<<<<<<<<<<<<<
@@ -10782,7 +10782,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":413
+  /* "ivshmem/native/mapping.pyx":416
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length             # <<<<<<<<<<<<<<
@@ -10793,7 +10793,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":414
+  /* "ivshmem/native/mapping.pyx":417
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -10802,7 +10802,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 */
   __pyx_v_mapping->start = NULL;
 
-  /* "ivshmem/native/mapping.pyx":415
+  /* "ivshmem/native/mapping.pyx":418
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -10814,7 +10814,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/native/mapping.pyx":416
+    /* "ivshmem/native/mapping.pyx":419
  *     mapping.start = NULL
  *     if length < LARGE:
  *         munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10823,7 +10823,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 */
     (void)(munmap(__pyx_v_address, __pyx_v_length));
 
-    /* "ivshmem/native/mapping.pyx":415
+    /* "ivshmem/native/mapping.pyx":418
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -10833,7 +10833,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":418
+  /* "ivshmem/native/mapping.pyx":421
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10847,7 +10847,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/mapping.pyx":419
+          /* "ivshmem/native/mapping.pyx":422
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages
  *             munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10857,7 +10857,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
           (void)(munmap(__pyx_v_address, __pyx_v_length));
         }
 
-        /* "ivshmem/native/mapping.pyx":418
+        /* "ivshmem/native/mapping.pyx":421
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10876,7 +10876,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":411
+  /* "ivshmem/native/mapping.pyx":414
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10890,7 +10890,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
 }
 
-/* "ivshmem/native/mapping.pyx":422
+/* "ivshmem/native/mapping.pyx":425
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10900,7 +10900,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
 
-  /* "ivshmem/native/mapping.pyx":424
+  /* "ivshmem/native/mapping.pyx":427
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10909,7 +10909,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
 */
   if (__pyx_v_into) {
 
-    /* "ivshmem/native/mapping.pyx":425
+    /* "ivshmem/native/mapping.pyx":428
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:
  *         memmove(memory, buffer, size)             # <<<<<<<<<<<<<<
@@ -10918,7 +10918,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
 */
     (void)(memmove(__pyx_v_memory, __pyx_v_buffer, __pyx_v_size));
 
-    /* "ivshmem/native/mapping.pyx":424
+    /* "ivshmem/native/mapping.pyx":427
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10928,7 +10928,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":427
+  /* "ivshmem/native/mapping.pyx":430
  *         memmove(memory, buffer, size)
  *     else:
  *         memmove(buffer, memory, size)             # <<<<<<<<<<<<<<
@@ -10940,7 +10940,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":422
+  /* "ivshmem/native/mapping.pyx":425
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10951,7 +10951,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
   /* function exit code */
 }
 
-/* "ivshmem/native/mapping.pyx":466
+/* "ivshmem/native/mapping.pyx":469
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -10998,39 +10998,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 466, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 469, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 469, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 469, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 469, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 466, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 469, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 469, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 469, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
     __pyx_v_offset = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 466, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 469, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11041,7 +11041,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 469, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -11083,17 +11083,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/mapping.pyx":467
+  /* "ivshmem/native/mapping.pyx":470
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 467, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 470, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":469
+  /* "ivshmem/native/mapping.pyx":472
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)             # <<<<<<<<<<<<<<
@@ -11103,7 +11103,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64); 
   __pyx_v_self->wide = __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":470
+  /* "ivshmem/native/mapping.pyx":473
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4             # <<<<<<<<<<<<<<
@@ -11119,7 +11119,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   }
   __pyx_v_size = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":471
+  /* "ivshmem/native/mapping.pyx":474
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11138,7 +11138,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   }
   if (unlikely(__pyx_v_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 471, __pyx_L1_error)
+    __PYX_ERR(0, 474, __pyx_L1_error)
   }
   __pyx_t_3 = (__Pyx_mod_Py_ssize_t(__pyx_v_start, __pyx_v_size, 0) != 0);
 
@@ -11159,7 +11159,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":472
+    /* "ivshmem/native/mapping.pyx":475
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -11168,18 +11168,18 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":473
+    /* "ivshmem/native/mapping.pyx":476
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"             # <<<<<<<<<<<<<<
  *             )
  *         self.mapping = mapping
 */
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 473, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 473, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 473, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned;
     __pyx_t_9[1] = __pyx_t_6;
@@ -11197,7 +11197,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 473, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11208,14 +11208,14 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 475, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 472, __pyx_L1_error)
+    __PYX_ERR(0, 475, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":471
+    /* "ivshmem/native/mapping.pyx":474
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11224,7 +11224,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":475
+  /* "ivshmem/native/mapping.pyx":478
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
  *             )
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
@@ -11236,7 +11236,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/native/mapping.pyx":476
+  /* "ivshmem/native/mapping.pyx":479
  *             )
  *         self.mapping = mapping
  *         self.offset = start             # <<<<<<<<<<<<<<
@@ -11245,7 +11245,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
   __pyx_v_self->offset = __pyx_v_start;
 
-  /* "ivshmem/native/mapping.pyx":466
+  /* "ivshmem/native/mapping.pyx":469
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -11273,7 +11273,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":478
+/* "ivshmem/native/mapping.pyx":481
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11320,19 +11320,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/native/mapping.pyx":479
+  /* "ivshmem/native/mapping.pyx":482
  * 
  *     def __repr__(self):
  *         name = type(self).__name__             # <<<<<<<<<<<<<<
  *         try:
  *             value = self.load()
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 479, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_name = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/mapping.pyx":480
+  /* "ivshmem/native/mapping.pyx":483
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11348,7 +11348,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":481
+      /* "ivshmem/native/mapping.pyx":484
  *         name = type(self).__name__
  *         try:
  *             value = self.load()             # <<<<<<<<<<<<<<
@@ -11362,13 +11362,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_load, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 484, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_v_value = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/native/mapping.pyx":480
+      /* "ivshmem/native/mapping.pyx":483
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11384,7 +11384,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/native/mapping.pyx":482
+    /* "ivshmem/native/mapping.pyx":485
  *         try:
  *             value = self.load()
  *         except ClosedError:             # <<<<<<<<<<<<<<
@@ -11392,7 +11392,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
 */
     __Pyx_ErrFetch(&__pyx_t_1, &__pyx_t_5, &__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 482, __pyx_L5_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 485, __pyx_L5_except_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_1, __pyx_t_8);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -11400,23 +11400,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __pyx_t_1 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 482, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 485, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/native/mapping.pyx":483
+      /* "ivshmem/native/mapping.pyx":486
  *             value = self.load()
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"             # <<<<<<<<<<<<<<
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
 */
-      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 483, __pyx_L5_except_error)
+      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_8);
-      __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 483, __pyx_L5_except_error)
+      __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyObject_Format(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 483, __pyx_L5_except_error)
+      __pyx_t_11 = __Pyx_PyObject_Format(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem;
@@ -11433,7 +11433,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
       __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 483, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 486, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -11453,7 +11453,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":480
+    /* "ivshmem/native/mapping.pyx":483
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11475,21 +11475,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":484
+  /* "ivshmem/native/mapping.pyx":487
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_value, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_value, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem;
   __pyx_t_14[1] = __pyx_t_1;
@@ -11507,7 +11507,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[5]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_14, 7, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 487, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11523,7 +11523,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   __pyx_t_10 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":478
+  /* "ivshmem/native/mapping.pyx":481
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11549,7 +11549,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":486
+/* "ivshmem/native/mapping.pyx":489
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11615,7 +11615,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/mapping.pyx":487
+  /* "ivshmem/native/mapping.pyx":490
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -11624,16 +11624,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/native/mapping.pyx":488
+  /* "ivshmem/native/mapping.pyx":491
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"an {type(self).__name__} cannot be copied or pickled: ask the region for another one"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_an;
@@ -11648,7 +11648,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -11657,14 +11657,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 487, __pyx_L1_error)
+  __PYX_ERR(0, 490, __pyx_L1_error)
 
-  /* "ivshmem/native/mapping.pyx":486
+  /* "ivshmem/native/mapping.pyx":489
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11685,7 +11685,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":491
+/* "ivshmem/native/mapping.pyx":494
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11706,7 +11706,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/native/mapping.pyx":493
+  /* "ivshmem/native/mapping.pyx":496
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11718,7 +11718,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":494
+    /* "ivshmem/native/mapping.pyx":497
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -11726,7 +11726,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11745,14 +11745,14 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 494, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 497, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 494, __pyx_L1_error)
+    __PYX_ERR(0, 497, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":493
+    /* "ivshmem/native/mapping.pyx":496
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11761,7 +11761,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":495
+  /* "ivshmem/native/mapping.pyx":498
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")
  *         return at(self)             # <<<<<<<<<<<<<<
@@ -11774,7 +11774,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":491
+  /* "ivshmem/native/mapping.pyx":494
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11795,7 +11795,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":497
+/* "ivshmem/native/mapping.pyx":500
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11815,7 +11815,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin_own", 0);
 
-  /* "ivshmem/native/mapping.pyx":499
+  /* "ivshmem/native/mapping.pyx":502
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11824,7 +11824,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":500
+    /* "ivshmem/native/mapping.pyx":503
  *         """The same, to be changed."""
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -11837,14 +11837,14 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 500, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 500, __pyx_L1_error)
+    __PYX_ERR(0, 503, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":499
+    /* "ivshmem/native/mapping.pyx":502
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11853,20 +11853,20 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":501
+  /* "ivshmem/native/mapping.pyx":504
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.pin()             # <<<<<<<<<<<<<<
  * 
  *     cdef void unpin(self) noexcept:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 504, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":497
+  /* "ivshmem/native/mapping.pyx":500
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11886,7 +11886,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":503
+/* "ivshmem/native/mapping.pyx":506
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11900,7 +11900,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
   PyObject *__pyx_t_2 = NULL;
   __Pyx_RefNannySetupContext("unpin", 0);
 
-  /* "ivshmem/native/mapping.pyx":504
+  /* "ivshmem/native/mapping.pyx":507
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11912,7 +11912,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":505
+    /* "ivshmem/native/mapping.pyx":508
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):
  *             unmap(self.mapping)             # <<<<<<<<<<<<<<
@@ -11924,7 +11924,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
     __pyx_f_7ivshmem_6native_7mapping_unmap(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2));
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/native/mapping.pyx":504
+    /* "ivshmem/native/mapping.pyx":507
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11933,7 +11933,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":503
+  /* "ivshmem/native/mapping.pyx":506
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11946,7 +11946,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/native/mapping.pyx":507
+/* "ivshmem/native/mapping.pyx":510
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11957,7 +11957,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
 static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   uint64_t __pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":509
+  /* "ivshmem/native/mapping.pyx":512
  *     cdef uint64_t peek(self) noexcept nogil:
  *         """The value (acquire), for other Cython code; the word has to be pinned."""
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
@@ -11970,7 +11970,7 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":507
+  /* "ivshmem/native/mapping.pyx":510
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11983,7 +11983,7 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":511
+/* "ivshmem/native/mapping.pyx":514
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -12030,24 +12030,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 514, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 514, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_acquire));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12058,7 +12058,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 514, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12093,7 +12093,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/native/mapping.pyx":513
+  /* "ivshmem/native/mapping.pyx":516
  *     def load(self, order="acquire"):
  *         """The value."""
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)             # <<<<<<<<<<<<<<
@@ -12107,14 +12107,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_LOADS;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":515
+  /* "ivshmem/native/mapping.pyx":518
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
  *         cdef uint64_t value
  *         hold(self.mapping)             # <<<<<<<<<<<<<<
@@ -12123,11 +12123,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":516
+  /* "ivshmem/native/mapping.pyx":519
  *         cdef uint64_t value
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
@@ -12136,7 +12136,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
 */
   __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":517
+  /* "ivshmem/native/mapping.pyx":520
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12148,14 +12148,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":518
+  /* "ivshmem/native/mapping.pyx":521
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, value, order="release"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -12168,7 +12168,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":511
+  /* "ivshmem/native/mapping.pyx":514
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -12189,7 +12189,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":520
+/* "ivshmem/native/mapping.pyx":523
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12237,35 +12237,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value_2,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 520, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 523, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 520, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 520, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 523, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_release));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 520, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 523, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 520, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12276,7 +12276,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 520, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 523, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12312,7 +12312,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/native/mapping.pyx":522
+  /* "ivshmem/native/mapping.pyx":525
  *     def store(self, value, order="release"):
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)             # <<<<<<<<<<<<<<
@@ -12326,24 +12326,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_STORES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":523
+  /* "ivshmem/native/mapping.pyx":526
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 526, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":524
+  /* "ivshmem/native/mapping.pyx":527
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12352,11 +12352,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 527, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":525
+  /* "ivshmem/native/mapping.pyx":528
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
@@ -12365,7 +12365,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
 */
   ivshmem_store(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":526
+  /* "ivshmem/native/mapping.pyx":529
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12377,7 +12377,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":520
+  /* "ivshmem/native/mapping.pyx":523
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12400,7 +12400,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":528
+/* "ivshmem/native/mapping.pyx":531
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12448,35 +12448,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value_2,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 531, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 531, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 528, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 531, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12487,7 +12487,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 531, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12517,14 +12517,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":530
+  /* "ivshmem/native/mapping.pyx":533
  *     def exchange(self, value, order="seq_cst"):
  *         """Set the value; return what it was."""
  *         return change(self, ivshmem_exchange, value, order)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12537,7 +12537,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":528
+  /* "ivshmem/native/mapping.pyx":531
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12556,7 +12556,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":532
+/* "ivshmem/native/mapping.pyx":535
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12605,41 +12605,41 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 532, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 535, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 535, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 535, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 535, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 532, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 535, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 532, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 535, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 535, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 535, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 532, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 535, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12651,7 +12651,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 532, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 535, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12688,7 +12688,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":537
+  /* "ivshmem/native/mapping.pyx":540
  *         If it was not, this is a load, and has of `order` what a load can have.
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -12702,34 +12702,34 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 537, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":538
+  /* "ivshmem/native/mapping.pyx":541
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)             # <<<<<<<<<<<<<<
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 541, __pyx_L1_error)
   __pyx_v_old = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":539
+  /* "ivshmem/native/mapping.pyx":542
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L1_error)
   __pyx_v_new = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":540
+  /* "ivshmem/native/mapping.pyx":543
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12738,11 +12738,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":541
+  /* "ivshmem/native/mapping.pyx":544
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
@@ -12751,7 +12751,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
 */
   __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":542
+  /* "ivshmem/native/mapping.pyx":545
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12763,14 +12763,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":543
+  /* "ivshmem/native/mapping.pyx":546
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
  *         return old             # <<<<<<<<<<<<<<
  * 
  *     def fetch_add(self, amount, order="seq_cst"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 546, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -12783,7 +12783,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":532
+  /* "ivshmem/native/mapping.pyx":535
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12805,7 +12805,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":545
+/* "ivshmem/native/mapping.pyx":548
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12853,35 +12853,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 545, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 548, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 548, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 548, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 548, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 545, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 548, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 548, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 548, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12892,7 +12892,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 545, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 548, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12922,14 +12922,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/native/mapping.pyx":547
+  /* "ivshmem/native/mapping.pyx":550
  *     def fetch_add(self, amount, order="seq_cst"):
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_add, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 550, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12942,7 +12942,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":545
+  /* "ivshmem/native/mapping.pyx":548
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12961,7 +12961,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":549
+/* "ivshmem/native/mapping.pyx":552
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13009,35 +13009,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 549, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 552, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 552, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 549, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 552, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 549, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 552, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 552, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13048,7 +13048,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 549, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 552, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13078,14 +13078,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_sub", 0);
 
-  /* "ivshmem/native/mapping.pyx":551
+  /* "ivshmem/native/mapping.pyx":554
  *     def fetch_sub(self, amount, order="seq_cst"):
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_sub, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_and(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13098,7 +13098,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":549
+  /* "ivshmem/native/mapping.pyx":552
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13117,7 +13117,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":553
+/* "ivshmem/native/mapping.pyx":556
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13165,35 +13165,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 553, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 556, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 553, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 556, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 553, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 556, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 553, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 556, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 553, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 556, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 553, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 556, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 553, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 556, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13204,7 +13204,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 553, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 556, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13234,14 +13234,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_and", 0);
 
-  /* "ivshmem/native/mapping.pyx":555
+  /* "ivshmem/native/mapping.pyx":558
  *     def fetch_and(self, bits, order="seq_cst"):
  *         """Clear all but these bits; return what the value was."""
  *         return change(self, ivshmem_and, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_or(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 555, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13254,7 +13254,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":553
+  /* "ivshmem/native/mapping.pyx":556
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13273,7 +13273,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":557
+/* "ivshmem/native/mapping.pyx":560
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13321,35 +13321,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 557, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 560, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 557, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 560, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 557, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 560, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13360,7 +13360,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 557, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 560, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13390,14 +13390,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_or", 0);
 
-  /* "ivshmem/native/mapping.pyx":559
+  /* "ivshmem/native/mapping.pyx":562
  *     def fetch_or(self, bits, order="seq_cst"):
  *         """Set these bits; return what the value was."""
  *         return change(self, ivshmem_or, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13410,7 +13410,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":557
+  /* "ivshmem/native/mapping.pyx":560
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13429,7 +13429,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":561
+/* "ivshmem/native/mapping.pyx":564
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13477,35 +13477,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 561, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 564, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 561, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 564, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 561, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 564, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13516,7 +13516,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 561, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 564, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13546,14 +13546,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_xor", 0);
 
-  /* "ivshmem/native/mapping.pyx":563
+  /* "ivshmem/native/mapping.pyx":566
  *     def fetch_xor(self, bits, order="seq_cst"):
  *         """Invert these bits; return what the value was."""
  *         return change(self, ivshmem_xor, bits, order)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13566,7 +13566,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":561
+  /* "ivshmem/native/mapping.pyx":564
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13667,7 +13667,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":576
+/* "ivshmem/native/mapping.pyx":579
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13690,7 +13690,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("change", 0);
 
-  /* "ivshmem/native/mapping.pyx":577
+  /* "ivshmem/native/mapping.pyx":580
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -13704,24 +13704,24 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":578
+  /* "ivshmem/native/mapping.pyx":581
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)             # <<<<<<<<<<<<<<
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 581, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":579
+  /* "ivshmem/native/mapping.pyx":582
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)             # <<<<<<<<<<<<<<
@@ -13730,11 +13730,11 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":580
+  /* "ivshmem/native/mapping.pyx":583
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)             # <<<<<<<<<<<<<<
@@ -13743,7 +13743,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
 */
   __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":581
+  /* "ivshmem/native/mapping.pyx":584
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)             # <<<<<<<<<<<<<<
@@ -13755,14 +13755,14 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":582
+  /* "ivshmem/native/mapping.pyx":585
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)
  *     return number             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 585, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13775,7 +13775,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":576
+  /* "ivshmem/native/mapping.pyx":579
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13796,7 +13796,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":585
+/* "ivshmem/native/mapping.pyx":588
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13824,17 +13824,17 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("order_of", 0);
 
-  /* "ivshmem/native/mapping.pyx":586
+  /* "ivshmem/native/mapping.pyx":589
  * 
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)             # <<<<<<<<<<<<<<
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
 */
-  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 589, __pyx_L1_error)
   __pyx_v_found = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":587
+  /* "ivshmem/native/mapping.pyx":590
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13846,7 +13846,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":588
+    /* "ivshmem/native/mapping.pyx":591
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")             # <<<<<<<<<<<<<<
@@ -13854,9 +13854,9 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__3, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__3, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_order;
     __pyx_t_7[1] = __pyx_t_5;
@@ -13871,7 +13871,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 588, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -13881,14 +13881,14 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 588, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 591, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 588, __pyx_L1_error)
+    __PYX_ERR(0, 591, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":587
+    /* "ivshmem/native/mapping.pyx":590
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13897,20 +13897,20 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":589
+  /* "ivshmem/native/mapping.pyx":592
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
  *     return <object>found             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 589, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":585
+  /* "ivshmem/native/mapping.pyx":588
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13934,7 +13934,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":592
+/* "ivshmem/native/mapping.pyx":595
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -13960,7 +13960,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fitting", 0);
 
-  /* "ivshmem/native/mapping.pyx":593
+  /* "ivshmem/native/mapping.pyx":596
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)             # <<<<<<<<<<<<<<
@@ -13969,19 +13969,19 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_value); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 593, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
-    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 593, __pyx_L1_error)
+    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 593, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":594
+  /* "ivshmem/native/mapping.pyx":597
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14007,7 +14007,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":595
+    /* "ivshmem/native/mapping.pyx":598
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -14015,9 +14015,9 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
  * 
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 595, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 598, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 595, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 598, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9 = 1;
@@ -14026,14 +14026,14 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 595, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 595, __pyx_L1_error)
+    __PYX_ERR(0, 598, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":594
+    /* "ivshmem/native/mapping.pyx":597
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14042,7 +14042,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":596
+  /* "ivshmem/native/mapping.pyx":599
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")
  *     return number             # <<<<<<<<<<<<<<
@@ -14055,7 +14055,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":592
+  /* "ivshmem/native/mapping.pyx":595
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -14078,7 +14078,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":599
+/* "ivshmem/native/mapping.pyx":602
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14098,7 +14098,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold_own", 0);
 
-  /* "ivshmem/native/mapping.pyx":600
+  /* "ivshmem/native/mapping.pyx":603
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14107,7 +14107,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
 */
   if (unlikely(__pyx_v_mapping->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":601
+    /* "ivshmem/native/mapping.pyx":604
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14120,14 +14120,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 601, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 601, __pyx_L1_error)
+    __PYX_ERR(0, 604, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":600
+    /* "ivshmem/native/mapping.pyx":603
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14136,20 +14136,20 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":602
+  /* "ivshmem/native/mapping.pyx":605
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")
  *     return hold(mapping)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 605, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":599
+  /* "ivshmem/native/mapping.pyx":602
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14169,7 +14169,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":605
+/* "ivshmem/native/mapping.pyx":608
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14199,7 +14199,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("fence", 0);
 
-  /* "ivshmem/native/mapping.pyx":611
+  /* "ivshmem/native/mapping.pyx":614
  *     them sees the other's. Without it neither may, on processors other than x86.
  *     """
  *     ivshmem_fence()             # <<<<<<<<<<<<<<
@@ -14208,7 +14208,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
 */
   ivshmem_fence();
 
-  /* "ivshmem/native/mapping.pyx":605
+  /* "ivshmem/native/mapping.pyx":608
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14223,7 +14223,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":614
+/* "ivshmem/native/mapping.pyx":617
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14234,7 +14234,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
 static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_word) {
   void *__pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":615
+  /* "ivshmem/native/mapping.pyx":618
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:
  *     return word.mapping.start + word.offset             # <<<<<<<<<<<<<<
@@ -14247,7 +14247,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":614
+  /* "ivshmem/native/mapping.pyx":617
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14260,7 +14260,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":635
+/* "ivshmem/native/mapping.pyx":638
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14309,51 +14309,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_mapped,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 635, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 638, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 638, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 638, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 638, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 635, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 638, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 635, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 638, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 638, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 635, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 638, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 635, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 638, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 635, __pyx_L3_error)
-    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 635, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 635, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 635, __pyx_L3_error)
+      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
     } else {
       __pyx_v_mapped = ((int)1);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 635, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 638, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14388,7 +14388,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/mapping.pyx":636
+  /* "ivshmem/native/mapping.pyx":639
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
@@ -14397,11 +14397,11 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   if (unlikely(__pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 636, __pyx_L1_error)
+    __PYX_ERR(0, 639, __pyx_L1_error)
   }
   __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE, 0);
 
-  /* "ivshmem/native/mapping.pyx":638
+  /* "ivshmem/native/mapping.pyx":641
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -14410,7 +14410,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/native/mapping.pyx":639
+  /* "ivshmem/native/mapping.pyx":642
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -14419,7 +14419,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/native/mapping.pyx":640
+  /* "ivshmem/native/mapping.pyx":643
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -14428,7 +14428,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/native/mapping.pyx":641
+  /* "ivshmem/native/mapping.pyx":644
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -14437,7 +14437,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/native/mapping.pyx":642
+  /* "ivshmem/native/mapping.pyx":645
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14446,7 +14446,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/native/mapping.pyx":643
+    /* "ivshmem/native/mapping.pyx":646
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -14455,7 +14455,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/native/mapping.pyx":644
+    /* "ivshmem/native/mapping.pyx":647
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -14464,7 +14464,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/native/mapping.pyx":647
+    /* "ivshmem/native/mapping.pyx":650
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14476,17 +14476,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/mapping.pyx":648
+      /* "ivshmem/native/mapping.pyx":651
  *             )
  *             if address == MAP_FAILED:
  *                 fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 648, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 651, __pyx_L1_error)
 
 
-      /* "ivshmem/native/mapping.pyx":647
+      /* "ivshmem/native/mapping.pyx":650
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14495,7 +14495,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     }
 
-    /* "ivshmem/native/mapping.pyx":649
+    /* "ivshmem/native/mapping.pyx":652
  *             if address == MAP_FAILED:
  *                 fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
@@ -14504,7 +14504,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/native/mapping.pyx":650
+    /* "ivshmem/native/mapping.pyx":653
  *                 fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
@@ -14513,7 +14513,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/native/mapping.pyx":642
+    /* "ivshmem/native/mapping.pyx":645
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14522,7 +14522,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":635
+  /* "ivshmem/native/mapping.pyx":638
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14543,7 +14543,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":652
+/* "ivshmem/native/mapping.pyx":655
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14570,7 +14570,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/native/mapping.pyx":653
+  /* "ivshmem/native/mapping.pyx":656
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14606,7 +14606,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":654
+    /* "ivshmem/native/mapping.pyx":657
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
@@ -14614,9 +14614,9 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 654, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 654, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
     __pyx_t_7[1] = __pyx_t_5;
@@ -14629,7 +14629,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 654, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -14639,14 +14639,14 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 654, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 654, __pyx_L1_error)
+    __PYX_ERR(0, 657, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":653
+    /* "ivshmem/native/mapping.pyx":656
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14655,7 +14655,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":655
+  /* "ivshmem/native/mapping.pyx":658
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14668,7 +14668,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":652
+  /* "ivshmem/native/mapping.pyx":655
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14691,7 +14691,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":657
+/* "ivshmem/native/mapping.pyx":660
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -14738,32 +14738,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 657, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 660, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 657, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 660, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 657, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 660, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 660, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 657, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 660, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14804,7 +14804,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/native/mapping.pyx":665
+  /* "ivshmem/native/mapping.pyx":668
  *             ClosedError: the device is closed.
  *         """
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
@@ -14813,7 +14813,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/native/mapping.pyx":666
+  /* "ivshmem/native/mapping.pyx":669
  *         """
  *         cdef uint32_t value = 0
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14822,17 +14822,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/native/mapping.pyx":668
+  /* "ivshmem/native/mapping.pyx":671
  *         cdef int code = 0
  *         cdef Py_ssize_t n
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 671, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":669
+  /* "ivshmem/native/mapping.pyx":672
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14844,7 +14844,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":670
+    /* "ivshmem/native/mapping.pyx":673
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -14852,7 +14852,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
  *             value = ivshmem_load32(self.first + at)
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 670, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14871,14 +14871,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 670, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 673, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 670, __pyx_L1_error)
+    __PYX_ERR(0, 673, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":669
+    /* "ivshmem/native/mapping.pyx":672
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14887,7 +14887,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":671
+  /* "ivshmem/native/mapping.pyx":674
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14899,7 +14899,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":672
+    /* "ivshmem/native/mapping.pyx":675
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:
  *             value = ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
@@ -14908,7 +14908,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
     __pyx_v_value = ivshmem_load32((__pyx_v_self->first + __pyx_v_at));
 
-    /* "ivshmem/native/mapping.pyx":671
+    /* "ivshmem/native/mapping.pyx":674
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14918,7 +14918,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
     goto __pyx_L4;
   }
 
-  /* "ivshmem/native/mapping.pyx":674
+  /* "ivshmem/native/mapping.pyx":677
  *             value = ivshmem_load32(self.first + at)
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -14928,7 +14928,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   /*else*/ {
     __pyx_v_n = pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-    /* "ivshmem/native/mapping.pyx":675
+    /* "ivshmem/native/mapping.pyx":678
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -14958,7 +14958,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   }
   __pyx_L4:;
 
-  /* "ivshmem/native/mapping.pyx":676
+  /* "ivshmem/native/mapping.pyx":679
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -14967,7 +14967,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":677
+  /* "ivshmem/native/mapping.pyx":680
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -14979,17 +14979,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":678
+    /* "ivshmem/native/mapping.pyx":681
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":677
+    /* "ivshmem/native/mapping.pyx":680
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -14998,14 +14998,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":679
+  /* "ivshmem/native/mapping.pyx":682
  *         if code:
  *             fail_with(code)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 682, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15018,7 +15018,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":657
+  /* "ivshmem/native/mapping.pyx":660
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -15042,7 +15042,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":681
+/* "ivshmem/native/mapping.pyx":684
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15090,39 +15090,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,&__pyx_mstate_global->__pyx_n_u_value_2,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 681, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 684, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 681, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 684, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 681, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 684, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 681, __pyx_L3_error)
-    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 681, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 684, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 684, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 681, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 684, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15160,17 +15160,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/native/mapping.pyx":689
+  /* "ivshmem/native/mapping.pyx":692
  *         """
  *         cdef int code
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 689, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 692, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":690
+  /* "ivshmem/native/mapping.pyx":693
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15182,7 +15182,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":691
+    /* "ivshmem/native/mapping.pyx":694
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -15190,7 +15190,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
  *         self.leave()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 691, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15209,14 +15209,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 691, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 691, __pyx_L1_error)
+    __PYX_ERR(0, 694, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":690
+    /* "ivshmem/native/mapping.pyx":693
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15225,7 +15225,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":692
+  /* "ivshmem/native/mapping.pyx":695
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)             # <<<<<<<<<<<<<<
@@ -15234,7 +15234,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   __pyx_v_code = __pyx_f_7ivshmem_6native_7mapping_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
 
-  /* "ivshmem/native/mapping.pyx":693
+  /* "ivshmem/native/mapping.pyx":696
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -15243,7 +15243,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":694
+  /* "ivshmem/native/mapping.pyx":697
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15255,17 +15255,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":695
+    /* "ivshmem/native/mapping.pyx":698
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 698, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":694
+    /* "ivshmem/native/mapping.pyx":697
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15274,7 +15274,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":681
+  /* "ivshmem/native/mapping.pyx":684
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15298,7 +15298,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":697
+/* "ivshmem/native/mapping.pyx":700
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15314,7 +15314,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/native/mapping.pyx":700
+  /* "ivshmem/native/mapping.pyx":703
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15326,7 +15326,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":701
+    /* "ivshmem/native/mapping.pyx":704
  *         cdef Py_ssize_t n
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
@@ -15335,7 +15335,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/native/mapping.pyx":702
+    /* "ivshmem/native/mapping.pyx":705
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)
  *             return 0             # <<<<<<<<<<<<<<
@@ -15348,7 +15348,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":700
+    /* "ivshmem/native/mapping.pyx":703
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15357,7 +15357,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":703
+  /* "ivshmem/native/mapping.pyx":706
  *             ivshmem_store32(self.first + at, value)
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -15366,7 +15366,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
   __pyx_v_n = pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-  /* "ivshmem/native/mapping.pyx":704
+  /* "ivshmem/native/mapping.pyx":707
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -15397,7 +15397,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":697
+  /* "ivshmem/native/mapping.pyx":700
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15411,7 +15411,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":706
+/* "ivshmem/native/mapping.pyx":709
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15422,7 +15422,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":707
+  /* "ivshmem/native/mapping.pyx":710
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15434,7 +15434,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":708
+    /* "ivshmem/native/mapping.pyx":711
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15443,7 +15443,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
 */
     __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":707
+    /* "ivshmem/native/mapping.pyx":710
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15452,7 +15452,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":706
+  /* "ivshmem/native/mapping.pyx":709
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15463,7 +15463,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
   /* function exit code */
 }
 
-/* "ivshmem/native/mapping.pyx":710
+/* "ivshmem/native/mapping.pyx":713
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15476,7 +15476,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
   char *__pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":711
+  /* "ivshmem/native/mapping.pyx":714
  * 
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page             # <<<<<<<<<<<<<<
@@ -15487,7 +15487,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 
   __pyx_v_page = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":712
+  /* "ivshmem/native/mapping.pyx":715
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -15496,7 +15496,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/native/mapping.pyx":713
+  /* "ivshmem/native/mapping.pyx":716
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15508,7 +15508,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":714
+    /* "ivshmem/native/mapping.pyx":717
  *         self.page = NULL
  *         if page != NULL:
  *             munmap(page, self.length)             # <<<<<<<<<<<<<<
@@ -15517,7 +15517,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
     (void)(munmap(__pyx_v_page, __pyx_v_self->length));
 
-    /* "ivshmem/native/mapping.pyx":713
+    /* "ivshmem/native/mapping.pyx":716
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15526,7 +15526,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":710
+  /* "ivshmem/native/mapping.pyx":713
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15538,7 +15538,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 
 }
 
-/* "ivshmem/native/mapping.pyx":716
+/* "ivshmem/native/mapping.pyx":719
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15594,7 +15594,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/mapping.pyx":718
+  /* "ivshmem/native/mapping.pyx":721
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15606,7 +15606,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":719
+    /* "ivshmem/native/mapping.pyx":722
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15615,7 +15615,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
 */
     __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":718
+    /* "ivshmem/native/mapping.pyx":721
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15624,7 +15624,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":716
+  /* "ivshmem/native/mapping.pyx":719
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15639,7 +15639,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":721
+/* "ivshmem/native/mapping.pyx":724
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15662,7 +15662,7 @@ static void __pyx_pw_7ivshmem_6native_7mapping_9Registers_9__dealloc__(PyObject 
 
 static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
 
-  /* "ivshmem/native/mapping.pyx":722
+  /* "ivshmem/native/mapping.pyx":725
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -15671,7 +15671,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":721
+  /* "ivshmem/native/mapping.pyx":724
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15956,7 +15956,7 @@ static PyObject *__pyx_getprop_7ivshmem_6native_7mapping_7Mapping_closed(PyObjec
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_6native_7mapping_Mapping[] = {
-  {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_2populate},
+  {"_populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_3_populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_2_populate},
   {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_4resident},
   {"read", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_7read, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_6read},
   {"read_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_7mapping_7Mapping_9read_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_7mapping_7Mapping_8read_into},
@@ -17184,14 +17184,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__py
   __pyx_vtable_7ivshmem_6native_7mapping_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin;
   __pyx_vtable_7ivshmem_6native_7mapping_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_peek;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic)) __PYX_ERR(0, 444, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic)) __PYX_ERR(0, 447, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = &__pyx_type_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
@@ -17201,8 +17201,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 444, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17222,11 +17222,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
   __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU32;
   __pyx_vtable_7ivshmem_6native_7mapping_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU32_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32)) __PYX_ERR(0, 569, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU32;
   #endif
@@ -17234,7 +17234,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 569, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
@@ -17244,8 +17244,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 569, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 569, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17266,11 +17266,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
   __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU64;
   __pyx_vtable_7ivshmem_6native_7mapping_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU64_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64)) __PYX_ERR(0, 574, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU64;
   #endif
@@ -17278,7 +17278,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
@@ -17288,8 +17288,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17312,14 +17312,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(_
   __pyx_vtable_7ivshmem_6native_7mapping_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_leave;
   __pyx_vtable_7ivshmem_6native_7mapping_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers)) __PYX_ERR(0, 620, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers)) __PYX_ERR(0, 623, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = &__pyx_type_7ivshmem_6native_7mapping_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
@@ -17329,9 +17329,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, __pyx_vtabptr_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 620, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, __pyx_vtabptr_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17348,14 +17348,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr)) __PYX_ERR(0, 327, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 327, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
@@ -17850,59 +17850,59 @@ __Pyx_RefNannySetupContext("PyInit_mapping", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":437
+  /* "ivshmem/native/mapping.pyx":440
  * 
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_LOADS);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_LOADS, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":438
+  /* "ivshmem/native/mapping.pyx":441
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_STORES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_STORES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":439
+  /* "ivshmem/native/mapping.pyx":442
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}             # <<<<<<<<<<<<<<
@@ -17911,33 +17911,33 @@ __Pyx_RefNannySetupContext("PyInit_mapping", 0);
 */
   if (unlikely(__pyx_v_7ivshmem_6native_7mapping_LOADS == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-    __PYX_ERR(0, 439, __pyx_L1_error)
+    __PYX_ERR(0, 442, __pyx_L1_error)
   }
-  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_6native_7mapping_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_6native_7mapping_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 439, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 439, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_CHANGES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_CHANGES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":605
+  /* "ivshmem/native/mapping.pyx":608
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
  *     """Order all stores and loads before it before all that follow (a seq_cst fence of C11).
  * 
 */
-  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_7mapping_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_7mapping_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fence, __pyx_t_2) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fence, __pyx_t_2) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/mapping.pyx":1
@@ -17990,7 +17990,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 324, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -18013,7 +18013,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/mapping.pyx":339
+  /* "ivshmem/native/mapping.pyx":342
  *     def __dlpack_device__(self):
  *         """The processor's memory, in DLPack's words."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18022,7 +18022,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 339, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -18210,7 +18210,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 324};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 327};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_length};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_mapping_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591_a_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }

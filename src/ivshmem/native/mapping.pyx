@@ -108,8 +108,11 @@ cdef class Mapping:
     cdef void unpin(self) noexcept nogil:
         ivshmem_leave(&self.views)
 
-    def populate(self, Py_ssize_t page_size):
+    def _populate(self, Py_ssize_t page_size):
         """Fault every page in, for writing where that is allowed; contents stay as they are.
+
+        Args:
+            page_size: bytes; one byte of each is touched, where madvise(2) cannot do this.
 
         Raises:
             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.

@@ -1,13 +1,13 @@
-"""A host process as a peer: connects to a server and is then an endpoint.
+"""A host process as a peer: it connects to a server, and is an endpoint from then on.
 
-Knows: setting up, and following who joins and leaves. Does not know: how a server works.
+Knows: the set-up, and which peers join and leave. Does not know: how a server works.
 
 Invariants:
 1. Every descriptor received is owned by the region, a doorbell, a vector or an Fd, or is closed.
-2. After set-up nothing that the server does or sends raises: it is a ServerLost event.
-3. News that nobody asks for takes memory for at most two events per peer.
-4. The handler of a signal may raise between any two bytecodes, as Ctrl-C does: the next look at the
-   news continues where that one was, and no message is lost or counted twice.
+2. After the set-up nothing that the server does or sends raises: it becomes a Disconnected event.
+3. Events that the program does not ask for take memory for at most two events per peer.
+4. A signal handler may raise between any two bytecodes, as the one for Ctrl-C does. The next look
+   at the socket continues where the interrupted one was: no message is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from ..protocol.framing import Framer, Message
 from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
 from ..system import sockets
 from ..text import counted
-from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from .endpoint import Disconnected, Endpoint, Event, PeerJoined, PeerLeft
 
-# How long a server must be silent after the memory before an only client takes its set-up to be
-# complete, where the server does not say so. The example server sends a set-up in one go.
+# Seconds. If the server does not say where a set-up ends, an only client takes its own to be
+# complete when the server was silent for so long after it sent the memory. The example server
+# sends a set-up in one piece.
 SETTLE = 0.1
 
 # Messages taken from the socket at once, and how often in a row: a server that floods its clients
-# does not keep a call from returning in time.
+# cannot keep a call from returning in time.
 _BATCH, _BATCHES = 512, 4
-_FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between looks for the end of set-up
+_FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between two looks for the end of the set-up
 
 
 def connect(
@@ -48,27 +49,30 @@ def connect(
     readonly: bool = False,
     wait_for_server: bool = False,
 ) -> Client:
-    """Connect to the server at `path` and wait until set-up is complete.
+    """Connect to the server at `path`, and wait until the set-up is complete.
 
     Args:
-        timeout: seconds for all of it; None: as long as it takes.
-        vectors: how many vectors the server gives each peer, if that is known: they are waited for.
-            It is only needed with a server that is not this package's, for its first client, to be
-            quite sure: there the end of set-up follows from a tenth of a second of silence.
-            (Vectors that come later count all the same.)
+        timeout: seconds for all of it; None: wait for ever.
+        vectors: how many vectors the server gives each peer, if the program knows it; the set-up is
+            then complete when all have come. It is needed only to be sure with a server that is not
+            this package's, for its first client: there a tenth of a second of silence ends the
+            set-up. (Vectors that come later are added.)
         readonly: map the memory for reading only.
         wait_for_server: if the server is not there yet (no directory, no socket, or a socket that
-            a dead server left), wait until it is; so it does not matter which is started first. A
-            server that refuses this process, or ends during set-up, is an error as ever. So is a
-            socket or a directory whose permissions shut this process out for a second.
+            a dead server left), wait until it is, so that either may be started first. A server
+            that refuses this process, or that ends during the set-up, is an error as without it. So
+            is a socket or a directory whose permissions shut this process out for a second.
+
+    Returns:
+        The client; close it, or use it in a `with` statement.
 
     Raises:
-        TimeoutError: no server came in time, or set-up was not complete in time.
-        ServerGone: the server ended the connection during set-up.
-        ProtocolError: what it sent is not protocol version 0.
-        RegionError: its memory cannot be mapped.
-        OSError: nobody listens there, no permission, out of descriptors. Whatever was opened is
-            closed.
+        TimeoutError: no server came in time, or the set-up was not complete in time.
+        ServerGone: the server ended the connection during the set-up.
+        ProtocolError: what the server sent is not protocol version 0.
+        RegionError: the server's memory cannot be mapped.
+        OSError: nobody listens there, no permission, out of descriptors.
+            Whatever is raised, everything that was opened is closed.
     """
     deadline = sockets.deadline_of(timeout)
     if wait_for_server:
@@ -83,13 +87,21 @@ def connect(
 
 
 class Client(Endpoint):
-    """A host process connected to a server; made by `connect`.
+    """A host process that is a peer of a server; made by `connect`.
 
-    When the server ends, memory and doorbells go on working, `connected` is False, and `events`
-    says ServerLost once.
+    When the server ends, the memory and the doorbells continue to work, `connected` is False, and
+    `events` yields Disconnected once.
+
+    A program that never calls `events`, `next_event`, `peer_events`, `peers` or a wait for any
+    vector takes nothing from the server: the server then lists it as stalled.
+
+    Attributes:
+        id: this peer's own id, 0..65535.
+        path: of the server's socket.
+        region: the shared memory.
     """
 
-    # What __repr__ finds before set-up has come to it.
+    # What __repr__ finds before the set-up sets them.
     id = -1
     path = "?"
 
@@ -121,17 +133,18 @@ class Client(Endpoint):
         self.path = path
         self._socket = sock
         self._readonly = readonly
-        self._guess = vectors is None
+        self._guess_end = vectors is None
         self._pid = os.getpid()
         self._session = Session(vectors)
-        self._chunks: list[wire._Chunk] = []  # of the socket, and not taken in yet
-        # What the first of them made of the framer, and the messages that it ended.
+        self._chunks: list[wire._Chunk] = []  # read from the socket, and not taken in yet
+        # What the framer became by the first of them, and the messages that this chunk ended.
         self._framed: tuple[wire._Chunk | None, Framer, list[Message]] = (None, Framer(), [])
-        self._unread: tuple[Message | None, bool] = (None, False)  # of a leave: was the join read?
-        self._losing: str | None = None  # why the connection is over, while `_lose` is at it
+        # The last leave message, and whether the program had not taken the peer's join yet.
+        self._unread_join: tuple[Message | None, bool] = (None, False)
+        self._lost_reason: str | None = None  # why the connection is over, while `_disconnect` runs
         self._lock = threading.RLock()  # one thread at a time reads the socket
         self._reading = False
-        self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
+        self._queue: dict[tuple[type[Event], int], Event] = {}  # events, in order
         try:
             sock.setblocking(False)
             self._set_up(deadline)
@@ -143,24 +156,27 @@ class Client(Endpoint):
 
     @property
     def peers(self) -> list[int]:
-        """Ids of the other peers, as of now, in ascending order."""
+        """The ids of the other peers, as of now, ascending. Reads the socket; never waits."""
         if not self.closed:
-            self._news()
+            self._read_news()
         return self._session.peers
 
     def vectors_of(self, peer: int) -> int:
-        """How many vectors of a peer can be rung; 0 if it is not connected."""
+        """Return how many vectors of a peer can be rung; 0 if it is not connected."""
         return self._bells(peer) or 0
 
-    def news(self) -> list[Event]:
-        """What `events` would say now, without interrupts: who joined, who left, a server lost."""
+    def peer_events(self) -> list[Event]:
+        """Return the events that are there now: peers that joined or left, or Disconnected.
+
+        Interrupts are left out. Never waits. `events` does not yield them again.
+        """
         if not self.closed:
-            self._news()
-        return list(iter(self._next_news, None))
+            self._read_news()
+        return super().peer_events()
 
     @property
     def connected(self) -> bool:
-        """Whether the server still tells of peers."""
+        """Whether the connection to the server is open, so that joins and leaves are heard of."""
         return self._socket.fileno() >= 0
 
     # -- set-up -----------------------------------------------------------------------------------
@@ -171,7 +187,8 @@ class Client(Endpoint):
         pause = _FIRST_LOOK
         quiet_since = time.monotonic()
         while True:
-            told_all = self._told_all()  # asked first: what was sent before is then in the socket
+            # Asked first: what the server sent before is in the socket then.
+            told_all = self._server_sent_all()
             empty = False
             with contextlib.suppress(ConnectionError):  # connected is False then
                 anything, empty = self._receive()
@@ -182,7 +199,7 @@ class Client(Endpoint):
             if state is SessionState.SETUP and self.connected:
                 if told_all and empty:
                     self._session.end_setup()
-                elif self._guess and time.monotonic() - quiet_since > SETTLE:
+                elif self._guess_end and time.monotonic() - quiet_since > SETTLE:
                     self._session.end_setup(guessed=True)
             if self._session.state is SessionState.READY:
                 break
@@ -196,7 +213,7 @@ class Client(Endpoint):
                     f"{self.path}: set-up was not complete in time (still waiting for the"
                     f" {_MISSING[state]}): is this an ivshmem server, and does it run?"
                 )
-            # A first look finds nothing more often than not: the server has still to accept.
+            # The first look usually finds nothing: the server has not accepted yet.
             limit = pause if state is SessionState.SETUP else SETTLE
             if deadline is not None:
                 limit = min(limit, max(deadline - time.monotonic(), 0))
@@ -205,13 +222,14 @@ class Client(Endpoint):
         self.id = self._session.id
         self._ring_self(self.id)
         if self.connected:
-            self._watch(self._socket.fileno())
+            self._watch_news(self._socket.fileno())
 
-    def _told_all(self) -> bool:
-        """Whether the server has shut down its receiving side, by which ours ends a set-up.
+    def _server_sent_all(self) -> bool:
+        """Whether the server shut down its receiving side; this package's marks the end so.
 
-        Protocol version 0 has no message for that. To a client of version 0 it makes no difference,
-        since it never sends; one that knows sees EPIPE when it sends nothing at all, see unix(7).
+        Protocol version 0 has no message for the end of a set-up. Other clients do not notice the
+        shutdown, because a client never sends; this one sees EPIPE when it sends zero bytes, see
+        unix(7).
         """
         try:
             self._socket.send(b"", socket.MSG_NOSIGNAL)
@@ -223,59 +241,59 @@ class Client(Endpoint):
 
     # -- following the server ---------------------------------------------------------------------
 
-    def _news(self) -> None:
-        """Take in what the server has sent; its failures become a ServerLost event."""
+    def _read_news(self) -> None:
+        """Take in what the server has sent; if that fails, a Disconnected event tells why."""
         with self._lock:
             if self._reading:
-                return  # a signal handler that interrupted the reader
+                return  # this is a signal handler that interrupted the reader
             try:
-                self._reading = True  # in the block, before which a handler could raise
-                self._take_news()
+                self._reading = True  # inside the block: a handler may raise before it
+                self._receive_messages()
             finally:
                 self._reading = False
 
-    def _take_news(self) -> None:
+    def _receive_messages(self) -> None:
         try:
-            if self._losing is not None:
-                self._lose(self._losing)
+            if self._lost_reason is not None:
+                self._disconnect(self._lost_reason)
             if self.connected:
                 self._receive()
         except ConnectionError:
-            pass  # lost already
+            pass  # disconnected already
         except (ProtocolError, OSError) as error:
-            self._lose(str(error))
+            self._disconnect(str(error))
 
     def _receive(self) -> tuple[bool, bool]:
-        """Take in what is in the socket, or a good deal of it.
+        """Take in what is in the socket, 2048 messages at most.
 
         Returns:
             Whether there was anything, and whether nothing is left.
 
         Raises:
-            ProtocolError, OSError: the connection is of no further use.
+            ProtocolError, OSError: the connection cannot be used any more.
         """
         anything = False
-        self._take_in()  # what a signal interrupted
+        self._take_in()  # chunks whose taking in a signal interrupted
         for _ in range(_BATCHES):
             try:
                 _, eof = wire.receive(self._socket.fileno(), _BATCH, self._chunks)
             except ConnectionError as error:
-                self._lose(f"the connection to the server broke: {error.strerror}")
+                self._disconnect(f"the connection to the server broke: {error.strerror}")
                 raise
             count = len(self._chunks)
             anything = anything or count > 0
             self._take_in()
             if eof:
                 cut = " in the middle of a message" if self._framed[1].partial else ""
-                self._lose(f"the server ended the connection{cut}")
+                self._disconnect(f"the server ended the connection{cut}")
             if eof or count < _BATCH:
                 return anything, True
         return anything, False
 
     def _take_in(self) -> None:
-        """Hand chunks through framing and session to where their descriptors belong.
+        """Pass chunks through framing and session, and their descriptors to their owners.
 
-        Each step is one store, or does no harm if it is done again.
+        Each step is one store, or can be repeated: a signal handler may raise in between.
         """
         chunks = self._chunks
         while chunks:
@@ -283,7 +301,7 @@ class Client(Endpoint):
             if self._framed[0] is not chunk:
                 framer, messages = self._framed[1].after(*chunk)
                 self._framed = (chunk, framer, list(messages))
-            for message in self._framed[2]:  # one at most, since a chunk is not longer
+            for message in self._framed[2]:  # at most one: a chunk is not longer
                 self._session.again(message)
                 self._apply(message, self._session.receive(message))
             chunks.pop(0)
@@ -303,34 +321,34 @@ class Client(Endpoint):
                 self._session.refuse(event.peer)
                 raise
             if event.whole and self._session.state is SessionState.READY:
-                self._tell(PeerJoined, event.peer, PeerJoined(event.peer))
+                self._queue_event(PeerJoined, event.peer, PeerJoined(event.peer))
         elif isinstance(event, GotLeave):
             self._drop_peer(event.peer)
-            if self._unread[0] is not message:
-                self._unread = (message, (PeerJoined, event.peer) in self._queue)
-            if self._unread[1]:
+            if self._unread_join[0] is not message:
+                self._unread_join = (message, (PeerJoined, event.peer) in self._queue)
+            if self._unread_join[1]:
                 self._queue.pop((PeerJoined, event.peer), None)
                 if not self._queue:
                     self._set_queued(False)
-            # Who left during set-up was never there for who asks for events.
+            # A peer that left during the set-up was never announced to the program.
             elif event.whole and self._session.state is SessionState.READY:
-                self._tell(PeerLeft, event.peer, PeerLeft(event.peer))
+                self._queue_event(PeerLeft, event.peer, PeerLeft(event.peer))
 
-    def _tell(self, kind: type[Event], peer: int, event: Event) -> None:
+    def _queue_event(self, kind: type[Event], peer: int, event: Event) -> None:
         self._queue[kind, peer] = event
         self._set_queued(True)
 
-    def _lose(self, reason: str) -> None:
-        """The connection is over; what it brought stays."""
-        self._losing = reason  # so that an interrupted end is completed, and told once
-        self._tell(ServerLost, -1, ServerLost(reason))
-        self._unwatch()
+    def _disconnect(self, reason: str) -> None:
+        """End the connection; the memory and the doorbells stay."""
+        self._lost_reason = reason  # so that an interrupted call is completed, and tells it once
+        self._queue_event(Disconnected, -1, Disconnected(reason))
+        self._unwatch_news()
         self._hang_up()
-        self._losing = None
+        self._lost_reason = None
 
     def _hang_up(self) -> None:
         if os.getpid() == self._pid:
-            # Children that were forked for something else keep copies of the socket.
+            # Forked children may keep copies of the socket, so closing it alone ends nothing.
             with contextlib.suppress(OSError):  # closed, or the server did the same
                 self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -340,24 +358,24 @@ class Client(Endpoint):
         self._chunks.clear()
         self._framed = (None, Framer(), [])
 
-    def _next_news(self) -> Event | None:
-        if (self._chunks or self._losing is not None) and not self.closed:
-            self._news()  # a look was interrupted, which may have queued the event already
-        # Without the lock: a signal handler may be here, in the middle of _news. Each operation on
-        # the dictionary is whole by itself.
+    def _next_peer_event(self) -> Event | None:
+        if (self._chunks or self._lost_reason is not None) and not self.closed:
+            self._read_news()  # a signal interrupted it, perhaps after it had queued the event
+        # Without the lock: this may be a signal handler that interrupted _read_news. Each operation
+        # on the dictionary is whole by itself.
         while self._queue:
             with contextlib.suppress(RuntimeError, StopIteration, KeyError):
                 event = self._queue.pop(next(iter(self._queue)))
                 if not self._queue:
                     self._set_queued(False)
-                    if self._queue:  # something came in just then
+                    if self._queue:  # another thread queued an event in between
                         self._set_queued(True)
                 return event
         return None
 
-    def _missing(self, peer: int, vector: int) -> None:
-        """Somebody unknown is rung: perhaps the news of it are still in the socket."""
-        self._news()
+    def _look_for(self, peer: int, vector: int) -> None:
+        """A peer that is not known is rung: its announcement may still be in the socket."""
+        self._read_news()
         bells = self._bells(peer)
         if bells is None:
             others = ", ".join(map(str, self._session.peers)) or "nobody"
@@ -368,19 +386,19 @@ class Client(Endpoint):
     # -- the end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave: the server tells the others. May be called twice.
+        """Disconnect; the server tells the other peers. May be called twice, and by any thread.
 
         Raises:
-            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
-                another close() unmaps it. All else is closed.
+            BufferError: a view of the memory is alive. The memory stays mapped until the view is
+                released and close() is called again. Everything else is closed.
         """
-        if not vars(self):  # __init__ never ran
+        if not vars(self):  # `_begin` never ran
             super().close()
             return
-        # While another thread reads the socket, its number must not become another file's. In a
-        # forked child there is no such thread, which would give the lock back.
+        # While another thread reads the socket, its number must not become another file's. A forked
+        # child has no such thread, and the lock that it copied might never be released.
         with self._lock if os.getpid() == self._pid else contextlib.nullcontext():
-            self._unwatch()
+            self._unwatch_news()
             self._hang_up()
         super().close()
 

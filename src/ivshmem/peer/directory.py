@@ -248,30 +248,43 @@ class Directory(Uncopied):
             ]
         return sorted(found, key=lambda entry: (entry.name, not entry.alive, entry.id))
 
-    def lookup(self, name: str, timeout: float | None = 0) -> Entry:
-        """The entry of that name, if it stands in the table or appears within `timeout` seconds.
-
-        Args:
-            timeout: 0: look once; None: as long as it takes.
+    def lookup(self, name: str) -> Entry:
+        """Return the entry of that name. Never waits; `wait_for` does.
 
         Raises:
-            NoSuchName: it does not; the message has those that do.
-            ClosedError: the directory or the region is closed, perhaps while waiting.
+            NoSuchName: there is none; the message lists the names that are there.
+            ClosedError: the directory or the region is closed.
         """
-        return self._go_through(self._look_up(name, timeout))
+        entries = self.entries()
+        for entry in entries:
+            if entry.name == name:
+                return entry  # those that were seen at work come first
+        raise NoSuchName(f"no entry {name!r} in the directory (there: {_names(entries)})")
 
-    def _look_up(self, name: str, timeout: float | None) -> Generator[float, None, Entry]:
-        """What `lookup` does; yields how many seconds to pause."""
+    def wait_for(self, name: str, timeout: float | None = None) -> Entry:
+        """Return the entry of that name, as soon as it stands in the table.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: look once.
+
+        Raises:
+            TimeoutError: it did not come in time; the message lists the names that are there.
+            ClosedError: the directory or the region is closed, perhaps by another thread during
+                the call.
+        """
+        return self._go_through(self._wait_for(name, timeout))
+
+    def _wait_for(self, name: str, timeout: float | None) -> Generator[float, None, Entry]:
+        """What `wait_for` does; yields how many seconds to pause."""
         deadline = None if timeout is None else time.monotonic() + _limit(timeout)
         pause, longest = _LOOKS
         while True:
-            entries = self.entries()
-            for entry in entries:
-                if entry.name == name:
-                    return entry  # those seen at work come first
-            left = longest if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise NoSuchName(f"no entry {name!r} in the directory (there: {_names(entries)})")
+            try:
+                return self.lookup(name)
+            except NoSuchName as error:
+                left = longest if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"{error}; waited for {float(timeout or 0):g} s") from None
             yield min(pause, left)
             pause = min(pause * 2, longest)
 
@@ -290,7 +303,7 @@ class Directory(Uncopied):
         self,
         name: str,
         role: str = "",
-        vectors: range | None = None,
+        vector_range: range | None = None,
         *,
         id: SupportsIndex | None = None,  # noqa: A002 - what it is called everywhere else
         timeout: float | None = None,
@@ -307,26 +320,29 @@ class Directory(Uncopied):
         Args:
             name: printable text without a space at either end, 1 to 47 bytes of UTF-8.
             role: the same, 0 to 31 bytes.
-            vectors: those that this name listens on; None: all of the endpoint's.
+            vector_range: the vectors that this name listens on; None: all of the endpoint's.
             id: of the peer; None: the endpoint's.
-            timeout: seconds to wait at most until it is known who lives; 0: try once. None: two
-                leases, which is enough unless somebody does what only a hostile peer does.
+            timeout: seconds to wait at most until it is known who lives; 0: try once. None: as long
+                as it takes, which is two leases at most.
 
         Raises:
-            NameTaken: a living entry has the name; or one that may live, and the time is over.
-            DirectoryFull: every slot has an entry that lives, or may live, and the time is over.
+            NameTaken: a living entry has the name; or after two leases it is still not known
+                whether it lives, which only a hostile peer brings about.
+            DirectoryFull: the same of the entries in all slots.
+            TimeoutError: `timeout` is over, and it is not known yet whether the entry that has the
+                name, or those in all slots, live. Nothing is published then.
             RegionError: the region is mapped for reading only.
             ValueError: a name, role, range or id that is not allowed; or no id is known, since the
                 directory was opened on a region alone.
             ClosedError: the directory or the region is closed, perhaps while waiting.
         """
-        return self._go_through(self._publish(name, role, vectors, id, timeout))
+        return self._go_through(self._publish(name, role, vector_range, id, timeout))
 
     def _publish(
         self,
         name: str,
         role: str,
-        vectors: range | None,
+        vector_range: range | None,
         number: SupportsIndex | None,
         timeout: float | None,
     ) -> Generator[float, None, Publication]:
@@ -346,15 +362,18 @@ class Directory(Uncopied):
             )
         if not 0 <= peer <= MAX_ID:
             raise ValueError(f"id {peer}: allowed are 0 to {MAX_ID}")
-        if vectors is None:
-            vectors = range(offered)
-        elif offered and vectors.stop > offered:
-            raise ValueError(f"{vectors}: the endpoint has {counted(offered, 'vector')}")
-        publication = Publication._draft(self, peer, name, role, vectors, follows=number is None)
+        if vector_range is None:
+            vector_range = range(offered)
+        elif offered and vector_range.stop > offered:
+            raise ValueError(f"{vector_range}: the endpoint has {counted(offered, 'vector')}")
+        publication = Publication._draft(
+            self, peer, name, role, vector_range, follows=number is None
+        )
         # It is decided within the lease, unless this process is stopped for a while, or somebody
         # does what only a hostile peer does.
-        limit = 2 * self._lease
-        deadline = time.monotonic() + (limit if timeout is None else min(_limit(timeout), limit))
+        begun = time.monotonic()
+        last = begun + 2 * self._lease
+        deadline = last if timeout is None else min(begun + _limit(timeout), last)
         while True:
             connected = self._connected()
             with self._lock:
@@ -369,8 +388,13 @@ class Directory(Uncopied):
                         raise
                     return publication
             left = deadline - time.monotonic()
-            if refusal.final or left <= 0:
+            if refusal.final or (left <= 0 and deadline == last):
                 raise refusal.error
+            if left <= 0:
+                raise TimeoutError(
+                    f"{refusal.error}; after {float(timeout or 0):g} s it is not known yet whether"
+                    " that peer lives: give it more time"
+                ) from refusal.error
             # At random, so as not to stay in step with somebody who tries the same.
             yield min(os.urandom(1)[0] / 12800, left)
 
@@ -397,34 +421,34 @@ class Directory(Uncopied):
                 f"the directory is full, with {counted(self.slots, 'slot')}: make it with more"
             )
             return _Refusal(error, all(slot.alive for slot in table))
-        publication.number, publication.owner = slot.number, owner
+        publication._slot, publication._owner = slot.number, owner
         self._write(publication)
         # Two that enter the same name at the same time both write before they look: one sees the
         # other, or both do. The one that sees the other withdraws, so that a name never stands
         # there twice for good. Some processors look before they write, unless there is a fence.
         mapping.fence()
         for slot in self._look(connected):
-            if slot.number == publication.number:
+            if slot.number == publication._slot:
                 if slot.owner == owner:
                     continue
             elif slot.entry is None or slot.entry.name != publication.name or slot.alive is False:
                 continue
-            self._free(publication.number, owner)
-            publication.owner = 0
+            self._free(publication._slot, owner)
+            publication._owner = 0
             return _Refusal(_taken(publication.name, slot), False)
         return None
 
     def _own(self) -> set[tuple[int, int]]:
         """Slots that are ours, and what makes them so: anybody can copy a slot to another place."""
-        return {(publication.number, publication.owner) for publication in self._publications}
+        return {(publication._slot, publication._owner) for publication in self._publications}
 
     def _write(self, publication: Publication) -> None:
         """Fill a slot that is ours; others see it when the checksum is right."""
-        data = publication.data()
+        data = publication._data()
         for offset in range(16, SLOT_BYTES, 8):
             word = int.from_bytes(data[offset : offset + 8], "little")
-            self._word(publication.number, offset).store(word)
-        self._word(publication.number, BEAT_OFFSET).fetch_add(1)
+            self._word(publication._slot, offset).store(word)
+        self._word(publication._slot, BEAT_OFFSET).fetch_add(1)
 
     def _withdraw(self, publication: Publication) -> None:
         if os.getpid() != self._pid:
@@ -434,7 +458,7 @@ class Directory(Uncopied):
                 return
             self._publications.remove(publication)
             try:
-                self._free(publication.number, publication.owner)
+                self._free(publication._slot, publication._owner)
             except ClosedError:
                 return  # the region: the others will see that the beat has stopped
 
@@ -488,7 +512,7 @@ class Directory(Uncopied):
         else:
             alive = True if watch.moved else None
         if entry is not None:
-            entry = Entry(entry.id, entry.name, entry.role, entry.vectors, alive)
+            entry = Entry(entry.id, entry.name, entry.role, entry.vector_range, alive)
         return _Slot(number, owner, entry, alive)
 
     def _connected(self) -> frozenset[int] | None:
@@ -541,7 +565,7 @@ class Directory(Uncopied):
             if self._closed:
                 raise ClosedError("the directory is closed")
             for publication in self._publications:
-                if publication.follows and self._endpoint is not None:
+                if publication._follows_id and self._endpoint is not None:
                     try:
                         publication.id = self._endpoint.current_id()
                     except ClosedError:
@@ -568,17 +592,17 @@ class Directory(Uncopied):
             _log.warning("the directory of names: %s; trying again", self._trouble)
 
     def _keep_one(self, publication: Publication, connected: frozenset[int] | None) -> None:
-        owner = publication.owner
-        raw = copy_slot(self._region, self.start + publication.number * SLOT_BYTES)
+        owner = publication._owner
+        raw = copy_slot(self._region, self.start + publication._slot * SLOT_BYTES)
         if owner and int.from_bytes(raw[:8], "little") == owner:
-            if raw[16:] == publication.data()[16:]:
-                self._word(publication.number, BEAT_OFFSET).fetch_add(1)
+            if raw[16:] == publication._data()[16:]:
+                self._word(publication._slot, BEAT_OFFSET).fetch_add(1)
             else:
                 self._write(publication)  # somebody wrote over it, or the id is another now
             publication.lost = ""
             return
         # This machine was stopped for longer than the lease, or somebody wrote over the owner.
-        publication.owner = 0
+        publication._owner = 0
         refusal = self._enter(publication, connected, take_over=False)
         publication.lost = "" if refusal is None else str(refusal.error)
 
@@ -630,7 +654,7 @@ class Publication(Uncopied):
     """An entry of this process's own; made by `Directory.publish`. A context manager.
 
     Attributes:
-        id, name, role, vectors: as in Entry.
+        id, name, role, vector_range: as in Entry.
         lost: why it does not stand in the table at the moment, "" if it does. It comes back by
             itself when that is over.
     """
@@ -645,7 +669,7 @@ class Publication(Uncopied):
         peer: int,
         name: str,
         role: str,
-        vectors: range,
+        vector_range: range,
         *,
         follows: bool = False,
     ) -> Publication:
@@ -655,7 +679,7 @@ class Publication(Uncopied):
             ValueError: a name, a role or a range that is not allowed.
         """
         self = cls.__new__(cls)
-        self._begin(directory, peer, name, role, vectors, follows)
+        self._begin(directory, peer, name, role, vector_range, follows)
         return self
 
     def _begin(
@@ -664,26 +688,27 @@ class Publication(Uncopied):
         peer: int,
         name: str,
         role: str,
-        vectors: range,
+        vector_range: range,
         follows: bool,
     ) -> None:
         self.id = peer
-        self.follows = follows  # the endpoint's id, which can be another after a migration
+        self._follows_id = follows  # the endpoint's id, which can be another after a migration
         self.name = name
         self.role = role
-        self.vectors = vectors
+        self.vector_range = vector_range
         self.lost = ""
-        self.number = 0  # its slot, and
-        self.owner = 0  # what stands in there while the slot is ours; both are the directory's
+        self._slot = 0  # its number in the table, and
+        self._owner = 0  # the owner that is stored there while the slot is ours
         self._directory = directory
         check_text("name", name, 1, NAME_BYTES)
         check_text("role", role, 0, ROLE_BYTES)
-        if vectors.step != 1 or not 0 <= vectors.start <= vectors.stop <= MAX_VECTORS:
-            raise ValueError(f"{vectors}: vectors are a range within 0 to {MAX_VECTORS}")
+        first, end = vector_range.start, vector_range.stop
+        if vector_range.step != 1 or not 0 <= first <= end <= MAX_VECTORS:
+            raise ValueError(f"{vector_range}: vectors are a range within 0 to {MAX_VECTORS}")
 
-    def data(self) -> bytes:
+    def _data(self) -> bytes:
         """The slot's bytes, as far as they are not the beat."""
-        return pack(self.owner, self.id, self.name, self.role, self.vectors)
+        return pack(self._owner, self.id, self.name, self.role, self.vector_range)
 
     def withdraw(self) -> None:
         """Take it out of the table; may be called twice."""

@@ -2,8 +2,9 @@
 
 Knows: the interface and the life cycle. Does not know: where peers and memory come from.
 
-`ring` and `wait` are inherited from `_core.Doorbells` as they are: one call, and one system call at
-most while nothing has to be waited for.
+`ring` and `wait` are inherited from `_core.Doorbells` unchanged: one call each, and at most one
+system call while nothing has to be waited for. What the data path and the loop of events ask of
+each kind of endpoint is in `EndpointHooks`.
 """
 
 from __future__ import annotations
@@ -23,50 +24,123 @@ from ..system.uncopied import Uncopied
 
 @dataclass(frozen=True)
 class PeerJoined:
-    """A peer connected; every vector of it can be rung."""
+    """A peer connected; each of its vectors can be rung."""
 
     peer: int
 
 
 @dataclass(frozen=True)
 class PeerLeft:
-    """A peer is gone."""
+    """A peer disconnected, or ended."""
 
     peer: int
 
 
 @dataclass(frozen=True)
-class ServerLost:
-    """There will be no more news of peers; memory and doorbells of those known go on working."""
+class Disconnected:
+    """The server is gone: no more events tell of peers. Memory and doorbells continue to work."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class IdChanged:
-    """The virtual machine was migrated to where it has another id; `before` is nobody's any more.
+    """The virtual machine was migrated, and has another id now; no peer has the id `before`.
 
-    Until the others know the new one, nobody can ring this peer.
+    Until the other peers know the new id, none of them can ring this one.
     """
 
     before: int
     id: int
 
 
-Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost | IdChanged
+Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | Disconnected | IdChanged
 
 
-_LOOKS = 8  # at news that bring no event, when no time is left
-_MOST_NEWS = 2 << 16  # that can be there at once: a peer of each id left, and another one joined
+_LOOKS = 8  # at messages that bring no event, when no time is left
+# Events that can be there at once: for each id, its peer left and another one joined.
+_MOST_EVENTS = 2 << 16
+
+
+class EndpointHooks:
+    """What each kind of endpoint implements; called by `_core.Doorbells`, `Endpoint` and aio.
+
+    `Client` and the devices of `guest` override these. A hook may be called by any thread, and by
+    a signal handler that interrupted the same hook.
+    """
+
+    # Seconds between two calls of `_next_peer_event` where no descriptor tells of such events, as
+    # no device tells of a migration; None: a descriptor tells of all.
+    _poll_seconds: float | None = None
+
+    def _read_news(self) -> None:
+        """Take in what the descriptor given to `_watch_news` brought; never wait.
+
+        Called when that descriptor is readable; by a device that uses UIO, when a read says EIO.
+        What this raises ends the wait (DeviceGone). Events are queued for `_next_peer_event`.
+        """
+        raise NotImplementedError
+
+    def _look_for(self, peer: int, vector: int) -> None:
+        """Called when a vector is to be rung that is not known: look for it once more.
+
+        Returns if it may be known now; the caller then tries again.
+
+        Raises:
+            NoSuchPeer, NoSuchVector, NoInterrupts: it is not there.
+        """
+        raise NotImplementedError
+
+    def _check_can_wait(self) -> None:
+        """Called before a wait if there is no vector.
+
+        Raises:
+            NoInterrupts: there can never be one, so that the wait would never end.
+        """
+
+    def _next_peer_event(self) -> Event | None:
+        """Return the next event that was taken in, other than an interrupt; None: there is none."""
+        raise NotImplementedError
+
+
+class EventLimit:
+    """When an iteration over events ends.
+
+    Attributes:
+        left: seconds that the next event may take; None: without limit.
+    """
+
+    def __init__(self, timeout: float | None, vectors: int) -> None:
+        self.left = timeout
+        self._waits = timeout is not None and timeout > 0
+        self._deadline = time.monotonic() + timeout if timeout is not None else None
+        # The kernel reports ready descriptors in turn: so many looks have seen each of them once.
+        self._interrupts, self._others = vectors + 1, _MOST_EVENTS
+
+    def ends_after(self, event: Event) -> bool:
+        """Whether that event was the last one; to be called once for each event."""
+        if self._deadline is None:
+            return False  # without a limit
+        if self._waits:
+            self.left = self._deadline - time.monotonic()
+            return self.left <= 0
+        if isinstance(event, Interrupt):
+            self._interrupts -= 1
+        else:
+            self._others -= 1
+        return not self._interrupts or not self._others
+
 
 _E = TypeVar("_E", bound="Endpoint")  # typing.Self comes with Python 3.11
 
 
-class Endpoint(Uncopied, _core.Doorbells):
+class Endpoint(Uncopied, EndpointHooks, _core.Doorbells):
     """One participant: an id, a shared region, doorbells to ring and vectors to listen on.
 
-    Calls may come from several threads. `close()` ends waiting calls of other threads with
-    ClosedError. A forked child may close its copy and do nothing else with it.
+    Made by `ivshmem.connect` and `guest.open`. A context manager, and an iterator over events.
+
+    Calls may come from several threads and from signal handlers. `close()` ends waiting calls of
+    other threads with ClosedError. A forked child may close its copy and do nothing else with it.
 
     Attributes:
         id: this peer's own id, 0..65535.
@@ -81,59 +155,65 @@ class Endpoint(Uncopied, _core.Doorbells):
             raise TypeError("an Endpoint is made by ivshmem.connect or ivshmem.guest.open")
         return super().__new__(cls)
 
-    # Seconds between two looks for news that no descriptor tells of; None: there are none.
-    _every: float | None = None
-
     def current_id(self) -> int:
-        """The id that this peer has now: `id` may not have heard of a migration yet."""
+        """Return the id that this peer has now; `id` changes only when IdChanged is taken.
+
+        Raises:
+            ClosedError, DeviceGone: a device is closed, or was unplugged.
+        """
         return self.id
 
-    def _next_news(self) -> Event | None:
-        """The next event other than an interrupt that has been received already."""
-        raise NotImplementedError
-
     def events(self, timeout: float | None = None) -> Iterator[Event]:
-        """Yield what happens: interrupts, peers that join and leave, a server that is lost, an id
-        that is another after a migration.
+        """Yield interrupts, and peers that join or leave, a lost server and a changed id.
 
-        Ends when `timeout` seconds are over, however much still comes (None: never; 0: after what
-        is there now), or when the endpoint is closed. What it did not get to is there for the next
-        call. A peer that came and went between two looks is not mentioned.
-        In an event loop of your own: when `fileno()` is readable, take `events(timeout=0)`.
+        It ends when the endpoint is closed. In an event loop of your own: when `fileno()` is
+        readable, take `events(timeout=0)`. A peer that joined and left between two looks is not
+        mentioned.
+
+        Args:
+            timeout: seconds after which it ends, however much still comes; None: never; 0: after
+                what is there now. What it did not get to is there for the next call.
+
+        Raises:
+            DeviceGone: the device was unplugged.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        left = timeout
-        # The kernel tells of what is ready by turns: so many looks have seen all of it once.
-        interrupts, news = self.vectors + 1, _MOST_NEWS
-        while not self.closed:
-            event = self.next_event(left)
-            if event is None:
-                return
+        limit = EventLimit(timeout, self.vectors)
+        while not self.closed and (event := self.next_event(limit.left)) is not None:
             yield event
-            if deadline is None:
-                continue
-            if timeout is not None and timeout > 0:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-            elif isinstance(event, Interrupt):
-                interrupts -= 1
-            else:
-                news -= 1
-            if not interrupts or not news:
+            if timeout is not None and limit.ends_after(event):
                 return
+
+    def peer_events(self) -> list[Event]:
+        """Return the events that are there now, except interrupts. Never waits.
+
+        `events` does not yield them again.
+
+        Raises:
+            ClosedError, DeviceGone: a device is closed, or was unplugged.
+        """
+        return list(iter(self._next_peer_event, None))
 
     def next_event(self, timeout: float | None = None) -> Event | None:
-        """The next of `events`; None when nothing happens for `timeout` seconds, or if closed."""
+        """Return the next of `events`.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+
+        Returns:
+            The event; None if nothing happened in time, or the endpoint is closed.
+
+        Raises:
+            DeviceGone: the device was unplugged.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         looks = 0
         while not self.closed:
-            if (event := self._next_news()) is not None:
+            if (event := self._next_peer_event()) is not None:
                 return event
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             wait = left
-            if self._every is not None:
-                wait = self._every if left is None else min(left, self._every)
+            if self._poll_seconds is not None:
+                wait = self._poll_seconds if left is None else min(left, self._poll_seconds)
             try:
                 found = self._wait_event(wait)
             except ClosedError:
@@ -142,7 +222,7 @@ class Endpoint(Uncopied, _core.Doorbells):
                 continue
             if found is not True:
                 return found
-            # News without an event; a server that sends nothing else does not defeat the limit.
+            # Messages without an event: a server that sends only these cannot defeat the limit.
             if left == 0 and (looks := looks + 1) == _LOOKS:
                 break
         return None
@@ -151,14 +231,14 @@ class Endpoint(Uncopied, _core.Doorbells):
         return self.events()
 
     def close(self) -> None:
-        """Let go of the doorbells and the memory; may be called twice.
+        """Close the doorbells and the memory. May be called twice, and by any thread.
 
         Raises:
-            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
-                another close() unmaps it. All else is closed.
+            BufferError: a view of the memory is alive. The memory stays mapped until the view is
+                released and close() is called again. Everything else is closed.
         """
         super().close()
-        region = getattr(self, "region", None)  # a constructor that failed did not come to it
+        region = getattr(self, "region", None)  # a constructor that failed did not set it
         if region is not None:
             region.close()
 
@@ -169,7 +249,7 @@ class Endpoint(Uncopied, _core.Doorbells):
         self.close()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
-        # Without a region, the constructor has failed, and closed whatever it had made.
+        # Without a region, the constructor has failed, and has closed what it had made.
         if getattr(self, "region", None) is not None and not self.closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             self.close()

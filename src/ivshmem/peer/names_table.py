@@ -37,7 +37,7 @@ class Entry:
     Attributes:
         id: the peer to ring, 0..65535. Several processes of a guest have the same.
         name, role: printable text; the role may be empty.
-        vectors: those that this name listens on.
+        vector_range: the numbers of the vectors that this name listens on.
         alive: True: it was seen at work within the last seconds. None: it was not watched long
             enough to tell. (Those who are known to be dead are not listed.)
     """
@@ -45,7 +45,7 @@ class Entry:
     id: int
     name: str
     role: str
-    vectors: range
+    vector_range: range
     alive: bool | None
 
 

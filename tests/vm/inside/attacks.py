@@ -81,7 +81,7 @@ def replace(path: Path) -> None:
 
 def load(path: Path) -> None:
     with Region.create(SIZE) as region:
-        ivshmem.load(path, region)
+        ivshmem.load(region, path)
 
 
 def served(**config: object) -> None:
@@ -93,7 +93,7 @@ def served(**config: object) -> None:
 USES: dict[str, Callable[[Path], object]] = {
     "attach": lambda path: Region.attach(path=path).close(),
     "read": lambda path: Region.attach(path=path, readonly=True).close(),
-    "open": lambda path: Region.open(SIZE, path=path)[0].close(),
+    "open": lambda path: Region.open(SIZE, path=path).close(),
     "serve": lambda path: served(file=str(path), size=SIZE),
     "pid file": with_pid_file,
     "load": load,
@@ -102,7 +102,7 @@ USES: dict[str, Callable[[Path], object]] = {
 }
 NAME_USES: dict[str, Callable[[str], object]] = {
     "attach": lambda name: Region.attach(name=name).close(),
-    "open": lambda name: Region.open(SIZE, name=name)[0].close(),
+    "open": lambda name: Region.open(SIZE, name=name).close(),
     "serve": lambda name: served(name=name),
     "grow": lambda name: served(name=name, size=4 * SIZE, existing="grow"),
     "require": lambda name: served(name=name, existing="require"),
