@@ -32,6 +32,7 @@ from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.migration import group_file
 from ivshmem.server import records
 from ivshmem.service import config_file, control_client, metrics
+from ivshmem.service import control as service_control
 
 IDS = [name_of(page) for page in PAGES]
 PUBLIC = ("aio", "guest", "migration", "config", "control")
@@ -279,6 +280,9 @@ def test_every_request_is_listed() -> None:
     page = (HOME / "docs/reference/control-protocol.md").read_text()
     for word in control_client.REPLIES:
         assert f'"do": "{word}"' in page
+    explained = (service_control.__doc__ or "").partition("CODE}:")[2].partition("Whoever")[0]
+    codes = re.findall(r"^    ([a-z-]+)  ", explained, re.M)
+    assert re.findall(r"^\| `([a-z-]+)` \|", page[: page.index("## Fields")], re.M) == codes
     assert control.default_path("/x") == "/x.control"
 
 
