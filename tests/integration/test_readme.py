@@ -35,7 +35,7 @@ from ivshmem.service import config_file, control_client, metrics
 from ivshmem.service import control as service_control
 
 IDS = [name_of(page) for page in PAGES]
-PUBLIC = ("aio", "guest", "migration", "config", "control")
+PUBLIC = ("aio", "guest", "testing", "migration", "config", "control")
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 # A guest's device has the interface of a client, so a client stands for it here.
@@ -106,11 +106,15 @@ def test_python(page: Path, socket_path: str, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "python")):
         path = f"{socket_path}{number}"
         program = PRELUDE.format(path=path) + placed(block, path, tmp_path)
+        if "pytest_plugins" in block:
+            (tmp_path / "test_example.py").write_text(block)
+            program = "import pytest, sys; sys.exit(pytest.main(['-q', sys.argv[1]]))"
         if 'publish("sensor"' in program:
             program = program.replace('"sensor"', '"another"')
         with a_server(path):
             result = subprocess.run(
-                [sys.executable, "-W", "error", "-c", program],
+                [sys.executable, "-W", "error", "-c", program, tmp_path / "test_example.py"],
+                cwd=tmp_path,
                 capture_output=True,
                 text=True,
                 timeout=60,
