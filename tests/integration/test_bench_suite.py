@@ -110,9 +110,7 @@ def test_an_end_that_dies_in_the_middle() -> None:
 
 def test_an_end_that_is_killed() -> None:
     with Pair(shell("echo ready; read line; kill -9 $$"), WAITS, cores_for("free")) as pair:
-        with pytest.raises(
-            WorkerFailed, match="the ping end was ended by signal 9: it said nothing"
-        ):
+        with pytest.raises(WorkerFailed, match="the ping end was ended by signal 9: no message"):
             pair.trips(5)
 
 
@@ -126,7 +124,7 @@ def test_an_end_that_does_not_start() -> None:
 def test_an_end_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     with Pair(WAITS, WAITS, cores_for("free")) as pair:
         monkeypatch.setattr(roundtrip, "PATIENCE", 0.01)
-        with pytest.raises(WorkerFailed, match="nothing came from either end for"):
+        with pytest.raises(WorkerFailed, match="no result from either end for"):
             pair.trips(5)
 
 
@@ -151,7 +149,7 @@ def test_a_way_that_fails_is_left_out(capsys: pytest.CaptureFixture[str]) -> Non
     assert list(measured) == ["os.eventfd"]
     assert [len(each.durations) for each in measured["os.eventfd"]] == [50, 50]
     assert suite.failures == [
-        "absent (free): the echo end ended with exit status 1: it said nothing",
+        "absent (free): the echo end ended with exit status 1: no message",
         "bad (free): the echo end ended with exit status 1: broken",
     ]
     assert capsys.readouterr().err.count("left out: ") == 2

@@ -170,7 +170,7 @@ class TestHere:
         out, errors = run("--seconds", "0.2", "--quiet")
         assert errors == ""
         shown_well(out)
-        assert "round trip, two cores\n  not here: two cores are needed" in out
+        assert "round trip, two cores\n  not measured: two cores are needed" in out
 
     @pytest.mark.nightly
     def test_a_terminal(self) -> None:
@@ -236,15 +236,15 @@ class TestWrongUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--rounds", "3"], "for --echo"),
-            (["--peer", "0", "--spin"], "for --echo"),
-            (["-S", "x"], "say which end this is"),
-            (["--vector", "0"], "say which end this is"),
+            (["--rounds", "3"], "need --echo"),
+            (["--peer", "0", "--spin"], "need --echo"),
+            (["-S", "x"], "give --peer PEER to measure, or --echo"),
+            (["--vector", "0"], "give --peer PEER to measure, or --echo"),
             (["--peer", "0", "--echo"], "not allowed with"),
             (["--echo", "-S", "x", "-a", "y"], "not allowed with"),
-            (["--seconds", "0"], "is no time"),
-            (["--seconds", "nan"], "is no time"),
-            (["--echo", "--rounds", "0"], "is no number of rounds"),
+            (["--seconds", "0"], "not a time"),
+            (["--seconds", "nan"], "not a time"),
+            (["--echo", "--rounds", "0"], "not a number of rounds"),
             (["--echo", "--vector", "2048"], "0 to 2047"),
         ],
     )
@@ -358,7 +358,7 @@ class TestPeers:
             thread = threading.Thread(target=lambda: other.echo(end.id, rounds=100))
             thread.start()
             remote.knock(end, other.id, 0, PATIENCE, lambda: None)
-            with pytest.raises(NoAnswer, match=r"fell silent after \d+ round trips"):
+            with pytest.raises(NoAnswer, match=r"stopped answering after \d+ round trips"):
                 list(remote.round_trips(end, other.id, 0, 30))
             thread.join()
         assert signal.getsignal(signal.SIGALRM) is handler
@@ -393,11 +393,11 @@ class TestPeers:
         with ivshmem.connect(path, timeout=PATIENCE):
             # The first one, whose id is known.
             said = one_error_line(end, "1", "-S", path, "-q")
-            assert said == "ivshmem: peer 1 is this end itself\n"
+            assert said == "ivshmem: peer 1 is this end itself: give the id of the other end\n"
             said = one_error_line(end, "7", "-S", path, "-q")
             assert said == "ivshmem: peer 7 is not connected (connected: 0)\n"
             said = one_error_line(end, "abc", "-S", path, "-q")
-            assert "'abc' is no peer: give a number" in said
+            assert "not a peer: 'abc' (give a number" in said
 
     @pytest.mark.parametrize("end", ["--peer", "--echo"])
     def test_no_such_vector(self, server: MakeServer, end: str) -> None:
@@ -474,7 +474,7 @@ class TestEcho:
             echo.expect("this is peer 2, waiting for a peer: ")
             status, out, errors = echo.end()
         assert (status, out) == (1, "")
-        assert errors == "ivshmem: nobody rang vector 0 for 0.1 seconds\n"
+        assert errors == "ivshmem: no ring on vector 0 for 0.1 seconds\n"
 
     def test_the_peer_that_was_named_leaves(self, server: MakeServer) -> None:
         path = server().path

@@ -306,7 +306,7 @@ def test_what_would_be_served(file: Path) -> None:
         f"  db   64M  posix never-made  4 vectors  {file.parent}/db "
         "  mode 0660, group root, allow gid:0 root, peers per uid 3\n"
         f"  log  4M   anonymous         1 vector   {file.parent}/log"
-        "  whoever may open the socket\n"
+        "  every user who may open the socket\n"
         f"  control socket: {file.parent}/control\n"
         "  metrics: 9400\n"
     )
@@ -327,11 +327,11 @@ def test_options_of_a_region_belong_into_the_file(
     file: Path, options: list[str], names: str
 ) -> None:
     said = refusal("serve", "--config", str(file), *options)
-    assert said == f"{names}: with --config, the file says that of each region"
+    assert said == f"{names}: not allowed with --config: set this for each region in the file"
 
 
 def test_check_needs_a_file() -> None:
-    assert refusal("serve", "--check").startswith("--check says what is wrong in a file: give")
+    assert refusal("serve", "--check").startswith("--check needs --config FILE")
 
 
 def test_options_of_the_service_go_before_the_file(serve: Serve, file: Path) -> None:
@@ -398,9 +398,12 @@ def test_arguments_of_all_regions(file: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--region", "c"], "no region c: there are a, b"),
-        (["--vectors", "2"], "--vectors and --size: with --config, the file says that"),
-        (["--master"], "a guest can be master of one region: give --region NAME, too"),
+        (["--region", "c"], "no region c: the file has a, b"),
+        (
+            ["--vectors", "2"],
+            "--vectors and --size are not allowed with --config: set them in the file",
+        ),
+        (["--master"], "--master is for one region of a guest: choose one with --region NAME"),
     ],
 )
 def test_arguments_that_cannot_be(file: Path, options: list[str], message: str) -> None:
@@ -408,7 +411,7 @@ def test_arguments_that_cannot_be(file: Path, options: list[str], message: str) 
 
 
 def test_a_region_is_of_a_file() -> None:
-    assert refusal("qemu", "--region", "a") == "--region is one of a file: give --config FILE, too"
+    assert refusal("qemu", "--region", "a") == "--region needs --config FILE"
 
 
 # -- successors -----------------------------------------------------------------------------------

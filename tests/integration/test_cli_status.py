@@ -108,7 +108,7 @@ class TestStatus:
             client.ring(0, 1)
             for _ in range(2):
                 (row,) = run("status", "--control", f"{socket_path}.control").splitlines()[5:]
-                assert re.fullmatch(rf" +0 +{os.getpid()} +\d+ .* told all +1:2", row)
+                assert re.fullmatch(rf" +0 +{os.getpid()} +\d+ .* up to date +1:2", row)
             assert client.wait(1, timeout=0) == 2
 
     def test_a_stalled_peer_is_stalled_since(self, served: Child, socket_path: str) -> None:
@@ -125,7 +125,7 @@ class TestStatus:
             clock = time.strftime("%H:%M:%S", time.localtime(until(stalled)))
             others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
             row = run("status", "-S", socket_path).splitlines()[5]
-            assert re.search(rf"^ +0 .* stalled since {clock} \(\d+ s\), \d+ to be told +-$", row)
+            assert re.search(rf"^ +0 .* stalled since {clock} \(\d+ s\), \d+ unsent +-$", row)
 
     def test_json(self, served: Child, socket_path: str) -> None:
         with ivshmem.connect(socket_path, timeout=PATIENCE):
@@ -189,8 +189,8 @@ class TestNoControlSocket:
             listener.bind(socket_path)
             listener.listen()
             assert run("status", "-S", socket_path, status=1) == (
-                f"ivshmem: {socket_path}: the server there has no control socket: it is of another"
-                " kind (as QEMU's example), or has it elsewhere: give --control PATH"
+                f"ivshmem: {socket_path}: this server has no control socket there. If it has one"
+                " elsewhere, give --control PATH; QEMU's example server has none"
             )
             listener.setblocking(False)
             with pytest.raises(BlockingIOError):
@@ -318,7 +318,7 @@ class TestTop:
         with Terminal("-S", socket_path, "-i", "0.1") as top:
             top.expect("0 peers")
             with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
-                top.expect(rf"1 peer; in a second [0-9.]+ joins.*{os.getpid()}")
+                top.expect(rf"1 peer; per second: [0-9.]+ joins.*{os.getpid()}")
                 client.ring(0, 0)
                 top.expect("0:1")
                 assert client.wait(0, timeout=0) == 1
@@ -376,7 +376,10 @@ class TestTop:
 
     def test_it_wants_a_terminal(self, served: Child, socket_path: str) -> None:
         line = run("top", "-S", socket_path, status=1)
-        assert line == "ivshmem: this needs a terminal: `ivshmem status` prints the same once"
+        assert line == (
+            "ivshmem: standard input and output are not a terminal: `ivshmem status` prints the"
+            " same once"
+        )
 
     @pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf", "3601"])
     def test_intervals(self, seconds: str) -> None:

@@ -558,4 +558,7 @@ def test_the_file_is_wrong_when_the_parent_is_killed(
     settle(peers)
     until(lambda: '"takeover"' in serving.log.read_text())
     lines = [json.loads(line) for line in serving.log.read_text().splitlines()]
-    assert any(line["text"].startswith(f"all stays as it was: {file}") for line in lines)
+    assert any(
+        line["text"].startswith(f"the configuration is not applied, all stays as it was: {file}")
+        for line in lines
+    )

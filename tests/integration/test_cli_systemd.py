@@ -55,12 +55,12 @@ def test_a_user_s_own(tmp_path: Path) -> None:
 def test_twice_is_as_once_and_another_s_file_stays(tmp_path: Path) -> None:
     install("--user", "--directory", str(tmp_path))
     again = install("--user", "--directory", str(tmp_path))
-    assert again.stdout.splitlines() == [f"{tmp_path / name} is as it should be" for name in UNITS]
+    assert again.stdout.splitlines() == [f"{tmp_path / name} is up to date" for name in UNITS]
     mine = tmp_path / "ivshmem@.socket"
     mine.write_text("mine")
     (tmp_path / "ivshmem.service").unlink()
     said = install("--user", "--directory", str(tmp_path), status=1).stderr
-    assert said.startswith(f"ivshmem: {mine} is there already, and different")
+    assert said.startswith(f"ivshmem: {mine} exists and is different")
     assert "--force" in said
     assert mine.read_text() == "mine"
     assert not (tmp_path / "ivshmem.service").exists()  # all or nothing

@@ -215,7 +215,7 @@ class TestProgram:
         check = here.failure()
         assert (check.name, check.found) == ("QEMU", f"no program {here.qemu}")
         assert check.fix.endswith("apt-get install qemu-system-x86")
-        assert here.examine()["QEMU's ivshmem"].found == "rests on what failed: QEMU"
+        assert here.examine()["QEMU's ivshmem"].found == "needs a check that failed: QEMU"
 
     def test_qemu_of_another_kind(self, here: Host, served: ivshmem.Server) -> None:
         here.qemu = here.directory / "qemu-system-aarch64"
@@ -275,12 +275,12 @@ class TestServer:
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(here.socket)
         check = here.fix("socket")
-        assert check.found == f"{here.socket} is stale: nobody listens"
+        assert check.found == f"{here.socket} is stale: no server listens there"
 
     def test_no_socket(self, here: Host) -> None:
         Path(here.socket).write_text("precious")
         check = here.examine()["socket"]
-        assert check.found == f"{here.socket} is not a socket: nobody can listen there"
+        assert check.found == f"{here.socket} is not a socket: no server can listen there"
         here.run(check.fix)
         assert Path(here.socket).read_text() == "precious"
         here.socket += ".2"
@@ -340,7 +340,7 @@ class TestServer:
             checks = here.examine()  # it runs in a Python, so it might have been ours
             assert failures(checks) == []
             assert checks["server"].state == "warning"
-            assert "it does not answer, so this cannot know" in checks["server"].found
+            assert "no answer, so this may not be an ivshmem server" in checks["server"].found
             assert checks["open files"].state == "skipped"
             listener.accept()[0].close()
         os.unlink(here.socket)
@@ -367,7 +367,7 @@ class TestServer:
             check = here.examine()["server"]
             assert check.state == "warning"
             assert check.found.startswith(f"pid {other.pid} ({program}")
-            assert "of another make, which was not asked" in check.found
+            assert "another server program, which was not asked" in check.found
             assert other.communicate("\n", timeout=TIMEOUT)[0] == "True\n"
 
 
@@ -380,7 +380,7 @@ class TestPermission:
         assert failures(checks) == ["socket permission"]
         check = checks["socket permission"]
         assert check.found == f"nobody may not: {here.socket} (srwx------ root:root)"
-        assert checks["server"].found == "rests on what failed: socket permission"
+        assert checks["server"].found == "needs a check that failed: socket permission"
         if not here.grant(from_root(check.fix)):
             return
         checks = run_as_nobody(*arguments)
@@ -391,7 +391,7 @@ class TestPermission:
         with socket.socket(socket.AF_UNIX) as control:
             control.bind(f"{here.socket}.control")  # as ours have, and others have not
             checks = run_as_nobody(*arguments)
-        assert checks["server"].found.startswith("a process that is not to be seen from here: 1M")
+        assert checks["server"].found.startswith("a process that cannot be seen from here: 1M")
 
     def test_of_a_directory_on_the_way(self, here: Host, served: ivshmem.Server) -> None:
         here.directory.chmod(0o700)
@@ -420,7 +420,7 @@ class TestPermission:
         assert failures(checks) == []
         check = checks["socket permission"]
         assert check.state == "warning"
-        assert check.found.startswith("root may; nobody, as whom libvirt runs QEMU, may not: ")
+        assert check.found.startswith("root may; nobody, the user of libvirt's QEMUs, may not: ")
         assert "--group kvm --mode 0660" in check.found
         assert "o+" not in check.fix
         if here.grant(check.fix):
@@ -454,13 +454,13 @@ class TestPermission:
         result = subprocess.run(words, capture_output=True, text=True, check=False)
         assert result.returncode == 1
         assert result.stderr == (
-            "ivshmem: only root can tell what root may: run as root, or as root\n"
+            "ivshmem: only root can check the permissions of root: run this as root, or as root\n"
         )
 
     def test_no_such_user(self, here: Host, served: ivshmem.Server) -> None:
         words = [*IVSHMEM, "doctor", "--user", "no-such-user", "-S", here.socket]
         result = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert (result.returncode, result.stderr) == (1, "ivshmem: there is no user no-such-user\n")
+        assert (result.returncode, result.stderr) == (1, "ivshmem: no such user: no-such-user\n")
 
 
 class TestMemory:
@@ -512,7 +512,7 @@ class TestMemory:
     def test_more_than_the_machine_has(self, here: Host) -> None:
         checks = here.examine(size="1P")
         assert failures(checks) == ["socket", "space"]
-        assert checks["space"].found == "1P do not fit into this machine's memory"
+        assert checks["space"].found == "1P does not fit into this machine's memory"
         here.run(checks["space"].fix)
         assert failures(here.examine()) == []
 
@@ -540,7 +540,7 @@ class TestMemory:
         wishes = {"socket": None, "path": str(here.directory / "memory"), "size": "1P"}
         check = here.failure(**wishes)
         assert check.name == "space"
-        assert check.found.endswith("free on /mnt; there may be room in /dev/shm")
+        assert check.found.endswith("free on /mnt; /dev/shm may have space")
         assert "--size 1P --name memory" in check.fix
 
 
@@ -572,7 +572,7 @@ class TestHugePages:
                 ):
                     checks = here.examine(**wishes)
                     assert failures(checks) == []
-                    assert checks["huge pages"].found == "taken when the memory was made"
+                    assert checks["huge pages"].found == "allocated when the memory was created"
             finally:
                 knob.write_text(str(before))
 
@@ -616,7 +616,7 @@ class TestLimits:
             checks = read(shell(f"{limit}; {command}"))
             assert failures(checks) == ["open files"]
             check = checks["open files"]
-            assert check.found == "QEMU opens 164 with 1 peer of 64 vectors, 150 are allowed"
+            assert check.found == "QEMU opens 164 with 1 peer of 64 vectors, and 150 are allowed"
             assert failures(read(shell(f"{limit}; {check.fix}; {command}"))) == []
 
     @needs_root
@@ -655,7 +655,7 @@ class TestConfinement:
         profiles.write_text("libvirt-a1b2 (enforce)\nvirt-aa-helper (enforce)\n")
         check = here.examine()["confinement"]
         assert check.state == "warning"
-        assert f"AppArmor keeps QEMUs of libvirt's from {here.socket}, unless" in check.found
+        assert f"AppArmor keeps libvirt's QEMUs from {here.socket}, unless" in check.found
 
 
 class TestKernelParameter:
@@ -703,13 +703,13 @@ class TestCommandLine:
         fixes = [line for line in lines if "  fix: " in line]
         assert len(fixes) == 1
         assert lines[lines.index(fixes[0]) - 1].startswith("  FAIL  socket ")
-        assert "  skip  server               rests on what failed: socket" in lines
+        assert "  skip  server               needs a check that failed: socket" in lines
         here.run(fixes[0].partition("fix: ")[2])
         result = self.run(here, "-S", here.socket)
         assert result.returncode == 0
         verdict = result.stdout.splitlines()[-1]
         if "  warn  " in result.stdout:
-            assert verdict.startswith("nothing failed, 1 warning, ")
+            assert verdict.startswith("no check failed, 1 warning, ")
         else:
             assert verdict.startswith("all is well, ")
         assert verdict.endswith(f", {result.stdout.count('  skip  ')} not checked")

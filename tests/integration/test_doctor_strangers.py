@@ -24,14 +24,14 @@ def looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
 
 
 SAYS: dict[str, tuple[bytes, str, str]] = {
-    "nothing": (b"", "warning", "it does not answer, so this cannot know whether"),
+    "nothing": (b"", "warning", "no answer, so this may not be an ivshmem server"),
     "the greeting of a server of another make": (bytes(8), "warning", "which cannot be asked"),
-    "QMP": (b'{"QMP": {"version": {}}}\r\n', "failed", 'it says {"QMP": {"version": {}}}'),
-    "SSH": (b"SSH-2.0-x\x1b[2J\r\n", "failed", r"it says SSH-2.0-x\x1b[2J\r\n"),
-    "numbers without end": (b"{" + b'"a":' * 4000, "failed", "not a server of ivshmem"),
-    "deep nesting": (b'{"a":' + b"[" * 3000, "failed", "not a server of ivshmem"),
-    "a wrong answer": (b'{"protocol": 0, "size": -1}', "failed", "not a server of ivshmem"),
-    "no JSON": (b"{{{{", "failed", "not a server of ivshmem"),
+    "QMP": (b'{"QMP": {"version": {}}}\r\n', "failed", 'it answers {"QMP": {"version": {}}}'),
+    "SSH": (b"SSH-2.0-x\x1b[2J\r\n", "failed", r"it answers SSH-2.0-x\x1b[2J\r\n"),
+    "numbers without end": (b"{" + b'"a":' * 4000, "failed", "not an ivshmem server"),
+    "deep nesting": (b'{"a":' + b"[" * 3000, "failed", "not an ivshmem server"),
+    "a wrong answer": (b'{"protocol": 0, "size": -1}', "failed", "not an ivshmem server"),
+    "no JSON": (b"{{{{", "failed", "not an ivshmem server"),
 }
 
 

@@ -376,7 +376,7 @@ def test_children_that_are_killed_again_and_again_while_they_start(
     assert parent == life.process.pid
     assert life.process.wait(PATIENCE) == 1
     log = life.log.read_text()
-    assert "died of SIGKILL, and so did 2 before it, while they started" in log
+    assert "died of SIGKILL, as did 2 before it, during the start" in log
     assert "Traceback" not in log
     assert not os.path.lexists(life.path)
 

@@ -307,14 +307,14 @@ def test_by_hand(served: Served) -> None:
     with joined(served) as peer:
         done = ivshmem_cli("hold", "0", "-S", path, "--seconds", "1000")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == "peer 0 is sent no news for 1000 seconds\n"
+        assert done.stdout == "messages to peer 0 are held back for 1000 seconds\n"
         with joined(served) as other:
             assert not peer.readable(0)
             shown = ivshmem_cli("status", "-S", path).stdout
             assert re.search(r"held for 16 min \d\d s", shown)
-            assert f"{VECTORS} to be told" in shown
+            assert f"{VECTORS} unsent" in shown
             done = ivshmem_cli("release", "0", "-S", path)
-            assert (done.returncode, done.stdout) == (0, "peer 0 is sent news again\n")
+            assert (done.returncode, done.stdout) == (0, "messages to peer 0 are sent again\n")
             peer.take_until(lambda: peer.counts.get(other.id) == VECTORS)
         done = ivshmem_cli("release", "0", "-S", path)
         assert (done.returncode, done.stdout) == (0, "peer 0 was not held\n")

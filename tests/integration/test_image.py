@@ -399,7 +399,7 @@ def test_commands_and_a_file(file: Path, tmp_path: Path) -> None:
         assert said.startswith(f"ivshmem: {file} is damaged at byte ")
         assert len(said.splitlines()) == 1
     assert "no such file" in run("save", file, "--file", tmp_path / "none", status=1).stderr
-    assert "cannot be a pipe" in run("save", Path("-"), "--file", memory, status=2).stderr
+    assert "a pipe cannot be replaced" in run("save", Path("-"), "--file", memory, status=2).stderr
 
 
 def test_what_a_file_says_of_itself_is_no_command_to_a_terminal(file: Path) -> None:

@@ -375,9 +375,9 @@ def test_the_manager_is_busy(
     ("options", "reason"),
     [
         (["--fd-store"], "NOTIFY_SOCKET is not set"),
-        (["--fd-store", "--supervise"], "--fd-store and --supervise"),
-        (["--fd-store", "--takeover"], "--fd-store and --takeover"),
-        (["--fd-store", "--daemon"], "--fd-store and --daemon"),
+        (["--fd-store", "--supervise"], "--fd-store is not allowed with --supervise"),
+        (["--fd-store", "--takeover"], "--fd-store is not allowed with --takeover"),
+        (["--fd-store", "--daemon"], "--fd-store is not allowed with --daemon"),
     ],
 )
 def test_what_cannot_be(region: list[str], options: list[str], reason: str) -> None:

@@ -128,19 +128,22 @@ def test_a_name_that_is_lost_while_it_is_served(how: str, directory: Path, shm_n
         (SHM / shm_name).unlink()
         if how == "replaced":
             (SHM / shm_name).write_bytes(bytes(4 * MIB))
-        text = {"removed": "its name is gone", "replaced": "its name leads to another file"}[how]
+        text = {
+            "removed": "its name was removed",
+            "replaced": "its name now belongs to another file",
+        }[how]
         assert text in run("status", "-S", path).stdout
         (shown,) = json.loads(run("status", "-S", path, "--json").stdout)["regions"]
         assert shown["memory_leads_to"] == {"removed": "nothing", "replaced": "another"}[how]
         said = run("doctor", "--host", "-S", path, status=1).stdout
-        assert "shares nothing with its peers" in said
+        assert "shares nothing with the server's peers" in said
         said = run("doctor", "--host", "-S", path, "-M", shm_name, status=1).stdout
         assert "shares nothing with" in said
         if how == "removed":
             with serving("-S", directory / "second", "-M", shm_name) as second:
                 second.terminate()
                 _, log = second.communicate(timeout=PATIENCE)
-            assert f"/dev/shm/{shm_name} was made anew: process {server.pid} still shares" in log
+            assert f"/dev/shm/{shm_name} is new: process {server.pid} still shares" in log
 
 
 @contextlib.contextmanager
@@ -192,7 +195,7 @@ def test_what_is_said_of_an_empty_file(directory: Path) -> None:
     assert "it is empty, so its memory is not made yet" in said.stderr
     assert "ivshmem serve with --existing attach" in said.stderr
     said = run("doctor", "--host", "-f", path, status=ANY)
-    assert f"{path} is empty, and is to be made" in said.stdout
+    assert f"{path} is empty, and will be grown to" in said.stdout
     with serving("-S", directory / "s", "-f", path, "--existing", "attach"):
         assert path.stat().st_size == 4 * MIB
 
@@ -347,7 +350,7 @@ def test_a_whole_image_is_called_whole(directory: Path) -> None:
     with Region.create("4K") as region:
         ivshmem.save(region, directory / "image")
     said = run("load", "--check", directory / "image").stdout
-    assert said.rstrip().endswith("; the file is whole, and nothing was loaded")
+    assert said.rstrip().endswith("; the file is intact, and nothing was loaded")
 
 
 @root_only

@@ -212,7 +212,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the link is lost": (
         {"query-migrate": at("", "active", "postcopy-paused")},
         FRESH,
-        "the link was lost amid postcopy",
+        "the connection was lost during postcopy",
     ),
     "the destination runs": (
         {"query-migrate": at("")},
@@ -222,7 +222,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the destination is left from postcopy that failed": (
         {"query-migrate": at("failed")},
         {"query-migrate": at("postcopy-device"), "query-status": in_state("inmigrate")},
-        "its destination is left from a migration that failed (status postcopy-device): end that"
+        "its destination is left over from a failed migration (status postcopy-device): end that"
         " QEMU, and start it again with -incoming defer",
     ),
     "the destination is left from one of tomorrow": (
@@ -233,7 +233,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the destination never goes on": (
         {"query-migrate": at("", "completed"), "query-status": LEFT},
         {"query-migrate": at("", "completed"), "query-status": in_state("inmigrate")},
-        "its destination has all and does not go on",
+        "its destination has all the memory, and the guest does not start there",
     ),
     "the source never lets go": (
         {
@@ -241,7 +241,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             "query-status": in_state("running", "finish-migrate"),
         },
         FRESH,
-        "does not go on",
+        "does not start there",
     ),
     "QEMU refuses to migrate": (
         {"query-migrate": at(""), "migrate": Refusal("GenericError", "not now")},
@@ -320,7 +320,7 @@ BACK: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "it cannot be cancelled at all": (
         {"query-migrate": at("active"), "migrate_cancel": Refusal()},
         {},
-        "QEMU does not end its migration (status active): look at it",
+        "QEMU does not end its migration (status active): examine that QEMU",
     ),
     "it has arrived": (
         {"query-migrate": at("completed"), "query-status": in_state("postmigrate")},
@@ -343,12 +343,12 @@ BACK: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "postcopy that stays so": (
         {"query-migrate": at("postcopy-device")},
         {"query-status": in_state("inmigrate")},
-        "it is not known where its guest will run: look at it",
+        "it is not known where the guest will run: examine that QEMU",
     ),
     "a run state of tomorrow": (
         {"query-migrate": at("cancelled"), "query-status": in_state("levitating")},
         {},
-        "at the source it is in state levitating: look at it",
+        "unexpected state levitating at the source: examine that QEMU",
     ),
 }
 

@@ -51,7 +51,7 @@ def test_huge_pages_of_all_regions_together(
     regions = {name: RegionConfig(f"/{name}", "4M", hugepages="2M") for name in "ab"}
     config = ServiceConfig(regions)
     assert list(obstacles(config)) == [
-        "hugepages, 8M in all: 4 huge pages of 2M are needed, 3 of 3 are free; as root:"
+        "hugepages, 8M in all: 4 huge pages of 2M are needed, 3 of 3 are free; run as root:"
         f" echo 4 > {knobs}/nr_hugepages"
     ]
     # What is printed, typed.
@@ -65,7 +65,7 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "getgroups", lambda: [1])
     (said,) = found(group="0" if os.getegid() else "2")
-    assert "only a member can give the socket to it" in said
+    assert "only a member of the group can give the socket to it" in said
     assert found(group="1") == []
     (said,) = found(owner="root")
     assert said == 'region.a.owner = "root": only root can give the socket to another user'

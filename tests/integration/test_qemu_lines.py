@@ -145,7 +145,7 @@ def test_a_foreign_server_is_not_waited_for(tmp_path: Path) -> None:
             inquiry.ask(path, 10 * PATIENCE)
     with FakeServer(path, lambda peer: (peer.send(bytes(8)), peer.recv(1))):
         said = sh(f"{IVSHMEM} qemu -S {path}", status=1).stderr
-    assert "does not say how many vectors it has: give --vectors" in said
+    assert "does not answer how many vectors it has: give --vectors" in said
 
 
 def test_a_server_that_answers_drop_by_drop_is_not_waited_for_without_end(tmp_path: Path) -> None:
@@ -237,10 +237,10 @@ def test_the_translation_is_taken(tmp_path: Path) -> None:
         ("virtio-net-pci", "only the old device ivshmem is translated"),
         ("ivshmem,colour=red", "had no property colour"),
         ("ivshmem,shm=a,chardev=b", "shm= or chardev=: give one of them"),
-        ("ivshmem,chardev=b", "give `-chardev socket,path=PATH,id=b`, too"),
+        ("ivshmem,chardev=b", "also give `-chardev socket,path=PATH,id=b`"),
         ("ivshmem,size=x", "is no size"),
-        ("ivshmem,size=0", "a size above 0"),
-        ("ivshmem,vectors=many", "a number is wanted"),
+        ("ivshmem,size=0", "allowed is more than 0"),
+        ("ivshmem,vectors=many", "not a number of vectors"),
     ],
 )
 def test_an_old_line_that_never_worked(device: str, message: str) -> None:
@@ -251,7 +251,7 @@ def test_an_old_line_that_never_worked(device: str, message: str) -> None:
 def test_what_is_left_out_is_said() -> None:
     notes = old_device.read("ivshmem,shm=x,ioeventfd=off,use64=0,msi=off,vectors=2,addr=3").notes
     assert len(notes) == 5
-    assert all("left out" in note for note in notes)
+    assert all("is omitted" in note for note in notes)
 
 
 @needs_qemu

@@ -75,9 +75,9 @@ def greet_and_listen(client: socket.socket) -> None:
     [
         (until_closed, "no greeting within 0.5 s"),
         (greet_and_listen, "no greeting within 0.5 s"),
-        (lambda client: client.sendall(b"QEMU 7.2.22 monitor\n(qemu) "), "is no QMP monitor"),
-        (lambda client: client.sendall(b""), "is no QMP monitor"),
-        (lambda client: client.sendall(b"\xff" * 100_000), "is no QMP monitor"),
+        (lambda client: client.sendall(b"QEMU 7.2.22 monitor\n(qemu) "), "is not a QMP monitor"),
+        (lambda client: client.sendall(b""), "is not a QMP monitor"),
+        (lambda client: client.sendall(b"\xff" * 100_000), "is not a QMP monitor"),
     ],
 )
 def test_what_is_no_monitor(
@@ -152,7 +152,7 @@ def test_a_queue_that_is_full(directory: Path) -> None:
         listener.listen(0)
         with socket.socket(socket.AF_UNIX) as first:
             first.connect(str(directory / "qmp"))
-            with pytest.raises(QmpError, match="nobody answers"):
+            with pytest.raises(QmpError, match="no answer at"):
                 talk(directory / "qmp")
 
 

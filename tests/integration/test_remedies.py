@@ -150,22 +150,22 @@ socket = "{0}/b"
 TYPED: dict[str, tuple[str, str, str]] = {
     "a region of no file": (
         "ivshmem qemu --region a",
-        "give --config FILE",
+        "needs --config FILE",
         "ivshmem qemu --region a --config c.toml",
     ),
     "a master of several": (
         "ivshmem qemu --config c.toml --master",
-        "give --region NAME",
+        "choose one with --region NAME",
         "ivshmem qemu --config c.toml --master --region a",
     ),
     "an id of several": (
         "ivshmem qemu --config c.toml --id x",
-        "give --region NAME",
+        "choose one with --region NAME",
         "ivshmem qemu --config c.toml --id x --region a",
     ),
     "another size": (
         "ivshmem qemu -f m -l 1M",
-        "leave --size away",
+        "omit --size",
         "ivshmem qemu -f m",
     ),
     "libvirt and a file": (
@@ -175,7 +175,7 @@ TYPED: dict[str, tuple[str, str, str]] = {
     ),
     "an old chardev alone": (
         "ivshmem qemu -chardev socket,path=s,id=c",
-        "give that, too",
+        "needs -device ivshmem,...",
         "ivshmem qemu -chardev socket,path=s,id=c -device ivshmem,chardev=c",
     ),
     "an old device without its chardev": (
@@ -190,7 +190,7 @@ TYPED: dict[str, tuple[str, str, str]] = {
     ),
     "a check of no file": (
         "ivshmem serve --check",
-        "give --config FILE",
+        "needs --config FILE",
         "ivshmem serve --check --config c.toml",
     ),
     "a file where a socket goes": (

@@ -51,7 +51,7 @@ _REMEDY = {
 # A warning comes before the line; it does not end the command.
 _WARNS = re.compile(
     r"ivshmem: (RLIMIT_NOFILE is \d+: enough for|no control socket: (?!.*--no-control)"
-    r"|serving, but nothing can be shown: |newcomers have to wait: )"
+    r"|serving, but stdout cannot be written: |newcomers have to wait: )"
 )
 
 
@@ -93,7 +93,7 @@ class Place:
 
     def run(self, command: str, kind: str = "", amount: int = 0) -> Ended:
         """Run it under the limit. A server that comes up serves one peer and gets SIGTERM."""
-        of = ".compat" if command == "compat" else ""
+        of = ".compat" if command == "compat" else ".main"
         process = subprocess.Popen(
             [
                 sys.executable, "-c", _LIMITED.format(of=of), kind, str(amount),
@@ -198,7 +198,7 @@ def test_few_descriptors(place: Place, command: str, limit: int) -> None:
         (ImportError("a.so: failed to map segment from shared object"), _REMEDY["AS"]),
         (ImportError("a.so: cannot open it: Too many open files"), _REMEDY["NOFILE"]),
         (SystemError("error return without exception set"), _REMEDY["AS"]),
-        (OSError(28, os.strerror(28)), re.compile("make room there")),
+        (OSError(28, os.strerror(28)), re.compile("free some space")),
     ],
     ids=repr,
 )

@@ -88,16 +88,19 @@ def test_each_answer_by_wrong_values(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "what is not QMP"),
-        (b"nonsense", "what is not QMP"),
-        (b"\xff\xfe", "what is not QMP"),
-        (b"[]", "what is not QMP"),
-        (b"5", "what is not QMP"),
-        (b'{"return": ' + b"[" * 100_000 + b"]" * 100_000 + b', "id": ID}', "what is not QMP"),
+        (b"", "its answer is not QMP"),
+        (b"nonsense", "its answer is not QMP"),
+        (b"\xff\xfe", "its answer is not QMP"),
+        (b"[]", "its answer is not QMP"),
+        (b"5", "its answer is not QMP"),
+        (
+            b'{"return": ' + b"[" * 100_000 + b"]" * 100_000 + b', "id": ID}',
+            "its answer is not QMP",
+        ),
         (b'{"return": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b', "id": ID}', "not QMP"),
         (b'{"return": ' + b"9" * 10_000 + b', "id": ID}', ""),
         (b'{"id": ID}', "is this a monitor of QEMU (-qmp)?"),
-        (b'{"return": {}, "id": []}', "what is not QMP"),
+        (b'{"return": {}, "id": []}', "its answer is not QMP"),
         (b'{"return": {}, "id": 5}', "no answer to"),
         (b'{"return": {}}', "no answer to"),
         (b'{"error": 5, "id": ID}', "is this a monitor of QEMU (-qmp)?"),
@@ -247,7 +250,7 @@ def test_postcopy_whose_destination_is_gone(pair: Pair, monkeypatch: pytest.Monk
     with pytest.raises(AlreadyMigrated):
         until_back(pair)
     pair.source.instead = {"query-migrate": statuses("postcopy-device")}
-    with pytest.raises(StepFailed, match=r"status postcopy-device.*not known where its guest"):
+    with pytest.raises(StepFailed, match=r"status postcopy-device.*not known where the guest"):
         until_back(pair)
 
 

@@ -130,8 +130,11 @@ def test_an_impostor_is_not_asked() -> None:
                     f" {NOBODY}) or as root\n"
                 )
             _, out, _ = run("evict", "1", "-S", SOCKET)
-            assert out == f"peer 1 of region db was evicted (says nobody (uid {NOBODY}))\n"
+            whose = f"(according to the server of nobody (uid {NOBODY}))"
+            assert out == f"peer 1 of region db was evicted {whose}\n"
             _, out, _ = run("reload", "-S", SOCKET)
-            assert out == f"nothing has changed (says nobody (uid {NOBODY}))\n"
+            assert (
+                out == f"nothing has changed (according to the server of nobody (uid {NOBODY}))\n"
+            )
 
     isolated(body)

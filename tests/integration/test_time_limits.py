@@ -71,7 +71,7 @@ def test_a_command(tmp_path: Path, words: list[str], limit: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"argument --timeout: {limit}: 0 seconds or more are wanted" in done.stderr
+    assert f"argument --timeout: not a time: {limit} (allowed are 0 seconds or more" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

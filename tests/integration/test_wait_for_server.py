@@ -200,7 +200,7 @@ def test_where_nobody_says_which(place: Path) -> None:
         check=False,
     )
     assert late.returncode == 1
-    assert "waited for 0.1 seconds: no server was found; looked at" in late.stderr
+    assert "no server within 0.1 seconds: no server was found; looked at" in late.stderr
     with subprocess.Popen(
         [*command, "-c", "dump"], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:

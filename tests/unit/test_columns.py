@@ -207,8 +207,8 @@ def test_doctor_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("ok ok", "all is well"),
         ("ok skipped", "all is well, 1 not checked"),
-        ("ok warning", "nothing failed, 1 warning"),
-        ("warning warning skipped", "nothing failed, 2 warnings, 1 not checked"),
+        ("ok warning", "no check failed, 1 warning"),
+        ("warning warning skipped", "no check failed, 2 warnings, 1 not checked"),
         ("failed", "1 failed"),
         ("failed warning failed skipped", "2 failed, 1 warning, 1 not checked"),
     ],

@@ -81,7 +81,7 @@ def test_a_second_opener(machine: FakePci, kernel: FakeVfio) -> None:
 
 
 def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
-    """It has no IOMMU and needs none; and is not free while a process has it open."""
+    """It has no IOMMU and needs none; and is not free while a process has the device open."""
 
     def look() -> dict[str, tuple[str, str, str]]:
         steps = {step.name: step.check for step in DeviceSteps(pci.look(A)).steps()}
@@ -90,10 +90,10 @@ def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
 
     found = look()
     assert found["driver"] == ("ok", "vfio-pci", "")
-    assert found["IOMMU"] == ("warning", "none, but vfio is allowed to do without", "")
+    assert found["IOMMU"] == ("warning", "none, but vfio's no-IOMMU mode is on", "")
     assert found["IOMMU group"][0] == "ok"
     assert found["interrupt remapping"] == ("skipped", "vfio without an IOMMU", "")
-    assert found["free"] == ("ok", "nobody has it open", "")
+    assert found["free"] == ("ok", "no process has the device open", "")
     code = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
     path = str(vfio.group_path(0, iommu=False))
     with subprocess.Popen(
@@ -105,14 +105,18 @@ def test_what_the_doctor_says(machine: FakePci, kernel: FakeVfio) -> None:
         state, said, fix = look()["free"]
         assert (state, fix) == ("failed", f"kill {other.pid}")
         assert said.startswith(f"pid {other.pid} (")
-        assert said.endswith(" has it open")
+        assert said.endswith(" has the device open")
         other.communicate()
 
 
 def test_the_doctor_does_not_advise_to_kill_oneself(machine: FakePci, kernel: FakeVfio) -> None:
     with guest.open():
         (step,) = [s for s in DeviceSteps(pci.look(A)).steps() if s.name == "free"]
-        assert tuple(step.check()) == ("failed", "this process has it open: close it first", "")
+        assert tuple(step.check()) == (
+            "failed",
+            "this process has the device open: close it first",
+            "",
+        )
 
 
 def test_a_mode_that_is_off(machine: FakePci, kernel: FakeVfio) -> None:
@@ -172,7 +176,7 @@ def test_a_driver_in_use_is_not_taken(
     if driver == "uio_ivshmem":
         state, said, _ = step.check()
         assert (state, said.startswith(f"pid {user.pid} ")) == ("warning", True)
-        assert said.endswith(" has it open, and is not disturbed")
+        assert said.endswith(" has the device open, and is not disturbed")
 
 
 def test_one_rule_for_all(
@@ -239,9 +243,9 @@ def test_nothing_could_be_measured(
     assert main(["guest", "measure"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        "vfio", "uio", "resource2", "resource2_wc", "nothing"
+        "vfio", "uio", "resource2", "resource2_wc", "no"
     ]  # fmt: skip
-    assert lines[-1] == "nothing could be measured"
+    assert lines[-1] == "no way to map the memory works here: see `ivshmem doctor`"
 
 
 def test_python_keeps_its_open() -> None:

@@ -55,10 +55,10 @@ def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "reason"),
     [
         ([], "one of the arguments --vm --group is required"),
-        (["--vm", "db"], "NAME=SOURCE,DESTINATION,URI is wanted"),
-        (["--vm", "db=/a,/b"], "NAME=SOURCE,DESTINATION,URI is wanted"),
-        (["--vm", "db=/a,,tcp:h:1"], "NAME=SOURCE,DESTINATION,URI is wanted"),
-        (["--vm", "db=/a,/b,tcp:h:1", "--timeout", "0"], "a number of seconds above 0"),
+        (["--vm", "db"], "give NAME=SOURCE,DESTINATION,URI"),
+        (["--vm", "db=/a,/b"], "give NAME=SOURCE,DESTINATION,URI"),
+        (["--vm", "db=/a,,tcp:h:1"], "give NAME=SOURCE,DESTINATION,URI"),
+        (["--vm", "db=/a,/b,tcp:h:1", "--timeout", "0"], "give seconds above 0"),
         (["--vm", "db=/a,/b,tcp:h:1", "--dry-run", "--resume"], "not allowed with"),
     ],
 )
@@ -85,4 +85,4 @@ def test_nothing_to_resume(
     monkeypatch.setenv("XDG_STATE_HOME", "/nowhere")
     for option in ("--resume", "--put-back"):
         assert main(["migrate", "--vm", "a=/a,/b,tcp:h:1", option]) == 1
-        assert "no migration of these VMs is to be finished" in capsys.readouterr().err
+        assert "no unfinished migration of these VMs" in capsys.readouterr().err

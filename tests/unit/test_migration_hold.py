@@ -36,7 +36,7 @@ def test_a_plain_device_has_no_news() -> None:
 
 def test_a_server_that_cannot_hold_news() -> None:
     (reason,) = spoiled().reasons()
-    assert "cannot hold a peer's news" in reason
+    assert "cannot hold back messages" in reason
     assert "`ivshmem serve --takeover`" in reason
     assert "--force" in reason
 

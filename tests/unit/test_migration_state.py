@@ -47,7 +47,7 @@ def test_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "state"
     with StateFile.create(path, PLAN):
-        with pytest.raises(MigrationError, match="another process is at this migration"):
+        with pytest.raises(MigrationError, match="another process works on this migration"):
             StateFile.load(path)
         with pytest.raises(MigrationError, match="--resume"):
             StateFile.create(path, PLAN)
@@ -74,7 +74,7 @@ def test_a_plan_that_is_not_whole(tmp_path: Path) -> None:
         whole = path.read_bytes()
     for end in (0, 1, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(MigrationError, match="no state of a migration"):
+        with pytest.raises(MigrationError, match="not the state of a migration"):
             StateFile.load(path)
         assert path.read_bytes() == whole[:end], "it may be somebody's, named by mistake"
 
@@ -89,7 +89,7 @@ def test_somebody_finishes_it_in_between(tmp_path: Path, monkeypatch: pytest.Mon
         flock(fd, how)
 
     monkeypatch.setattr("fcntl.flock", finished)
-    with pytest.raises(FileNotFoundError, match="no migration of these VMs"):
+    with pytest.raises(FileNotFoundError, match="no unfinished migration of these VMs"):
         StateFile.load(tmp_path / "state")
 
 
@@ -109,7 +109,7 @@ def test_a_file_that_is_too_long(tmp_path: Path) -> None:
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no migration of these VMs"):
+    with pytest.raises(FileNotFoundError, match="no unfinished migration of these VMs"):
         StateFile.load(tmp_path / "state")
 
 
@@ -180,15 +180,15 @@ def test_a_group_file(tmp_path: Path) -> None:
         ("vm = 1", "no VM"),
         ("[vm]", "no VM"),
         ("[", "no TOML"),
-        ("[vms.a]", "'vms': unknown"),
-        ("[vm]\na = 1", "vm.'a': a table is wanted"),
+        ("[vms.a]", "unknown key 'vms'"),
+        ("[vm]\na = 1", "vm.'a': not a table"),
         ("[vm.a]\nsource='x'", "vm.'a': destination is missing"),
-        ("[vm.a]\nsource=1\ndestination='x'\nuri='y'", "vm.'a': source = 1: a text is wanted"),
-        ("[vm.a]\nsource='x'\ndestination='x'\nuri=''", "vm.'a': uri = '': a text is wanted"),
-        ("[vm.a]\nsource='x'\ndestination='x'\nuri='y'\nmaster=true", "'master': unknown"),
-        (FILE.replace('["/run/there.control"]', "3"), "lists of paths"),
-        (FILE.replace('["/run/there.control"]', "[3]"), "lists of paths"),
-        (FILE.replace("destination = [", "here = ["), "lists of paths"),
+        ("[vm.a]\nsource=1\ndestination='x'\nuri='y'", "vm.'a': source = 1: not a string"),
+        ("[vm.a]\nsource='x'\ndestination='x'\nuri=''", "vm.'a': uri = '': not a string"),
+        ("[vm.a]\nsource='x'\ndestination='x'\nuri='y'\nmaster=true", "unknown key 'master'"),
+        (FILE.replace('["/run/there.control"]', "3"), "each a list of paths"),
+        (FILE.replace('["/run/there.control"]', "[3]"), "each a list of paths"),
+        (FILE.replace("destination = [", "here = ["), "each a list of paths"),
     ],
 )
 def test_what_is_no_group_file(text: str, reason: str) -> None:

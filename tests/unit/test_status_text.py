@@ -81,9 +81,9 @@ def test_a_table_is_in_columns() -> None:
         status_text.peer_row({**PEER, "id": 12, "interrupts": [0, 7]}, 1003),
     ]
     assert status_text.table(rows) == [
-        "ID   PID    UID  PROCESS  GUEST OR NAMES  FOR         VECTORS  STATE     INTERRUPTS",
-        " 3  4711  64055  qemu     web1, db        1 min 00 s        2  told all  -",
-        "12  4711  64055  qemu     -               3 s               2  told all  1:7",
+        "ID   PID    UID  PROCESS  GUEST OR NAMES  FOR         VECTORS  STATE       INTERRUPTS",
+        " 3  4711  64055  qemu     web1, db        1 min 00 s        2  up to date  -",
+        "12  4711  64055  qemu     -               3 s               2  up to date  1:7",
     ]
 
 
@@ -96,12 +96,12 @@ def state(**fields: object) -> str:
 
 
 def test_states() -> None:
-    assert state() == "told all"
-    assert state(pending=4) == "4 to be told"
-    assert state(pending=4, set_up=False) == "4 to be told, setting up"
-    assert state(readonly=True) == "reads only"
+    assert state() == "up to date"
+    assert state(pending=4) == "4 unsent"
+    assert state(pending=4, set_up=False) == "4 unsent, setting up"
+    assert state(readonly=True) == "read-only"
     assert state(stalled_since=1056.0, pending=4).startswith("stalled since ")
-    assert state(stalled_since=1056.0, pending=4).endswith(" (4 s), 4 to be told")
+    assert state(stalled_since=1056.0, pending=4).endswith(" (4 s), 4 unsent")
 
 
 def test_many_interrupts_and_names() -> None:
@@ -124,16 +124,16 @@ def test_lines_of_a_server_and_a_region() -> None:
 class TestTop:
     def test_rates(self) -> None:
         first = "\n".join(top.lines_of(status(1060, joins=5), None))
-        assert "in a second - joins, - leaves" in first
+        assert "per second: - joins, - leaves" in first
         assert "CPU now" not in first
         then = "\n".join(top.lines_of(status(1062, joins=8, messages=3), status(1060, joins=5)))
-        assert "in a second 1.5 joins, 0.0 leaves, 1.5 messages, 0.0 refused" in then
+        assert "per second: 1.5 joins, 0.0 leaves, 1.5 messages, 0.0 refused" in then
         assert ", 1.0% CPU now" in then
 
     def test_another_process(self) -> None:
         before = status(1060, joins=50)
         before["server"]["pid"] = 2
-        assert "in a second - joins" in "\n".join(top.lines_of(status(1062, joins=8), before))
+        assert "per second: - joins" in "\n".join(top.lines_of(status(1062, joins=8), before))
 
     def test_no_time_between(self) -> None:
         assert "- joins" in "\n".join(top.lines_of(status(1062), status(1062)))

@@ -123,7 +123,7 @@ class Patient:
         last = checks["self-interrupt"]
         if failure != last:
             assert last.state == "skipped"
-            assert last.found == f"rests on what failed: {failure.name}"
+            assert last.found == f"needs a check that failed: {failure.name}"
         return failure
 
     def fix(self, name: str) -> str:
@@ -215,7 +215,9 @@ class TestWell:
         assert checks["device"].found == "plain, 1M"
         assert checks["opening"].found == "by sysfs, id 0, 1M"
         skipped = [check for check in checks.values() if check.state == "skipped"]
-        assert {check.found for check in skipped} == {"plain: it has no interrupts"}
+        assert {check.found for check in skipped} == {
+            "not needed: a plain device has no interrupts"
+        }
         assert [check.name for check in skipped] == [*NAMES[5:10], *NAMES[11:]]
 
 
@@ -234,7 +236,7 @@ class TestFixed:
         # It is enabled now, so the kernel does nothing more when it is enabled once again.
         a.sh(clear)
         a.sh(f"echo 1 > {a.path}/enable")
-        assert "somebody has cleared the bit" in a.fix("memory decoding")
+        assert "a program has cleared the bit" in a.fix("memory decoding")
         failure = a.failure(what="powerless")
         assert failure.name == "bus master"
         assert failure.fix == f"setpci -s {a.address} COMMAND=4:4"
@@ -255,7 +257,7 @@ class TestFixed:
                 else:  # as open() does, which takes it, and gives it back
                     check = patient.doctor()["driver"]
                     assert check.state == "warning"
-                    assert check.found.startswith(f"{driver} has the device, and gets it back")
+                    assert check.found.startswith(f"{driver} has the device; it is given back")
                     assert patient.state() == before
                     assert patient.call("access", patient.address) == "vfio"
                     assert patient.state() == before
@@ -308,7 +310,7 @@ class TestFixed:
         a.sh("chmod 666 /dev/vfio/[0-9]*")
         lines = a.sh(user).splitlines()
         assert lines[-1].startswith("all is well")
-        assert "user 1000, who was given /dev/vfio/" in lines[2]
+        assert "user 1000, with access to /dev/vfio/" in lines[2]
         # Not even root, for instance in a container.
         a.sh(f"echo {a.address} > {a.path}/driver/unbind; mount -o remount,ro /sys")
         assert "root may not write" in a.fix("permission")
@@ -330,7 +332,7 @@ class TestFixed:
             a.call("path", "/bin:/usr/bin")
         assert found[0]["vfio"].found == "vfio_iommu_type1 is not loaded"
         assert found[0]["vfio"].fix == "modprobe vfio_iommu_type1"
-        assert found[1]["vfio"].found == "not loaded yet: opening the device does it"
+        assert found[1]["vfio"].found == "not loaded yet; opening the device loads it"
         assert found[1]["opening"].state == "failed"  # this modprobe loads nothing
 
     @pytest.mark.nightly
@@ -340,7 +342,7 @@ class TestFixed:
         doorbell[-1] += ",bus=bridge"
         a = Patient(guest(PROGRAM, args=[*bridge, *doorbell, *mates], iommu=True))
         found = a.fix("IOMMU group")
-        assert found.startswith("not for a program while virtio-pci has 0000:")
+        assert found.startswith("a program cannot use the group while virtio-pci has 0000:")
         assert found.count("virtio-pci has") == 2
 
 
@@ -382,7 +384,7 @@ class TestFixedByQemu:
         assert b.doctor()["self-interrupt"].found == "1 of 1 vector"
         status, answer = b.call("doctor", "0000:00:1e.7")
         (check,) = checks_of(answer).values()
-        assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"
+        assert check.found == f"no ivshmem device at 0000:00:1e.7; this machine has {b.address}"
         assert b.sh(check.fix).splitlines()[-1].startswith("all is well")
 
     @pytest.mark.nightly
@@ -397,12 +399,12 @@ class TestFixedByQemu:
         checks = a.doctor(status=1)
         failed = [check.name for check in checks.values() if check.state == "failed"]
         assert failed == ["IOMMU", "vfio"]  # nor did this guest load the modules
-        assert checks["IOMMU group"].found == "rests on what failed: IOMMU"
+        assert checks["IOMMU group"].found == "needs a check that failed: IOMMU"
         options = shlex.split(checks["IOMMU"].fix)
 
         failure = b.failure()
         assert failure.name == "interrupt remapping"
-        assert failure.found == "off, and vfio insists on it"
+        assert failure.found == "off, and vfio needs it"
         assert shlex.split(failure.fix) == options
         b.sh("echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
         assert b.doctor()["self-interrupt"].found == SELF
@@ -437,19 +439,19 @@ class TestFixedByQemu:
         other = guest(PROGRAM, args=plain, modules=["vfio"], kernel_args=kernel_args)
         a, b, c = Patient(vm), Patient(vm, 1), Patient(other)
         for mode in ("unknown", "integrity"):
-            closed = f"{mode}: forbids to map the device by sysfs"
+            closed = f"{mode}: sysfs cannot map the device"
             # Even a plain device goes by vfio then, and needs what that needs.
             checks = a.doctor()
-            assert checks["lockdown"].found == f"{closed}, but not by vfio"
+            assert checks["lockdown"].found == f"{closed}, but vfio can"
             assert checks["opening"].found == "by vfio, id 0, 1M"
             assert a.call("access", a.address) == "vfio"
             checks = b.doctor()
-            assert checks["lockdown"].found == f"{closed}, but not by vfio"
+            assert checks["lockdown"].found == f"{closed}, but vfio can"
             assert checks["self-interrupt"].found == SELF
             checks = c.doctor(status=1)
             failed = [check for check in checks.values() if check.state == "failed"]
             assert [check.name for check in failed] == ["lockdown", "IOMMU"]
-            assert failed[0].found == f"{closed}, and without an IOMMU vfio cannot"
+            assert failed[0].found == f"{closed}, and vfio needs an IOMMU"
             assert failed[0].fix == failed[1].fix
             if mode == "unknown":
                 for patient in (a, c):

@@ -33,7 +33,7 @@ PROGRAM = """
     assert "open it by vfio" in run("info", "--access", "sysfs")
     assert run("dump", "0", "5", "--raw") == "hello"
     assert run("dump").startswith("00000000  68 65 6c 6c 6f")
-    assert "the region ends at 0x100000" in run("dump", "2M", "--raw", status=1)
+    assert "it ends at 0x100000" in run("dump", "2M", "--raw", status=1)
     assert run("ring", NAME, "2") == run("ring", "0") == "rang 1 doorbell\\n"
     assert NAME in run("names")
     assert "no interrupt within 0.01 seconds" in run("wait", "-t", "0.01", status=1)

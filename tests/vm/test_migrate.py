@@ -486,7 +486,7 @@ def test_a_qemu_that_was_told_of_a_leave(group: MakeGroup) -> None:
     told = whole(group, "doorbell")
     ivshmem.connect(told.where[0], timeout=20).close()
     until(lambda: all(report.leaves_told for report in told.servers[0].report()))
-    assert "b: its QEMU was told that a peer left" in refused(told)
+    assert "b: its QEMU was sent a leave message" in refused(told)
     assert told.plan(Options(force=True)).steps
 
 
@@ -876,7 +876,7 @@ def test_a_guest_that_does_not_let_go(group: MakeGroup, kind: str) -> None:
     stubborn.source["c"] = stubborn.bare("c", *args, obliging=False)
     stubborn.destination["c"] = stubborn.bare("c-there", waits=True, obliging=False)
     with pytest.raises(
-        MigrationUnfinished, match="c at the source: the guest did not let go of shm0"
+        MigrationUnfinished, match="c at the source: the guest did not release shm0"
     ):
         stubborn.migrate(Options(unplug_seconds=1.5))
     assert [each.devices for each in stubborn.source.values()] == [["shm0"]] * 3
@@ -908,15 +908,16 @@ def test_the_command(group: MakeGroup) -> None:
     assert planned.returncode == 0, planned.stderr
     assert but_for_tcg(planned.stdout.splitlines()) == [
         f"memory of 1M ({moving.where[0]}):",
-        "  a: shm0 (doorbell, 2 vectors) at port0 00.0: master, takes it along",
-        "  b: shm0 (doorbell, 2 vectors) at port0 00.0: is unplugged, and plugged back",
+        "  a: shm0 (doorbell, 2 vectors) at port0 00.0: master, migrates with the memory",
+        "  b: shm0 (doorbell, 2 vectors) at port0 00.0: is unplugged, and plugged in again at the"
+        " destination",
         "steps:",
         f"  1. hold leaves back from the QEMUs of {moving.where[0]}.control",
         "  2. unplug shm0 from b",
         "  3. migrate a, with the shared memory",
         "  4. migrate b",
         f"  5. plug shm0 into b at the destination, with {moving.where[1]}",
-        f"  6. tell QEMUs that come to {moving.where[0]}.control of leaves again",
+        f"  6. send leaves again to QEMUs that join at {moving.where[0]}.control",
     ]
     moving.check_here()
     done = run(moving)

@@ -108,7 +108,7 @@ def test_the_mode_is_switched_on(
         works()
         assert guest.devices() == [found], "given back"
         said = doctor()
-        assert "none, but vfio is allowed to do without" in said and "4 of 4 vectors" in said, said
+        assert "none, but vfio's no-IOMMU mode is on" in said and "4 of 4 vectors" in said, said
         said = ivshmem_("guest", "measure")
         assert said.startswith("vfio          read"), said
         with guest.open() as device:
@@ -137,7 +137,7 @@ def test_the_driver_has_it_already(
         typed(ENABLE)
 
         def left():
-            '''vfio-pci has the device, and no process has it open.'''
+            '''vfio-pci has the device, and no process has the device open.'''
             assert driver(address) == "vfio-pci"
             (now,) = guest.devices()
             assert (now.driver, now.iommu_group) == ("vfio-pci", None), now
@@ -151,7 +151,7 @@ def test_the_driver_has_it_already(
         user.ends(by=signal.SIGKILL)
         left()
         said = doctor()
-        assert "nobody has it open" in said and "4 of 4 vectors" in said, said
+        assert "no process has the device open" in said and "4 of 4 vectors" in said, said
         assert "intel-iommu" not in said, said
         with refused(OSError, "the driver vfio-pci has the device: open it by noiommu"):
             guest.open(access="sysfs")
@@ -173,8 +173,8 @@ def test_the_driver_has_it_already(
         with refused(OSError, f"another process has the device open (process {user.pid})"):
             guest.open()
         said = doctor(status=1)
-        assert f"pid {user.pid} (" in said and "has it open" in said, said
-        assert "nobody has it open" not in said and "intel-iommu" not in said, said
+        assert f"pid {user.pid} (" in said and "has the device open" in said, said
+        assert "no process has the device open" not in said and "intel-iommu" not in said, said
         (remedy,) = re.findall(rf"kill {user.pid}$", said, re.MULTILINE)
         typed(remedy)
         user.ends()

@@ -110,7 +110,8 @@ def test_nobody_takes_the_driver_away(
         assert said.startswith(f"vfio          {busy}"), said
         assert said.count("lets nobody map it by sysfs then: open it by vfio, or boot") == 2, said
         said = ivshmem_("doctor", "--guest", address)
-        assert f"pid {user.pid} (" in said and "has it open, and is not disturbed" in said, said
+        assert f"pid {user.pid} (" in said, said
+        assert "has the device open, and is not disturbed" in said, said
         assert driver(address) == "uio_doorbell"
         assert user.poll() is None
         print("RING", flush=True)

@@ -57,8 +57,8 @@ class Echo:
             self._names = None
         if self._names is None and not isinstance(endpoint, Client):
             raise IvshmemError(
-                "whom to answer? a guest is not told who is there: give the id that the other end"
-                " prints (--echo ID), or let the server have a directory of names (serve --names)"
+                "no peer to answer: a guest does not know its peers. Give the id that the other"
+                " end prints (--echo ID), or serve with a directory of names (serve --names)"
             )
         if isinstance(endpoint, Client):
             endpoint.peer_events()

@@ -25,7 +25,7 @@ _TICK = 10**9 // os.sysconf("SC_CLK_TCK")  # nanoseconds
 _SAMPLED = 3  # ticks by which a core's account can be wrong over a tenth of a second
 _NAMED = 3  # culprits that are named, at most
 
-UNKNOWN = "somebody who has ended since, or is outside this container,"
+UNKNOWN = "a process that has ended, or is outside this container,"
 
 
 class Core(NamedTuple):

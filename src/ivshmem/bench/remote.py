@@ -73,9 +73,7 @@ def knock(
     start = time.monotonic()
     while endpoint.wait(vector, _KNOCK):
         if time.monotonic() > start + _SILENCE:
-            raise NoAnswer(
-                f"somebody rings vector {vector} without being rung: choose another vector"
-            )
+            raise NoAnswer(f"another peer rings vector {vector}: choose another vector")
 
 
 def round_trips(endpoint: Endpoint, peer: int, vector: int, seconds: float) -> Measuring:
@@ -151,11 +149,11 @@ def _watched(endpoint: Endpoint, peer: int, done: Callable[[], int]) -> Iterator
             progress, since = now_done, time.monotonic()
             return
         if _left(endpoint, peer):
-            raise NoAnswer(f"peer {peer} left in the middle, after {progress} round trips")
+            raise NoAnswer(f"peer {peer} left after {progress} round trips")
         if time.monotonic() > since + STALL:
             raise NoAnswer(
-                f"peer {peer} fell silent after {progress} round trips: no answer for {STALL:g}"
-                " seconds"
+                f"peer {peer} stopped answering after {progress} round trips: no answer for"
+                f" {STALL:g} seconds"
             )
 
     handler = signal.signal(signal.SIGALRM, check_progress)

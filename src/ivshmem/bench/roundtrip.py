@@ -103,10 +103,10 @@ class _EndProcess(Uncopied):
         try:
             status = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            return WorkerFailed(f"the {self.role} end closed its output, and did not end")
+            return WorkerFailed(f"the {self.role} process closed its output, and did not end")
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         how = f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
         return WorkerFailed(f"the {self.role} end {how}: {said}")
 
@@ -180,7 +180,7 @@ class Pair(Uncopied):
     def _hear(self) -> tuple[_EndProcess, bytes]:
         ready = self._selector.select(PATIENCE)
         if not ready:
-            raise WorkerFailed(f"nothing came from either end for {counted(PATIENCE, 'second')}")
+            raise WorkerFailed(f"no result from either end for {counted(PATIENCE, 'second')}")
         process: _EndProcess = ready[0][0].data
         data = os.read(process.output, 1 << 16)
         if not data:

@@ -38,14 +38,14 @@ def add_region(parser: argparse.ArgumentParser) -> None:
         f" {default_paths.NAME} in XDG_RUNTIME_DIR)",
     )
     general.add_argument(
-        "-l", "--size", metavar="SIZE", help=f"of the memory (default: {DEFAULT_SIZE})"
+        "-l", "--size", metavar="SIZE", help=f"size of the memory (default: {DEFAULT_SIZE})"
     )
     general.add_argument(
         "-n",
         "--vectors",
         metavar="N",
         type=vectors,
-        help=f"interrupts of each peer, 0 to {MAX_VECTORS} (default: 1)",
+        help=f"number of interrupt vectors of each peer, 0 to {MAX_VECTORS} (default: 1)",
     )
     _add_memory(parser)
     _add_access(parser)
@@ -54,45 +54,53 @@ def add_region(parser: argparse.ArgumentParser) -> None:
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group(
-        "where its memory comes from", argument_default=argparse.SUPPRESS
+        "where the memory comes from", argument_default=argparse.SUPPRESS
     )
     place = memory.add_mutually_exclusive_group()
     place.add_argument(
         "-M",
         "--name",
-        help="a POSIX shared memory name, seen in /dev/shm; removed at the end if made here",
+        help="POSIX shared memory name, in /dev/shm; removed at the end if this server created it",
     )
-    place.add_argument("-f", "--file", metavar="PATH", help="a file, as QEMU's mem-path; kept")
+    place.add_argument(
+        "-f", "--file", metavar="PATH", help="path of a file, as QEMU's mem-path; it is kept"
+    )
     place.add_argument(
         "-m",
         "--directory",
         metavar="DIR",
-        help="an unlinked file in DIR, for instance a hugetlbfs mount (or a POSIX name, if there is"
-        " no such directory and no slash in it)",
+        help="create an unlinked file in the directory DIR, for instance a hugetlbfs mount (DIR"
+        " without a slash that is not a directory is a POSIX name)",
     )
     memory.add_argument(
         "--hugepages",
         nargs="?",
         const=True,
         metavar="SIZE",
-        help="in huge pages, of the default size or of SIZE (2M, 1G)",
+        help="use huge pages, of the default size or of SIZE (2M, 1G)",
     )
-    memory.add_argument("--prealloc", action="store_const", const=True, help="take all pages now")
+    memory.add_argument(
+        "--prealloc", action="store_const", const=True, help="allocate all pages at start"
+    )
     memory.add_argument(
         "--existing",
         choices=EXISTING,
-        help="what to do with a name or file that exists: use it as it is (the default), make it"
-        " longer if it is too short (a name), refuse it, make a new one; or require one",
+        help="what to do if the name or file exists: use it as it is (default), grow it if it is"
+        " too short (names only), refuse it, or replace it by a new one; `require` refuses"
+        " to create one",
     )
     memory.add_argument(
         "--readonly",
         action="store_const",
         const=True,
-        help="attach for reading only: nobody can write (QEMU refuses such memory, clients do not)",
+        help="attach read-only: no peer can write (clients accept such memory, QEMU refuses it)",
     )
     add_accept_owner(memory)
     memory.add_argument(
-        "--keep", action="store_const", const=True, help="leave a name that was made here"
+        "--keep",
+        action="store_const",
+        const=True,
+        help="keep the name at the end even if this server created it",
     )
     memory.add_argument(
         "--names",
@@ -100,8 +108,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         const=0,
         metavar="SLOTS",
         type=slots,
-        help="make a directory of names at its end, in which peers publish who they are; with room"
-        " for SLOTS of them, 63 if there is space",
+        help="reserve a directory of names at the end of the memory, where peers publish their"
+        " names, with SLOTS slots (default: 63 if there is space)",
     )
 
 
@@ -111,31 +119,35 @@ def add_accept_owner(parser: argparse._ActionsContainer) -> None:
         "--accept-owner",
         metavar="USER",
         action="append",
-        help="accept a name, a file or a symbolic link of USER, too: whoever comes first can make a"
-        " name in /dev/shm, so they must be root's or this user's (may be repeated)",
+        help="also accept a name, a file or a symbolic link that USER owns. Any user can create a"
+        " name in /dev/shm first, so by default only root's and this user's are accepted"
+        " (may be repeated)",
     )
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     access = parser.add_argument_group("who may connect", argument_default=argparse.SUPPRESS)
     access.add_argument(
-        "--mode", metavar="OCTAL", type=mode, help="of the socket, for instance 0660"
+        "--mode", metavar="OCTAL", type=mode, help="permissions of the socket, for instance 0660"
     )
     access.add_argument("--owner", metavar="USER", help="of the socket")
     access.add_argument("--group", metavar="GROUP", help="of the socket")
     for option, text in (
-        ("--allow", "who may be a peer: uid:USER, gid:GROUP, process:PROGRAM or root"),
-        ("--deny", "who may not, also if allowed by another rule"),
-        ("--readonly-for", "who can only read the memory"),
+        ("--allow", "admit only these clients: uid:USER, gid:GROUP, process:PROGRAM or root"),
+        ("--deny", "refuse these clients, even if another rule allows them"),
+        ("--readonly-for", "give these clients read-only memory"),
     ):
         access.add_argument(
             option, metavar="RULE", action="append", help=f"{text}; may be repeated"
         )
     access.add_argument(
-        "--peers-per-uid", metavar="N", type=positive, help="how many peers a user can have"
+        "--peers-per-uid", metavar="N", type=positive, help="maximum number of peers of one user"
     )
     access.add_argument(
-        "--joins-per-minute", metavar="N", type=positive, help="how often a user's peers can join"
+        "--joins-per-minute",
+        metavar="N",
+        type=positive,
+        help="maximum number of joins of one user in a minute",
     )
 
 
@@ -145,8 +157,8 @@ def _add_unplugging(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=True,
         default=argparse.SUPPRESS,
-        help="never tell QEMU that a peer left: it can crash when a device that was told is"
-        " unplugged. Costs it the eventfds of each peer that is gone",
+        help="never send leave messages to QEMU, which can crash when a device that received one"
+        " is unplugged. QEMU then keeps the eventfds of each peer that left",
     )
 
 
@@ -193,7 +205,9 @@ def check_no_region(options: argparse.Namespace) -> None:
     """
     if given := region_settings(options):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
-        raise ValueError(f"{names}: with --config, the file says that of each region")
+        raise ValueError(
+            f"{names}: not allowed with --config: set this for each region in the file"
+        )
 
 
 def is_name(directory: str | None) -> bool:
@@ -226,7 +240,9 @@ def mode(text: str) -> int:
     except ValueError:
         number = -1
     if not 0 <= number <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text}: octal digits are wanted, such as 0660")
+        raise argparse.ArgumentTypeError(
+            f"not octal permissions: {text} (allowed are 0 to 777, for example 0660)"
+        )
     return number
 
 
@@ -237,7 +253,9 @@ def seconds(text: str) -> float:
     except ValueError:
         number = -1.0
     if not number >= 0:  # NaN is neither
-        raise argparse.ArgumentTypeError(f"{text}: 0 seconds or more are wanted, such as 2.5")
+        raise argparse.ArgumentTypeError(
+            f"not a time: {text} (allowed are 0 seconds or more, for example 2.5)"
+        )
     return number
 
 

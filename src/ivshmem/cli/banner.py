@@ -84,8 +84,8 @@ def _for_libvirt(served: Served) -> str:
         )
         if not status.st_mode & who:
             return (
-                f"{_INDENT}(libvirt runs QEMU as {user}, who may not connect:"
-                f" serve with --group {LIBVIRT_GROUP} --mode 0660)\n"
+                f"{_INDENT}(libvirt runs QEMU as {user}, who may not connect: serve with --group"
+                f" {LIBVIRT_GROUP} --mode 0660)\n"
             )
     return ""
 
@@ -98,7 +98,7 @@ def planned(config: ServiceConfig) -> str:
             _memory(region),
             counted(region.vectors, "vector"),
             region.socket,
-            ", ".join(_access(region)) or "whoever may open the socket",
+            ", ".join(_access(region)) or "every user who may open the socket",
         ]
         for name, region in config.regions.items()
     }
@@ -123,7 +123,7 @@ def _size(region: RegionConfig) -> str:
     if region.size is not None:
         return format_size(parse_size(region.size))
     lasting = region.name is not None or region.file is not None
-    return f"as it is, or {DEFAULT_SIZE}" if lasting else DEFAULT_SIZE
+    return f"existing size, or {DEFAULT_SIZE}" if lasting else DEFAULT_SIZE
 
 
 def _memory(region: RegionConfig) -> str:

@@ -43,16 +43,17 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = subparsers.add_parser(
         "bench",
         description="Measure what doorbells, copies and huge pages cost on this machine, each"
-        " beside what there is without this package. Needs no server, no guest and no root. With"
-        " --peer, measure the round trip to a peer, at which `ivshmem bench --echo` runs.",
-        epilog="Example: ivshmem bench --echo in one place, ivshmem bench --peer 0 in the other.",
+        " compared with what the system offers without this package. Needs no server,"
+        " no guest and no root. With --peer, measure the round trip to a peer that"
+        " runs `ivshmem bench --echo`.",
+        epilog="Example: `ivshmem bench --echo` at one peer, `ivshmem bench --peer 0` at another.",
     )
     parser.add_argument(
         "--seconds",
         type=_positive,
         default=10.0,
         metavar="N",
-        help="how long to measure, about (default: %(default)g)",
+        help="approximate duration of the measurement in seconds (default: %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
@@ -66,37 +67,38 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="PEER",
         nargs="?",
         const="",
-        help="be the other end: answer this peer (on a host, if none is given, the one that joined"
-        " last; where there is a directory of names, the one that rings) until Ctrl-C",
+        help="be the other end: answer PEER until Ctrl-C (default on a host: the peer that joined"
+        " last; with a directory of names: the peer that measures)",
     )
     where = other.add_mutually_exclusive_group()
     where.add_argument(
         "-S",
         "--socket",
         metavar="PATH",
-        help="of the server (default: the one that runs here; in a guest: its device, no server)",
+        help="socket of the server (default: the server that runs here; in a guest: its device"
+        " instead)",
     )
     where.add_argument(
         "-a",
         "--address",
         metavar="ADDRESS",
-        help="in a guest: the device's PCI address; the only one need not be named",
+        help="in a guest: the device's PCI address (default: the only device)",
     )
     other.add_argument(
         "--vector",
         type=_vector,
         metavar="N",
-        help="to ring and to wait for, the same at both ends (default: 0)",
+        help="vector to ring and to wait for, the same at both ends (default: 0)",
     )
     other.add_argument(
         "--timeout",
         type=_positive,
         metavar="SECONDS",
-        help=f"for the first answer (default: {_PATIENCE:g}); with --echo, how long nobody rings"
-        " until it ends (default: for ever)",
+        help=f"time limit for the first answer (default: {_PATIENCE:g}); with --echo: end if no"
+        " ring comes for so long (default: no limit)",
     )
     other.add_argument(
-        "--rounds", type=_count, metavar="N", help="with --echo: end after so many answers"
+        "--rounds", type=_count, metavar="N", help="with --echo: end after N answers"
     )
     other.add_argument(
         "--spin", action="store_true", help='with --echo: spin before sleeping (spin="auto")'
@@ -110,29 +112,33 @@ def _positive(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds")
+        raise argparse.ArgumentTypeError(f"not a time: {text!r} (give seconds, for example 0.5)")
     return value
 
 
 def _vector(text: str) -> int:
     if not (text.isdecimal() and int(text) < MAX_VECTORS):
-        raise argparse.ArgumentTypeError(f"{text!r} is no vector: 0 to {MAX_VECTORS - 1}")
+        raise argparse.ArgumentTypeError(
+            f"not a vector: {text!r} (allowed are 0 to {MAX_VECTORS - 1})"
+        )
     return int(text)
 
 
 def _count(text: str) -> int:
     if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds")
+        raise argparse.ArgumentTypeError(f"not a number of rounds: {text!r} (give 1 or more)")
     return int(text)
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.echo is None and (options.rounds or options.spin):
-        parser.error("--rounds and --spin are for --echo")
+        parser.error("--rounds and --spin need --echo")
     alone = options.echo is None and options.peer is None
     theirs = (options.socket, options.address, options.vector, options.timeout)
     if alone and any(option is not None for option in theirs):
-        parser.error("with another peer, say which end this is: --peer PEER, or --echo")
+        parser.error(
+            "these options need another peer: give --peer PEER to measure, or --echo to answer"
+        )
     options.vector = options.vector or 0
     work = _here if alone else _ping if options.peer is not None else _echo
     try:
@@ -177,7 +183,7 @@ def _peer(endpoint: Endpoint, word: str) -> int:
     with Shell(endpoint) as shell:
         peer, _ = shell.peer(word)
     if peer == endpoint.id:
-        raise IvshmemError(f"peer {peer} is this end itself")
+        raise IvshmemError(f"peer {peer} is this end itself: give the id of the other end")
     return peer
 
 
@@ -204,7 +210,7 @@ def _ping(options: argparse.Namespace) -> int:
                 groups = [group]
     _print(groups, time.monotonic() - start, as_json=options.json)
     if not options.json:
-        print("The other end sleeps at once, unless it was given --spin.")
+        print("The other end sleeps at once, unless it runs with --spin.")
     return 0
 
 
@@ -259,7 +265,7 @@ def _answer(echo: Echo, options: argparse.Namespace, stopped: Callable[[], bool]
             if limit is not None and time.monotonic() > since + limit:
                 if not answered:
                     raise IvshmemError(
-                        f"nobody rang vector {options.vector} for {counted(limit, 'second')}"
+                        f"no ring on vector {options.vector} for {counted(limit, 'second')}"
                     )
                 break
             done = echo.step(left)
@@ -345,8 +351,8 @@ def _lines(groups: list[ResultGroup], seconds: float, columns: int = _WIDTH) -> 
         yield from _table(group, columns)
     yield ""
     yield from _wrapped(
-        "Microseconds. The ratio is that of p50 to p50 of the line that has 1, the median of all"
-        " rounds.",
+        "Times in microseconds. ratio: p50 divided by p50 of the line with ratio 1, the median of"
+        " all rounds.",
         columns,
     )
     yield from _disturbances(groups, columns)
@@ -372,7 +378,7 @@ def _table(group: ResultGroup, columns: int) -> Iterator[str]:
     else:
         yield tables.cut(group.title, max(columns, _NARROWEST))
     if group.note:
-        yield from _wrapped(f"not here: {group.note}", columns, "  ")
+        yield from _wrapped(f"not measured: {group.note}", columns, "  ")
 
 
 def _width_of(number: str) -> int:
@@ -410,7 +416,7 @@ def _disturbances(groups: list[ResultGroup], columns: int = _WIDTH) -> Iterator[
     yield from _wrapped(
         f"This machine was busy: {spoilt} of {len(noises)} measurements were disturbed"
         + (f", by {', '.join(who[:_NAMED])}" if who else "")
-        + ". They are left out where there are others; a * says that there are none.",
+        + ". They are omitted where undisturbed ones exist; * marks a line without any.",
         columns,
     )
 

@@ -38,19 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="ivshmem-server",
-        description="An ivshmem server with the command line of QEMU's example server. It goes into"
-        " the background; `ivshmem serve` has more to offer.",
+        description="An ivshmem server with the command line of QEMU's example server. It runs in"
+        " the background; `ivshmem serve` has more features.",
         allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"ivshmem {__version__}")
-    parser.add_argument("-v", action="store_true", dest="verbose", help="tell of joins and leaves")
+    parser.add_argument("-v", action="store_true", dest="verbose", help="log joins and leaves")
     parser.add_argument("-F", action="store_true", dest="foreground", help="stay in the foreground")
     parser.add_argument(
         "-p",
         metavar="PIDFILE",
         default=DEFAULT_PID_FILE,
         dest="pid_file",
-        help="of the daemon (default: %(default)s)",
+        help="pid file of the daemon (default: %(default)s)",
     )
     parser.add_argument(
         "-S",
@@ -74,14 +74,14 @@ def _parser() -> Parser:
         dest="place",
         type=lambda text: ("name" if is_name(text) else "directory", text),
         default=argparse.SUPPRESS,
-        help="a directory for the memory's file, for instance a hugetlbfs mount; or a POSIX name",
+        help="directory for the memory's file, for instance a hugetlbfs mount; or a POSIX name",
     )
     parser.add_argument(
         "-l",
         metavar="SIZE",
         default=DEFAULT_SIZE,
         dest="size",
-        help="of the memory, rounded up to a power of two (default: %(default)s)",
+        help="size of the memory, rounded up to a power of two (default: %(default)s)",
     )
     parser.add_argument(
         "-n",
@@ -89,7 +89,7 @@ def _parser() -> Parser:
         type=vectors,
         default=1,
         dest="vectors",
-        help="interrupts of each peer (default: %(default)s)",
+        help="number of interrupt vectors of each peer (default: %(default)s)",
     )
     add_accept_owner(parser)
     return parser

@@ -35,7 +35,7 @@ def _of_owners(region: RegionConfig) -> Iterator[str]:
     mine = {os.getegid(), *os.getgroups()}
     if region.group is not None and group_id(region.group) not in mine:
         yield (
-            f'group = "{region.group}": only a member can give the socket to it:'
+            f'group = "{region.group}": only a member of the group can give the socket to it:'
             f" `usermod -aG {region.group} {os.geteuid()}` as root and log in again, or in a unit"
             f" SupplementaryGroups={region.group}"
         )
@@ -68,4 +68,4 @@ def _of_huge_pages(config: ServiceConfig) -> Iterator[str]:
     for page, size in wanted.items():
         numbers, fix = pages.huge_pages_for(size, page)
         if fix:
-            yield f"hugepages, {format_size(size)} in all: {numbers}; as root: {fix}"
+            yield f"hugepages, {format_size(size)} in all: {numbers}; run as root: {fix}"

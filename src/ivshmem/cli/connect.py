@@ -19,34 +19,43 @@ _TIMEOUT = 10.0  # seconds for a server that is there
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "connect",
-        description="Connect to a server as a host peer. On a terminal it asks for commands (`help`"
-        " lists them); otherwise it reads them from -c or from stdin, a line each, and ends with"
-        " exit status 1 at the first that fails.",
+        description="Connect to a server as a host peer. On a terminal it reads commands"
+        " interactively (`help` lists them); otherwise from -c or from stdin, one a"
+        " line, and it ends with exit status 1 at the first command that fails.",
         epilog='Example: ivshmem connect -c "int 0 0" -c "wait any 5" -c "hexdump 0 64"',
     )
-    parser.add_argument("-S", "--socket", metavar="PATH", help=f"of the server ({OF_THE_SERVER})")
+    parser.add_argument(
+        "-S", "--socket", metavar="PATH", help=f"socket of the server ({OF_THE_SERVER})"
+    )
     parser.add_argument(
         "-c",
         "--command",
         action="append",
         metavar="COMMAND",
-        help="run this and end; may be given several times, or hold several separated by `;`",
+        help="run this command and end; may be repeated, or contain several commands separated by"
+        " `;`",
     )
-    parser.add_argument("--json", action="store_true", help="print results as JSON, a line each")
-    parser.add_argument("--readonly", action="store_true", help="map the memory for reading only")
+    parser.add_argument(
+        "--json", action="store_true", help="print results as JSON, one object a line"
+    )
+    parser.add_argument("--readonly", action="store_true", help="map the memory read-only")
     parser.add_argument(
         "--timeout",
         type=seconds,
         metavar="SECONDS",
-        help="for the server to answer (default: 10; with --wait, as long as it takes)",
+        help="time limit for the server to answer (default: 10; with --wait: none)",
     )
     parser.add_argument(
         "--wait",
         action="store_true",
-        help="wait for a server that is not there yet, so that it may be started later",
+        help="wait until a server listens, if none does yet",
     )
     parser.add_argument(
-        "-n", "--vectors", metavar="N", type=vectors, help="of a server that is slow to tell"
+        "-n",
+        "--vectors",
+        metavar="N",
+        type=vectors,
+        help="number of vectors, for a server that sends them slowly",
     )
     parser.set_defaults(run=run)
 
@@ -90,7 +99,7 @@ def _find(options: argparse.Namespace, timeout: float | None) -> str:
             failure = error
         time.sleep(pause)
     raise TimeoutError(
-        failure.errno, f"waited for {counted(timeout or 0, 'second')}: {failure.strerror}"
+        failure.errno, f"no server within {counted(timeout or 0, 'second')}: {failure.strerror}"
     )
 
 

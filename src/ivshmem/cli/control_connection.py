@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"of the server; its control socket is PATH.control ({OF_THE_SERVER})",
+        help=f"socket of the server; its control socket is PATH.control ({OF_THE_SERVER})",
     )
     place.add_argument(
-        "--control", metavar="PATH", help="the control socket, if the server has it elsewhere"
+        "--control", metavar="PATH", help="the control socket, if it is not PATH.control"
     )
 
 
@@ -47,14 +47,14 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control_cl
 def says_who(client: control_client.ControlClient) -> str:
     """Return whose server it is that answered, if that is neither root's nor the asker's."""
     uid = client.server.uid
-    return "" if uid in {0, os.geteuid()} else f" (says {user_name(uid)})"
+    return "" if uid in {0, os.geteuid()} else f" (according to the server of {user_name(uid)})"
 
 
 def _connect(path: str, timeout: float) -> control_client.ControlClient:
     try:
         return control_client.ControlClient(path, timeout)
     except PermissionError:
-        reason = "permission denied: only root and the server's user may ask"
+        reason = "permission denied: only root and the server's user may use the control socket"
         raise PermissionError(errno.EACCES, reason, path) from None
 
 
@@ -63,8 +63,8 @@ def _without_control(server: str) -> Exception:
     try:
         if sockets.is_live(server):
             return ControlError(
-                f"{server}: the server there has no control socket: it is of another kind (as"
-                " QEMU's example), or has it elsewhere: give --control PATH"
+                f"{server}: this server has no control socket there. If it has one elsewhere, give"
+                " --control PATH; QEMU's example server has none"
             )
     except OSError as error:
         return error

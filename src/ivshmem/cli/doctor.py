@@ -29,11 +29,12 @@ _UNLIMITED = 1 << 20  # columns, where standard output is not a terminal
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        description="Check one by one what sharing needs. Of each failure it prints the one command"
-        " that fixes it, or the QEMU option (then beginning with a dash). In a guest that ends with"
-        " interrupts that the device sends to itself; on a host, with limits. Nothing is changed."
-        " Exit status 0: nothing failed. A warning is what others may need, or what could not be"
-        " looked at.",
+        description="Check one by one what sharing needs. For each failure, print the command"
+        " that fixes it, or the QEMU option (it begins with a dash). In a guest, the"
+        " last check makes the device interrupt itself; on a host, the last checks"
+        " are of limits. Nothing is changed. Exit status 0: no check failed. A"
+        " warning is about what other users may need, or about what could not be"
+        " checked.",
     )
     parser.add_argument(
         "address",
@@ -42,33 +43,33 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="in a guest: the PCI address of one device (default: all)",
     )
     side = parser.add_mutually_exclusive_group()
-    side.add_argument(
-        "--guest", action="store_true", help="check as a guest (default: as it looks)"
-    )
-    side.add_argument("--host", action="store_true", help="check as a host")
+    side.add_argument("--guest", action="store_true", help="check as a guest (default: detected)")
+    side.add_argument("--host", action="store_true", help="check as a host (default: detected)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     host = parser.add_argument_group("on a host")
-    host.add_argument("-S", "--socket", metavar="PATH", help=f"of the server ({OF_THE_SERVER})")
+    host.add_argument(
+        "-S", "--socket", metavar="PATH", help=f"socket of the server ({OF_THE_SERVER})"
+    )
     place = host.add_mutually_exclusive_group()
     place.add_argument("-M", "--name", help="the memory's POSIX name")
     place.add_argument("-f", "--file", metavar="PATH", help="the memory's file")
-    place.add_argument("-m", "--directory", metavar="DIR", help="where the memory's file is to be")
-    host.add_argument("-l", "--size", metavar="SIZE", help="that the memory is to have")
+    place.add_argument("-m", "--directory", metavar="DIR", help="directory for the memory's file")
+    host.add_argument("-l", "--size", metavar="SIZE", help="wanted size of the memory")
     host.add_argument(
         "--hugepages",
         nargs="?",
         const=True,
         default=False,
         metavar="SIZE",
-        help="the memory is to be in huge pages, of the default size or of SIZE (2M, 1G)",
+        help="check for huge pages, of the default size or of SIZE (2M, 1G)",
     )
     add_accept_owner(host)
     host.add_argument(
         "--lock",
         action="store_true",
-        help="the memory is to be locked (-overcommit mem-lock=on, or vfio on the host)",
+        help="check for locked memory (-overcommit mem-lock=on, or vfio on the host)",
     )
-    host.add_argument("-u", "--user", help="who is to use socket and memory (needs root)")
+    host.add_argument("-u", "--user", help="user who shall use socket and memory (needs root)")
     host.add_argument(
         "--qemu", metavar="PROGRAM", help=f"the QEMU to use (default: {doctor_host.default_qemu()})"
     )
@@ -93,9 +94,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     )
     of_host = wanted != request.Request()
     if options.address and (options.host or of_host):
-        parser.error("an ADDRESS is for a guest, and the other options are for a host")
+        parser.error("ADDRESS is for a guest; the other options are for a host")
     if options.guest and of_host:
-        parser.error("the options for a host do not go with --guest")
+        parser.error("options for a host are not allowed with --guest")
     guest = options.guest or options.address is not None
     if not (guest or options.host or of_host):
         guest = guest_or_host.is_guest(default_paths.expected_socket(), doctor_host.default_qemu())
@@ -147,6 +148,6 @@ def _verdict(states: Mapping[str, int]) -> str:
     if not parts:
         parts.append("all is well")
     elif not failures:
-        parts.insert(0, "nothing failed")
+        parts.insert(0, "no check failed")
     parts += [f"{left} not checked"] if left else []
     return ", ".join(parts)

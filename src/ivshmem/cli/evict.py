@@ -12,12 +12,15 @@ from . import control_connection
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "evict",
-        description="Let a running server hang up on a peer: the others are told that it left. It"
-        " keeps the memory and the doorbells that it has, and can go on using them; a guest's QEMU"
-        " gets no more news and does not connect again, and one that was still starting spins.",
+        description="Make a running server disconnect a peer, and tell the other peers that it"
+        " left. The evicted peer keeps its memory and doorbells and can continue to"
+        " use them. A guest's QEMU gets no more messages and does not reconnect; a"
+        " QEMU that was still starting busy-loops.",
     )
     parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
-    parser.add_argument("--region", metavar="NAME", help="its region, if there are several")
+    parser.add_argument(
+        "--region", metavar="NAME", help="the peer's region, if the server has several"
+    )
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -29,7 +32,7 @@ def peer_id(text: str) -> int:
     except ValueError:
         number = -1
     if not 0 <= number <= MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text} is not a peer's id: allowed are 0 to {MAX_ID}")
+        raise argparse.ArgumentTypeError(f"not a peer's id: {text} (allowed are 0 to {MAX_ID})")
     return number
 
 

@@ -35,8 +35,8 @@ _NOISE = 1.5  # between rates that may be the same
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "guest",
-        description="Use the ivshmem device of this virtual machine. `ivshmem doctor` says what is"
-        " missing where something does not work.",
+        description="Use the ivshmem device of this virtual machine. If something does not work,"
+        " `ivshmem doctor` finds what is missing.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, text in _COMMANDS:
@@ -56,22 +56,24 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         "-a",
         "--address",
         metavar="ADDRESS",
-        help="the device's PCI address (`guest list`); the only one need not be named",
+        help="the device's PCI address, see `guest list` (default: the only device)",
     )
     parser.add_argument(
         "--access",
         choices=("vfio", "noiommu", "uio", "sysfs"),
-        help="how to open it (default: the first of these that works here)",
+        help="how to open the device (default: the first of these that works here)",
     )
     parser.add_argument(
         "--memory",
         choices=("vfio", "uio", "resource2", "resource2_wc"),
-        help="how to map its memory (`guest measure` compares them)",
+        help="how to map the device's memory (`guest measure` compares these)",
     )
 
 
 def _add_ring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("peer", metavar="PEER", help="its id, or its name in the directory")
+    parser.add_argument(
+        "peer", metavar="PEER", help="the peer's id, or its name in the directory of names"
+    )
     parser.add_argument("vector", metavar="VECTOR", nargs="?", default="0", help="(default: 0)")
     _add_device(parser)
 
@@ -85,17 +87,15 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
 def _add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("start", metavar="OFFSET", nargs="?", default="0", help="(default: 0)")
     parser.add_argument("length", metavar="LENGTH", nargs="?", help="(default: 256)")
-    parser.add_argument("--raw", action="store_true", help="write the bytes themselves to stdout")
+    parser.add_argument("--raw", action="store_true", help="write the raw bytes to stdout")
     _add_device(parser)
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "If another peer writes to the measured bytes during the measurement, that is lost."
-    )
+    parser.epilog = "What another peer writes to the measured bytes during the measurement is lost."
     parser.add_argument("-a", "--address", metavar="ADDRESS", help="the device's PCI address")
-    parser.add_argument("--offset", default="0", help="of the bytes to copy (default: 0)")
-    parser.add_argument("--length", help="how many (default: 1M, or all there are)")
+    parser.add_argument("--offset", default="0", help="offset of the bytes to copy (default: 0)")
+    parser.add_argument("--length", help="number of bytes to copy (default: 1M, or all)")
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -104,20 +104,21 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        help="to listen on; clients connect as on the host (default: as of `ivshmem serve`)",
+        help="socket to listen on, for clients as on the host (default: as for `ivshmem serve`)",
     )
     parser.add_argument(
         "--peers",
         metavar="IDS",
         type=_ids,
         default=[],
-        help="whom clients can ring, such as 0,2,5-7, beside those in the directory of names",
+        help="ids of peers that clients can ring, for example 0,2,5-7, besides those in the"
+        " directory of names",
     )
-    parser.add_argument("-p", "--pid-file", metavar="PATH", help="to lock and write the pid to")
-    parser.add_argument("--daemon", action="store_true", help="go into the background once ready")
     parser.add_argument(
-        "-q", "--quiet", action="store_true", help="say nothing of joins and leaves"
+        "-p", "--pid-file", metavar="PATH", help="file to lock and to write the pid to"
     )
+    parser.add_argument("--daemon", action="store_true", help="go into the background when ready")
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not log joins and leaves")
 
 
 _ARGUMENTS = {
@@ -139,9 +140,11 @@ def _ids(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(f"{part!r} is neither an id nor a range, such as 5-7")
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither an id nor a range (for example 5-7)"
+            )
         if int(last) > MAX_ID:
-            raise argparse.ArgumentTypeError(f"{last}: ids are 0 to {MAX_ID}")
+            raise argparse.ArgumentTypeError(f"not an id: {last} (allowed are 0 to {MAX_ID})")
         found += range(int(first), int(last) + 1)
     return found
 
@@ -236,7 +239,7 @@ def _dump(options: argparse.Namespace) -> int:
         start = parse_size(options.start)
         size = parse_size(options.length) if options.length else device.region.size - start
         if size < 0 or start + size > device.region.size:
-            raise IvshmemError(f"the region ends at {device.region.size:#x}")
+            raise IvshmemError(f"outside the region: it ends at {device.region.size:#x}")
         with memoryview(device.region) as memory:
             sys.stdout.buffer.write(memory[start : start + size])
     return 0
@@ -253,14 +256,14 @@ def _measure(options: argparse.Namespace) -> int:
         return 0
     print(*table(map(_speed_row, speeds)), sep="\n")
     if all(speed.error for speed in speeds):
-        print("nothing could be measured")
+        print("no way to map the memory works here: see `ivshmem doctor`")
         return 1
     for what in ("read", "write"):
         rates = {getattr(speed, what): speed.memory for speed in speeds if not speed.error}
         if max(rates) > _NOISE * min(rates):
             print(f"fastest to {what}: {rates[max(rates)]}")
         else:
-            print(f"to {what} there is no difference to speak of")
+            print(f"equally fast to {what}, within measurement noise")
     return 0
 
 
@@ -306,8 +309,8 @@ def _open_to_share(options: argparse.Namespace) -> guest.GuestDevice:
     if mode := pci.locked_down():
         raise OSError(
             errno.EPERM,
-            f"the kernel is locked down ({mode}), and so hands out no memory that could be shared"
-            " further: one process can use the device, by vfio",
+            f"the kernel is locked down ({mode}): it does not give out the memory's file, which"
+            " clients need. One process can still use the device, with vfio",
         )
     device = guest.open(options.address, access=options.access, memory=options.memory or RESOURCE)
     if device.device.variant == "doorbell":
@@ -320,7 +323,10 @@ def _open_to_share(options: argparse.Namespace) -> guest.GuestDevice:
 
 
 def _banner(broker: guest.Broker, device: guest.GuestDevice) -> str:
-    whom = ", ".join(map(str, broker.remote)) or "nobody yet (--peers, or a directory of names)"
+    whom = (
+        ", ".join(map(str, broker.remote))
+        or "no peer yet (give --peers, or serve with a directory of names)"
+    )
     return (
         f"sharing {device.device.address}, id {device.id}, {format_size(device.region.size)},"
         f" {counted(device.vectors, 'vector')}, on {broker.path}, pid {os.getpid()}\n"
@@ -330,11 +336,15 @@ def _banner(broker: guest.Broker, device: guest.GuestDevice) -> str:
 
 _COMMANDS = (
     ("list", _list, "list the ivshmem devices of this machine"),
-    ("info", _info, "say all about a device: its id, how it is opened, its interrupts"),
+    ("info", _info, "show a device: its id, how it is opened, its interrupts"),
     ("ring", _ring, "interrupt a vector of a peer"),
-    ("wait", _wait, "wait for an interrupt; exit status 1 when the time is over"),
-    ("names", _names, "list who has published a name in the region's directory"),
+    ("wait", _wait, "wait for an interrupt; exit status 1 after the time limit"),
+    ("names", _names, "list the names that peers have published in the region's directory"),
     ("dump", _dump, "print bytes of the memory, as `hexdump -C`"),
-    ("measure", _measure, "compare the ways to map the memory: which is fastest to read, to write"),
-    ("serve", _serve, "share the device with other processes of this machine"),
+    (
+        "measure",
+        _measure,
+        "compare the ways to map the memory: which one reads fastest, which one writes fastest",
+    ),
+    ("serve", _serve, "share the device with other processes in this guest"),
 )

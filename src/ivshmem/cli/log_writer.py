@@ -95,7 +95,7 @@ class LogWriter(Uncopied):
                 write_all(self._fd, line)
 
     def _missing(self, lines: int) -> str:
-        text = f"{lines} lines were lost: nobody read them"
+        text = f"{lines} lines were lost: stderr was not read"
         if not self._json:
             return f"ivshmem: {text}"
         return json_line(time.time(), late_logging.WARNING, text, {"event": "lost", "lines": lines})

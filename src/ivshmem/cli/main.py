@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 # What each subcommand is for, and the module that has it, which is imported only if it is called.
 SUBCOMMANDS = {
     "serve": ("serve", "run the server that guests and clients connect to"),
-    "connect": ("connect", "be a peer: ring, wait, look into the memory"),
+    "connect": ("connect", "be a peer: ring, wait, read and write the memory"),
     "guest": (
         "guest",
-        "inside a virtual machine: its devices, ring, wait, look into the memory, share it",
+        "inside a virtual machine: list devices, ring, wait, read the memory, share it",
     ),
-    "qemu": ("qemu", "print the arguments for a guest"),
+    "qemu": ("qemu", "print the QEMU arguments or libvirt XML for a guest"),
     "doctor": (
         "doctor",
-        "check what sharing needs, on the host or in a guest, and say what fixes it",
+        "check what sharing needs, on the host or in a guest, and print what fixes it",
     ),
-    "status": ("status", "say what a running server does: regions, peers, who is stalled"),
-    "top": ("top", "show what a running server does, live"),
-    "evict": ("evict", "let a running server hang up on a peer"),
-    "hold": ("hold", "send a peer no news, so that its device can be unplugged"),
-    "release": ("release", "send a peer news again"),
-    "reload": ("reload", "let a running server read its configuration again"),
+    "status": ("status", "show a running server: regions, peers, stalled peers"),
+    "top": ("top", "show a running server, live"),
+    "evict": ("evict", "disconnect a peer from a running server"),
+    "hold": ("hold", "hold back messages to a peer, to unplug its device safely"),
+    "release": ("release", "end `hold`"),
+    "reload": ("reload", "make a running server read its configuration again"),
     "save": ("save_load", "write a region's bytes to a file"),
-    "load": ("save_load", "make a region what was saved"),
+    "load": ("save_load", "restore a region's bytes from a file"),
     "migrate": ("migrate", "migrate VMs together with the memory that they share"),
-    "systemd": ("systemd", "install units for systemd that run this installation, in a venv too"),
+    "systemd": ("systemd", "install systemd units that run this installation, also in a venv"),
     "bench": ("bench", "measure doorbells and memory here, or the round trip to a peer"),
 }
 
@@ -61,7 +61,7 @@ def _parser(given: Sequence[str]) -> Parser:
     parser = Parser(
         prog="ivshmem",
         description="Shared memory and doorbells between virtual machines and host processes.",
-        epilog="Begin with `ivshmem serve`: it prints what QEMU needs to be told.",
+        epilog="Begin with `ivshmem serve`: it prints the arguments for QEMU.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"ivshmem {__version__}")
     words = [word for word in given if word != "help"]

@@ -107,8 +107,11 @@ def describe(plan: Plan) -> list[str]:
         device = group.master.device
         where = f" ({device.where})" if device.where else ""
         lines.append(f"memory of {format_size(device.size)}{where}:")
-        lines += [_member(group.master, "master, takes it along")]
-        lines += [_member(other, "is unplugged, and plugged back") for other in group.others]
+        lines += [_member(group.master, "master, migrates with the memory")]
+        lines += [
+            _member(other, "is unplugged, and plugged in again at the destination")
+            for other in group.others
+        ]
     lines += ["steps:"]
     lines += [f"  {number}. {step}" for number, step in enumerate(plan.steps, 1)]
     lines += [f"note: {note}" for note in plan.notes]

@@ -25,23 +25,26 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Print the arguments that give a QEMU guest the device: ivshmem-doorbell,"
         " connected to a server (the default), or ivshmem-plain over a file.",
         epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  If a path has a space, the shell"
-        " splits it there: `ivshmem qemu | xargs qemu-system-x86_64 ...` keeps it whole. The number"
-        " of vectors is asked of the server; one of another kind cannot be asked: give --vectors"
-        " then.",
+        " splits it there: use `ivshmem qemu | xargs qemu-system-x86_64 ...` instead. The"
+        " command asks the server for its number of vectors; QEMU's example server does"
+        " not answer that: give --vectors.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"of the server, for ivshmem-doorbell ({OF_THE_SERVER})",
+        help=f"socket of the server, for ivshmem-doorbell ({OF_THE_SERVER})",
     )
     source.add_argument(
         "--config",
         metavar="FILE",
-        help="of the server, for the regions in it: all of them in one guest, or --region",
+        help="configuration of the server: print devices for all its regions, or for those of"
+        " --region",
     )
-    source.add_argument("-f", "--file", metavar="PATH", help="the memory, for ivshmem-plain")
+    source.add_argument(
+        "-f", "--file", metavar="PATH", help="path of the memory's file, for ivshmem-plain"
+    )
     source.add_argument("-M", "--name", help="the memory's POSIX name, for ivshmem-plain")
     source.add_argument(
         "--hugepages",
@@ -52,16 +55,16 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " SIZE (2M, 1G)",
     )
     parser.add_argument(
-        "--region", metavar="NAME", action="append", help="of --config; may be repeated"
+        "--region", metavar="NAME", action="append", help="region of --config; may be repeated"
     )
     parser.add_argument("-n", "--vectors", metavar="N", type=vectors, help="of the server")
     parser.add_argument(
         "-l",
         "--size",
         metavar="SIZE",
-        help=f"of the file, where it does not exist yet (default: {DEFAULT_SIZE}, or a huge page)",
+        help=f"size of the file, if it does not exist (default: {DEFAULT_SIZE}, or a huge page)",
     )
-    parser.add_argument("--prealloc", action="store_true", help="QEMU takes all pages at start")
+    parser.add_argument("--prealloc", action="store_true", help="QEMU allocates all pages at start")
     parser.add_argument(
         "--master", action="store_true", help="the memory migrates with this guest (master=on)"
     )
@@ -69,27 +72,33 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--id",
         metavar="ID",
         type=ident,
-        help="of the chardev or memory in QEMU (default: one made of the path, so that devices of"
-        " several regions fit into one command); needed for two devices of one region",
+        help="id of the chardev or memory backend in QEMU (default: derived from the path, so it"
+        " is unique for each region); needed for two devices of one region",
     )
     parser.add_argument(
         "--iommu",
         action="store_true",
-        help="print also what gives the guest a virtual IOMMU, which interrupts need in user space",
+        help="also print the arguments of a virtual IOMMU, which interrupts in the guest's user"
+        " space need",
     )
-    old = parser.add_argument_group("an old line, of QEMU before 4.0: what is it called today?")
+    old = parser.add_argument_group("translate a command line of QEMU before 4.0")
     old.add_argument(
-        "-device", metavar="ivshmem,...", help="as it stood there: shm=NAME, size=1, and so on"
+        "-device", metavar="ivshmem,...", help="the old device: ivshmem,shm=NAME,size=1, and so on"
     )
     old.add_argument(
-        "-chardev", metavar="socket,...", action="append", default=[], help="if the device had one"
+        "-chardev",
+        metavar="socket,...",
+        action="append",
+        default=[],
+        help="the old device's chardev, if it had one",
     )
     parser.add_argument(
         "--slot",
         metavar="N",
         type=_slot,
-        help="of the guest's root PCI bus, 1 to 31, with --libvirt (default: one of 16 to 26, by"
-        " the region's name; choose another if libvirt says that it is in use)",
+        help="with --libvirt: slot on the guest's root PCI bus, 1 to 31 (default: 16 to 26,"
+        " derived from the region's name; choose another one if libvirt says that it is in"
+        " use)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--libvirt", action="store_true", help="print XML for libvirt instead")
@@ -111,16 +120,16 @@ def _slot(text: str) -> int:
     except ValueError:
         slot = 0
     if not 1 <= slot <= 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a slot: 1 to 31 are allowed")
+        raise argparse.ArgumentTypeError(f"not a slot: {text!r} (allowed are 1 to 31)")
     return slot
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what the options ask for."""
     if options.region and not options.config:
-        raise ValueError("--region is one of a file: give --config FILE, too")
+        raise ValueError("--region needs --config FILE")
     if options.chardev and options.device is None:
-        raise ValueError("-chardev goes with an old -device ivshmem,...: give that, too")
+        raise ValueError("-chardev needs -device ivshmem,...")
     if options.device is not None:
         arguments, xml = _old(options)
     elif options.config:
@@ -141,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
         if line.split() != arguments and not sys.stdout.isatty():
             # No quoting survives an unquoted $(..).
             note = "ivshmem: these words are quoted: paste them, or use `| xargs qemu-system-..`;"
-            print(f"{note} an unquoted $(..) would split them", file=sys.stderr)
+            print(f"{note} the shell splits an unquoted $(..)", file=sys.stderr)
     return 0
 
 
@@ -188,7 +197,7 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
             number = inquiry.ask(path, _SECONDS)["vectors"]
         except (ServerGone, KeyError):
             raise ServerGone(
-                f"{path}: this server does not say how many vectors it has: give --vectors"
+                f"{path}: this server does not answer how many vectors it has: give --vectors N"
             ) from None
     return (
         cmdline.doorbell(path, number, ident=options.id, master=options.master),
@@ -199,22 +208,22 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
 def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
     """Devices for regions of a file, in one guest if they are several."""
     if options.vectors is not None or options.size is not None:
-        raise ValueError("--vectors and --size: with --config, the file says that")
+        raise ValueError("--vectors and --size are not allowed with --config: set them in the file")
     from ..service import config_file  # here: only --config needs the parser of TOML
 
     config = config_file.load(options.config)
     names = options.region or list(config.regions)
     if options.id and len(names) > 1:
-        raise ValueError("an id is for one device: give --region NAME, too")
+        raise ValueError("--id is for one device: choose one with --region NAME")
     if options.master and len(names) > 1:
-        raise ValueError("a guest can be master of one region: give --region NAME, too")
+        raise ValueError("--master is for one region of a guest: choose one with --region NAME")
     if options.slot is not None and len(names) > 1:
-        raise ValueError("a slot is for one device: give --region NAME, too")
+        raise ValueError("--slot is for one device: choose one with --region NAME")
     arguments, xml = [], []
     slots: list[int] = []
     for name in names:
         if name not in config.regions:
-            raise config.error(f"no region {name}: there are {', '.join(config.regions)}")
+            raise config.error(f"no region {name}: the file has {', '.join(config.regions)}")
         region = config.regions[name]
         arguments += cmdline.doorbell(
             region.socket, region.vectors, ident=options.id, master=options.master
@@ -249,7 +258,7 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
         if options.size is not None and parse_size(options.size) != size:
             raise RegionError(
                 f"{path} has {format_size(size)}, not {format_size(parse_size(options.size))}:"
-                " leave --size away, or choose another file"
+                " omit --size, or choose another file"
             )
     else:
         size = parse_size(options.size or max(parse_size(DEFAULT_SIZE), page))
@@ -279,7 +288,7 @@ def _hugetlbfs_mount(wanted: bool | str) -> str:
             if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
                 return place
     raise RegionError(
-        f"no hugetlbfs with pages of {format_size(size)} is mounted; as root:"
-        f" mkdir -p /dev/hugepages{size >> 20}M &&"
-        f" mount -t hugetlbfs -o pagesize={size >> 20}M none /dev/hugepages{size >> 20}M"
+        f"no hugetlbfs with pages of {format_size(size)} is mounted; run as root: mkdir -p"
+        f" /dev/hugepages{size >> 20}M && mount -t hugetlbfs -o pagesize={size >> 20}M none"
+        f" /dev/hugepages{size >> 20}M"
     )

@@ -11,11 +11,13 @@ from .evict import peer_id
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "release",
-        description="End `ivshmem hold`: the peer is told what has changed since, and all that"
-        " happens from now on.",
+        description="End `ivshmem hold`: the server sends the peer what has changed since, and"
+        " all later messages.",
     )
     parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
-    parser.add_argument("--region", metavar="NAME", help="its region, if there are several")
+    parser.add_argument(
+        "--region", metavar="NAME", help="the peer's region, if the server has several"
+    )
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -25,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     with control_connection.connect(options) as client:
         held = client.release(options.id, region=options.region)
     if held:
-        print(f"peer {options.id} is sent news again")
+        print(f"messages to peer {options.id} are sent again")
     else:
         print(f"peer {options.id} was not held")
     return 0

@@ -13,8 +13,9 @@ _SECONDS = 60.0  # memory may have to be taken
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "reload",
-        description="Let a running server read its configuration again, and print what has changed."
-        " If something in it is wrong, that is said, and all stays as it was.",
+        description="Make a running server read its configuration again, and print what has"
+        " changed. If the file has an error, the error is printed and nothing"
+        " changes.",
     )
     control_connection.add_options(parser)
     parser.set_defaults(run=run)

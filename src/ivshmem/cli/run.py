@@ -142,8 +142,8 @@ def _lack(error: Exception) -> str:
 
 
 _REMEDY = "raise the limit with `ulimit -v unlimited`, or for a service with LimitAS=infinity"
-_NO_MEMORY = f"this process may not have more memory: {_REMEDY}"
-_NO_THREAD = f"no thread can be started, for lack of memory or processes: {_REMEDY}; or `ulimit -u`"
+_NO_MEMORY = f"out of memory for this process: {_REMEDY}"
+_NO_THREAD = f"cannot start a thread, out of memory or processes: {_REMEDY}; or raise `ulimit -u`"
 
 
 def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
@@ -228,14 +228,14 @@ def _sentence(error: BaseException) -> str:
 
 # Python's own errno subclasses say what and where; these add what to do.
 _HINTS = {
-    1: ": run as a user who may, or choose another path",  # EPERM
+    1: ": run as a user with the permission, or choose another path",  # EPERM
     2: ": create it first, or choose another path",  # ENOENT
     12: f": {_REMEDY}",  # ENOMEM
-    13: ": run as a user who may, or choose another path",  # EACCES
+    13: ": run as a user with the permission, or choose another path",  # EACCES
     20: ": a part of the path is a file: choose another path",  # ENOTDIR
-    21: ": name a file in it, or use --directory",  # EISDIR
+    21: ": give a file in that directory, or use --directory",  # EISDIR
     24: ": raise the limit with `ulimit -n`",  # EMFILE
     27: ": raise the limit with `ulimit -f unlimited`, or choose another file system",  # EFBIG
-    28: ": make room there, or choose another file system",  # ENOSPC
-    30: ": choose a path on a file system that can be written",  # EROFS
+    28: ": free some space, or choose another file system",  # ENOSPC
+    30: ": choose a path on a writable file system",  # EROFS
 }

@@ -25,23 +25,24 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     save = subparsers.add_parser(
         "save",
         description="Write a region's bytes to a file, which is replaced only when the new one is"
-        " whole; only its owner can read it. Pages of zeros take no space. What peers write"
-        " during that is saved or not: stop them first if that matters.",
+        " whole; only its owner can read it. Pages of zeros take no space. What peers"
+        " write during the save may or may not be included: stop them first if that"
+        " matters.",
     )
     _add_place(save)
     form = save.add_mutually_exclusive_group()
-    form.add_argument("--compress", action="store_true", help="by zlib")
+    form.add_argument("--compress", action="store_true", help="compress with zlib")
     form.add_argument(
         "--raw",
         action="store_true",
-        help="the bytes as they are, in a sparse file that dd, hexdump and QEMU's"
-        f" memory-backend-file read; the checksums go to FILE{raw_image.SUFFIX}",
+        help="write the raw bytes to a sparse file, which dd, hexdump and QEMU's"
+        f" memory-backend-file can read; checksums go to FILE{raw_image.SUFFIX}",
     )
     save.set_defaults(run=run_save)
     load = subparsers.add_parser(
         "load",
-        description="Check a file that `ivshmem save` wrote, to its end, and then make a region"
-        " what was saved. If the file is damaged, the region does not change.",
+        description="Check a file that `ivshmem save` wrote, up to its end, and then restore the"
+        " region from it. If the file is damaged, the region does not change.",
     )
     _add_place(load)
     load.add_argument("--check", action="store_true", help="only check the file")
@@ -61,16 +62,16 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"of the server that has the region ({OF_THE_SERVER})",
+        help=f"socket of the region's server ({OF_THE_SERVER})",
     )
     place.add_argument("-M", "--name", help="the region's POSIX name, without a server")
-    place.add_argument("-f", "--file", metavar="PATH", help="the region's file, likewise")
+    place.add_argument("-f", "--file", metavar="PATH", help="the region's file, without a server")
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=10.0,
         metavar="SECONDS",
-        help="for the server to answer (default: %(default)s)",
+        help="time limit for the server to answer (default: %(default)s)",
     )
     add_accept_owner(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
@@ -79,7 +80,8 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 def _file(text: str) -> str:
     if text in ("", "-"):
         raise argparse.ArgumentTypeError(
-            "it is replaced as a whole and read twice, so it cannot be a pipe: name a file"
+            "not a file: a pipe cannot be replaced as a whole or read twice: give the path of a"
+            " file"
         )
     return text
 
@@ -141,7 +143,7 @@ def run_load(options: argparse.Namespace) -> int:
             info = image.check_image(
                 options.path, raw=options.raw, progress=show, accept_owner=accept
             )
-        _print(options.path, info, "; the file is whole, and nothing was loaded")
+        _print(options.path, info, "; the file is intact, and nothing was loaded")
     else:
         with _region(options, readonly=False) as region, _with_progress(options, "loading") as show:
             info = image.load(

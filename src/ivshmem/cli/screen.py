@@ -103,7 +103,9 @@ def shown() -> Iterator[Screen]:
         SystemExit: a signal ended the program; KeyboardInterrupt for Ctrl-C.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
-        raise ValueError("this needs a terminal: `ivshmem status` prints the same once")
+        raise ValueError(
+            "standard input and output are not a terminal: `ivshmem status` prints the same once"
+        )
     with signals.held(), contextlib.closing(Screen()) as screen:
         before = [
             (number, signal.signal(number, handler))

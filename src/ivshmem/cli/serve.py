@@ -24,8 +24,9 @@ from .run import guarded
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "serve",
-        description="Run an ivshmem server in the foreground. At start it prints the lines to paste"
-        " into QEMU and libvirt; then a line for each peer that joins or leaves.",
+        description="Run an ivshmem server in the foreground. At start it prints the arguments"
+        " for QEMU and the XML for libvirt; then a line for each peer that joins or"
+        " leaves.",
         epilog="SIZE is a power of two: bytes, or a number with K, M, G or T, such as 4M. The"
         " memory is anonymous unless --name, --file or --directory says where it comes from.",
     )
@@ -38,65 +39,69 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--check",
         action="store_true",
-        help="only say what the file would have served, or what is wrong in it",
+        help="only print what the file would serve, or its errors",
     )
     add_region(parser)
     process = parser.add_argument_group("the process")
     process.add_argument(
         "--supervise",
         action="store_true",
-        help="as a child of a small parent: if the child is killed, another goes on, and no peer"
-        " notices",
+        help="serve in a child of a small parent: if the child is killed, a new child continues,"
+        " and no peer notices",
     )
     process.add_argument(
         "--fd-store",
         action="store_true",
-        help="have the service manager keep all descriptors (systemd: FileDescriptorStoreMax=): if"
-        " the server is killed or restarted, it goes on, and no peer notices",
+        help="keep all descriptors in the service manager (systemd: FileDescriptorStoreMax=): if"
+        " the server is killed or restarted, it continues, and no peer notices",
     )
     process.add_argument(
         "--takeover",
         action="store_true",
-        help="go on where the server that runs here is, with its peers, and let that one end; what"
-        " no option says stays",
+        help="take over the peers of the server that runs here, which then ends; settings without"
+        " an option stay as they are",
     )
     looks = parser.add_argument_group("being seen")
     place = looks.add_mutually_exclusive_group()
     place.add_argument(
         "--control",
         metavar="PATH",
-        help="the socket for `ivshmem status`, `top`, `evict` and `reload` (default: the first"
-        " region's with .control behind it)",
+        help="control socket, for `ivshmem status`, `top`, `evict` and `reload` (default: the"
+        " first region's socket with .control appended)",
     )
     place.add_argument("--no-control", action="store_true", help="have none")
     looks.add_argument(
         "--metrics",
         metavar="[HOST:]PORT",
-        help="serve metrics for Prometheus there, at /metrics (HOST is 127.0.0.1 by default)",
+        help="serve metrics for Prometheus on PORT, at /metrics (HOST is 127.0.0.1 by default)",
     )
     looks.add_argument(
-        "--metrics-peers", action="store_true", help="metrics of each peer, too: many series"
+        "--metrics-peers",
+        action="store_true",
+        help="also export metrics of each peer, which are many series",
     )
     looks.add_argument(
         "--metrics-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a host name by which Prometheus asks, if that is not localhost, the HOST of --metrics"
-        " or an IP address; may be given several times",
+        help="host name in the requests of Prometheus, if it is not localhost, the HOST of"
+        " --metrics or an IP address; may be repeated",
     )
     looks.add_argument(
         "--log-format",
         choices=limits.LOG_FORMATS,
-        help="lines for people (the default), or a JSON object on each",
+        help="log lines as text (default), or as JSON objects",
     )
-    process.add_argument("-p", "--pid-file", metavar="PATH", help="to lock and write the pid to")
-    process.add_argument("-F", "--foreground", action="store_true", help="stay (the default)")
-    process.add_argument("--daemon", action="store_true", help="go into the background once ready")
-    process.add_argument("-v", "--verbose", action="store_true", help="tell more")
     process.add_argument(
-        "-q", "--quiet", action="store_true", help="say nothing of joins and leaves"
+        "-p", "--pid-file", metavar="PATH", help="file to lock and to write the pid to"
     )
+    process.add_argument(
+        "-F", "--foreground", action="store_true", help="stay in the foreground (default)"
+    )
+    process.add_argument("--daemon", action="store_true", help="go into the background when ready")
+    process.add_argument("-v", "--verbose", action="store_true", help="log more")
+    process.add_argument("-q", "--quiet", action="store_true", help="do not log joins and leaves")
     parser.set_defaults(run=run)
 
 

@@ -59,11 +59,13 @@ def _check_restarts(options: argparse.Namespace, manager: Manager) -> None:
         return
     for other in ("supervise", "takeover", "daemon"):
         if getattr(options, other):
-            raise ValueError(f"--fd-store and --{other}: the service manager does that")
+            raise ValueError(
+                f"--fd-store is not allowed with --{other}: the service manager does that"
+            )
     if not manager.notifier.active:
         raise ValueError(
-            "--fd-store is for a service manager, and there is none (NOTIFY_SOCKET is not set):"
-            " use --supervise"
+            "--fd-store needs a service manager, and none has started this process (NOTIFY_SOCKET"
+            " is not set): use --supervise"
         )
 
 
@@ -100,7 +102,7 @@ def plan_of(options: argparse.Namespace) -> ServePlan | None:
                 raise ValueError("; ".join(wrong))
             return None
     elif options.check:
-        raise ValueError("--check says what is wrong in a file: give --config FILE, too")
+        raise ValueError("--check needs --config FILE")
     else:
         region = region_of(options, manager.only_path())
         plan = ServePlan(_configured(ServiceConfig({"ivshmem": region}), options))
@@ -154,7 +156,11 @@ def plan_of_successor(load: Callable[[], ServiceConfig]) -> ServePlan:
     try:
         return ServePlan(load(), load)
     except (OSError, ValueError) as error:
-        return ServePlan(ServiceConfig(), load, notice=f"all stays as it was: {one_line(error)}")
+        return ServePlan(
+            ServiceConfig(),
+            load,
+            notice=f"the configuration is not applied, all stays as it was: {one_line(error)}",
+        )
 
 
 def serve(plan: ServePlan, ready: Callable[[], None]) -> int:
@@ -241,7 +247,7 @@ def _serve_first(
     elif len(deaths) >= _TRIES:
         _remove_stale(plan.config)
         raise IvshmemError(
-            f"{deaths[-1]}, and so did {len(deaths) - 1} before it, while they started: choose a"
+            f"{deaths[-1]}, as did {len(deaths) - 1} before it, during the start: choose a"
             " smaller --size if memory is short"
         )
     return _serve_child(plan, supervision, journal, inherited, deaths, ready)
@@ -260,7 +266,7 @@ def _serve_child(
         LogWriter(sys.stderr, plan.level, plan.config.log_format) as writer,
     ):
         if deaths:
-            _log.error("%s: another goes on", deaths[-1])
+            _log.error("%s: a new one continues", deaths[-1])
         if plan.notice:
             _log.error("%s", plan.notice)
         return _serve(
@@ -344,9 +350,7 @@ def _serve(
                 except OSError as error:
                     # The server serves also if stdout is a full disk or a terminal that is gone.
                     if inherited is None:
-                        _log.warning(
-                            "serving, but nothing can be shown: stdout: %s", one_line(error)
-                        )
+                        _log.warning("serving, but stdout cannot be written: %s", one_line(error))
             if supervision:
                 supervision.announce()
                 supervision.reserve()
@@ -442,8 +446,8 @@ def _warn_of_removed_names(service: Service) -> None:
             continue
         if pids := holders_of_removed(path):
             _log.warning(
-                "%s was made anew: process %s still shares the memory that had this name before,"
-                " and sees nothing of this one: end it, or choose another --name",
+                "%s is new: process %s still shares the memory that had this name before, not"
+                " this memory: end that process, or choose another --name",
                 path,
                 " and ".join(map(str, pids)),
             )

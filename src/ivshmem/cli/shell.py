@@ -166,7 +166,7 @@ class Shell(cmd.Cmd):
             }
             for entry in entries
         ]
-        self._print("\n".join(lines) or "nobody has published a name", names=values)
+        self._print("\n".join(lines) or "no peer has published a name", names=values)
 
     def do_publish(self, rest: str) -> None:
         """publish NAME [ROLE]: enter this peer into the directory, until the shell ends."""
@@ -195,7 +195,7 @@ class Shell(cmd.Cmd):
             entry = self._directory().lookup(word)
         except NoDirectory:
             raise CommandError(
-                f"{word!r} is no peer: give a number (the region has no directory of names)"
+                f"not a peer: {word!r} (give a number, the region has no directory of names)"
             ) from None
         return entry.id, entry.vector_range
 
@@ -205,7 +205,7 @@ class Shell(cmd.Cmd):
         """int PEER VECTOR: ring one vector of a peer (id or name).  int PEER all: all of them."""
         words = _words(rest, 2, "int PEER VECTOR, or int PEER all", least=1)
         if len(words) == 1:
-            raise CommandError("which vector? int PEER VECTOR, or int PEER all")
+            raise CommandError("no vector given: int PEER VECTOR, or int PEER all")
         peer, vectors = self.peer(words[0])
         if words[1] != "all":
             vector = _number(words[1], "vector")
@@ -259,14 +259,14 @@ class Shell(cmd.Cmd):
             elif kind == "text":
                 data = value.encode()
             else:
-                raise CommandError(f"what is {kind!r}? {usage}")
+                raise CommandError(f"not a type: {kind!r} (usage: {usage})")
         except (struct.error, ValueError) as error:
             if isinstance(error, CommandError):
                 raise
-            raise CommandError(f"{value!r} is no {kind}: {error}") from None
+            raise CommandError(f"not a {kind} value: {value!r}: {error}") from None
         start = self._range(address, len(data))
         if self.endpoint.region.readonly:
-            raise CommandError("the memory is mapped for reading only")
+            raise CommandError("the memory is mapped read-only")
         with memoryview(self.endpoint.region) as memory:
             memory[start : start + len(data)] = data
         self._print(
@@ -372,7 +372,7 @@ class ClientShell(Shell):
         """peers: the ids of the other peers."""
         _words(rest, 0, "peers")
         peers = self.client.peers
-        self._print(" ".join(map(str, peers)) or "nobody else is here", peers=peers)
+        self._print(" ".join(map(str, peers)) or "no other peers", peers=peers)
 
 
 def _split(line: str) -> Iterator[str]:
@@ -413,9 +413,9 @@ def _number(text: str, what: str) -> int:
     try:
         number = int(text, 0)
     except ValueError:
-        raise CommandError(f"{text!r} is no {what}: give a number") from None
+        raise CommandError(f"not a {what}: {text!r} (give a number)") from None
     if abs(number) >= 1 << 64:
-        raise CommandError(f"{text} is no {what}: too large")
+        raise CommandError(f"not a {what}: {text!r} (too large)")
     return number
 
 
@@ -425,7 +425,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise CommandError(f"{text!r} is no time: give seconds")
+        raise CommandError(f"not a time: {text!r} (give seconds, for example 0.5)")
     return value
 
 

@@ -14,11 +14,13 @@ from . import control_connection, status_text
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "status",
-        description="Print the regions of a running server and their peers: who they are, what they"
-        " must still be told, and the interrupts that they have not taken yet, as vector:count."
-        " Looking takes no interrupt away. Only root and the server's user may ask.",
-        epilog="A guest's name is QEMU's -name; other names are those in the region's directory of"
-        " names. Either is what a peer says of itself. `stalled since`: it has not read since.",
+        description="Print the regions of a running server and their peers: their processes, the"
+        " number of messages not sent yet, and the pending interrupts, as"
+        " vector:count. The command consumes no interrupt. Only root and the server's"
+        " user may use it.",
+        epilog="A guest's name is QEMU's -name; other names are from the region's directory of"
+        " names. Both are claims of the peer itself. `stalled since`: the peer has not"
+        " read since then.",
     )
     control_connection.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -32,10 +32,10 @@ _MOST_INTERRUPTS = 8
 
 # What is said of memory whose name is not its own any more.
 _LOST = {
-    "nothing": "; its name is gone: whoever opens that now does not share this memory, so restart"
-    " the server and its guests",
-    "another": "; its name leads to another file: whoever opens that now does not share this"
-    " memory, so restart the server and its guests",
+    "nothing": "; its name was removed: a process that opens the name now does not share this"
+    " memory. Restart the server and its guests",
+    "another": "; its name now belongs to another file: a process that opens the name does not"
+    " share this memory. Restart the server and its guests",
 }
 
 
@@ -143,17 +143,17 @@ def _state(peer: Status, now: float) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(peer["stalled_since"]))
         parts.append(f"stalled since {clock} ({duration(now - peer['stalled_since'])})")
     if peer["pending"]:
-        parts.append(f"{peer['pending']} to be told")
+        parts.append(f"{peer['pending']} unsent")
     if not peer["set_up"]:
         parts.append("setting up")
     if peer["readonly"]:
-        parts.append("reads only")
+        parts.append("read-only")
     if peer.get("held"):  # servers of older versions do not say
         until = peer["held_until"]
         parts.append("held" if until is None else f"held for {duration(until - now)}")
     if peer.get("leaves_held"):
         parts.append(f"{counted(peer['leaves_held'], 'leave')} held back")
-    return ", ".join(parts) or "told all"
+    return ", ".join(parts) or "up to date"
 
 
 def _interrupts(counts: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-_ORPHANED = "the parent was gone"
+_ORPHANED = "the parent had ended"
 
 
 def supervise(options: argparse.Namespace, ready: Callable[[], None]) -> int:

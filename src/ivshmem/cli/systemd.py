@@ -33,28 +33,29 @@ _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "systemd",
-        help="install units for systemd that run this installation, in a venv for instance",
-        description="Write units for systemd that run this installation of ivshmem. The files are"
-        " printed, and nothing is started.",
+        help="install systemd units that run this installation, for instance in a venv",
+        description="Write systemd units that run this installation of ivshmem. Their paths are"
+        " printed; nothing is started.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     install = commands.add_parser(
         "install",
         help="write the units",
-        description="Write the units, and print which. A file that is there already, and is"
-        " another, is left alone.",
+        description="Write the units, and print their paths. An existing file with other content"
+        " is not replaced.",
         epilog="Then: systemctl enable --now ivshmem@NAME.socket (one region), or ivshmem (those of"
         " /etc/ivshmem.toml).",
     )
     install.add_argument(
         "--user",
         action="store_true",
-        help="for your own systemd, in ~/.config/systemd/user; the sockets are in XDG_RUNTIME_DIR",
+        help="install for your own systemd instance, in ~/.config/systemd/user; the sockets are in"
+        " XDG_RUNTIME_DIR",
     )
     install.add_argument(
         "--directory",
         metavar="DIR",
-        help="write to DIR (default: /etc/systemd/system; a user's: ~/.config/systemd/user)",
+        help="write to DIR (default: /etc/systemd/system; with --user: ~/.config/systemd/user)",
     )
     install.add_argument("--force", action="store_true", help="replace files that are different")
     install.set_defaults(run=run)
@@ -145,21 +146,21 @@ def _read(name: str) -> str:
     for folder in ("system", "sysusers.d"):
         if (source / folder / name).exists():
             return (source / folder / name).read_text()
-    raise FileNotFoundError(f"this installation came without {name}: install it again")
+    raise FileNotFoundError(f"this installation lacks {name}: install the package again")
 
 
 def _check_free(files: dict[Path, str]) -> None:
     for path, text in files.items():
         if path.exists() and path.read_text(errors="replace") != text:
             raise FileExistsError(
-                f"{path} is there already, and different: compare them (--directory DIR writes"
+                f"{path} exists and is different: compare the two (--directory DIR writes"
                 " elsewhere), or replace it with --force"
             )
 
 
 def _write(path: Path, text: str) -> str:
     if path.exists() and path.read_text(errors="replace") == text:
-        return f"{path} is as it should be"
+        return f"{path} is up to date"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -19,9 +19,9 @@ _RATES = ("joins", "leaves", "messages", "refused")
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "top",
-        description="Show what `ivshmem status` prints, and how much there is of it in a second,"
-        " again and again; the peers that need attention first. It waits for a server that ends"
-        " and comes back. q or Ctrl-C ends it.",
+        description="Show what `ivshmem status` prints, and rates per second, again and again;"
+        " peers that need attention come first. If the server ends, this waits until"
+        " it is back. q or Ctrl-C ends it.",
     )
     control_connection.add_options(parser)
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SECONDS",
         type=interval,
         default=1.0,
-        help="between two poller, 0.1 to 3600 (default: %(default)g)",
+        help="time between two updates, 0.1 to 3600 (default: %(default)g)",
     )
     parser.set_defaults(run=run)
 
@@ -42,7 +42,7 @@ def interval(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0.1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} seconds: allowed are 0.1 to 3600")
+        raise argparse.ArgumentTypeError(f"not a time: {text} (allowed are 0.1 to 3600 seconds)")
     return seconds
 
 
@@ -113,7 +113,7 @@ def lines_of(
     for region in status["regions"]:
         yield ""
         yield status_text.region_line(region)
-        yield f"  {status_text.number_of_peers(region)}; in a second " + ", ".join(
+        yield f"  {status_text.number_of_peers(region)}; per second: " + ", ".join(
             f"{_rate(region['counts'], earlier.get(region['name']), name, seconds)} {name}"
             for name in _RATES
         )

@@ -81,7 +81,7 @@ def run(subject: str, steps: Iterable[CheckStep]) -> Iterator[Check]:
     causes: dict[str, str] = {}  # of what did not come off: the check that failed
     for step in steps:
         cause = next((causes[name] for name in step.rests_on if name in causes), None)
-        finding = step.check() if cause is None else skipped(f"rests on what failed: {cause}")
+        finding = step.check() if cause is None else skipped(f"needs a check that failed: {cause}")
         if finding.state == "failed" or cause is not None:
             causes[step.name] = cause or step.name
         yield Check(subject, step.name, finding.state, plain(finding.found), plain(finding.fix))

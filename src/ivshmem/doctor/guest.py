@@ -63,7 +63,7 @@ _DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 # leave memory alone.
 _HARMLESS = ("pci-stub", "pcieport", "shpchp", "vfio")
 
-_PLAIN = "plain: it has no interrupts"
+_PLAIN = "not needed: a plain device has no interrupts"
 
 
 def examine_guest(address: str | None = None) -> Iterator[Check]:
@@ -80,9 +80,11 @@ def _missing(devices: list[pci.Device], address: str | None) -> Finding:
     if devices:
         there = ", ".join(device.address for device in devices)
         fix = our_command("doctor", "--guest", devices[0].address)
-        return failed(f"no ivshmem device at {address}; there is {there}", fix)
+        return failed(f"no ivshmem device at {address}; this machine has {there}", fix)
     options = cmdline.shell(cmdline.doorbell(default_paths.OF_ROOT, 1))
-    return failed("no ivshmem device in this machine (on the host, `ivshmem serve` first)", options)
+    return failed(
+        "no ivshmem device in this machine (run `ivshmem serve` on the host first)", options
+    )
 
 
 class DeviceSteps:
@@ -127,7 +129,7 @@ class DeviceSteps:
     def _without_vfio(self) -> Finding | None:
         """Why what concerns vfio does not concern this device."""
         if self._access == "uio":
-            return skipped(f"the UIO driver {self.device.driver} serves it")
+            return skipped(f"not needed: the UIO driver {self.device.driver} has the device")
         return skipped(_PLAIN) if self._access == "sysfs" else None
 
     # -- what is there ----------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class DeviceSteps:
         device = self.device
         if not device.size:
             return failed(
-                "the kernel found no room for its memory",
+                "the kernel found no address space for its memory",
                 "-device pcie-root-port,id=port,chassis=1,pref64-reserve=2G",
             )
         kind = "plain"
@@ -155,12 +157,12 @@ class DeviceSteps:
             return ok(who)
         group = self._group_path(device)
         if device.driver == "vfio-pci" and group is not None and _may_write(group):
-            return ok(f"{who}, who was given {group}")
+            return ok(f"{who}, with access to {group}")
         if (name := uio.name(device)) is not None and _may_write(uio.DEV / name):
-            return ok(f"{who}, who was given {uio.DEV / name}")
+            return ok(f"{who}, with access to {uio.DEV / name}")
         if os.geteuid() == 0:
             return failed(
-                f"root may not write {lacking[0]}: a container?", "mount -o remount,rw /sys"
+                f"root may not write {lacking[0]}: is this a container?", "mount -o remount,rw /sys"
             )
         return failed(
             f"{who} may not write {lacking[0]}",
@@ -174,13 +176,15 @@ class DeviceSteps:
             return ok(f"on (command register {bits:#06x})")
         off = f"off (command register {bits:#06x})"
         if device.driver:
-            return ok(f"{off}, which is the business of its driver, {device.driver}")
+            return ok(f"{off}; its driver, {device.driver}, controls it")
         if (device.path / "enable").read_text().strip() == "0":
             return failed(f"{off}: not enabled yet", as_root(f"echo 1 > {device.path}/enable"))
         if self._locked and device.iommu_group is not None:
-            return ok(f"{off}, and only vfio may switch it on: the kernel is locked down")
+            return ok(f"{off}; only vfio may switch it on, because the kernel is locked down")
         # The kernel acts on the first who enables a device, and somebody has.
-        return failed(f"{off}, though it is enabled: somebody has cleared the bit", self._set(bits))
+        return failed(
+            f"{off}, although the device is enabled: a program has cleared the bit", self._set(bits)
+        )
 
     def _set(self, bits: int) -> str:
         """The command that switches memory decoding on behind the kernel's back."""
@@ -195,11 +199,15 @@ class DeviceSteps:
     def _lockdown(self) -> Finding:
         if not self._locked:
             known = pci.LOCKDOWN.exists() or os.geteuid() == 0
-            return ok("none") if known else skipped("only root can tell: securityfs is not mounted")
-        what = f"{self._locked}: forbids to map the device by sysfs"
+            return (
+                ok("none")
+                if known
+                else skipped("unknown: securityfs is not mounted, only root can mount it")
+            )
+        what = f"{self._locked}: sysfs cannot map the device"
         if self.device.iommu_group is None and self._access == "vfio":
-            return failed(f"{what}, and without an IOMMU vfio cannot", _IOMMU)
-        return ok(f"{what}, but not by {self._access}")
+            return failed(f"{what}, and vfio needs an IOMMU", _IOMMU)
+        return ok(f"{what}, but {self._access} can")
 
     def _driver(self) -> Finding:
         driver = self.device.driver
@@ -210,7 +218,7 @@ class DeviceSteps:
         if self._access == "uio":
             return ok(f"{driver}: one vector")
         if self._access in ("vfio", "noiommu") and self.device.variant == "doorbell":
-            return warning(f"{driver} has the device, and gets it back after each use")
+            return warning(f"{driver} has the device; it is given back after each use")
         return failed(
             f"{driver} has the device",
             as_root(f"echo {self.device.address} > {self.device.path}/driver/unbind"),
@@ -224,17 +232,17 @@ class DeviceSteps:
         if self.device.iommu_group is not None:
             return ok(f"group {self.device.iommu_group}")
         if self._access == "noiommu":
-            return warning("none, but vfio is allowed to do without")
+            return warning("none, but vfio's no-IOMMU mode is on")
         if vfio.has_noiommu():
             return failed(
-                "none, and vfio's no-IOMMU mode, which lets the device write to all memory and"
-                " taints the kernel, is off",
+                "none, and vfio's no-IOMMU mode is off (it lets the device write to all memory,"
+                " and taints the kernel)",
                 as_root(vfio.ENABLE_NOIOMMU),
             )
-        what = "" if self._locked else ", so no interrupts (memory and ringing work by sysfs)"
+        what = "" if self._locked else ", so no interrupts (memory and ringing work with sysfs)"
         if _DMAR.exists():
             fix = _kernel_fix("intel_iommu=on")
-            return failed(f"the kernel does not use it{what}; boot again after", fix)
+            return failed(f"the kernel does not use it{what}; reboot after", fix)
         return failed(f"none{what}", _IOMMU)
 
     def _group(self) -> Finding:
@@ -246,12 +254,12 @@ class DeviceSteps:
             if driver and not driver.startswith(_HARMLESS)
         }
         if not mates:
-            return ok("nobody in it is in the way")
+            return ok("no other driver uses the group")
         held = ", ".join(f"{driver} has {address}" for address, driver in mates.items())
         unbind = "; ".join(
             f"echo {address} > {pci.SYSFS}/devices/{address}/driver/unbind" for address in mates
         )
-        return failed(f"not for a program while {held}", as_root(unbind))
+        return failed(f"a program cannot use the group while {held}", as_root(unbind))
 
     def _vfio(self) -> Finding:
         if (reason := self._without_vfio()) is not None:
@@ -263,7 +271,7 @@ class DeviceSteps:
         }
         missing = [module for module, is_there in there.items() if not is_there]
         if not missing:
-            return ok("vfio-pci is there")
+            return ok("vfio-pci is available")
         if not all(map(_loadable, missing)):
             package = f"linux-image-{platform.release()}"
             if (Path("/lib/modules") / platform.release()).is_dir():  # another kernel, then
@@ -274,7 +282,7 @@ class DeviceSteps:
             )
         if there["vfio-pci"]:  # vfio asks for the other one only when it is loaded itself
             return failed(f"{missing[0]} is not loaded", as_root(f"modprobe {missing[0]}"))
-        return ok("not loaded yet: opening the device does it")
+        return ok("not loaded yet; opening the device loads it")
 
     def _remapping(self) -> Finding:
         if (reason := self._without_vfio()) is not None:
@@ -282,16 +290,16 @@ class DeviceSteps:
         if self._access == "noiommu":
             return skipped("vfio without an IOMMU")
         if platform.machine() not in ("x86_64", "i686"):
-            return skipped("opening shows it on this architecture")
+            return skipped("unknown on this architecture until the device is opened")
         chips = {_text(path / "chip_name") for path in _IRQ_CHIPS.glob("[0-9]*")}
         if any(chip.startswith("IR-") for chip in chips):
             return ok("on")
         if _text(_UNSAFE) in ("Y", "1"):
-            return ok("off, but vfio is told not to mind (allow_unsafe_interrupts)")
+            return ok("off, but vfio does not need it (allow_unsafe_interrupts)")
         if _remaps_by_dmar():
             fix = _kernel_fix("intremap=on")
-            return failed("the kernel does not use it, and vfio insists; boot again after", fix)
-        return failed("off, and vfio insists on it", _IOMMU)
+            return failed("the kernel does not use it, and vfio needs it; reboot after", fix)
+        return failed("off, and vfio needs it", _IOMMU)
 
     # -- the proof --------------------------------------------------------------------------------
 
@@ -314,32 +322,33 @@ class DeviceSteps:
         held = group is not None and vfio.is_held(group)
         mates = [a for a, driver in pci.group_mates(device).items() if driver == "vfio-pci"]
         if group is None or not held or not (mates or device.driver == "vfio-pci"):
-            return ok("nobody has it open")
+            return ok("no process has the device open")
         found = open_files.processes_with_file(group)
         who = " and ".join(map(str, found)) or processes.described([])
         if any(_is_broker(holder) for holder in found) and not mates:
             self._shared = True
-            return warning(f"{who} shares it: connect to its socket")
+            return warning(f"{who} shares the device: connect to its socket")
         if mates:
             return failed(
-                f"{who} has IOMMU group {device.iommu_group} open, in which {' and '.join(mates)}"
-                " is, too: open both in that process, or give each device a port of its own",
+                f"{who} has IOMMU group {device.iommu_group} open, which also contains"
+                f" {' and '.join(mates)}: open both in that process, or give each device a port of"
+                " its own",
                 "-device pcie-root-port,id=port1,chassis=1"
                 " -device ivshmem-doorbell,bus=port1,vectors=1,chardev=ivshmem",
             )
         if os.getpid() in [holder.pid for holder in found]:
-            return failed("this process has it open: close it first")
+            return failed("this process has the device open: close it first")
         pids = " ".join(str(holder.pid) for holder in found)
-        return failed(f"{who} has it open", as_root(f"kill {pids}") if pids else "")
+        return failed(f"{who} has the device open", as_root(f"kill {pids}") if pids else "")
 
     def _free_of_uio(self, device: pci.Device) -> Finding:
         """Others may have it open, too, but a ring would look like one of a peer to them."""
         name = uio.name(device)
         found = open_files.processes_with_file(uio.DEV / name) if name else []
         if not found:
-            return ok("nobody has it open")
+            return ok("no process has the device open")
         self._shared = True
-        return warning(f"{' and '.join(map(str, found))} has it open, and is not disturbed")
+        return warning(f"{' and '.join(map(str, found))} has the device open, and is not disturbed")
 
     def _opening(self) -> Finding:
         if self._shared:
@@ -350,7 +359,9 @@ class DeviceSteps:
                 self._master = bool(pci.command(self.device) & pci.COMMAND_MASTER)
                 if self.device.variant == "doorbell":
                     self._ring(endpoint)
-                return ok(f"by {access}, id {endpoint.id}, {format_size(endpoint.region.size)}")
+                return ok(
+                    f"opened with {access}, id {endpoint.id}, {format_size(endpoint.region.size)}"
+                )
         except (IvshmemError, OSError) as error:
             return failed(getattr(error, "strerror", None) or str(error))
 
@@ -374,7 +385,7 @@ class DeviceSteps:
         if self._master:
             return ok("on while the device is open")
         return failed(
-            "off though the device is open, so no interrupt comes",
+            "off although the device is open, so no interrupt arrives",
             as_root(f"setpci -s {self.device.address} COMMAND=4:4"),
         )
 

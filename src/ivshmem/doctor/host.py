@@ -96,7 +96,7 @@ class HostSteps:
             return ok(f"Linux {release}")
         package = f"linux-image-{_KERNELS.get(platform.machine(), platform.machine())}"
         return failed(
-            f"Linux {release}, and 5.8 is the oldest that works; boot again after",
+            f"Linux {release} is too old, 5.8 or newer is needed; reboot after",
             as_root(f"apt-get install {package}"),
         )
 
@@ -154,7 +154,7 @@ class HostSteps:
         size = self.answer.get("size") or parse_size(self.request.size or DEFAULT_SIZE)
         soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if _has_capability(_CAP_IPC_LOCK):
-            return ok("no limit for who has CAP_IPC_LOCK, as we have")
+            return ok("no limit, because this process has CAP_IPC_LOCK")
         if soft not in range(size):
             return ok("no limit" if soft < 0 else f"{format_size(soft)} may be locked")
         what = f"{format_size(soft)} may be locked, the shared memory has {format_size(size)}"
@@ -163,16 +163,16 @@ class HostSteps:
             fix = _for_this_shell("prlimit --memlock=unlimited")
         if self.request.lock:
             return failed(what, fix)
-        return warning(f"{what}: matters to `-overcommit mem-lock=on` and vfio only", fix)
+        return warning(f"{what}: only `-overcommit mem-lock=on` and vfio need more", fix)
 
     def _open_files(self) -> Finding:
         if not self.answer:
-            return skipped("it depends on peers and vectors, which no server told")
+            return skipped("unknown: it depends on peers and vectors, and no server answered")
         peers, number = self.answer["peers"] + 1, self.answer["vectors"]
         needed = peers * number + _QEMU_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         who = f"{counted(peers, 'peer')} of {counted(number, 'vector')}"
-        what = f"QEMU opens {needed} with {who}, {soft} are allowed"
+        what = f"QEMU opens {needed} with {who}, and {soft} are allowed"
         if soft not in range(needed):
             return ok(what)
         if hard in range(needed):
@@ -186,18 +186,18 @@ class HostSteps:
         what = " and ".join(place for place in (self.request.server, self.request.place) if place)
         if _read(_ENFORCE) == "1":
             return warning(
-                f"SELinux is enforcing and may keep QEMUs of libvirt's from {what}"
-                " (as root, `ausearch -m avc -c qemu` tells)"
+                f"SELinux is enforcing and may keep libvirt's QEMUs from {what} (as root,"
+                " `ausearch -m avc -c qemu` lists denials)"
             )
         profiles = _read(_APPARMOR)
         if profiles is None and _read(_APPARMOR_ENABLED) == "Y":
-            return skipped(f"AppArmor is on; for whom, only root can see ({_APPARMOR})")
+            return skipped(f"AppArmor is on; only root can read its profiles ({_APPARMOR})")
         if profiles and re.search(r"^\S*(libvirt|virt-aa-helper)", profiles, re.MULTILINE):
             return warning(
-                f"AppArmor keeps QEMUs of libvirt's from {what}, unless"
+                f"AppArmor keeps libvirt's QEMUs from {what}, unless"
                 " /etc/apparmor.d/local/abstractions/libvirt-qemu allows it"
             )
-        return ok("nothing that concerns QEMU")
+        return ok("no restriction of QEMU")
 
 
 def _for_this_shell(command: str) -> str:

@@ -30,9 +30,9 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _SERVED = "the server has it"
 
 _ALONE = (
-    "it was removed or replaced while it was served, or it never was the server's. A process that"
-    " opens it now shares nothing with the server's peers: end the server and its guests, and start"
-    " them anew"
+    "it was removed or replaced while it was served, or it is not the server's. A process"
+    " that opens it now shares nothing with the server's peers: end the server and its"
+    " guests, and start them again"
 )
 
 
@@ -94,7 +94,7 @@ class MemorySteps:
         if not os.path.isdir(self._folder) and _is_visible(self._folder):
             return self._no_directory()
         if self.request.directory:
-            return ok(f"a file without a name in {self.target}, {format_size(self._size)}")
+            return ok(f"an unlinked file in {self.target}, {format_size(self._size)}")
         return self._file(self.target)
 
     def _no_directory(self) -> Finding:
@@ -119,7 +119,9 @@ class MemorySteps:
             return failed(f"{path}: {error.strerror}", beside)
         except PermissionError as error:
             if error.errno == errno.EACCES:
-                return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
+                return skipped(
+                    f"{path} is in a directory without access, so it cannot be checked"
+                )  # next: why
             return failed(f"{path}: {error.strerror}", self._accepting() or beside)
         except FileNotFoundError:
             return ok(f"{path} is to be made, {format_size(self._size)}")
@@ -128,17 +130,17 @@ class MemorySteps:
         if not self._status:
             if "inode" in self.answer:
                 return failed(
-                    f"{path} is gone, but the server still has its memory: {_ALONE}",
+                    f"{path} was removed, but the server still has its memory: {_ALONE}",
                     self.request.serve_command(),
                 )
             return ok(f"{path} is to be made, {format_size(self._size)}")
         if not self._status.st_size:
             self._is_empty = True
             self._status = None
-            return ok(f"{path} is empty, and is to be made, {format_size(self._size)}")
+            return ok(f"{path} is empty, and will be grown to {format_size(self._size)}")
         if "inode" in self.answer and not self._is_served():
             return failed(
-                f"{path} is not the memory that the server has: {_ALONE}",
+                f"{path} is not the server's memory: {_ALONE}",
                 self.request.serve_command(),
             )
         size, wanted = self._status.st_size, self.request.size
@@ -170,7 +172,7 @@ class MemorySteps:
 
     def _permission(self) -> Finding:
         if self.target is None:
-            return skipped("anonymous memory goes to whoever may connect to the socket")
+            return skipped("anonymous memory: every process that may connect to the socket gets it")
         if self._status is None and not self._is_empty and _is_visible(self.target):
             return permissions.permission(self._folder, "wx", self.request.user)
         return permissions.permission(self.target, "rw", self.request.user)
@@ -190,11 +192,11 @@ class MemorySteps:
             anonymous = replace(request, name=None, path=None, directory=None)
             return failed(
                 f"{self.target} has pages of {format_size(page)}, not of {format_size(wanted)};"
-                " memory without a name can have them",
+                " anonymous memory can have them",
                 anonymous.serve_command(),
             )
         if self._status is not None or self.answer.get("page_size") == wanted:
-            return ok("taken when the memory was made")
+            return ok("allocated when the memory was created")
         size = max(self._size, wanted)
         try:
             check_size(size, wanted)
@@ -207,7 +209,7 @@ class MemorySteps:
         if self.answer and self.target is None:
             return skipped(_SERVED)
         if self.request.hugepages or self._page > pages.PAGE:
-            return skipped("huge pages have been counted")
+            return skipped("huge pages are checked above")
         size = self._size
         if self._status is not None:
             # What the file lacks, if it is sparse, is missed only when somebody touches it.
@@ -218,11 +220,11 @@ class MemorySteps:
             while not _fits(smaller):
                 smaller //= 2
             return failed(
-                f"{format_size(size)} do not fit into this machine's memory",
+                f"{format_size(size)} does not fit into this machine's memory",
                 self.request.serve_command(size=format_size(smaller)),
             )
         if self.target is None:
-            return ok("the machine's memory suffices")
+            return ok("the machine has enough memory")
         status = os.statvfs(self._folder)
         free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
         what = f"{format_size(size)} needed, {roughly(free)} of {roughly(total)} free on {mount}"
@@ -232,7 +234,7 @@ class MemorySteps:
             room = -(-(total - free + size) // 2**20)
             return failed(what, as_root(f"mount -o remount,size={room}M {quoted(mount)}"))
         named = replace(self.request, name=os.path.basename(self.target), path=None, directory=None)
-        return failed(f"{what}; there may be room in /dev/shm", named.serve_command())
+        return failed(f"{what}; /dev/shm may have space", named.serve_command())
 
 
 def _is_visible(path: str) -> bool:

@@ -31,9 +31,11 @@ def check_user(user: str) -> None:
     try:
         pwd.getpwnam(user)
     except KeyError:
-        raise ValueError(f"there is no user {user}") from None
+        raise ValueError(f"no such user: {user}") from None
     if os.geteuid():
-        raise ValueError(f"only root can tell what {user} may: run as root, or as {user}")
+        raise ValueError(
+            f"only root can check the permissions of {user}: run this as root, or as {user}"
+        )
 
 
 def permission(path: str, rights: str, user: str | None) -> Finding:
@@ -50,7 +52,7 @@ def permission(path: str, rights: str, user: str | None) -> Finding:
             with contextlib.suppress(KeyError):  # no such user here
                 if needs := _lacking(path, rights, other):
                     return warning(
-                        f"{who} may; {other}, as whom libvirt runs QEMU, may not:"
+                        f"{who} may; {other}, the user of libvirt's QEMUs, may not:"
                         f" {_described(needs[0][0])}{_from_the_start(path)}",
                         _fix(needs, other),
                     )
@@ -113,7 +115,7 @@ def _from_the_start(path: str) -> str:
     """What gives libvirt's QEMU a socket from the moment on in which it is there."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return ""
-    return f" (serve with --group {LIBVIRT_GROUP} --mode 0660 in future)"
+    return f" (next time, serve with --group {LIBVIRT_GROUP} --mode 0660)"
 
 
 def _grant(path: str, rights: str, user: str) -> str:

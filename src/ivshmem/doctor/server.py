@@ -30,7 +30,7 @@ from .request import Request
 
 _SECONDS = 3.0  # for a server to answer
 
-_ONLY = "only a peer is told what it has, and guests hear of each peer"
+_ONLY = "only a peer could ask it, and guests get a message about each peer"
 
 # What a server of protocol version 0 sends to a peer first.
 _GREETING = bytes(8)
@@ -65,19 +65,21 @@ class ServerSteps:
             sockets.check_path(path)
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 return self._lost("is not a socket") or failed(
-                    f"{path} is not a socket: nobody can listen there", self._beside()
+                    f"{path} is not a socket: no server can listen there", self._beside()
                 )
             if not sockets.is_live(path):
                 return self._lost("is stale") or failed(
-                    f"{path} is stale: nobody listens", self.request.serve_command()
+                    f"{path} is stale: no server listens there", self.request.serve_command()
                 )
             if sockets.takes_datagrams(path):
                 return failed(
-                    f"{path} is a socket for datagrams: no server of ivshmem listens there",
+                    f"{path} is a datagram socket, not a socket of an ivshmem server",
                     self._beside(),
                 )
         except PermissionError:
-            return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
+            return skipped(
+                f"{path} is in a directory without access, so it cannot be checked"
+            )  # next: why
         except FileNotFoundError:
             folder = os.path.dirname(path)
             if place := permissions.obstacle(folder):
@@ -90,7 +92,7 @@ class ServerSteps:
             )
         except OSError as error:
             return failed(f"{path}: {error.strerror}", our_command("serve", "--daemon"))
-        return ok(f"{path}, somebody listens")
+        return ok(f"{path}, a process listens there")
 
     def _lost(self, what: str) -> Finding | None:
         """Say that a server runs whose path leads elsewhere; None: there is none to be seen."""
@@ -111,14 +113,14 @@ class ServerSteps:
         if not self.socket:
             return skipped(_NONE)
         found = open_files.processes_listening(self.socket)
-        who = " and ".join(map(str, found)) or "a process that is not to be seen from here"
+        who = " and ".join(map(str, found)) or "a process that cannot be seen from here"
         join = our_command("connect", "-S", self.socket, "-c", "dump")
         if found and not any(map(_may_be_ours, found)):
-            return warning(f"{who}: a server of another make, which was not asked: {_ONLY}", join)
+            return warning(f"{who}: another server program, which was not asked: {_ONLY}", join)
         if not found and not os.path.lexists(control_client.default_path(self.socket)):
             return warning(
-                f"{who} listens, and has no control socket: it may be of another make, and was not"
-                f" asked: {_ONLY}",
+                f"{who} listens, and has no control socket: it may be another server program, and"
+                f" was not asked: {_ONLY}",
                 join,
             )
         try:
@@ -138,9 +140,9 @@ class ServerSteps:
             return failed(f"{what}, not in huge pages", self._beside())
         if answer.get("name_lost"):
             return failed(
-                f"{what}; the name of its memory is gone or leads to another file, so whoever opens"
-                " that name shares nothing with its peers: end the server and its guests, and start"
-                " them anew",
+                f"{what}; the name of its memory was removed or belongs to another file, so a"
+                " process that opens the name shares nothing with the server's peers: end the"
+                " server and its guests, and start them again",
                 self.request.serve_command(),
             )
         return ok(what)
@@ -149,14 +151,13 @@ class ServerSteps:
         """What to say of a server that answered like this."""
         if not said:
             return warning(
-                f"{who}: it does not answer, so this cannot know whether it is a server of ivshmem:"
-                f" {_ONLY}",
+                f"{who}: no answer, so this may not be an ivshmem server: {_ONLY}",
                 join,
             )
         if said.startswith(_GREETING):
-            return warning(f"{who}: a server of another make, which cannot be asked: {_ONLY}", join)
+            return warning(f"{who}: another server program, which cannot be asked: {_ONLY}", join)
         shown = plain(said, NAME)
-        return failed(f"{who}: not a server of ivshmem: it says {shown}", self._beside())
+        return failed(f"{who}: not an ivshmem server: it answers {shown}", self._beside())
 
     def _beside(self) -> str:
         """The command that serves what is wished for at a path that is free."""

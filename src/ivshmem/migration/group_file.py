@@ -43,25 +43,27 @@ def parse(data: bytes, source: str) -> tuple[list[Vm], Controls]:
     tables = read_toml(data, source)
     for key in tables:
         if key not in ("vm", "control"):
-            raise ConfigError(f"{source}: {key!r}: unknown: tables are [vm.NAME] and [control]")
+            raise ConfigError(
+                f"{source}: unknown key {key!r}: allowed are the tables [vm.NAME] and [control]"
+            )
     vms, controls = tables.get("vm"), tables.get("control", {})
     if not isinstance(vms, dict) or not vms:
-        raise ConfigError(f"{source}: no VM: a table [vm.NAME] is wanted for each")
+        raise ConfigError(f"{source}: no VM: add a table [vm.NAME] for each")
     return [_vm(name, table, source) for name, table in vms.items()], _controls(controls, source)
 
 
 def _vm(name: str, table: Any, source: str) -> Vm:
     where = f"{source}: vm.{name!r}"
     if not isinstance(table, dict):
-        raise ConfigError(f"{where}: a table is wanted, with {', '.join(_KEYS)}")
+        raise ConfigError(f"{where}: not a table: it needs {', '.join(_KEYS)}")
     for key in table:
         if key not in _KEYS:
-            raise ConfigError(f"{where}: {key!r}: unknown: keys are {', '.join(_KEYS)}")
+            raise ConfigError(f"{where}: unknown key {key!r}: allowed are {', '.join(_KEYS)}")
     for key in _KEYS:
         if key not in table:
             raise ConfigError(f"{where}: {key} is missing")
         if not isinstance(table[key], str) or not table[key]:
-            raise ConfigError(f"{where}: {key} = {table[key]!r}: a text is wanted")
+            raise ConfigError(f"{where}: {key} = {table[key]!r}: not a string")
     return Vm(name, *(table[key] for key in _KEYS))
 
 
@@ -70,4 +72,6 @@ def _controls(table: Any, source: str) -> Controls:
         lists = [paths for paths in table.values() if isinstance(paths, list)]
         if len(lists) == len(table) and all(isinstance(p, str) for paths in lists for p in paths):
             return {place: table.get(place, []) for place in PLACES}
-    raise ConfigError(f"{source}: control: source and destination can be lists of paths")
+    raise ConfigError(
+        f"{source}: control: allowed are source and destination, each a list of paths"
+    )

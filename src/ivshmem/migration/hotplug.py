@@ -109,9 +109,9 @@ async def until_unplugged(monitor: Monitor, device: VmDevice, seconds: float) ->
     while (path := await find(monitor, device)) is not None:
         if (left := end - time.monotonic()) <= 0:
             raise UnplugPending(
-                f"{monitor.name}: the guest did not let go of {device.name} (is a program in it"
-                " using the device?), and QEMU cannot take the request back: it still may, or a"
-                " reset of the guest"
+                f"{monitor.name}: the guest did not release {device.name} (does a program in it"
+                " use the device?). QEMU cannot cancel the request: the guest may still release"
+                " it, also at its next reset"
             )
         # The event may have come before we did: so the devices are looked at, too.
         await monitor.event("DEVICE_DELETED", min(0.5, left), path=path)

@@ -233,10 +233,10 @@ class Step:
         if self.kind == "hold":
             return f"hold leaves back from the QEMUs of {self.control}"
         if self.kind == "release":
-            return f"tell QEMUs that come to {self.control} of leaves again"
+            return f"send leaves again to QEMUs that join at {self.control}"
         if self.peer is not None:
             who = f"peer {self.peer.id} ({self.peer.process}, pid {self.peer.pid})"
-            return f"hang up on {who} of {self.control}"
+            return f"disconnect {who} from {self.control}"
         if self.kind == "unplug":
             return f"unplug {name} from {self.vm}"
         if self.kind == "plug":

@@ -105,12 +105,12 @@ class _Planner:
             (self._options.multifd, "--multifd"),
         ):
             if on and vm.uri.startswith("file:"):
-                yield f"{vm.name}: a file has no way back to the source: leave {option} out"
+                yield f"{vm.name}: a file has no way back to the source: omit {option}"
 
     def _about_source(self, vm: Vm) -> Iterator[str]:
         qemu = self._found.source[vm.name]
         if not qemu.devices:
-            yield f"{vm.name}: it has no ivshmem device: leave it out, and migrate it as any other"
+            yield f"{vm.name}: it has no ivshmem device: migrate it as any other VM"
         if qemu.status == "postmigrate":
             yield f"{vm.name}: it has been migrated already: its guest is at a destination"
         elif qemu.status not in _READY:
@@ -124,8 +124,8 @@ class _Planner:
             yield f"{vm.name}: QEMU will not migrate it: {blocker}"
         if self._options.postcopy and not self._options.force and self._forgets(vm):
             yield (
-                f"{vm.name}: {_FORGETFUL}, so with --postcopy its guest would break: leave that"
-                " out, or take the risk with --force"
+                f"{vm.name}: {_FORGETFUL}, so with --postcopy its guest would break: omit"
+                " --postcopy, or take the risk with --force"
             )
         yield from _about_capabilities(vm, "source", qemu)
 
@@ -138,12 +138,12 @@ class _Planner:
             )
         elif qemu.listens:
             yield (
-                f"{vm.name}: its destination waits at {qemu.listens} already, and no capability"
-                " can be set any more: start it with -incoming defer"
+                f"{vm.name}: its destination waits at {qemu.listens} already, and its capabilities"
+                " can no longer be set: start it with -incoming defer"
             )
         elif qemu.migration not in ("", "none"):
             yield (
-                f"{vm.name}: its destination is left from a migration that failed (status"
+                f"{vm.name}: its destination is left over from a failed migration (status"
                 f" {qemu.migration}): end that QEMU, and start it again with -incoming defer"
             )
         known = {
@@ -153,8 +153,9 @@ class _Planner:
             if (device.bus, device.slot) not in known:
                 yield (
                     f"{vm.name}: its destination has {device.name} at {device.bus_name}"
-                    f" {device.slot}, where its source has no master: QEMU would not notice, and"
-                    " the guest see a device that does not answer: start it without"
+                    f" {device.slot}, where its source has no master. QEMU would not notice, and"
+                    " the guest would see a device that does not answer: start the destination"
+                    " without it"
                 )
         yield from _about_capabilities(vm, "destination", qemu)
 
@@ -163,7 +164,7 @@ class _Planner:
         masters = [each for each in members if each.device.master]
         if not masters:
             yield (
-                f"{what}: none is the master, so nothing would take the memory along: start one"
+                f"{what}: none of them is the master, so the memory would not migrate: start one"
                 " QEMU with master=on (it cannot be changed later)"
             )
             return
@@ -219,14 +220,14 @@ class _Planner:
                 for each in (mine.page_size, there.page_size)
             ]
             yield (
-                f"{who}: its pages are {pages[0]}, at the destination {pages[1]}: leave --postcopy"
-                " out, it needs the same"
+                f"{who}: its pages are {pages[0]}, at the destination {pages[1]}: omit --postcopy,"
+                " which needs the same page size"
             )
         if self._options.postcopy and there.file_system not in ("", *_POSTCOPIABLE):
             yield (
                 f"{who}: its memory at the destination is on {there.file_system}, and with"
-                " --postcopy its guest would be lost: put it on tmpfs or hugetlbfs, or leave"
-                " --postcopy out"
+                " --postcopy its guest would be lost: put it on tmpfs or hugetlbfs, or omit"
+                " --postcopy"
             )
         if there.kind == "doorbell":
             yield from self._about_arrival_server(master, there)
@@ -243,8 +244,9 @@ class _Planner:
             shown = ", ".join(f"{peer.id} ({peer.process})" for peer in strangers)
             yield (
                 f"{master.device.name} of {master.vm}: the server at the destination,"
-                f" {there.where}, already has peers besides it: {shown}. It must be the first, and"
-                " what they write would be overwritten: end them until it has arrived"
+                f" {there.where}, already has peers besides it: {shown}. It must be the first"
+                " peer, and what the others write would be overwritten: end them until it has"
+                " arrived"
             )
 
     def _about_other(self, other: GroupMember, master: GroupMember) -> Iterator[str]:
@@ -262,18 +264,18 @@ class _Planner:
             )
         if source.status in _READY and source.status != "running":
             yield (
-                f"{who}: it has to be unplugged, and its guest is {source.status}: let it run, or"
-                " it cannot let go"
+                f"{who}: it has to be unplugged, and its guest is {source.status}: let it run, so"
+                " that it can release the device"
             )
         if device.properties.get("discard-data"):
             yield (
                 f"{who}: its memory backend has discard-data=on, so unplugging it would wipe the"
-                " memory for all: start its QEMU without"
+                " shared memory: start its QEMU without that"
             )
         if device.backend in destination.taken:
             yield (
-                f"{who}: the destination already has something called {device.backend}: start that"
-                " without, it is made when the device is plugged in"
+                f"{who}: the destination already has an object {device.backend}: start it without,"
+                " the migration creates it"
             )
         there = self._arrival(master)
         if there is not None and not self._where(other, there):
@@ -290,15 +292,15 @@ class _Planner:
         server, pid = self._server("source", device), self._found.source[other.vm].pid
         if server is None:
             yield (
-                f"{who}: its server {device.where} has no control socket that answers here, so"
-                " leaves cannot be held back, and a QEMU that was told of one can crash when a"
-                " device is unplugged: serve with `ivshmem serve`, or take the risk with --force"
+                f"{who}: its server {device.where} has no control socket that answers here, so it"
+                " cannot hold leaves back, and a QEMU that received one can crash when a device"
+                " is unplugged: serve with `ivshmem serve`, or take the risk with --force"
             )
             return
         if not server.can_hold:
             yield (
-                f"{who}: its server {device.where} is of a version that cannot hold a peer's news,"
-                " and QEMU 10 and newer can crash if any comes while the device is unplugged:"
+                f"{who}: its server {device.where} has a version that cannot hold back messages,"
+                " and QEMU 10 and newer can crash if one comes while the device is unplugged:"
                 " replace the server (`ivshmem serve --takeover`), or take the risk with --force"
             )
         told = [
@@ -306,7 +308,7 @@ class _Planner:
         ]
         if told:
             yield (
-                f"{who}: its QEMU was told that a peer left (server {device.where}, peer"
+                f"{who}: its QEMU was sent a leave message (server {device.where}, peer"
                 f" {told[0].id}), and can crash when the device is unplugged: restart the guest"
                 " with `serve --hold-leaves`, or take the risk with --force"
             )
@@ -383,9 +385,9 @@ class _Planner:
         for vm in self._vms:
             if self._forgets(vm):
                 yield (
-                    f"{vm.name}: {_FORGETFUL}: let it write little during the"
-                    " migration, or, if nothing is unplugged from it, stop it before and let it go"
-                    " on there (cont)"
+                    f"{vm.name}: {_FORGETFUL}: let it write little during the migration, or, if no"
+                    " device of it is unplugged, stop it first and resume it at the destination"
+                    " (cont)"
                 )
         for group in groups:
             there = self._arrival(group.master)
@@ -411,7 +413,7 @@ class _Planner:
             if there is not None and not alone:
                 yield (
                     f"the server {there.where} at the destination has no control socket that"
-                    " answers here: whether somebody is at work there cannot be seen"
+                    " answers here: it cannot be seen whether other peers use it"
                 )
 
     # -- looking up -------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def _group(members: Sequence[GroupMember]) -> Group:
 
 def _about_vms(vms: Sequence[Vm]) -> Iterator[str]:
     if not vms:
-        yield "no VM is named"
+        yield "no VM is given"
     addresses = Counter(address for vm in vms for address in (vm.source, vm.destination))
     for what, counts in (
         ("name", Counter(vm.name for vm in vms)),
@@ -461,8 +463,8 @@ def _about_vms(vms: Sequence[Vm]) -> Iterator[str]:
     for vm in vms:
         if not _URI.fullmatch(vm.uri):
             yield (
-                f"{vm.name}: {vm.uri} is no place for two QEMUs to meet: give tcp:HOST:PORT,"
-                " unix:PATH, or file:PATH (from the root)"
+                f"{vm.name}: not a migration URI: {vm.uri} (give tcp:HOST:PORT, unix:PATH, or"
+                " file:/PATH)"
             )
 
 
@@ -471,5 +473,5 @@ def _about_capabilities(vm: Vm, place: str, qemu: Qemu) -> Iterator[str]:
         if name in qemu.capabilities:
             yield (
                 f"{vm.name}: its {place} has the capability {name} on, with which shared memory"
-                " does not migrate: turn it off (migrate-set-capabilities)"
+                " cannot migrate: turn it off (migrate-set-capabilities)"
             )

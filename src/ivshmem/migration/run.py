@@ -222,7 +222,9 @@ class _Migration:
     async def back(self, reason: BaseException | None = None) -> None:
         """Undo the steps, the last one first; one that cannot be undone does not stop the rest."""
         if self._state.arrived:
-            raise self._unfinished(reason, why="a VM has arrived, so there is no way back")
+            raise self._unfinished(
+                reason, why="a VM has arrived, so the migration cannot be undone"
+            )
         # A guest that has used up its time gets no more.
         seconds = 0.0 if isinstance(reason, UnplugPending) else self._unplug_seconds
         problems: list[tuple[BaseException, int]] = []

@@ -65,8 +65,9 @@ class StateFile(Uncopied):
                 draft.publish(keep_lock=True)
             except FileExistsError:
                 raise MigrationError(
-                    f"{path}: a migration of these VMs was begun before: finish it with --resume,"
-                    " or undo it with --put-back; if those VMs are gone, remove the file"
+                    f"{path}: an earlier migration of these VMs is unfinished: finish it with"
+                    " --resume, or undo it with --put-back; if those VMs no longer exist, remove"
+                    " the file"
                 ) from None
             draft.place.sync()
             return cls(path, draft.file, plan)
@@ -89,7 +90,9 @@ class StateFile(Uncopied):
             try:
                 fcntl.flock(file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise MigrationError(f"{path}: another process is at this migration") from None
+                raise MigrationError(
+                    f"{path}: another process works on this migration: wait until it ends"
+                ) from None
             if not os.fstat(file[0]).st_nlink:
                 raise _nothing(path)  # another process has just finished it
             return cls._parse(path, file)
@@ -99,7 +102,7 @@ class StateFile(Uncopied):
         fd = file[0]
         data = os.pread(fd, _MOST_BYTES + 1, 0)
         if len(data) > _MOST_BYTES:
-            raise MigrationError(f"{path}: this is no state of a migration: it is too long")
+            raise MigrationError(f"{path}: not the state of a migration: the file is too long")
         whole, _, torn = data.rpartition(b"\n")
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
@@ -111,7 +114,7 @@ class StateFile(Uncopied):
                 state._take(word, index)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(
-                f"{path}: this is no state of a migration, or of another version"
+                f"{path}: not the state of a migration, or one of another version"
                 f" ({' '.join(str(error).split())[:100]})"
             ) from None
         if torn:  # not before: the file could be anything
@@ -163,7 +166,7 @@ def default_path(vms: Sequence[Vm]) -> str:
 
 
 def _nothing(path: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "no migration of these VMs is to be finished", path)
+    return FileNotFoundError(errno.ENOENT, "no unfinished migration of these VMs", path)
 
 
 def _append(fd: int, line: object) -> None:

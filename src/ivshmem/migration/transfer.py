@@ -107,7 +107,7 @@ class Mover:
                 return
             if time.monotonic() > end:
                 raise StepFailed(
-                    f"{self._vm.name}: at the source it is in state {state}: look at it"
+                    f"{self._vm.name}: unexpected state {state} at the source: examine that QEMU"
                 )
             await asyncio.sleep(_LOOK)
 
@@ -137,7 +137,7 @@ class Mover:
         if not listens and status not in ("", "none"):
             # QEMU 11 stays so if postcopy fails before the guest runs there. It takes no other.
             raise StepFailed(
-                f"{self._vm.name}: its destination is left from a migration that failed (status"
+                f"{self._vm.name}: its destination is left over from a failed migration (status"
                 f" {status}): end that QEMU, and start it again with -incoming defer"
             )
         if not listens:
@@ -158,10 +158,10 @@ class Mover:
                 return
             if status == "postcopy-paused":
                 raise StepFailed(
-                    f"{self._vm.name}: the link was lost amid postcopy, and its guest waits at the"
-                    " destination for the rest of its memory: reconnect the two (there"
-                    " migrate-recover, here migrate with resume); if the destination has ended, the"
-                    " guest is lost"
+                    f"{self._vm.name}: the connection was lost during postcopy, and the guest"
+                    " waits at the destination for the rest of its memory: reconnect the two"
+                    " QEMUs (migrate-recover at the destination, migrate with resume at the"
+                    " source); if the destination has ended, the guest is lost"
                 )
             if not is_under_way(status):
                 where = "it could not write" if self._file else "the log of the destination's QEMU"
@@ -188,7 +188,10 @@ class Mover:
             and await _run_state(source) != "finish-migrate"
         ):
             if time.monotonic() > end:
-                raise StepFailed(f"{self._vm.name}: its destination has all and does not go on")
+                raise StepFailed(
+                    f"{self._vm.name}: its destination has all the memory, and the guest does not"
+                    " start there"
+                )
             await asyncio.sleep(_LOOK)
 
     # -- through a file ---------------------------------------------------------------------------
@@ -249,10 +252,10 @@ class Mover:
             if not postcopy and status != "cancelling":
                 await _try_to_cancel(source)
             if time.monotonic() > end:
-                where = ", and it is not known where its guest will run" if postcopy else ""
+                where = ", and it is not known where the guest will run" if postcopy else ""
                 raise StepFailed(
                     f"{self._vm.name}: QEMU does not end its migration (status {status}){where}:"
-                    " look at it"
+                    " examine that QEMU"
                 )
             await asyncio.sleep(_LOOK)
 
@@ -290,8 +293,8 @@ class Mover:
                 pass  # it is just ending
             await asyncio.sleep(_LOOK)
         raise StepFailed(
-            f"{self._vm.name}: whether it runs at the destination is not known: look there; only if"
-            " it does not, let it go on at the source (cont)"
+            f"{self._vm.name}: it is not known whether the guest runs at the destination: check"
+            " that; only if it does not, resume it at the source (cont)"
         )
 
 

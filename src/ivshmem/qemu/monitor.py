@@ -94,8 +94,8 @@ class Monitor(Uncopied):
                     await asyncio.sleep(0.05)
                     continue
                 raise QmpError(
-                    f"{self.name}: {self.address} is no QMP monitor ({_reason(error)}): give that"
-                    " of -qmp, not of -monitor"
+                    f"{self.name}: {self.address} is not a QMP monitor ({_reason(error)}): give"
+                    " the address of -qmp, not of -monitor"
                 ) from None
             self._client = client
             return self
@@ -124,7 +124,7 @@ class Monitor(Uncopied):
         client, self._client = self._client, None
         if client is None:
             return
-        self._ended = self._ended or f"the monitor at {self.address} was closed"
+        self._ended = self._ended or f"the connection to the monitor at {self.address} was closed"
         # Left in the middle of it, the library would leave tasks behind; and why the connection
         # ended, whoever used it was told.
         with contextlib.suppress(Exception):
@@ -170,7 +170,7 @@ class Monitor(Uncopied):
         except (EOFError, OSError):
             pass
         except Exception as error:  # the library's reader died of what it read
-            self._ended = f"it sent what is not QMP ({_reason(error)}){_NO_MONITOR}"
+            self._ended = f"its answer is not QMP ({_reason(error)}){_NO_MONITOR}"
 
     async def event(self, name: str, seconds: float, **data: Any) -> bool:
         """Take events up to the first such one with these data; whether it came in time."""
@@ -198,7 +198,9 @@ class Monitor(Uncopied):
             await _within(self._seconds, _connect(sock, address))
         except TimeoutError:
             sock.close()
-            raise QmpError(f"{self.name}: nobody answers at {self.address}: is it there?") from None
+            raise QmpError(
+                f"{self.name}: no answer at {self.address}: is the host reachable?"
+            ) from None
         except OSError as error:
             sock.close()
             reason = os.strerror(error.errno or 0) if error.errno else str(error)

@@ -47,27 +47,30 @@ def read(device: str, chardevs: Sequence[str] = ()) -> OldDevice:
     if driver != "ivshmem":
         raise ValueError(
             f"-device {driver or device}: only the old device ivshmem is translated, as in"
-            " `-device ivshmem,shm=NAME,size=4M`; ivshmem-plain and ivshmem-doorbell are today's"
+            " `-device ivshmem,shm=NAME,size=4M`; ivshmem-plain and ivshmem-doorbell are the new"
+            " devices"
         )
     if unknown := [key for key in given if key not in (*_KNOWN, *_KNOWN_TOO)]:
         raise ValueError(f"-device ivshmem: the old device had no property {unknown[0]}")
     name, chardev = given.get("shm", ""), given.get("chardev", "")
     notes = []
     if name and chardev:
-        raise ValueError("-device ivshmem: the old device had shm= or chardev=: give one of them")
+        raise ValueError(
+            "-device ivshmem: the old device had either shm= or chardev=: give one of them"
+        )
     if not (name or chardev):
         name = _DEFAULT_NAME
-        notes.append(f"neither shm= nor chardev= is given: the memory's name is {name} then")
+        notes.append(f"neither shm= nor chardev= is given: the memory's name is {name}")
     if given.get("ioeventfd") == "off":
-        notes.append("ioeventfd=off is left out: doorbells always use ioeventfd")
+        notes.append("ioeventfd=off is omitted: doorbells always use ioeventfd")
     if given.get("use64") in ("0", "off"):
-        notes.append("use64=0 is left out: the memory's BAR has 64 bits now")
+        notes.append("use64=0 is omitted: the memory's BAR has 64 bits now")
     if given.get("msi") == "off":
-        notes.append("msi=off is left out: ivshmem-doorbell has MSI-X, ivshmem-plain no interrupts")
+        notes.append("msi=off is omitted: ivshmem-doorbell has MSI-X, ivshmem-plain no interrupts")
     if name and "vectors" in given:
-        notes.append("vectors is left out: memory by name never had interrupts")
+        notes.append("vectors is omitted: memory by name never had interrupts")
     notes += [
-        f"{key}={given[key]} is left out: add it to the device again"
+        f"{key}={given[key]} is omitted: add it to the new device"
         for key in ("addr", "bus", "id", "multifunction")
         if key in given
     ]
@@ -87,8 +90,8 @@ def _socket(ident: str, chardevs: Sequence[str]) -> str:
         if given.get("id") == ident and kind == "socket" and "path" in given:
             return given["path"]
     raise ValueError(
-        f"-device ivshmem,chardev={ident}: where its server is stands in another argument: give"
-        f" `-chardev socket,path=PATH,id={ident}`, too"
+        f"-device ivshmem,chardev={ident}: the path of its server is in the chardev: also give"
+        f" `-chardev socket,path=PATH,id={ident}`"
     )
 
 
@@ -96,13 +99,17 @@ def _size(text: str) -> int:
     """The old property counted MiB where it had no unit: `size=1` is 1 MiB, not 1 byte."""
     size = int(text) * _MIB if text.isascii() and text.isdigit() else parse_size(text)
     if size <= 0:
-        raise ValueError(f"-device ivshmem,size={text}: a size above 0 is wanted")
+        raise ValueError(
+            f"-device ivshmem,size={text}: not a size (allowed is more than 0, for example 4M)"
+        )
     return size
 
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 5):
-        raise ValueError(f"-device ivshmem,vectors={text}: a number is wanted")
+        raise ValueError(
+            f"-device ivshmem,vectors={text}: not a number of vectors (allowed are 0 to 9999)"
+        )
     return int(text)
 
 
