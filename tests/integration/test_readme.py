@@ -31,7 +31,7 @@ from ivshmem.cli import main, shell
 from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.migration import group_file
 from ivshmem.server import records
-from ivshmem.service import config_file, control_client, metrics
+from ivshmem.service import config_file, config_values, control_client, metrics
 from ivshmem.service import control as service_control
 
 IDS = [name_of(page) for page in PAGES]
@@ -258,9 +258,9 @@ def test_every_command_of_connect_is_listed() -> None:
 
 def test_every_setting_is_listed() -> None:
     page = (HOME / "docs/reference/configuration.md").read_text()
-    for key in (*RegionConfig._fields, *config_file._SERVICE):
+    for key in (*RegionConfig._fields, *config_values.SERVICE):
         assert f"`{key}`" in page
-    assert set(config_file._SERVICE) <= set(ServiceConfig._fields)
+    assert set(config_values.SERVICE) <= set(ServiceConfig._fields)
 
 
 def test_every_log_event_is_listed() -> None:

@@ -41,6 +41,11 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="only print what the file would serve, or its errors",
     )
+    parser.add_argument(
+        "--print-schema",
+        action="store_true",
+        help="only print the JSON Schema of such files, for editors that check TOML",
+    )
     add_region(parser)
     process = parser.add_argument_group("the process")
     process.add_argument(
@@ -107,6 +112,14 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
+    if options.print_schema:
+        # Here, since no server needs these.
+        import json
+
+        from ..service.config_schema import schema
+
+        print(json.dumps(schema(), indent=2))
+        return 0
     if options.daemon and not options.foreground and not (options.check or supervisor.is_heir()):
         return daemon.in_background(
             partial(guarded, partial(_serve, options)), silent=not options.verbose
