@@ -37,11 +37,12 @@ from .guest.device import Access, Memory
 from .memory.region import Region
 from .native.bell import Doorbell
 from .native.mapping import Atomic
+from .peer import connecting
 from .peer.client import Client
 from .peer.directory import Directory, Publication, _limit
 from .peer.endpoint import Endpoint, Event, EventLimit
 from .peer.names_table import Entry
-from .system import sockets
+from .system.sockets import deadline_of
 from .system.uncopied import Uncopied
 
 __all__ = [
@@ -780,7 +781,7 @@ def connect_async(
     """
 
     async def opener() -> AsyncEndpoint[Client]:
-        deadline = sockets.deadline_of(timeout)
+        deadline = deadline_of(timeout)
         sock = await _knock(path, timeout, deadline, wait_for_server)
         try:
             plug = sock.dup()  # the thread may close its own at any time
@@ -812,17 +813,17 @@ async def _knock(
     wait_for_server: bool,
 ) -> socket.socket:
     """A connection to the server, which may not have been accepted yet."""
-    give_up = sockets.accepts_nobody
-    awaited = sockets.Awaited(path)
-    for pause in sockets.pauses(deadline):
+    give_up = connecting.accepts_nobody
+    awaited = connecting.Awaited(path)
+    for pause in connecting.pauses(deadline):
         try:
-            return sockets.connect(path, 0)
+            return connecting.connect(path, 0)
         except TimeoutError:  # the backlog is full
-            give_up = sockets.accepts_nobody
+            give_up = connecting.accepts_nobody
         except OSError as error:
             if not wait_for_server or not awaited.may_come(error):
                 raise
-            give_up = sockets.nobody_came
+            give_up = connecting.nobody_came
         await asyncio.sleep(pause)
     raise give_up(os.fsdecode(path), timeout or 0)
 

@@ -58,7 +58,7 @@ SERVES = (
     "service.open_region memory memory.pages protocol protocol.roster protocol.framing "
     "protocol.session qemu.cmdline service.path_watch memory.region server.replay "
     "system.safe_files server.server service.service system.json_shapes memory.sizes "
-    "system.sockets peer peer.inquiry system.credentials service.stall_log "
+    "system.sockets peer peer.inquiry peer.connecting system.credentials service.stall_log "
     "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
     "cli.pid_file cli.signals service.managed cli.hearing cli.log_writer cli.config_checks "
     "service.observability "
@@ -69,7 +69,7 @@ ASKS = (
     "qemu.accounts system.requests service service.control service.control_client "
     "system.processes system.locks server server.log_events system.late_logging "
     "system.named_tuple system.json_shapes memory memory.sizes system.sockets peer "
-    "peer.inquiry system.credentials system.uncopied cli cli.control_connection"
+    "peer.inquiry peer.connecting system.credentials system.uncopied cli cli.control_connection"
 )
 LISTENS = (
     f"{OPTIONS} native native.descriptors native.mapping native.wire server server.access "
@@ -81,7 +81,8 @@ LISTENS = (
     "service.open_region system.processes memory memory.pages protocol protocol.roster "
     "protocol.framing protocol.session memory.region server.replay system.safe_files "
     "server.server service.service system.json_shapes memory.sizes system.sockets peer "
-    "peer.inquiry system.credentials lasting.fd_store system.work_lock cli cli.daemon "
+    "peer.inquiry peer.connecting system.credentials lasting.fd_store system.work_lock cli "
+    "cli.daemon "
     "cli.pid_file cli.signals service.managed cli.log_writer cli.serve cli.serve_process"
 )
 COSTLY_TO_LISTEN = "argparse socket threading"
@@ -121,8 +122,8 @@ TABLE = {
         (
             f"{OPTIONS} native native.descriptors system text system.accounts qemu "
             "qemu.accounts system.locks system.named_tuple system.json_shapes memory memory.sizes "
-            "system.sockets peer peer.inquiry system.credentials cli cli.qemu qemu.cmdline "
-            "qemu.old_device"
+            "system.sockets peer peer.inquiry peer.connecting system.credentials cli cli.qemu "
+            "qemu.cmdline qemu.old_device"
         ),
         "argparse json socket zlib",
     ),

@@ -143,16 +143,8 @@ def test_imports_go_down() -> None:
 
 # Imports in functions without a reason beside them. A line here may go, none may be added.
 NO_REASON = {
-    "lasting/journal.py: import json",
     "peer/default_paths.py: from ..system import sockets",
     "peer/default_paths.py: from ..system.accounts import user_name",
-    "server/engine.py: import json",
-    "service/config_file.py: import tomli as tomllib",
-    "service/config_file.py: import tomllib",
-    "service/control.py: from ..memory import pages",
-    "service/managed.py: from . import snapshots",
-    "system/json_shapes.py: import json",
-    "system/late_logging.py: import logging",
 }
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:)\S*(\s|$)")
 

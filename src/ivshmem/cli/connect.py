@@ -7,8 +7,9 @@ import contextlib
 import sys
 import time
 
+from ..peer import connecting
 from ..peer.client import connect
-from ..system import sockets
+from ..system.sockets import deadline_of
 from ..text import counted
 from .arguments import OF_THE_SERVER, seconds, server_of, vectors
 from .shell import ClientShell
@@ -91,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _find(options: argparse.Namespace, timeout: float | None) -> str:
     """The path that the options name, or else that of the first server that comes."""
-    deadline = sockets.deadline_of(timeout)
-    for pause in sockets.pauses(deadline):
+    deadline = deadline_of(timeout)
+    for pause in connecting.pauses(deadline):
         try:
             return server_of(options)
         except FileNotFoundError as error:

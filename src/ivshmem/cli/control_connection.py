@@ -10,6 +10,7 @@ import errno
 import os
 
 from ..errors import ControlError
+from ..peer import connecting
 from ..service import control_client
 from ..system import sockets
 from ..system.accounts import user_name
@@ -69,4 +70,4 @@ def _without_control(server: str) -> Exception:
     except OSError as error:
         return error
     code = errno.ECONNREFUSED if os.path.lexists(server) else errno.ENOENT
-    return OSError(code, sockets.CONNECT_HINTS[code], server)
+    return OSError(code, connecting.CONNECT_HINTS[code], server)

@@ -113,10 +113,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
     if options.print_schema:
-        # Here, since no server needs these.
-        import json
+        import json  # here, since no server needs it to print
 
-        from ..service.config_schema import schema
+        from ..service.config_schema import schema  # likewise
 
         print(json.dumps(schema(), indent=2))
         return 0

@@ -123,7 +123,7 @@ class Journal(Uncopied):
         Raises:
             JournalError: they are not lines of JSON.
         """
-        import json
+        import json  # here: only a successor reads
 
         end = self._end.load()
         half, size = end >> _OFFSET_BITS & 1, end & ((1 << _OFFSET_BITS) - 1)

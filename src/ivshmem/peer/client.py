@@ -26,8 +26,9 @@ from ..native import wire
 from ..native.descriptors import Fd
 from ..protocol.framing import Framer, Message
 from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
-from ..system import sockets
+from ..system.sockets import deadline_of
 from ..text import counted
+from . import connecting
 from .endpoint import Disconnected, Endpoint, Event, PeerJoined, PeerLeft
 
 # Seconds. If the server does not say where a set-up ends, an only client takes its own to be
@@ -74,11 +75,11 @@ def connect(
         OSError: nobody listens there, no permission, out of descriptors.
             Whatever is raised, everything that was opened is closed.
     """
-    deadline = sockets.deadline_of(timeout)
+    deadline = deadline_of(timeout)
     if wait_for_server:
-        sock = sockets.connect_when_served(path, timeout)
+        sock = connecting.connect_when_served(path, timeout)
     else:
-        sock = sockets.connect(path, timeout)
+        sock = connecting.connect(path, timeout)
     try:
         return Client._join(sock, os.fsdecode(path), deadline, vectors, readonly)
     except BaseException:

@@ -11,7 +11,7 @@ import time
 
 from ..errors import Misshapen, ServerGone
 from ..system import json_shapes
-from ..system.sockets import connect
+from .connecting import connect
 
 # The abstract address, unix(7), of somebody who connects only to ask; random bytes follow. QEMU and
 # clients of the protocol have no address at all.

@@ -93,9 +93,10 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
         ConfigError: it is no TOML, or not of a size that anybody writes.
     """
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
+        import tomllib  # here: Python 3.11 has it, and this module can be used without any
+    except ImportError:
         try:
+            # Here, for Python 3.10.
             import tomli as tomllib  # type: ignore[no-redef, import-not-found, unused-ignore]
         except ImportError:
             raise ConfigError(

@@ -567,7 +567,7 @@ def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
 
 
 def _file_system(region: Region) -> str:
-    from ..memory import pages
+    from ..memory import pages  # here: only a status needs it
 
     with contextlib.suppress(OSError):  # no descriptor is left, say
         return pages.file_system(region.fileno())

@@ -16,10 +16,10 @@ import time
 from collections.abc import Collection, Mapping
 
 from ..errors import ControlError, Misshapen
-from ..peer import inquiry
+from ..peer import connecting, inquiry
 from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..server.limits import LINGER
-from ..system import credentials, json_shapes, sockets
+from ..system import credentials, json_shapes
 from ..system.accounts import user_name
 from ..system.uncopied import Uncopied
 from ..text import counted, plain
@@ -144,7 +144,7 @@ class ControlClient(Uncopied):
 
     Raises:
         ControlError: another user answers at this path.
-        TimeoutError, OSError: as of sockets.connect.
+        TimeoutError, OSError: as of connecting.connect.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ControlClient(Uncopied):
         # From this address a server would take us for somebody with a question, not for a peer, if
         # this should be its other socket.
         address = inquiry.ASK + os.urandom(8).hex().encode()
-        self._socket = sockets.connect(path, timeout, address=address)
+        self._socket = connecting.connect(path, timeout, address=address)
         self._rest = b""
         self.server = credentials.credentials(self._socket)
         mine = os.geteuid()

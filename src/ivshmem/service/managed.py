@@ -205,7 +205,7 @@ def _status(service: Service) -> str:
 
 def _readable(fd: int) -> Journal | None:
     """The journal that the manager kept, if a successor can continue by it; `fd` is owned."""
-    from . import snapshots
+    from . import snapshots  # here: only a successor reads a journal
 
     journal = None
     try:

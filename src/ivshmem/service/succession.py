@@ -16,6 +16,7 @@ from ..errors import ConfigError, ControlError
 from ..lasting import fd_store, handover, supervisor
 from ..lasting.journal import Journal
 from ..lasting.supervised import Supervision
+from ..peer import connecting
 from ..server import log_events
 from ..system import sockets
 from ..system.named_tuple import NamedTuple
@@ -156,7 +157,7 @@ def take_over(config: ServiceConfig) -> Taken:
     path = config.control
     if path is None:
         path = control_client.default_path(next(iter(config.regions.values())).socket)
-    with sockets.connect(path, handover.SECONDS) as sock:
+    with connecting.connect(path, handover.SECONDS) as sock:
         with contextlib.suppress(ConnectionError):  # if it refused us first, it said why
             sock.sendall(b'{"do": "takeover"}\n')
         return handover.take(sock, snapshots)

@@ -243,7 +243,7 @@ def _shown(value: Any) -> str:
 
 def shown(value: object) -> str:
     """Return a stranger's scalar for a message: as JSON, printable, and short."""
-    import json
+    import json  # here, as in `loads`
 
     return _cut(json.dumps(value))
 

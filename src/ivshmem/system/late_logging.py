@@ -43,7 +43,7 @@ def load() -> ModuleType:
     To be called as soon as there is time for it. A line can tell that no descriptor is left, and
     then no module can be read.
     """
-    import logging
+    import logging  # here: that it comes late is what this module is for
 
     while _to_do:
         _to_do.pop()()

@@ -1,4 +1,4 @@
-"""Unix sockets by path: listening without harm to others, connecting in time, who is there.
+"""Unix sockets by path: listening without harm to others, connecting in time.
 
 Knows: paths, stale and live sockets, permissions, credentials. Does not know: what is said over a
 socket, who may become a peer.
@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ..native import descriptors
-from ..text import counted
 from . import locks
 from .accounts import group_id, user_id
 from .uncopied import Uncopied
@@ -469,8 +468,8 @@ def connect(
     """A stream socket connected to `path`, from `address` if one is given.
 
     Raises:
-        TimeoutError: the server did not make room in its backlog for `timeout` seconds (0: now).
-        OSError: as of connect(2), with what to do where that is known.
+        BlockingIOError: the listener's backlog was full for `timeout` seconds (0: now).
+        OSError: as of connect(2), with the path.
     """
     text = check_path(path)
     deadline = deadline_of(None if timeout is None else min(timeout, _LONGEST))
@@ -482,7 +481,7 @@ def connect(
         while True:
             if deadline is not None:
                 # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails
-                # at once with EAGAIN, and poll cannot wait for it. Zero would mean for ever.
+                # at once with EAGAIN, and poll cannot wait for it. Zero would mean no limit.
                 microseconds = max(int((deadline - time.monotonic()) * 1e6), 1)
                 limit = _TIMEVAL.pack(*divmod(microseconds, 10**6))
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -496,50 +495,23 @@ def connect(
                 if error.errno != errno.ENOTCONN:
                     raise
                 if deadline is not None and time.monotonic() >= deadline:
-                    raise BlockingIOError from None
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         sock.setblocking(True)
-    except BlockingIOError:
-        sock.close()
-        raise accepts_nobody(text, timeout or 0) from None
     except OSError as error:
         sock.close()
-        hint = CONNECT_HINTS.get(error.errno or 0, error.strerror)
-        if error.errno == errno.ECONNREFUSED and not _is_socket(text):
-            hint = "not a socket: no server listens here, choose another path"
-        raise OSError(error.errno, hint, text) from None
+        raise OSError(error.errno, error.strerror, text) from None
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _is_socket(path: str) -> bool:
+def is_socket(path: str) -> bool:
+    """Whether a path leads to a socket; True if that cannot be known: it was one a moment ago."""
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:
-        return True  # it was one a moment ago, or nobody can know
-
-
-def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> socket.socket:
-    """Like `connect`, but if the server is not there yet, wait for it.
-
-    Raises:
-        TimeoutError: it did not come within `timeout` seconds, or did not make room in its backlog.
-        OSError: as of connect(2), where waiting would not help.
-    """
-    deadline = deadline_of(timeout)
-    awaited = Awaited(path)
-    for pause in pauses(deadline):
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
-        try:
-            return connect(path, left)
-        except TimeoutError:
-            raise accepts_nobody(os.fsdecode(path), timeout or 0) from None
-        except OSError as error:
-            if not awaited.may_come(error):
-                raise
-        time.sleep(pause)
-    raise nobody_came(os.fsdecode(path), timeout or 0)
+        return True
 
 
 def deadline_of(timeout: float | None) -> float | None:
@@ -553,72 +525,6 @@ def deadline_of(timeout: float | None) -> float | None:
     if timeout != timeout:
         raise ValueError("timeout is not a number")
     return time.monotonic() + timeout
-
-
-def pauses(deadline: float | None) -> Iterator[float]:
-    """Seconds between looks whether a server has come, until `deadline` (None: without end).
-
-    Looks, and not inotify(7), which would need a watch on each directory that does not exist yet,
-    and does not tell when a socket that exists is listened on. A look costs some microseconds.
-    """
-    pause, longest = _LOOKS
-    while True:
-        left = longest if deadline is None else deadline - time.monotonic()
-        yield max(min(pause, left), 0)
-        if left <= 0:
-            return
-        pause = min(pause * 2, longest)
-
-
-class Awaited:
-    """Tells whether a server may still come to a path, from why a connect to it failed."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fsdecode(path)
-        self._denied: float | None = None  # since when
-
-    def may_come(self, error: OSError) -> bool:
-        """Whether a connect that failed so can succeed as soon as a server starts there.
-
-        Also for a second after the first EACCES: a server binds its socket first, and then lets
-        others in, and a service manager does the same with a directory.
-        """
-        now = time.monotonic()
-        if error.errno == errno.EACCES:
-            self._denied = self._denied or now
-            return now < self._denied + _PERMITTED
-        self._denied = None
-        if error.errno == errno.ENOENT:
-            return True
-        if error.errno != errno.ECONNREFUSED:
-            return False
-        return _is_socket(self._path)  # a stale one; any other file is in the way
-
-
-def nobody_came(path: str, timeout: float) -> TimeoutError:
-    """What to raise when no server came for `timeout` seconds."""
-    reason = (
-        f"no server came in {counted(timeout, 'second')}: start it (ivshmem serve), or wait longer"
-    )
-    return TimeoutError(errno.ETIMEDOUT, reason, path)
-
-
-def accepts_nobody(path: str, timeout: float) -> TimeoutError:
-    """What to raise when a server's backlog was full for `timeout` seconds."""
-    reason = f"the server accepts nobody: no answer in {counted(timeout, 'second')}"
-    return TimeoutError(errno.ETIMEDOUT, reason, path)
-
-
-_LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest
-_PERMITTED = 1.0  # seconds from a server's bind to the permissions that its socket is to have
-
-_START = "start the server (ivshmem serve), or give the path of one that runs"
-CONNECT_HINTS = {
-    errno.ENOENT: f"no such socket: {_START}",
-    errno.ECONNREFUSED: f"nobody listens here: {_START}",
-    errno.EPROTOTYPE: "a socket of another kind: this is no ivshmem server",
-    errno.EACCES: "permission denied: the server's user must let you write to its socket",
-}
 
 
 def is_connection(fd: int) -> bool:
