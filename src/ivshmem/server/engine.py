@@ -943,7 +943,8 @@ def import_the_rest() -> None:
     It must not be left to when it is needed: a server that has no descriptor left says so in the
     log, and no module can be read then.
     """
-    import json  # noqa: F401  # for `_tell` and a journal
+    # For `_tell`, and for a journal.
+    import json  # noqa: F401
 
     late_logging.load()
 
