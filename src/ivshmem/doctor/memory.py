@@ -124,7 +124,7 @@ class MemorySteps:
                 )  # next: why
             return failed(f"{path}: {error.strerror}", self._accepting() or beside)
         except FileNotFoundError:
-            return ok(f"{path} is to be made, {format_size(self._size)}")
+            return ok(f"{path} will be created, {format_size(self._size)}")
         except OSError as error:
             return failed(f"{path}: {error.strerror}", beside)
         if not self._status:
@@ -133,7 +133,7 @@ class MemorySteps:
                     f"{path} was removed, but the server still has its memory: {_ALONE}",
                     self.request.serve_command(),
                 )
-            return ok(f"{path} is to be made, {format_size(self._size)}")
+            return ok(f"{path} will be created, {format_size(self._size)}")
         if not self._status.st_size:
             self._is_empty = True
             self._status = None
