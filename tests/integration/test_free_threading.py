@@ -8,6 +8,7 @@ builds one by tests/support/free_threaded.py.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,14 @@ def build_for(interpreter: str, directory: Path) -> Path:
     package = directory / "ivshmem"
     shutil.copytree(CHECKOUT / "src/ivshmem", package, ignore=shutil.ignore_patterns("*.so"))
     for source in package.rglob("*.c"):
-        command = [os.environ.get("CC", "cc"), "-O0", "-w", "-shared", "-fPIC", f"-I{include}"]
+        command = [
+            *shlex.split(os.environ.get("CC", "cc")),
+            "-O0",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+        ]
         target = source.with_name(source.stem + ending)
         subprocess.run([*command, "-o", target, source], check=True, timeout=120)
     return directory
