@@ -270,4 +270,4 @@ class Rosters(RuleBasedStateMachine):
 
 
 TestRosters = Rosters.TestCase
-TestRosters.settings = settings(max_examples=200, stateful_step_count=60)
+TestRosters.settings = settings(stateful_step_count=60)
