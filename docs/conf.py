@@ -42,6 +42,7 @@ html_title = f"ivshmem {release}"
 html_copy_source = False
 html_show_sphinx = False
 
+autodoc_preserve_defaults = True  # `_nothing`, not where that is in memory
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_type_aliases = {"Gate": "Gate", "Users": "Users"}

@@ -45,12 +45,13 @@ NOT_RUN = {
     r"make ": "builds what is tested here: test_readme.py knows the targets",
 }
 
-SERVES = r"ivshmem serve(?!.* --check)"
+WITHOUT_A_SERVER = r"--(config|name|file|print-schema)\b|-device"
+SERVES = r"ivshmem serve(?!.* --(check|print-schema))"
 SESSIONS = [page for page in PAGES if shell_lines(page)]
 
 IVSHMEM = f"""#!/bin/sh
 case " $* " in
-*" -S "*|*" --config "*|*" --control "*|*" --name "*|*" --file "*|*" -device "*|*" systemd "*) ;;
+*" -S "*|*" --con"*|*" --name "*|*" --file "*|*" -device "*|*" systemd "*|*" --print-"*) ;;
 *) set -- "$@" -S "$XDG_RUNTIME_DIR/ivshmem.sock" ;;
 esac
 exec {sys.executable} -m ivshmem "$@"
@@ -150,7 +151,7 @@ class Session:
                             peer.ring_all([each for each in peer.peers if each > 3])
 
     def run(self, line: str) -> None:
-        if self._server is None and not re.search(r"--(config|name|file)\b|-device", line):
+        if self._server is None and not re.search(WITHOUT_A_SERVER, line):
             self.serve("ivshmem serve --config default.toml")
         process = self._start(line.replace("--peer 3", "--peer 3 --seconds 0.2"))
         allowed = {0}

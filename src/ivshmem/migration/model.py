@@ -38,7 +38,7 @@ class Vm:
         name: what messages call it.
         source: the monitor of the QEMU that runs it: a path, or HOST:PORT.
         destination: that of the one that waits for it (-incoming defer).
-        uri: where the two meet: tcp:HOST:PORT or unix:PATH; or file:PATH, which both can reach.
+        uri: where the two meet: `tcp:HOST:PORT`, `unix:PATH`, or `file:PATH` that both can reach.
     """
 
     name: str
