@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .peer.names_table import Entry
     from .server.access import Rules, Verdict
     from .server.engine import Gate
+    from .server.log_formatters import JsonFormatter
     from .server.report import Peer, PeerReport, ServerCounts
     from .server.server import Server
     from .system.credentials import Credentials
@@ -107,6 +108,7 @@ _HOMES = {
     "peer.names_table": ("Entry",),
     "server.access": ("Rules", "Verdict"),
     "server.engine": ("Gate",),
+    "server.log_formatters": ("JsonFormatter",),
     "server.report": ("Peer", "PeerReport", "ServerCounts"),
     "server.server": ("Server",),
     "system.credentials": ("Credentials",),
@@ -157,6 +159,7 @@ __all__ = [
     "ImageInfo",
     "Interrupt",
     "IvshmemError",
+    "JsonFormatter",
     "Listener",
     "NameTaken",
     "NoDirectory",

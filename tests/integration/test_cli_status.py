@@ -44,11 +44,11 @@ SERVE = """
     from ivshmem.service.service import Service
     path, config = sys.argv[1], ServiceConfig({"default": RegionConfig(sys.argv[1], 4096, 2)})
     with (
-        LogWriter(sys.stderr, logging.INFO, sys.argv[3]) as news,
+        LogWriter(sys.stderr, logging.INFO, sys.argv[3]),
         Service(
             config,
-            on_join=lambda region, peer: tell_peer(news, "joined", peer),
-            on_leave=lambda region, peer: tell_peer(news, "left", peer),
+            on_join=lambda region, peer: tell_peer("joined", peer),
+            on_leave=lambda region, peer: tell_peer("left", peer),
             load=lambda: config,
         ) as service,
         control.Control(control.listen(path + ".control"), service) as made,

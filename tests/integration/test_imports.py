@@ -60,7 +60,8 @@ SERVES = (
     "system.safe_files server.server service.service system.json_shapes memory.sizes "
     "system.sockets peer peer.inquiry peer.connecting system.credentials service.stall_log "
     "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
-    "cli.pid_file cli.signals service.managed cli.hearing cli.log_writer cli.config_checks "
+    "cli.pid_file cli.signals service.managed cli.log_writer cli.writing cli.config_checks "
+    "cli.log_queue server.log_formatters "
     "service.observability "
     "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
@@ -83,10 +84,11 @@ LISTENS = (
     "server.server service.service system.json_shapes memory.sizes system.sockets peer "
     "peer.inquiry peer.connecting system.credentials lasting.fd_store system.work_lock cli "
     "cli.daemon "
-    "cli.pid_file cli.signals service.managed cli.log_writer cli.serve cli.serve_process"
+    "cli.pid_file cli.signals service.managed cli.log_writer cli.writing cli.serve "
+    "cli.serve_process"
 )
 COSTLY_TO_LISTEN = "argparse socket threading"
-COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} json logging traceback zlib"
+COSTLY_TO_SERVE = f"{COSTLY_TO_LISTEN} json logging queue traceback zlib"
 COSTLY_TO_ASK = "argparse json socket"
 
 # The command, ivshmem's own modules, costly ones.

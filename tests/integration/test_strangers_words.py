@@ -22,7 +22,7 @@ from support.waiting import PATIENCE
 import ivshmem
 from ivshmem import control, errors
 from ivshmem.bench import noise
-from ivshmem.cli import banner, control_connection, evict, hearing, log_writer, migrate_run, reload
+from ivshmem.cli import banner, control_connection, evict, log_writer, migrate_run, reload
 from ivshmem.cli import shell as shells
 from ivshmem.cli import status as status_command
 from ivshmem.cli import top as top_command
@@ -36,6 +36,7 @@ from ivshmem.peer.names_table import Entry
 from ivshmem.qemu import cmdline
 from ivshmem.qemu.guest_name import guest_name
 from ivshmem.server import log_events
+from ivshmem.server.report import Peer
 from ivshmem.service import control as service_control
 from ivshmem.service import metrics
 from ivshmem.system import credentials, systemd
@@ -121,6 +122,8 @@ class Ways:
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._capsys = capsys
         self._patch = monkeypatch
+        # pytest-xdist cannot pass on what pytest captures of this.
+        monkeypatch.setattr(logging.getLogger("ivshmem"), "propagate", False)
 
     def _printed(self, run: Callable[[], object]) -> str:
         run()
@@ -248,8 +251,8 @@ class Ways:
 
     def _logged(self, form: str, record: logging.LogRecord) -> str:
         with tempfile.TemporaryFile("w+") as stream:
-            with log_writer.LogWriter(stream, logging.INFO, form) as told:
-                hearing.Handler(told, logging.INFO).handle(record)
+            with log_writer.LogWriter(stream, logging.INFO, form):
+                logging.getLogger("ivshmem").handle(record)
             stream.seek(0)
             return stream.read()
 
@@ -276,8 +279,8 @@ class Ways:
 
     def news_of_a_peer(self) -> str:
         with tempfile.TemporaryFile("w+") as stream:
-            with log_writer.LogWriter(stream, logging.INFO) as told:
-                told.tell(HOSTILE)
+            with log_writer.LogWriter(stream, logging.INFO):
+                log_writer.tell_peer("joined", Peer(1, 1, 1, 1, HOSTILE, 1, 0.0))
             stream.seek(0)
             return stream.read().removesuffix("\n")
 

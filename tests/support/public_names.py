@@ -148,7 +148,7 @@ _KNOWN = {
     *dir(builtins),
     *("Any", "AsyncIterator", "Callable", "Collection", "Coroutine", "Counter", "Iterable"),
     *("Iterator", "Literal", "Mapping", "NoReturn", "Path", "PathLike", "Sequence"),
-    "SupportsIndex",
+    *("Formatter", "SupportsIndex"),
 }
 
 

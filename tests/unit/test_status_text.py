@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from ivshmem.cli import status_text, top
-from ivshmem.cli.log_writer import json_line
 from ivshmem.qemu.guest_name import guest_name, guest_of
 from ivshmem.server import log_events
 from ivshmem.service.metrics import parse_address
@@ -192,14 +191,16 @@ class TestGuestNames:
 
 class TestLog:
     def test_a_line(self) -> None:
-        line = json_line(0.0625, logging.WARNING, "a\nb", {"event": "x", "peer": 1})
+        line = log_events.json_line(0.0625, logging.WARNING, "a\nb", {"event": "x", "peer": 1})
         assert line == (
             '{"time":"1970-01-01T00:00:00.062Z","level":"warning","event":"x","peer":1,'
             '"text":"a\\nb"}'
         )
 
     def test_whatever_is_in_it_it_is_json(self) -> None:
-        assert json.loads(json_line(0, 20, "\ud800\0", {"event": "x", "path": os}))["text"]
+        assert json.loads(log_events.json_line(0, 20, "\ud800\0", {"event": "x", "path": os}))[
+            "text"
+        ]
 
     def test_fields(self) -> None:
         extra = log_events.fields("joined", peer=0, region="", reason=None)

@@ -23,10 +23,11 @@ from ..protocol.limits import MAX_ID
 from ..system import sockets
 from ..text import counted
 from . import daemon, pid_file, signals, terminal
-from .log_writer import LogWriter, show, tell_peer
+from .log_writer import LogWriter, tell_peer
 from .run import guarded
 from .shell import Shell
 from .tables import table
+from .writing import show
 
 _HEAD = ("ADDRESS", "SIZE", "VARIANT", "VECTORS", "DRIVER", "IOMMU GROUP")
 _NOISE = 1.5  # between rates that may be the same
@@ -286,15 +287,15 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
     with (
         signals.held(for_good=True),
         pid_file.held(options.pid_file),
-        LogWriter(sys.stderr, logging.INFO) as writer,
+        LogWriter(sys.stderr, logging.INFO),
         sockets.Listener(options.socket or default_paths.default_socket()) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,
             listener,
             peers=options.peers,
-            on_join=None if options.quiet else partial(tell_peer, writer, "joined"),
-            on_leave=None if options.quiet else partial(tell_peer, writer, "left"),
+            on_join=None if options.quiet else partial(tell_peer, "joined"),
+            on_leave=None if options.quiet else partial(tell_peer, "left"),
         ) as broker,
     ):
         show(_banner(broker, device))

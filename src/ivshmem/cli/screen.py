@@ -24,8 +24,8 @@ from typing import Any
 
 from ..text import plain
 from . import signals
-from .log_writer import show
 from .tables import cut
+from .writing import show
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"

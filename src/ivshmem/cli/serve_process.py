@@ -35,8 +35,9 @@ from ..system.sockets import Listener
 from ..text import counted
 from . import daemon, pid_file, signals
 from .arguments import check_no_region, region_of
-from .log_writer import LogWriter, say_as, show, tell_peer
+from .log_writer import LogWriter, say_as, tell_peer
 from .run import one_line
+from .writing import show
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,14 +185,14 @@ def serve(plan: ServePlan, ready: Callable[[], None]) -> int:
                 partial(say_as, plan.config.log_format),
                 is_successor=inherited is not None,
             ),
-            LogWriter(sys.stderr, plan.level, plan.config.log_format) as writer,
+            LogWriter(sys.stderr, plan.level, plan.config.log_format),
         ):
             if plan.notice:
                 _log.error("%s", plan.notice)
             journal_kept = None
             if plan.fd_store:
                 journal_kept, inherited = manager.keep(plan.config)
-            return _serve(plan, manager, writer, ready, journal=journal_kept, inherited=inherited)
+            return _serve(plan, manager, ready, journal=journal_kept, inherited=inherited)
 
 
 def serve_supervised(
@@ -263,7 +264,7 @@ def _serve_child(
 ) -> int:
     with (
         plan.manager or Manager.of_successor() as manager,
-        LogWriter(sys.stderr, plan.level, plan.config.log_format) as writer,
+        LogWriter(sys.stderr, plan.level, plan.config.log_format),
     ):
         if deaths:
             _log.error("%s: a new one continues", deaths[-1])
@@ -272,7 +273,6 @@ def _serve_child(
         return _serve(
             plan,
             manager,
-            writer,
             ready,
             journal=journal,
             inherited=inherited,
@@ -294,7 +294,6 @@ def _remove_stale(config: ServiceConfig) -> None:
 def _serve(
     plan: ServePlan,
     manager: Manager,
-    writer: LogWriter,
     ready: Callable[[], None],
     *,
     journal: Journal | None,
@@ -309,8 +308,8 @@ def _serve(
         Service(
             plan.config,
             listeners=manager.for_regions(plan.config),
-            on_join=None if plan.quiet else partial(_log_peer, plan, writer, "joined"),
-            on_leave=None if plan.quiet else partial(_log_peer, plan, writer, "left"),
+            on_join=None if plan.quiet else partial(_log_peer, plan, "joined"),
+            on_leave=None if plan.quiet else partial(_log_peer, plan, "left"),
             journal=journal,
             load=plan.load,
         ) as service,
@@ -453,9 +452,9 @@ def _warn_of_removed_names(service: Service) -> None:
             )
 
 
-def _log_peer(plan: ServePlan, writer: LogWriter, verb: str, region: str, peer: Peer) -> None:
+def _log_peer(plan: ServePlan, verb: str, region: str, peer: Peer) -> None:
     several = plan.load is not None or len(plan.config.regions) > 1  # or can become several
-    tell_peer(writer, verb, peer, region if several else "")
+    tell_peer(verb, peer, region if several else "")
 
 
 def _log_fd_limit(config: ServiceConfig) -> None:

@@ -5,7 +5,8 @@ what happens.
 
 A module that has something to tell logs a sentence for people, and gives `extra=fields(event, ..)`
 for programs. Handlers that know nothing of it write the sentence; `ivshmem serve --log-format json`
-writes both. Every line has "time" (UTC), "level" (debug, info, warning, error), "event" and "text";
+writes both, as each handler with an `ivshmem.JsonFormatter` does. Every line has "time" (UTC),
+"level" (debug, info, warning, error), "event" and "text";
 the events, and what else they have where it is known ("region" can be left out where there is only
 one):
 
@@ -40,7 +41,11 @@ of the time until a server listens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+
+from ..system import late_logging
+from ..text import plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,3 +71,23 @@ def fields_in(extra: Mapping[str, Any]) -> dict[str, Any]:
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """The same of a line of the log."""
     return fields_in(vars(record))
+
+
+def json_line(when: float, level: int, text: str, fields: Mapping[str, object]) -> str:
+    """A line for programs; its text may have several lines, a traceback for instance.
+
+    JSON itself writes out whatever is not ASCII, but a program that reads it prints the text.
+    """
+    import json  # here: most logs are for people
+
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
+    head = {
+        "time": f"{moment}.{int(when * 1000) % 1000:03}Z",
+        "level": late_logging.LEVELS.get(level, str(level)),
+        **{
+            name: plain(value) if isinstance(value, str) else value
+            for name, value in fields.items()
+        },
+        "text": text,
+    }
+    return json.dumps(head, separators=(",", ":"), default=str)
