@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import functools
 import io
 import os
 import re
@@ -214,6 +215,24 @@ def test_functions_of_the_architecture_exist() -> None:
         homes = [file.read_text() for file in sources]
         homes = [text for text in homes if re.search(rf"^(cdef )?class {owner}\b", text, re.M)]
         assert any(re.search(rf"\b{name}\b", text) for text in homes), f"{owner}.{name}"
+
+
+@each_page
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Files of the source and of the tests, and `::test_name`."""
+    spans = set(re.findall(r"`([^`\n]+)`", page.read_text()))
+    for span in spans:
+        if path := re.fullmatch(r"((?:[\w-]+/)*[\w-]+\.pyx?)(?:[: ].*)?", span):
+            places = [f"{home}{path[1]}" for home in ("", "src/ivshmem/", "src/ivshmem/*/")]
+            places += [f"{home}{path[1]}" for home in ("tests/", "tests/*/", "bench/")]
+            assert any(any(HOME.glob(place)) for place in places), span
+        for name in re.findall(r"::(test_\w+|Test\w+)", span):
+            assert re.search(rf"\b(def|class) {name}\b", all_tests()), span
+
+
+@functools.cache
+def all_tests() -> str:
+    return "\n".join(file.read_text() for file in (HOME / "tests").rglob("test_*.py"))
 
 
 # -- what is complete -----------------------------------------------------------------------------
