@@ -143,5 +143,5 @@ def test_doctor_knows_a_socket_for_datagrams(socket_path: str) -> None:
         os.unlink(socket_path)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["socket"]["state"] == "failed"
-    assert "is a socket for datagrams" in checks["socket"]["found"]
+    assert "is a datagram socket" in checks["socket"]["found"]
     assert f"serve --daemon --socket {socket_path}.2" in checks["socket"]["fix"]

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     timeout = options.timeout
     if timeout is None and not options.wait:
         timeout = _TIMEOUT
-    path = _find(options, timeout) if options.wait else server_of(options)
+    path, timeout = _find(options, timeout) if options.wait else (server_of(options), timeout)
     with (
         connect(
             path,
@@ -90,15 +90,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find(options: argparse.Namespace, timeout: float | None) -> str:
-    """The path that the options name, or else that of the first server that comes."""
+def _find(options: argparse.Namespace, timeout: float | None) -> tuple[str, float | None]:
+    """Return the path that the options name, or that of the first server that comes.
+
+    And the time that is left for the rest. It is the whole limit if the path was known at once.
+    """
+    left = timeout
     deadline = deadline_of(timeout)
     for pause in connecting.pauses(deadline):
         try:
-            return server_of(options)
+            return server_of(options), left
         except FileNotFoundError as error:
             failure = error
         time.sleep(pause)
+        if deadline is not None:
+            left = max(deadline - time.monotonic(), 0)
     raise TimeoutError(
         failure.errno, f"no server within {counted(timeout or 0, 'second')}: {failure.strerror}"
     )

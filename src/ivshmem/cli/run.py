@@ -47,6 +47,16 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse drops each error, so that help on a full disk would look as if it was written.
+        # Nobody needs to know that nobody reads: the reader of a pipe has seen enough.
+        with contextlib.suppress(BrokenPipeError):
+            if file is sys.stdout:
+                file.write(message)
+                file.flush()
+                return
+        super()._print_message(message, file)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         # Where a subcommand goes, no word at all and the word `help` ask what there is.
         if self._subparsers is not None and (not args or args[0] == "help"):
@@ -141,6 +151,8 @@ def _lack(error: Exception) -> str:
     return _NO_MEMORY if unmapped or lost or isinstance(error, MemoryError) else ""
 
 
+_errors_as_json = False
+
 _REMEDY = "raise the limit with `ulimit -v unlimited`, or for a service with LimitAS=infinity"
 _NO_MEMORY = f"out of memory for this process: {_REMEDY}"
 _NO_THREAD = f"cannot start a thread, out of memory or processes: {_REMEDY}; or raise `ulimit -u`"
@@ -205,7 +217,18 @@ def fail(error: BaseException) -> int:
     return _complain(one_line(error))
 
 
+def write_errors_as(form: str | None) -> None:
+    """Set how this process, and those that it forks, write errors: "json", or as text."""
+    global _errors_as_json
+    _errors_as_json = form == "json"
+
+
 def _complain(line: str) -> int:
+    if _errors_as_json:
+        from .log_writer import say_as  # here: only a server has a log in JSON
+
+        say_as("json", line)
+        return 1
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
         print(f"ivshmem: {line}", file=sys.stderr)
     return 1

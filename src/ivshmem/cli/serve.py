@@ -18,7 +18,7 @@ from ..lasting import supervisor
 from ..service import limits
 from . import daemon
 from .arguments import add_region
-from .run import guarded
+from .run import guarded, write_errors_as
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -112,6 +112,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
+    write_errors_as(options.log_format)
     if options.print_schema:
         import json  # here, since no server needs it to print
 

@@ -36,7 +36,7 @@ from ..text import counted
 from . import daemon, pid_file, signals
 from .arguments import check_no_region, region_of
 from .log_writer import LogWriter, say_as, tell_peer
-from .run import one_line
+from .run import one_line, write_errors_as
 from .writing import show
 
 TYPE_CHECKING = False
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 _log = late_logging.log_of("ivshmem.serve")
 
 _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # roughly, without those of peers
+_FDS_TO_START = 18  # to open one region and its control socket, and to import what that needs
 _FEW_PEERS = 100
 
 _TRIES = 3  # children that are killed before they serve, until the start has failed
@@ -111,6 +112,7 @@ def plan_of(options: argparse.Namespace) -> ServePlan | None:
 
 
 def _completed(plan: ServePlan, options: argparse.Namespace, manager: Manager) -> ServePlan:
+    write_errors_as(plan.config.log_format)
     return plan._replace(
         controlled=not options.no_control,
         metrics_peers=options.metrics_peers,
@@ -316,6 +318,7 @@ def _serve(
         _left_to_next_on_error(plan, service, inherited, supervision),
     ):
         if inherited is None:
+            _check_descriptors(plan)
             service.open()
         # Here: clients can connect from now on, and need not wait for these imports. (A successor
         # imports first: its peers' descriptors can leave none to read modules by.)
@@ -373,6 +376,13 @@ def _serve(
     for sock in handed_over:
         sock.close()  # this tells the other process that it has taken over
     return 1 if failed else 0
+
+
+def _check_descriptors(plan: ServePlan) -> None:
+    """Raise EMFILE before anybody can connect, if there are too few descriptors to serve at all."""
+    regions = len(plan.config.regions)
+    needed = _FDS_TO_START + _FDS_OF_A_REGION * (regions - 1)
+    descriptors.FdArray.eventfds(needed).close()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -278,7 +279,7 @@ def _line(sock: socket.socket, deadline: float) -> Any:
         _within(sock, deadline)
         ahead = sock.recv(1 << 16, socket.MSG_PEEK)
         if not ahead:
-            raise HandoverError("the running server ended the connection")
+            raise ConnectionResetError(errno.ECONNRESET, "the running server ended the connection")
         data += sock.recv(ahead.find(b"\n") + 1 or len(ahead))
         if len(data) > _LONGEST:
             raise Misshapen(f"the offer has more than {_LONGEST} bytes")

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from ..errors import ConfigError, ControlError
+from ..errors import ConfigError, ControlError, HandoverError
 from ..lasting import fd_store, handover, supervisor
 from ..lasting.journal import Journal
 from ..lasting.supervised import Supervision
@@ -148,6 +148,12 @@ def replacing(kept: Supervision | None, service: Service) -> Iterator[None]:
 
 # -- a server that hands over ---------------------------------------------------------------------
 
+# Of two processes that take over at once, one finds the server gone, or is cut off by it.
+_LATE = (
+    "it has ended, or another process has just taken over (`ivshmem status` tells); omit --takeover"
+    " to start a new server"
+)
+
 # A journal, and the descriptors that it names.
 Taken = tuple[Journal, set[int]]
 
@@ -157,10 +163,20 @@ def take_over(config: ServiceConfig) -> Taken:
     path = config.control
     if path is None:
         path = control_client.default_path(next(iter(config.regions.values())).socket)
-    with connecting.connect(path, handover.SECONDS) as sock:
+    try:
+        connection = connecting.connect(path, handover.SECONDS)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        reason = f"no server to take over from listens here: {_LATE}"
+        raise OSError(error.errno, reason, path) from None
+    with connection as sock:
         with contextlib.suppress(ConnectionError):  # if it refused us first, it said why
             sock.sendall(b'{"do": "takeover"}\n')
-        return handover.take(sock, snapshots)
+        try:
+            return handover.take(sock, snapshots)
+        except HandoverError as error:
+            if isinstance(error.__context__, ConnectionResetError):
+                raise HandoverError(f"{error}: {_LATE}") from None
+            raise
 
 
 def handing_over(service: Service, given: list[socket.socket]) -> control.Handler:
