@@ -58,45 +58,25 @@ def turns(text: str) -> list[str]:
     return [instead for turn, instead in TURNS.items() if re.search(turn, text)]
 
 
-# How many messages of a file still have such a turn. A number here may shrink, none may grow.
-STILL: dict[str, int] = {
-    "guest/device.py": 1,
-    "guest/vfio.py": 1,
-    "lasting/supervisor.py": 1,
-    "memory/image.py": 2,
-    "memory/pages.py": 1,
-    "memory/region.py": 2,
-    "memory/sizes.py": 2,
-    "protocol/session.py": 1,
-    "server/access.py": 3,
-    "server/engine.py": 1,
-    "service/config_file.py": 13,
-    "service/control.py": 5,
-    "service/control_client.py": 1,
-    "service/managed.py": 1,
-    "service/metrics.py": 1,
-    "service/open_region.py": 1,
-    "service/succession.py": 5,
-    "system/json_shapes.py": 2,
-    "system/sockets.py": 2,
-    "system/systemd.py": 1,
-}
+# The rooms whose messages are still to be rewritten have at most so many in all. It may shrink.
+STILL = 47
+REWRITTEN = {"bench", "cli", "doctor", "migration", "qemu"}
 
 
 def test_messages_are_in_plain_english() -> None:
-    wrong: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    others: list[str] = []
     read = 0
     for path in sorted(HOME.rglob("*.py")):
-        name = str(path.relative_to(HOME))
+        name = path.relative_to(HOME)
+        found = wrong if name.parts[0] in REWRITTEN else others
         for line, text in literals(ast.parse(path.read_text())):
             read += " " in text
             if " " in text and (instead := turns(text)):
-                wrong.setdefault(name, []).append(f"{name}:{line}: {text!r}: write {instead}")
+                found.append(f"{name}:{line}: {text!r}: write {instead}")
     assert read > 1000
-    grown = [
-        each for name, found in wrong.items() if len(found) > STILL.get(name, 0) for each in found
-    ]
-    assert not grown, "\n".join(grown)
+    assert not wrong, "\n".join(wrong)
+    assert len(others) <= STILL, "\n".join(others)
 
 
 def test_the_reader_can_fail() -> None:
