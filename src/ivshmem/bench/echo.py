@@ -1,4 +1,4 @@
-"""The other end of a round trip: answers whoever rings.
+"""The other end of a round trip: answers each ring of a peer.
 
 Knows: whom to answer, since a doorbell does not say who rang. Does not know: how that is shown.
 """
@@ -16,7 +16,7 @@ from ..peer.endpoint import Endpoint, PeerJoined, PeerLeft
 NAME = "bench"  # that the pinging end publishes where there is a directory of names
 
 _TICK = 0.25  # seconds without a ring until it is asked again whom to answer
-_PAUSE = 0.05  # seconds between looks for somebody to answer
+_PAUSE = 0.05  # seconds between looks for a peer to answer
 _MOST = 1000  # answers at once, between which signals are looked at
 _SLOW = 0.02  # seconds between rings of a peer that does not know yet whether it is answered
 
@@ -32,7 +32,7 @@ class Echo:
         NoSuchVector, NoInterrupts: as of `wait`.
 
     Attributes:
-        peer: who is answered at present; None: nobody is there.
+        peer: the one that is answered at present; None: there is none.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Echo:
         self._choose()
 
     def step(self, most: int | None = None) -> int:
-        """Answer, for a quarter of a second if nobody rings, and say how many rings were answered.
+        """Answer rings, for a quarter of a second if none comes; return how many were answered.
 
         Args:
             most: answer no more than these; None: as many as are convenient.

@@ -1,4 +1,4 @@
-"""What the two ends of a round trip do: the package's ways, and plain eventfds beside them.
+"""What the two ends of a round trip do: the package's calls, and plain eventfds to compare with.
 
 Knows: how two clients of a server of ours find one another. Does not know: clocks.
 

@@ -29,7 +29,7 @@ _BATCHES = 16  # of different addresses
 
 
 def copies(seconds: float) -> Measuring:
-    """Copy out of a region and into it, beside the same between two private buffers.
+    """Copy out of a region and into it, and compare with copies between two private buffers.
 
     Yields after each measurement: what share of all is done, and the group so far.
     """
@@ -65,7 +65,7 @@ def copies(seconds: float) -> Measuring:
 def huge_pages(seconds: float) -> Measuring:
     """Touch memory for the first time, and read it at random, in small pages and in huge ones.
 
-    Yields as `copies` does. Where no huge pages can be had, the group's note says why.
+    Yields as `copies` does. If huge pages are not available, the group's note says why.
     """
     size, why = _affordable()
     group = ResultGroup("huge pages", note=why)
@@ -110,7 +110,7 @@ def _touched(memory: memoryview) -> Measured:
 
 
 def _affordable() -> tuple[int, str]:
-    """How much memory to use, and why not in huge pages ("" if they can be had)."""
+    """How much memory to use, and why not in huge pages ("" if they are available)."""
     free = os.sysconf("SC_AVPHYS_PAGES") * pages.PAGE
     largest = _LARGEST
     while largest > max(free // 4, _SMALLEST):

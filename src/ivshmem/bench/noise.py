@@ -2,8 +2,8 @@
 
 Knows: the accounts of processors, processes and threads in /proc. Does not know: what is measured.
 
-A thread of ours that could run and did not had to wait for somebody: the kernel accounts for that
-in nanoseconds (schedstat), and this is what decides; what one end waited for the other is no
+A thread of ours that could run and did not had to wait for another process: the kernel accounts for
+that in nanoseconds (schedstat), and this is what decides; waits of one end for the other are not a
 disturbance. The processor time that others took is told by process, what the hypervisor took as
 steal. /proc/stat itself is a sample of a few ticks, good enough only to notice a large rest.
 """
@@ -67,7 +67,7 @@ class Snapshot(NamedTuple):
 
 
 class Culprit(NamedTuple):
-    """Who took which share (0 to 1) of a core."""
+    """A process, and the share (0 to 1) of a core that it took."""
 
     who: str
     share: float

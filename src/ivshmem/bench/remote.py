@@ -1,4 +1,4 @@
-"""Round trips to a peer that somebody else has started.
+"""Round trips to a peer that runs `bench --echo`.
 
 Knows: beginning while it is not there yet, noticing that it fell silent. Does not know: which peer
 is meant, how anything is shown.
@@ -52,7 +52,7 @@ def knock(
         NoAnswer: none came in time, or the peer rings without being rung.
         NoSuchPeer, NoSuchVector, NoInterrupts: as of `ring` and `wait`.
     """
-    endpoint.wait(vector, 0)  # what came earlier is no answer; and does this endpoint hear at all?
+    endpoint.wait(vector, 0)  # drop earlier rings; raises if this endpoint has no interrupts
     start = time.monotonic()
     told = False
     while True:
@@ -140,7 +140,7 @@ def _loop(endpoint: Endpoint, peer: int, vector: int, spin: Spin, points: list[i
 
 @contextlib.contextmanager
 def _watched(endpoint: Endpoint, peer: int, done: Callable[[], int]) -> Iterator[None]:
-    """Leave the block by NoAnswer when there is no progress any more."""
+    """Leave the block by NoAnswer when there is no more progress."""
     progress, since = -1, time.monotonic()
 
     def check_progress(_number: int, _frame: object) -> None:

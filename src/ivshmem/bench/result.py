@@ -1,4 +1,4 @@
-"""What was measured beside what, in rounds, and how it compares.
+"""What was measured in the same rounds, and how it compares.
 
 Knows: rounds, ratios, which rounds count. Does not know: how anything is measured, how it is shown.
 """
@@ -30,7 +30,7 @@ class Result:
         what: its name in tables.
         size: bytes that each duration is about; 0: it is not about bytes.
         rounds: durations in nanoseconds.
-        noises: of each round, who disturbed it.
+        noises: of each round, which processes disturbed it.
     """
 
     what: str
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def spoilt(self) -> bool:
-        """Whether there is no round that nobody disturbed: then the disturbed ones count."""
+        """Whether every round was disturbed: then the disturbed ones count."""
         return all(noise.spoilt for noise in self.noises)
 
     def sample(self) -> Sample:
@@ -145,7 +145,7 @@ def turns(seconds: float) -> Iterator[float]:
 
 
 def disturbers(groups: list[ResultGroup]) -> list[tuple[str, float]]:
-    """Who spoilt rounds, and the most that they took of a core; the worst first."""
+    """The processes that spoilt rounds, and the most that each took of a core; the worst first."""
     worst: dict[str, float] = {}
     for group in groups:
         for noise in group.noises():

@@ -1,6 +1,6 @@
 """The short version of all measurements, for one machine and some ten seconds.
 
-Knows: what is measured beside what, and how the time is shared out. Does not know: how any of it is
+Knows: what is compared with what, and how the time is shared out. Does not know: how any of it is
 measured, how it is shown.
 
 A round measures each way once, one after the other, so that what else the machine does meets all of
@@ -88,7 +88,7 @@ def _parts(path: str) -> list[_Part]:
 
 
 def _rings(path: str, budget: float) -> Measuring:
-    """Ringing while nobody waits: a system call, and nothing else."""
+    """Ring while no process waits: a system call, and nothing else."""
     group = ResultGroup("ring, nobody waiting")
     plain = group.add("os.eventfd_write")
     ours = group.add("ring(peer)", plain)

@@ -1,4 +1,4 @@
-"""What a person is told of regions: the lines to paste into QEMU and libvirt, and a table of many.
+"""Regions as text: the arguments for QEMU, the XML for libvirt, and a table of several regions.
 
 Knows: words and columns. Does not know: how anything is served.
 """
@@ -140,7 +140,7 @@ def _memory(region: RegionConfig) -> str:
 
 
 def _access(region: RegionConfig) -> list[str]:
-    """Who may connect, as far as it is said."""
+    """The access settings of a region that are given."""
     said = {
         "mode": None if region.mode is None else f"{region.mode:04o}",
         "owner": region.owner,

@@ -174,7 +174,7 @@ def _open(options: argparse.Namespace) -> Endpoint:
     """The device of this machine, if it has one, or a client of a server, as is asked for."""
     if options.address is not None or (options.socket is None and guest.devices()):
         return guest.open(options.address)
-    # Who only answers writes nothing, so let that be impossible.
+    # The echoing end writes nothing to the memory, so map it read-only.
     return connect(server_of(options), timeout=_SET_UP, readonly=options.echo is not None)
 
 
@@ -217,7 +217,7 @@ def _ping(options: argparse.Namespace) -> int:
 def _ask_for_echo(
     endpoint: Endpoint, options: argparse.Namespace, name: contextlib.ExitStack
 ) -> None:
-    """Say what is to be started at the other end; and show it there, where there are names."""
+    """Print what to start at the other end; and publish NAME, if there is a directory of names."""
     vector = f" --vector {options.vector}" if options.vector else ""
     command = f"ivshmem bench --echo {endpoint.id}{vector}"
     print(f"no answer yet; this is peer {endpoint.id}: start there: {command}", file=sys.stderr)

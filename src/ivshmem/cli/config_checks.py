@@ -1,4 +1,4 @@
-"""What is right in a configuration, and yet cannot be had here: groups and huge pages.
+"""Checks of a valid configuration that depend on this machine: groups and huge pages.
 
 Knows: what the process may give to whom, what the machine has. Does not know: how a configuration
 is read, whether something is served already.
@@ -22,7 +22,7 @@ _OF_THE_UNIT = "/etc/ivshmem.toml"
 
 
 def obstacles(config: ServiceConfig) -> Iterator[str]:
-    """Say of each setting that cannot be had why, and what changes that."""
+    """Yield for each setting that does not work here why, and what changes that."""
     for name, region in config.regions.items():
         for problem in (*_of_owners(region), *_of_the_unit(region, config.source)):
             yield f"region.{name}.{problem}"

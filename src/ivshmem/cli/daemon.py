@@ -58,7 +58,7 @@ def in_background(run: Callable[[Ready], int], *, silent: bool) -> int:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2) if silent else (0,):
             os.dup2(null, fd)
-        with contextlib.suppress(OSError):  # nobody waits any more
+        with contextlib.suppress(OSError):  # the launcher has ended
             os.write(writer, b"1")
         os.dup2(null, writer, inheritable=False)
         os.close(null)

@@ -1,4 +1,4 @@
-"""`ivshmem evict`: hang up on a peer."""
+"""`ivshmem evict`: disconnect a peer from its server."""
 
 from __future__ import annotations
 

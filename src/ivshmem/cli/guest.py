@@ -152,7 +152,7 @@ def _ids(text: str) -> list[int]:
 
 @contextlib.contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
-    """The device, which is given back whatever signal ends the block."""
+    """The device; it is given back also if a signal ends the block."""
     with (
         signals.held(),
         guest.open(options.address, access=options.access, memory=options.memory) as device,

@@ -1,4 +1,4 @@
-"""`ivshmem hold`: let a server send a peer no news while its device is unplugged."""
+"""`ivshmem hold`: hold back messages to a peer while its device is unplugged."""
 
 from __future__ import annotations
 

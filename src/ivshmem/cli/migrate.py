@@ -104,7 +104,7 @@ def seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Migrate, or whatever else was asked for."""
+    """Migrate, print the plan, resume or put back, as the options say."""
     from . import migrate_run  # here: asyncio, which `--help` need not wait for
 
     return migrate_run.run(options)

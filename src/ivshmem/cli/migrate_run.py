@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Migrate, or whatever else was asked for."""
+    """Migrate, print the plan, resume or put back, as the options say."""
     vms, controls = _named(options)
     state = options.state or migration.default_path(vms)
     with ProgressBar(sys.stderr, quiet=options.quiet) as progress:

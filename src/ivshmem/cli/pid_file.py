@@ -1,6 +1,6 @@
 """Pid files: one that a server holds, locked, as long as it runs.
 
-Knows: which files may be written, who has locked one. Does not know: what the process does.
+Knows: which files may be written, which process has locked one. Does not know: what it does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PATIENCE = 5.0  # seconds that a server which was taken over from may take to e
 def held(path: str | None, patience: float = 0.0) -> Iterator[None]:
     """Hold a locked file with this process's id while the block runs; None: hold none.
 
-    A file that is there is used only if it is root's or ours and has no second name: another user
-    could have put a file here that is precious, or any number into it. To a device or a pipe, such
-    as /dev/null or /dev/stdout, the id is written, and that is all.
+    An existing file is used only if root or we own it and it has one name: another user could have
+    put a precious file here, or any number into it. A device or a pipe, such as /dev/null or
+    /dev/stdout, only gets the id written.
 
     Args:
         patience: seconds in which another process that holds it may end.

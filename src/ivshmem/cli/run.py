@@ -49,7 +49,7 @@ class Parser(ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse drops each error, so that help on a full disk would look as if it was written.
-        # Nobody needs to know that nobody reads: the reader of a pipe has seen enough.
+        # A closed pipe is not an error: its reader has seen enough.
         with contextlib.suppress(BrokenPipeError):
             if file is sys.stdout:
                 file.write(message)
@@ -86,7 +86,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
-    """What the arguments say; errors and help exit, also where nobody reads them."""
+    """Parse the arguments; errors and help exit, also if their output cannot be written."""
     try:
         open_standard_streams()
     except OSError as error:  # too many open files
@@ -110,7 +110,7 @@ def open_standard_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    # A name that the terminal's encoding does not have is no reason to end in the midst of a table.
+    # A character that the terminal's encoding lacks must not end the output within a table.
     with contextlib.suppress(AttributeError):  # another object stands for it, in a test for one
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -178,7 +178,7 @@ def _guarded(run: Callable[..., int | None], *arguments: object) -> int:
 
 
 def _is_unread() -> bool:
-    """Whether nobody can read standard output any more."""
+    """Whether standard output has no reader any more."""
     import select  # rarely needed
 
     poll = select.poll()
@@ -229,7 +229,7 @@ def _complain(line: str) -> int:
 
         say_as("json", line)
         return 1
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed
         print(f"ivshmem: {line}", file=sys.stderr)
     return 1
 

@@ -5,7 +5,7 @@ Knows: terminals, keys, the signals that concern them. Does not know: what is sh
 Invariants:
 1. However the block ends, by an exception or a signal of those that `daemon` knows, the terminal is
    as it was; also while the process is stopped by Ctrl-Z.
-2. What is shown leaves no line and has no escape sequence in it, whoever it comes from.
+2. No line that is shown contains a line break or an escape sequence, not even in names of peers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Screen:
         """A signal handler for Ctrl-Z."""
         self.leave()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # goes on here after SIGCONT
+        os.kill(os.getpid(), signal.SIGTSTP)  # continues here after SIGCONT
         signal.signal(signal.SIGTSTP, self.pause)
         self.enter()
 

@@ -56,7 +56,7 @@ _TRIES = 3  # children that are killed before they serve, until the start has fa
 
 
 def _check_restarts(options: argparse.Namespace, manager: Manager) -> None:
-    """Refuse --fd-store without a service manager, and beside what that manager does itself."""
+    """Refuse --fd-store without a service manager, and with what that manager does itself."""
     if not options.fd_store:
         return
     for other in ("supervise", "takeover", "daemon"):

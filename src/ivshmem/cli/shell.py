@@ -59,7 +59,7 @@ class Shell(cmd.Cmd):
         return any(self.onecmd(command) for command in _split(line))
 
     def run(self, command: str, words: list[str]) -> None:
-        """Run one command with these words, whatever characters are in them."""
+        """Run one command with these words, which may contain any characters."""
         getattr(self, f"do_{command}")(shlex.join(words))
 
     def talk(self) -> None:
@@ -78,7 +78,7 @@ class Shell(cmd.Cmd):
                 print(plain(" ".join(str(error).split())), file=sys.stderr)
 
     def greeting(self) -> str:
-        """Who one is here, and what is shared."""
+        """This endpoint's id and vectors, and the size of the region."""
         end = self.endpoint
         return (
             f"id {end.id}, {counted(end.vectors, 'vector')}; region {format_size(end.region.size)}"
@@ -325,7 +325,7 @@ class ClientShell(Shell):
         return self.client.vectors_of(peer) or self.client.vectors
 
     def greeting(self) -> str:
-        """Who one is here, what is shared, and with whom."""
+        """This endpoint's id and vectors, the size of the region, and the other peers."""
         peers = self.client.peers
         others = f"peers {' '.join(map(str, peers))}" if peers else "no other peers yet"
         return f"{super().greeting()}; {others}"

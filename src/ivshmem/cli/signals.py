@@ -59,7 +59,7 @@ def calling(
 
 
 def has_terminal() -> bool:
-    """Whether SIGHUP means that the terminal is gone, and not that somebody asks for something."""
+    """Whether SIGHUP means that the terminal is closed, and not a request to reload."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

@@ -42,8 +42,8 @@ _LOST = {
 class Guests:
     """Names of the guests that peers run, each looked up once.
 
-    By whoever asks and not by the server: to read a process's command line can take as long as that
-    process wants.
+    The asking process does this, not the server: a process can make the reader of its command line
+    wait for as long as it likes.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Lines and tables as wide as a terminal is.
 
-Knows: how many columns a text takes, what is left out where there is no room. Does not know:
+Knows: how many columns a text takes, what is omitted where there is no room. Does not know:
 terminals, what the text says.
 """
 
@@ -69,7 +69,7 @@ def table(
     Args:
         right: numbers of the columns that are flush right.
         columns: of the terminal; None: as many as the table takes.
-        expendable: numbers of the columns that are left out if there is no room, the first ones
+        expendable: numbers of the columns that are omitted if there is no room, the first ones
             first. A mark at the end of the head says that some are.
         widths: of columns that are at least so wide, so that several tables are aligned.
         squeezed: number of the column whose text is cut if there is still no room then.

@@ -47,7 +47,7 @@ def interval(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show it until somebody has seen enough."""
+    """Show the screen until q or Ctrl-C."""
     with contextlib.closing(StatusPoller(options)) as poller:
         lines = poller.first()
         with contextlib.suppress(KeyboardInterrupt), screen.shown() as shown:

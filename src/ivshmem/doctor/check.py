@@ -34,7 +34,7 @@ class Check:
         state: "failed" if sharing needs it and it is not so; "warning" if others may need it.
         found: what is there; of what was skipped, why.
         fix: the one command, or QEMU option, that fixes what failed. It may be empty of a warning,
-            and of a failure that nobody foresaw.
+            and of an unforeseen failure.
     """
 
     subject: str

@@ -181,7 +181,7 @@ class DeviceSteps:
             return failed(f"{off}: not enabled yet", as_root(f"echo 1 > {device.path}/enable"))
         if self._locked and device.iommu_group is not None:
             return ok(f"{off}; only vfio may switch it on, because the kernel is locked down")
-        # The kernel acts on the first who enables a device, and somebody has.
+        # The kernel acts only when the first user enables a device, and one has.
         return failed(
             f"{off}, although the device is enabled: a program has cleared the bit", self._set(bits)
         )

@@ -154,7 +154,7 @@ class MemorySteps:
         what = f"{path} has {format_size(size)}, not the {wanted} asked for"
         if size < parse_size(wanted):
             return failed(what, _grow(path, parse_size(wanted)))
-        # To make it smaller would kill whoever uses the rest.
+        # Never shrink it: that would kill each process that uses the rest.
         return failed(f"{what}: give QEMU its size", cmdline.shell(cmdline.plain(path, size)))
 
     def _is_served(self) -> bool:
@@ -212,7 +212,7 @@ class MemorySteps:
             return skipped("huge pages are checked above")
         size = self._size
         if self._status is not None:
-            # What the file lacks, if it is sparse, is missed only when somebody touches it.
+            # The blocks that a sparse file lacks are missed only when a process touches them.
             size = max(self._status.st_size - self._status.st_blocks * 512, 0)
         mount, kind = ("", "tmpfs") if self.target is None else _mount(self._folder)
         if kind == "tmpfs" and not _fits(size):

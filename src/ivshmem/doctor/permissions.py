@@ -41,7 +41,7 @@ def check_user(user: str) -> None:
 def permission(path: str, rights: str, user: str | None) -> Finding:
     """Whether a user, or we (None), have rights (of "rwx") at `path`, and get there.
 
-    Asked for ourselves, root is also told of the user that libvirt runs QEMU as, if there is one.
+    If root asks for itself, the user of libvirt's QEMUs is checked, too, if there is one.
     """
     who = user or _name(os.geteuid())
     if needs := _lacking(path, rights, user):
@@ -68,7 +68,7 @@ def obstacle(folder: str) -> str:
 
 
 def free_beside(path: str) -> str:
-    """A path beside this one where nothing is."""
+    """Return a free path in the same directory."""
     number = 2
     while os.path.lexists(f"{path}.{number}"):
         number += 1
@@ -119,7 +119,7 @@ def _from_the_start(path: str) -> str:
 
 
 def _grant(path: str, rights: str, user: str) -> str:
-    """Give one user rights, and nobody else: never the class "others", which is everybody."""
+    """Give rights to one user only: never to the class "others", which is every user."""
     status = os.stat(path)
     try:
         entry = pwd.getpwnam(user)

@@ -19,7 +19,7 @@ class Request:
     Attributes:
         socket: a server's; None: the default one, or none where memory is named.
         name, path, directory: where the memory is, as Region.create takes them; at most one.
-        size: of the memory; None: whatever it is.
+        size: of the memory; None: any.
         hugepages: as Region.create takes it.
         qemu: the program; None: the one for guests of this machine's kind.
         user: who is to use socket and memory; None: who runs this, and libvirt's QEMU, if any.

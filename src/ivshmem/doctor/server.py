@@ -1,14 +1,14 @@
-"""On a host: the server's socket, who may connect, and what the server says.
+"""On a host: the server's socket, its permissions, and what the server answers.
 
 Knows: how a server is found out about without harm. Does not know: where its memory comes from.
 
 Invariants:
 1. Nobody becomes a peer just by asking: a server that may take the question for a peer is left
    alone, as far as it can be told. (QEMU's example server ends when a peer goes away too soon, and
-   each peer that leaves arms a crash of the QEMUs that were told of it.)
+   a QEMU that was sent a leave message can crash later.)
 2. What was not asked, or did not answer, is a warning that says so, and never "ok".
 3. No command here removes, renames or stops what another may use: where something is in the way, a
-   server is started beside it.
+   server is started at another path.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Taking an ivshmem device out of a running QEMU, and putting one in.
+"""Unplugs an ivshmem device from a running QEMU, and plugs one in.
 
 Knows: QEMU's commands, events and habits. Does not know: why it is done.
 
-Either looks first how far it is already, so that one which was interrupted, or whose end nobody has
-seen, can be done again: then it does what is left of it.
+Both first look at what is done already. So a call that was interrupted, or whose result was lost,
+can be repeated: it does what is left.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ async def until_unplugged(monitor: Monitor, device: VmDevice, seconds: float) ->
 
 
 async def _remove_backend(monitor: Monitor, device: VmDevice) -> None:
-    """Remove a chardev, or the server would go on counting it as a peer; or a memory backend."""
+    """Remove a chardev, which the server would still count as a peer; or a memory backend."""
     doorbell = device.kind == "doorbell"
     folder, command = ("/chardevs", "chardev-remove") if doorbell else ("/objects", "object-del")
     end = time.monotonic() + _SETTLE
@@ -138,7 +138,7 @@ async def _remove_backend(monitor: Monitor, device: VmDevice) -> None:
 async def _fence(monitor: Monitor, device: VmDevice) -> None:
     """Wait until QEMU has let go of an unplugged device's memory.
 
-    It does that by RCU after DEVICE_DELETED, and tells nobody. Until then it would migrate that
+    It does that by RCU after DEVICE_DELETED, without an event. Until then it would migrate that
     memory, and QEMU 7.2 dies when a device comes. A device_add that fails waits for it: this one
     lacks its memory.
     """

@@ -4,7 +4,7 @@ Knows: where QEMU's object tree has what, servers' control sockets, files' ident
 Does not know: what is done with it.
 
 Two devices share a memory if their files are the same (device and inode number), or their servers;
-a server whose memory has a path is known by that file, so that plain devices beside it are found.
+a server whose memory has a path is known by that file, so plain devices that use it are found.
 Paths of a QEMU on another machine are compared as text, and its servers are asked only where
 somebody names their control sockets.
 """
@@ -31,10 +31,10 @@ from .model import PLACES, Found, FoundPeer, FoundServer, Kind, Place, Qemu, Vm,
 _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KINDS: Mapping[str, Kind] = {"ivshmem-plain": "plain", "ivshmem-doorbell": "doorbell"}
 
-# How QEMU calls an ivshmem device that is no master, among the reasons why it cannot migrate.
+# The text in blocked-reasons by which QEMU names an ivshmem device that is not the master.
 _PEER_MODE = ("peer mode", "ivshmem")
 
-# Of a memory backend, but for its size, its file, and that it is shared.
+# Properties of a memory backend, except its size, its file, and that it is shared.
 _PROPERTIES = (
     *("prealloc", "align", "pmem", "dump", "merge", "reserve", "policy", "host-nodes"),
     "discard-data",
@@ -42,7 +42,7 @@ _PROPERTIES = (
 
 _SECONDS = 10.0  # for a server's answer
 
-# Control sockets that somebody named, by the place where their servers are.
+# Control sockets that the user gave, by the place of their servers.
 Controls = Mapping[Place, Sequence[str]]
 
 
@@ -75,7 +75,7 @@ async def inspect_qemu(
     name: str, monitor: Monitor, servers: _Servers, buses: Iterable[str]
 ) -> Qemu:
     """Look at one QEMU."""
-    # A forwarded socket is a local process's that is no QEMU.
+    # The peer of a forwarded socket is a local process that is not a QEMU.
     local = monitor.local and bool(is_qemu(monitor.pid or 0, ask_process=True))
     migration = await monitor.execute("query-migrate")
     capabilities = await monitor.execute("query-migrate-capabilities")
@@ -161,7 +161,7 @@ async def _device(
         if (found := await _if_there(monitor, f"/objects/{backend}", "mem-path")) is not None:
             where = found.text()  # a memfd has none
         shared = (await get("share", f"/objects/{backend}")).flag()
-        # In a directory QEMU makes a file, and unlinks it: nobody else has it.
+        # In a directory QEMU makes a file, and unlinks it: no other process has it.
         shared = shared and bool(where) and not (local and _is_folder(where))
         memory = _file(where, local) if shared else f"private {vm} {backend}"
         for each in _PROPERTIES:  # not all of QEMU's versions have all
@@ -175,7 +175,7 @@ async def _device(
         address = await get("addr", f"/chardevs/{backend}")
         where = address.text("path", "")
         if address.flag("abstract", False):
-            where = ""  # it has no file by which anybody else could know it
+            where = ""  # it has no file by which another device could find it
         memory = await servers.memory(where, local) if where else f"private {vm} {backend}"
         if (server := servers.found.get(where)) is not None:
             page_size, file_system = server.page_size, server.file_system

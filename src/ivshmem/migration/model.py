@@ -23,11 +23,11 @@ _AT_REST = ("", "none", "completed", "failed", "cancelled")
 
 
 def is_under_way(status: str) -> bool:
-    """Whether a migration goes on, by its status as query-migrate has it ("" if it has none)."""
+    """Whether a migration is running, by its status from query-migrate ("" if it has none)."""
     return status not in _AT_REST
 
 
-# -- what is wanted -------------------------------------------------------------------------------
+# -- what to migrate ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Options:
         force: also do what may crash a QEMU, or its guest.
         postcopy: let the guest run at the destination after one pass over its memory.
         multifd: send over several connections.
-        evict: have the servers at the source hang up on host clients before memory migrates.
+        evict: have the servers at the source disconnect host clients before memory migrates.
         unplug_seconds: that a guest has to let go of a device. A PCI Express port alone takes 6.
     """
 
@@ -128,7 +128,7 @@ class Qemu:
         devices: its ivshmem devices.
         buses: QOM paths of those on which it takes devices, of all that were asked for.
         taken: the ids of its chardevs and objects.
-        blockers: why it cannot migrate, but for its ivshmem devices.
+        blockers: why it cannot migrate, apart from its ivshmem devices.
         capabilities: of migration, that are on.
         forgetful: it may forget what its running guest writes, once it has sent it.
     """
@@ -152,7 +152,7 @@ class FoundPeer:
     Attributes:
         id, pid, process: as the server tells.
         leaves_told: how often it was told that another one left.
-        is_qemu: it is a QEMU, or nobody can know that it is not.
+        is_qemu: it is a QEMU, or it cannot be known that it is not.
     """
 
     id: int
@@ -172,7 +172,7 @@ class FoundServer:
         memory: the file of its memory, "" if it has no path.
         page_size, file_system: of that memory, as of Device.
         holds: leaves are held back from QEMUs.
-        can_hold: it can hold all news of a peer.
+        can_hold: it can hold back all messages to a peer.
     """
 
     control: str
@@ -208,9 +208,9 @@ class Step:
         device: which, of unplug and plug.
         where: the file or socket that a plugged device is given.
         control, region: of the server, of hold, release and evict; of unplug, if the server holds
-            all news of the peer until it is unplugged.
+            all messages to the peer until it is unplugged.
         pid: of the QEMU, whose peers these are (unplug); 0 if it is not known.
-        peer: who has to go (evict).
+        peer: which one is disconnected (evict).
         running: the guest runs (migrate).
         size: of the shared memory that goes along, bytes (migrate).
         local: the destination is on this machine (migrate).
@@ -262,7 +262,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a migration does, in order; `notes` say what somebody may want to know before."""
+    """What a migration does, in order; `notes` say what its user may want to know before."""
 
     vms: tuple[Vm, ...]
     options: Options
@@ -280,10 +280,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """A plan that was written down.
+        """Return the plan that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: it is not a plan.
         """
 
         def member(data: Mapping[str, Any]) -> GroupMember:

@@ -40,7 +40,7 @@ from .model import (
 _IMPOSSIBLE = ("x-ignore-shared", "background-snapshot", "x-colo")
 
 # Where userfaultfd(2) finds what is missing. QEMU notices since 8.1; 7.2 only at the destination,
-# when there is no way back any more.
+# when the migration can no longer be undone.
 _POSTCOPIABLE = ("tmpfs", "hugetlbfs", "devtmpfs")
 
 # About a QEMU before 9.0 that runs a guest without KVM.
@@ -53,10 +53,10 @@ _URI = re.compile(r"tcp:(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]*):[0-9]{1,5}|unix:.+|file
 
 
 def check_vms(vms: Sequence[Vm]) -> None:
-    """Refuse what is wrong before anybody is asked.
+    """Refuse what is wrong before any QEMU is asked.
 
     Raises:
-        MigrationRefused: with every reason that there is.
+        MigrationRefused: with all reasons.
     """
     if reasons := list(_about_vms(vms)):
         raise MigrationRefused(reasons)
@@ -334,7 +334,7 @@ class _Planner:
         return Plan(self._vms, self._options, tuple(groups), tuple(steps), notes)
 
     def _holds(self, unplugged: Sequence[GroupMember]) -> Iterator[Step]:
-        """Where leaves are not held back yet, and somebody is going to leave."""
+        """The servers that do not hold leaves back yet, and where a device will leave."""
         known = set()
         for each in unplugged:
             server = self._server("source", each.device)

@@ -102,7 +102,7 @@ async def resume(
 
     Raises:
         MigrationFailed, MigrationUnfinished, OSError: as of `migrate`.
-        MigrationError: there is nothing to be resumed, or another process is at it.
+        MigrationError: there is nothing to resume, or another process works on it.
     """
     with StateFile.load(state) as begun:
         await _Migration(begun, tell, watch).forward()
@@ -113,7 +113,7 @@ async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> N
 
     Raises:
         MigrationUnfinished: one has, or it could not be undone.
-        MigrationError, OSError: there is nothing to be undone, or another process is at it.
+        MigrationError, OSError: there is nothing to undo, or another process works on it.
     """
     with StateFile.load(state) as begun:
         await _Migration(begun, tell, _nothing).back()

@@ -31,7 +31,7 @@ async def hold_leaves(step: Step, *, on: bool) -> None:
 
 
 async def evict(step: Step) -> None:
-    """Let the step's server hang up on a peer, if it is still the same one."""
+    """Let the step's server disconnect a peer, if it is still the same one."""
     await asyncio.to_thread(_evict, step)
 
 

@@ -77,7 +77,7 @@ class StateFile(Uncopied):
         """Go on with a file.
 
         Raises:
-            MigrationError: somebody else is at it, or it is no such file.
+            MigrationError: another process works on it, or it is not such a file.
             OSError: it cannot be opened.
         """
         path = os.path.abspath(path)
@@ -138,7 +138,7 @@ class StateFile(Uncopied):
 
     @property
     def arrived(self) -> bool:
-        """Whether a VM has migrated: from then on there is no way back."""
+        """Whether a VM has migrated: from then on the migration cannot be undone."""
         return any(
             step.kind == "migrate" and word == "done"
             for step, word in zip(self.plan.steps, self.words, strict=True)
@@ -157,7 +157,7 @@ class StateFile(Uncopied):
 
 
 def default_path(vms: Sequence[Vm]) -> str:
-    """Where the state of these VMs' migration is, if nobody says otherwise."""
+    """Return the default path for the state of these VMs' migration."""
     sources = [os.path.abspath(vm.source) if "/" in vm.source else vm.source for vm in vms]
     key = "\n".join(sorted(sources))
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -6,7 +6,7 @@ Two QEMUs meet at a socket; or the source writes a file that the destination rea
 QEMU 7.2 itself does not know: both do it by a shell).
 
 Invariants:
-1. `move` may be called again however it was left: it goes on with what is under way.
+1. `move` may be called again after any interruption: it continues with what is under way.
 2. The source runs again only if the destination certainly does not.
 3. A status that no version of QEMU had so far is taken for work under way, and is asked for again.
    Where a guest runs is decided by the run states of the two QEMUs, not by such a word.
@@ -176,7 +176,7 @@ class Mover:
             await asyncio.sleep(_LOOK)
 
     async def _arrive(self, source: Monitor) -> None:
-        """Until the destination goes on, and the source has noticed that it does not."""
+        """Wait until the guest runs at the destination, and the source knows that."""
         destination = await self._monitors.monitor(self._vm.name, "destination")
         if self._file is not None:
             await self._read(destination)
@@ -198,7 +198,7 @@ class Mover:
 
     @property
     def _writer(self) -> str:
-        """The source's end. The name appears with the whole file, and nobody else may read it."""
+        """The source's end. The name appears with the whole file, which only its owner may read."""
         path = shlex.quote(self._file or "")
         return f"exec:umask 077; rm -f {path}; cat >{path}.part && mv {path}.part {path}"
 
@@ -239,7 +239,7 @@ class Mover:
         """Until no migration is under way.
 
         In postcopy it cannot be cancelled once the destination runs. Before that (QEMU 10.2 says
-        "postcopy-device": it still loads the devices' state) the source goes on by itself if the
+        "postcopy-device": it still loads the devices' state) the source resumes by itself if the
         destination fails; which of the two it will be is not known yet.
         """
         end = time.monotonic() + _SETTLE
@@ -265,7 +265,7 @@ class Mover:
             destination = await self._monitors.monitor(self._vm.name, "destination")
             return await _run_state(destination) != "inmigrate"
         except (QmpError, OSError):
-            # It cannot be asked. These say that its guest ran there, before whatever happened.
+            # It cannot be asked. These states say that its guest had run there.
             return status in ("postcopy-active", "postcopy-paused") or "recover" in status
 
     async def _never_came(self) -> bool:
@@ -326,7 +326,7 @@ def _does_not_end(progress: TransferProgress) -> bool:
     """Whether the passes over the memory do not come to an end, so that postcopy is needed.
 
     Not if what remains takes less than a second. QEMU 11.1 may fail if it is told to begin with
-    postcopy in the moment in which it is almost done (by then the guest goes on at the source).
+    postcopy in the moment in which it is almost done (by then the guest continues at the source).
     """
     little = progress.remaining <= progress.rate or not progress.rate
     return progress.passes > (_PATIENCE if little else 1)

@@ -7,8 +7,8 @@ A monitor socket serves one client at a time: a second one is accepted and gets 
 
 Invariants:
 1. Nothing waits without a limit.
-2. Whatever goes wrong, and whatever the other side sends, is a QmpError or an OSError with one line
-   that says what to do.
+2. Each error, and anything that the other side sends, becomes a QmpError or an OSError with one
+   line that says what to do.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Monitor(Uncopied):
         seconds: for connecting, and for each command, unless it says otherwise.
 
     Entering raises:
-        QmpError: this is no QMP monitor, or another client has it; or the library is not there.
+        QmpError: not a QMP monitor, or another client has it; or the library is not installed.
         OSError: as of connect(2), with the address.
     """
 
@@ -60,7 +60,7 @@ class Monitor(Uncopied):
         self.pid: int | None = None
         self._seconds = seconds
         self._client: QMPClient | None = None
-        self._ended = ""  # why there is no connection any more
+        self._ended = ""  # why the connection has ended
         self._events: EventListener | None = None
 
     @property
@@ -120,7 +120,7 @@ class Monitor(Uncopied):
         await self.close()
 
     async def close(self) -> None:
-        """Hang up; QEMU goes on. May be called twice."""
+        """Disconnect; QEMU continues. May be called twice."""
         client, self._client = self._client, None
         if client is None:
             return
@@ -257,7 +257,7 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
         await asyncio.wait({task})
     finally:
         await asyncio.wait({task})
-        task.exception()  # which somebody has to look at
+        task.exception()  # asyncio warns of exceptions that are never read
     return task.result()
 
 
