@@ -2228,15 +2228,15 @@ struct __pyx_t_7ivshmem_5_core_Watched {
  *     ) except -1
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)             # <<<<<<<<<<<<<<
  * 
- *     # The rest is not for others.
+ *     # The rest is internal.
 */
 struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
   int __pyx_n;
   Py_ssize_t vector;
 };
 
-/* "ivshmem/_core.pyx":44
- * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
+/* "ivshmem/_core.pyx":45
+ * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
@@ -2244,12 +2244,12 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":49
+  /* "ivshmem/_core.pyx":50
  *     TOKEN_NEWS = 1 << 29
- *     # Habits of the Spinner: a vector's, as far as there are so many; the last is any vector's.
+ *     # Habits of the Spinner: one for each of the first vectors, and the last one for any vector.
  *     ANY = HABITS - 1             # <<<<<<<<<<<<<<
- *     # Which spins hold the GIL if nobody else wants it: to let go of it costs as much as a ring.
- *     SHORT = 100_000  # nanoseconds
+ *     # Nanoseconds. A spin up to so long keeps the GIL if there is no other thread: to release the
+ *     # GIL costs as much as a ring.
 */
   __pyx_e_7ivshmem_5_core_TOKEN_WAKE = (1 << 30),
   __pyx_e_7ivshmem_5_core_TOKEN_NEWS = (1 << 29),
@@ -2258,19 +2258,19 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":130
+/* "ivshmem/_core.pyx":132
  * # -- answers -------------------------------------------------------------------------------------
  * 
  * cdef struct Gentle:             # <<<<<<<<<<<<<<
  *     Bell *bell  # of an eventfd
- *     void *signaller  # of this thread alone; or None
+ *     void *signaller  # used by this thread alone; or None
 */
 struct __pyx_t_7ivshmem_5_core_Gentle {
   struct __pyx_t_7ivshmem_6native_4bell_Bell *bell;
   void *signaller;
 };
 
-/* "ivshmem/_core.pyx":1183
+/* "ivshmem/_core.pyx":1204
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -2682,7 +2682,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
-/* "ivshmem/_core.pyx":151
+/* "ivshmem/_core.pyx":153
  * # -- an endpoint's --------------------------------------------------------------------------------
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -4083,7 +4083,7 @@ int __pyx_module_is_main_ivshmem___core = 0;
 /* Implementation of "ivshmem._core" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_The_data_path_the_doorbells_that[] = "The data path: the doorbells that an endpoint rings, and those that it listens on.\n\nKnows: ringing, listening, sleeping. Does not know: who the peers are, when to spin (`_spin`).\n";
+static const char __pyx_k_Internal_except_for_cimport_the[] = "Internal, except for `cimport`: the data path, which rings doorbells and waits for interrupts.\n\nKnows: ringing, listening, sleeping. Does not know: which peers there are; when to spin, as\nnative/spin.pyx does.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
@@ -4228,7 +4228,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[11]
 #define __pyx_kp_u_UIO_device __pyx_string_tab[12]
 #define __pyx_kp_u_a __pyx_string_tab[13]
-#define __pyx_kp_u_a_device_does_not_know_who_is_th __pyx_string_tab[14]
+#define __pyx_kp_u_a_device_does_not_know_which_pee __pyx_string_tab[14]
 #define __pyx_kp_u_add_note __pyx_string_tab[15]
 #define __pyx_kp_u_disable __pyx_string_tab[16]
 #define __pyx_kp_u_enable __pyx_string_tab[17]
@@ -5178,7 +5178,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
  * 
  * 
  * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Both in nanoseconds; `timeout` -1: without limit; `spin` SPIN_AUTO (of _spin): "auto"."""
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
  *     wait.deadline = deadline_in(timeout)
 */
 
@@ -5186,7 +5186,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
 
   /* "ivshmem/_core.pxd":41
  * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:
- *     """Both in nanoseconds; `timeout` -1: without limit; `spin` SPIN_AUTO (of _spin): "auto"."""
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
  *     wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
  *     wait.spin = spin
  *     wait.alone = False
@@ -5194,7 +5194,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   __pyx_v_wait->deadline = __pyx_f_7ivshmem_6native_11descriptors_deadline_in(__pyx_v_timeout);
 
   /* "ivshmem/_core.pxd":42
- *     """Both in nanoseconds; `timeout` -1: without limit; `spin` SPIN_AUTO (of _spin): "auto"."""
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
  *     wait.deadline = deadline_in(timeout)
  *     wait.spin = spin             # <<<<<<<<<<<<<<
  *     wait.alone = False
@@ -5224,14 +5224,14 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
  * 
  * 
  * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Both in nanoseconds; `timeout` -1: without limit; `spin` SPIN_AUTO (of _spin): "auto"."""
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
  *     wait.deadline = deadline_in(timeout)
 */
 
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":56
+/* "ivshmem/_core.pyx":58
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5244,8 +5244,8 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":63
- *     other can want to end reads plainly.
+  /* "ivshmem/_core.pyx":65
+ *     other thread could call close().
  *     """
  *     return self.relay is not None or alone and not self.urgent and not self.uio             # <<<<<<<<<<<<<<
  * 
@@ -5287,7 +5287,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":56
+  /* "ivshmem/_core.pyx":58
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5300,7 +5300,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":66
+/* "ivshmem/_core.pyx":68
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5313,7 +5313,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":67
+  /* "ivshmem/_core.pyx":69
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:
  *     return self.relay is not None and self.relay.fired()             # <<<<<<<<<<<<<<
@@ -5340,7 +5340,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":66
+  /* "ivshmem/_core.pyx":68
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5353,11 +5353,11 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":70
+/* "ivshmem/_core.pyx":72
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Sleep in one read, the quickest way; 0 where somebody has set O_NONBLOCK.
+ *     """Sleep in one read, the quickest way; return 0 if O_NONBLOCK was set.
  * 
 */
 
@@ -5371,8 +5371,8 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":77
- *     counter, which nobody honest ever sees. close() and a relay end the read by adding to the count.
+  /* "ivshmem/_core.pyx":79
+ *     peers never bring about. close() and a relay end the read by adding to the count.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
  *     cdef ssize_t n = 0
@@ -5380,7 +5380,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":78
+  /* "ivshmem/_core.pyx":80
  *     """
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0             # <<<<<<<<<<<<<<
@@ -5389,7 +5389,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":79
+  /* "ivshmem/_core.pyx":81
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0
  *     cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5398,7 +5398,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":80
+  /* "ivshmem/_core.pyx":82
  *     cdef ssize_t n = 0
  *     cdef int code = 0
  *     cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -5407,7 +5407,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":82
+  /* "ivshmem/_core.pyx":84
  *     cdef int fd = place_of(self.own, vector)[0]
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)             # <<<<<<<<<<<<<<
@@ -5416,7 +5416,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-  /* "ivshmem/_core.pyx":83
+  /* "ivshmem/_core.pyx":85
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5442,7 +5442,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":84
+    /* "ivshmem/_core.pyx":86
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -5451,7 +5451,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-    /* "ivshmem/_core.pyx":85
+    /* "ivshmem/_core.pyx":87
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno             # <<<<<<<<<<<<<<
@@ -5460,7 +5460,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_code = errno;
 
-    /* "ivshmem/_core.pyx":83
+    /* "ivshmem/_core.pyx":85
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5469,7 +5469,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":86
+  /* "ivshmem/_core.pyx":88
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -5478,12 +5478,12 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-  /* "ivshmem/_core.pyx":87
+  /* "ivshmem/_core.pyx":89
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
  *         if self.relay is not None:
- *             add_one(fd)  # others may sleep in the same read
+ *             add_one(fd)  # other threads may sleep in the same read
 */
   __pyx_t_2 = ((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0);
 
@@ -5504,38 +5504,38 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":88
+    /* "ivshmem/_core.pyx":90
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
- *             add_one(fd)  # others may sleep in the same read
+ *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
 */
     __pyx_t_1 = (((PyObject *)__pyx_v_self->relay) != Py_None);
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":89
+      /* "ivshmem/_core.pyx":91
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:
- *             add_one(fd)  # others may sleep in the same read             # <<<<<<<<<<<<<<
+ *             add_one(fd)  # other threads may sleep in the same read             # <<<<<<<<<<<<<<
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):
 */
       (void)(__pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd));
 
-      /* "ivshmem/_core.pyx":88
+      /* "ivshmem/_core.pyx":90
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
- *             add_one(fd)  # others may sleep in the same read
+ *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
 */
     }
 
-    /* "ivshmem/_core.pyx":90
+    /* "ivshmem/_core.pyx":92
  *         if self.relay is not None:
- *             add_one(fd)  # others may sleep in the same read
+ *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS             # <<<<<<<<<<<<<<
  *     if n == sizeof(count):
  *         return count_of(count)
@@ -5555,17 +5555,17 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":87
+    /* "ivshmem/_core.pyx":89
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
  *         if self.relay is not None:
- *             add_one(fd)  # others may sleep in the same read
+ *             add_one(fd)  # other threads may sleep in the same read
 */
   }
 
-  /* "ivshmem/_core.pyx":91
- *             add_one(fd)  # others may sleep in the same read
+  /* "ivshmem/_core.pyx":93
+ *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
  *         return count_of(count)
@@ -5576,7 +5576,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":92
+    /* "ivshmem/_core.pyx":94
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -5589,8 +5589,8 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":91
- *             add_one(fd)  # others may sleep in the same read
+    /* "ivshmem/_core.pyx":93
+ *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
  *         return count_of(count)
@@ -5598,7 +5598,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":93
+  /* "ivshmem/_core.pyx":95
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5610,7 +5610,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":94
+    /* "ivshmem/_core.pyx":96
  *         return count_of(count)
  *     if code != EAGAIN:
  *         return -code             # <<<<<<<<<<<<<<
@@ -5623,7 +5623,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":93
+    /* "ivshmem/_core.pyx":95
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5632,7 +5632,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":95
+  /* "ivshmem/_core.pyx":97
  *     if code != EAGAIN:
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)             # <<<<<<<<<<<<<<
@@ -5641,7 +5641,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(fcntl(__pyx_v_fd, F_SETFL, O_RDWR));
 
-  /* "ivshmem/_core.pyx":96
+  /* "ivshmem/_core.pyx":98
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)
  *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)             # <<<<<<<<<<<<<<
@@ -5650,7 +5650,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_and((&__pyx_v_self->nonblocking), 1, (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))), __ATOMIC_RELAXED));
 
-  /* "ivshmem/_core.pyx":97
+  /* "ivshmem/_core.pyx":99
  *     fcntl(fd, F_SETFL, O_RDWR)
  *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0             # <<<<<<<<<<<<<<
@@ -5663,11 +5663,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":70
+  /* "ivshmem/_core.pyx":72
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Sleep in one read, the quickest way; 0 where somebody has set O_NONBLOCK.
+ *     """Sleep in one read, the quickest way; return 0 if O_NONBLOCK was set.
  * 
 */
 
@@ -5680,11 +5680,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":102
+/* "ivshmem/_core.pyx":104
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """How a spin for one vector looks: by a plain read if that may sleep, as it is quicker.
+ *     """Choose how a spin for one vector looks: by a plain read, which is quicker, if it may sleep.
  * 
 */
 
@@ -5694,8 +5694,8 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":107
- *     It sleeps if a peer clears O_NONBLOCK, which is what the wait would come to anyway.
+  /* "ivshmem/_core.pyx":109
+ *     The read sleeps if a peer clears O_NONBLOCK; the wait would sleep next in any case.
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64             # <<<<<<<<<<<<<<
  *     if not plainly or self.relay is not None or vector >= 64:
@@ -5703,7 +5703,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
   __pyx_v_bit = (((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1));
 
-  /* "ivshmem/_core.pyx":108
+  /* "ivshmem/_core.pyx":110
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
@@ -5738,7 +5738,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":109
+    /* "ivshmem/_core.pyx":111
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd             # <<<<<<<<<<<<<<
@@ -5751,7 +5751,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":108
+    /* "ivshmem/_core.pyx":110
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
@@ -5760,7 +5760,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
   }
 
-  /* "ivshmem/_core.pyx":110
+  /* "ivshmem/_core.pyx":112
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
@@ -5772,7 +5772,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":111
+    /* "ivshmem/_core.pyx":113
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)             # <<<<<<<<<<<<<<
@@ -5781,7 +5781,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
     (void)(ivshmem_or((&__pyx_v_self->nonblocking), 1, __pyx_v_bit, __ATOMIC_RELAXED));
 
-    /* "ivshmem/_core.pyx":112
+    /* "ivshmem/_core.pyx":114
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -5790,7 +5790,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
     (void)(fcntl((__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]), F_SETFL, (O_RDWR | O_NONBLOCK)));
 
-    /* "ivshmem/_core.pyx":110
+    /* "ivshmem/_core.pyx":112
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
  *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
@@ -5799,7 +5799,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
   }
 
-  /* "ivshmem/_core.pyx":113
+  /* "ivshmem/_core.pyx":115
  *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly             # <<<<<<<<<<<<<<
@@ -5812,11 +5812,11 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":102
+  /* "ivshmem/_core.pyx":104
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """How a spin for one vector looks: by a plain read if that may sleep, as it is quicker.
+ *     """Choose how a spin for one vector looks: by a plain read, which is quicker, if it may sleep.
  * 
 */
 
@@ -5826,7 +5826,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":116
+/* "ivshmem/_core.pyx":118
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5840,8 +5840,8 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":121
- *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
+  /* "ivshmem/_core.pyx":123
+ *     """Spinner.spin, with the GIL if the spin is short and there is no other thread."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
@@ -5866,7 +5866,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":122
+    /* "ivshmem/_core.pyx":124
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5879,8 +5879,8 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":121
- *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
+    /* "ivshmem/_core.pyx":123
+ *     """Spinner.spin, with the GIL if the spin is short and there is no other thread."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
@@ -5888,7 +5888,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":123
+  /* "ivshmem/_core.pyx":125
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5901,7 +5901,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":124
+        /* "ivshmem/_core.pyx":126
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5911,7 +5911,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_which, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, __pyx_v_turn, (&__pyx_v_self->state));
       }
 
-      /* "ivshmem/_core.pyx":123
+      /* "ivshmem/_core.pyx":125
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5928,7 +5928,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       }
   }
 
-  /* "ivshmem/_core.pyx":125
+  /* "ivshmem/_core.pyx":127
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     return n             # <<<<<<<<<<<<<<
@@ -5941,7 +5941,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":116
+  /* "ivshmem/_core.pyx":118
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5956,11 +5956,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":135
+/* "ivshmem/_core.pyx":137
  * 
  * 
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """What ring_bell does, and wait for nobody."""
+ *     """Do what ring_bell does, but never wait."""
  *     cdef Gentle *gentle = <Gentle *>context
 */
 
@@ -5970,16 +5970,16 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":137
+  /* "ivshmem/_core.pyx":139
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
- *     """What ring_bell does, and wait for nobody."""
+ *     """Do what ring_bell does, but never wait."""
  *     cdef Gentle *gentle = <Gentle *>context             # <<<<<<<<<<<<<<
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):
 */
   __pyx_v_gentle = ((struct __pyx_t_7ivshmem_5_core_Gentle *)__pyx_v_context);
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":141
  *     cdef Gentle *gentle = <Gentle *>context
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
@@ -5991,7 +5991,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":140
+    /* "ivshmem/_core.pyx":142
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -6004,7 +6004,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":139
+    /* "ivshmem/_core.pyx":141
  *     cdef Gentle *gentle = <Gentle *>context
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
@@ -6013,7 +6013,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
   }
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":143
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
@@ -6024,7 +6024,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":142
+    /* "ivshmem/_core.pyx":144
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:
  *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)             # <<<<<<<<<<<<<<
@@ -6033,7 +6033,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
     __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *)((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_gentle->signaller)->__pyx_vtab)->send(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_gentle->signaller), (&__pyx_v_gentle->bell->fd), 1);
 
-    /* "ivshmem/_core.pyx":141
+    /* "ivshmem/_core.pyx":143
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
@@ -6043,7 +6043,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":144
+  /* "ivshmem/_core.pyx":146
  *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
  *     else:
  *         code = add_one_if_room(gentle.bell.fd)             # <<<<<<<<<<<<<<
@@ -6055,7 +6055,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":145
+  /* "ivshmem/_core.pyx":147
  *     else:
  *         code = add_one_if_room(gentle.bell.fd)
  *     (<FdArray>gentle.bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -6064,7 +6064,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_gentle->bell->fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_gentle->bell->fds));
 
-  /* "ivshmem/_core.pyx":146
+  /* "ivshmem/_core.pyx":148
  *         code = add_one_if_room(gentle.bell.fd)
  *     (<FdArray>gentle.bell.fds).leave()
  *     return code             # <<<<<<<<<<<<<<
@@ -6077,11 +6077,11 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":135
+  /* "ivshmem/_core.pyx":137
  * 
  * 
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """What ring_bell does, and wait for nobody."""
+ *     """Do what ring_bell does, but never wait."""
  *     cdef Gentle *gentle = <Gentle *>context
 */
 
@@ -6092,7 +6092,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":160
+/* "ivshmem/_core.pyx":162
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6143,7 +6143,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":161
+  /* "ivshmem/_core.pyx":163
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close             # <<<<<<<<<<<<<<
@@ -6152,21 +6152,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":164
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":163
+  /* "ivshmem/_core.pyx":165
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -6175,7 +6175,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":164
+  /* "ivshmem/_core.pyx":166
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -6184,7 +6184,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":165
+  /* "ivshmem/_core.pyx":167
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -6197,7 +6197,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6205,7 +6205,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":166
+  /* "ivshmem/_core.pyx":168
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -6218,7 +6218,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6226,7 +6226,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":169
  *         self.own = FdArray()
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6240,16 +6240,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":168
+  /* "ivshmem/_core.pyx":170
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6263,16 +6263,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":171
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -6281,7 +6281,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/_core.pyx":160
+  /* "ivshmem/_core.pyx":162
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6303,7 +6303,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":171
+/* "ivshmem/_core.pyx":173
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6370,7 +6370,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_core.pyx":172
+  /* "ivshmem/_core.pyx":174
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6379,16 +6379,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":175
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"             # <<<<<<<<<<<<<<
  *             " device again, where another is needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6403,7 +6403,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6412,14 +6412,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 172, __pyx_L1_error)
+  __PYX_ERR(0, 174, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":173
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6440,8 +6440,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":179
- *     # Overridden by subclasses.
+/* "ivshmem/_core.pyx":181
+ *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
@@ -6499,7 +6499,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_read_news", 0);
 
-  /* "ivshmem/_core.pyx":180
+  /* "ivshmem/_core.pyx":182
  * 
  *     def _read_news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6507,10 +6507,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
  *     def _look_for(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 180, __pyx_L1_error)
+  __PYX_ERR(0, 182, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":179
- *     # Overridden by subclasses.
+  /* "ivshmem/_core.pyx":181
+ *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
@@ -6526,7 +6526,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":182
+/* "ivshmem/_core.pyx":184
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6575,39 +6575,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_look_for", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_look_for", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, i); __PYX_ERR(0, 182, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, i); __PYX_ERR(0, 184, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6636,7 +6636,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_look_for", 0);
 
-  /* "ivshmem/_core.pyx":183
+  /* "ivshmem/_core.pyx":185
  * 
  *     def _look_for(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6644,9 +6644,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
  *     def _check_can_wait(self):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 183, __pyx_L1_error)
+  __PYX_ERR(0, 185, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":182
+  /* "ivshmem/_core.pyx":184
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6663,11 +6663,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":185
+/* "ivshmem/_core.pyx":187
  *         raise NotImplementedError
  * 
  *     def _check_can_wait(self):             # <<<<<<<<<<<<<<
- *         """Called before a wait when there is no vector; raises where none can ever come."""
+ *         pass
  * 
 */
 
@@ -6679,7 +6679,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_8_check_can_wait, "Called before a wait when there is no vector; raises where none can ever come.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_8_check_can_wait, "None");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_9_check_can_wait = {"_check_can_wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_check_can_wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_check_can_wait};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_9_check_can_wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6726,7 +6726,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_check_can_wait(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":190
+/* "ivshmem/_core.pyx":192
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6742,7 +6742,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_watch_news, "Call `_read_news()` when `fd`, which is borrowed, is readable.\n\n        `urgent`: also while one vector is waited for, which what `_read_news()` raises then ends.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_watch_news, "Call `_read_news()` when `fd`, which is borrowed, is readable.\n\n        `urgent`: also during a wait for one vector, which ends if `_read_news()` raises.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch_news = {"_watch_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_watch_news};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch_news(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6775,33 +6775,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 192, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch_news", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch_news", 0) < (0)) __PYX_ERR(0, 192, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, i); __PYX_ERR(0, 192, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 191, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 191, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_core.pyx":191
+      /* "ivshmem/_core.pyx":193
  * 
  *     @cython.critical_section
  *     def _watch_news(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -6813,7 +6813,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 192, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6826,7 +6826,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd, __pyx_v_urgent);
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":192
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6866,8 +6866,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":196
- *         `urgent`: also while one vector is waited for, which what `_read_news()` raises then ends.
+        /* "ivshmem/_core.pyx":198
+ *         `urgent`: also during a wait for one vector, which ends if `_read_news()` raises.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
  *         self.urgent = urgent
@@ -6875,7 +6875,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
         __pyx_v_self->watched = __pyx_v_fd;
 
-        /* "ivshmem/_core.pyx":197
+        /* "ivshmem/_core.pyx":199
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -6884,7 +6884,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
         __pyx_v_self->urgent = __pyx_v_urgent;
 
-        /* "ivshmem/_core.pyx":198
+        /* "ivshmem/_core.pyx":200
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6895,7 +6895,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":199
+          /* "ivshmem/_core.pyx":201
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6904,11 +6904,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
           __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 199, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 199, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 199, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 0;
           {
@@ -6918,12 +6918,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":198
+          /* "ivshmem/_core.pyx":200
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6933,7 +6933,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
         }
       }
 
-      /* "ivshmem/_core.pyx":190
+      /* "ivshmem/_core.pyx":192
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6972,7 +6972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":201
+/* "ivshmem/_core.pyx":203
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7045,9 +7045,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":205
+        /* "ivshmem/_core.pyx":207
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
- *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+ *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
@@ -7070,16 +7070,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":206
- *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+          /* "ivshmem/_core.pyx":208
+ *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
 */
-          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 206, __pyx_L4_error)
+          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 208, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_5 = (!__pyx_t_3);
 
@@ -7101,7 +7101,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_core.pyx":207
+            /* "ivshmem/_core.pyx":209
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -7110,7 +7110,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
             __pyx_t_6 = ((PyObject *)__pyx_v_self->epoll);
             __Pyx_INCREF(__pyx_t_6);
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 209, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_8 = 0;
             {
@@ -7118,13 +7118,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
               __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 207, __pyx_L4_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":206
- *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+            /* "ivshmem/_core.pyx":208
+ *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *                 self.epoll.remove(self.watched)
@@ -7132,16 +7132,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
           }
 
-          /* "ivshmem/_core.pyx":205
+          /* "ivshmem/_core.pyx":207
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
- *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+ *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
 */
         }
 
-        /* "ivshmem/_core.pyx":208
+        /* "ivshmem/_core.pyx":210
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -7150,7 +7150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
         __pyx_v_self->watched = -1;
 
-        /* "ivshmem/_core.pyx":209
+        /* "ivshmem/_core.pyx":211
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
@@ -7160,7 +7160,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
         __pyx_v_self->urgent = 0;
       }
 
-      /* "ivshmem/_core.pyx":201
+      /* "ivshmem/_core.pyx":203
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7197,11 +7197,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":211
+/* "ivshmem/_core.pyx":213
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
- *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ *         """Sleep in plain reads of the own eventfds: no other process has them, and they may block.
  * 
 */
 
@@ -7213,7 +7213,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone, "Sleep in plain reads of the own eventfds, which nobody else has and which may block.\n\n        Takes `relay`: who is the last to use it closes it.\n        `relay` leads from what is watched to all of them.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone, "Sleep in plain reads of the own eventfds: no other process has them, and they may block.\n\n        `relay` adds to all of them when what is watched is readable. This takes ownership of it:\n        the last call that uses it closes it.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone = {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7245,32 +7245,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_relay,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 213, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 213, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 211, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 213, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
     }
     __pyx_v_relay = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 213, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7281,7 +7281,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, 0, "relay", 0))) __PYX_ERR(0, 211, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, 0, "relay", 0))) __PYX_ERR(0, 213, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
 
   /* function exit code */
@@ -7306,8 +7306,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_listen_alone", 0);
 
-  /* "ivshmem/_core.pyx":217
- *         `relay` leads from what is watched to all of them.
+  /* "ivshmem/_core.pyx":219
+ *         the last call that uses it closes it.
  *         """
  *         self.relay = relay             # <<<<<<<<<<<<<<
  * 
@@ -7318,11 +7318,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->relay);
   __Pyx_DECREF_SET(__pyx_v_self->relay, __pyx_v_relay);
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":213
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
- *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ *         """Sleep in plain reads of the own eventfds: no other process has them, and they may block.
  * 
 */
 
@@ -7333,12 +7333,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":219
+/* "ivshmem/_core.pyx":221
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, fd):
- *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
+ *         """Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.
 */
 
 /* Python wrapper */
@@ -7349,7 +7349,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector, "Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector, "Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.\n\n        Raises:\n            ProtocolError: it is not an eventfd.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7381,32 +7381,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 219, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 221, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
     }
     __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7452,8 +7452,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":226
- *             ProtocolError: it is no eventfd.
+        /* "ivshmem/_core.pyx":228
+ *             ProtocolError: it is not an eventfd.
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)             # <<<<<<<<<<<<<<
  *         cdef int number = taken(fd)
@@ -7464,37 +7464,37 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         __pyx_v_vector = __pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":227
+        /* "ivshmem/_core.pyx":229
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         cdef int number = taken(fd)             # <<<<<<<<<<<<<<
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 227, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 229, __pyx_L4_error)
         __pyx_v_number = __pyx_t_3;
 
-        /* "ivshmem/_core.pyx":228
+        /* "ivshmem/_core.pyx":230
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         cdef int number = taken(fd)
  *         self.check_kind(number, "this endpoint", vector)             # <<<<<<<<<<<<<<
  *         self.own.add(number)
  *         if self.epoll is not None:
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":229
+        /* "ivshmem/_core.pyx":231
  *         cdef int number = taken(fd)
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)             # <<<<<<<<<<<<<<
  *         if self.epoll is not None:
  *             self.epoll.add(number, vector, _EPOLLIN)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->own->__pyx_vtab)->add(__pyx_v_self->own, __pyx_v_number); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->own->__pyx_vtab)->add(__pyx_v_self->own, __pyx_v_number); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":230
+        /* "ivshmem/_core.pyx":232
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7505,7 +7505,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":231
+          /* "ivshmem/_core.pyx":233
  *         self.own.add(number)
  *         if self.epoll is not None:
  *             self.epoll.add(number, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -7514,11 +7514,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
 */
           __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_number); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 231, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_number); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 233, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 231, __pyx_L4_error)
+          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 233, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 231, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 233, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9 = 0;
           {
@@ -7528,12 +7528,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 233, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":230
+          /* "ivshmem/_core.pyx":232
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7543,12 +7543,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         }
       }
 
-      /* "ivshmem/_core.pyx":219
+      /* "ivshmem/_core.pyx":221
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, fd):
- *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
+ *         """Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7584,12 +7584,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":233
+/* "ivshmem/_core.pyx":235
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, fd):
- *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; owns it, also on failure.
 */
 
 /* Python wrapper */
@@ -7600,7 +7600,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell, "Ring the peer\047s next vector through `fd`, a number or an Fd; takes it, also on failure.\n\n        Raises:\n            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an\n                eventfd is known to be short and harmless, whatever its sender intends.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell, "Ring the peer\047s next vector through `fd`, a number or an Fd; owns it, also on failure.\n\n        Raises:\n            ProtocolError: it is not an eventfd, so nothing is ever written to it. Only a write to\n                an eventfd is known to be short and harmless, whatever its sender intends.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7633,39 +7633,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 233, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 235, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 235, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 233, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 235, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_fd = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 233, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 235, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7708,8 +7708,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":241
- *                 eventfd is known to be short and harmless, whatever its sender intends.
+        /* "ivshmem/_core.pyx":243
+ *                 an eventfd is known to be short and harmless, whatever its sender intends.
  *         """
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
  *         cdef int number
@@ -7717,15 +7717,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-          __PYX_ERR(0, 241, __pyx_L4_error)
+          __PYX_ERR(0, 243, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 241, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 243, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":243
+        /* "ivshmem/_core.pyx":245
  *         cdef FdArray bells = self.bells.get(peer)
  *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7736,7 +7736,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":244
+          /* "ivshmem/_core.pyx":246
  *         cdef int number
  *         if bells is None:
  *             bells = FdArray()             # <<<<<<<<<<<<<<
@@ -7749,13 +7749,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 246, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_2);
           }
           __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":243
+          /* "ivshmem/_core.pyx":245
  *         cdef FdArray bells = self.bells.get(peer)
  *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7764,43 +7764,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/_core.pyx":245
+        /* "ivshmem/_core.pyx":247
  *         if bells is None:
  *             bells = FdArray()
  *         number = taken(fd)             # <<<<<<<<<<<<<<
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)
 */
-        __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_6 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L4_error)
+        __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_6 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 247, __pyx_L4_error)
         __pyx_v_number = __pyx_t_6;
 
-        /* "ivshmem/_core.pyx":246
+        /* "ivshmem/_core.pyx":248
  *             bells = FdArray()
  *         number = taken(fd)
  *         self.check_kind(number, f"peer {peer}", length_of(bells))             # <<<<<<<<<<<<<<
  *         bells.add(number)
  *         self.bells[peer] = bells
 */
-        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 246, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 246, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, ((PyObject*)__pyx_t_4), __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L4_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, ((PyObject*)__pyx_t_4), __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
 
-        /* "ivshmem/_core.pyx":247
+        /* "ivshmem/_core.pyx":249
  *         number = taken(fd)
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)             # <<<<<<<<<<<<<<
  *         self.bells[peer] = bells
  * 
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bells->__pyx_vtab)->add(__pyx_v_bells, __pyx_v_number); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 247, __pyx_L4_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bells->__pyx_vtab)->add(__pyx_v_bells, __pyx_v_number); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":248
+        /* "ivshmem/_core.pyx":250
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)
  *         self.bells[peer] = bells             # <<<<<<<<<<<<<<
@@ -7809,17 +7809,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-          __PYX_ERR(0, 248, __pyx_L4_error)
+          __PYX_ERR(0, 250, __pyx_L4_error)
         }
-        if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, ((PyObject *)__pyx_v_bells)) < 0))) __PYX_ERR(0, 248, __pyx_L4_error)
+        if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, ((PyObject *)__pyx_v_bells)) < 0))) __PYX_ERR(0, 250, __pyx_L4_error)
       }
 
-      /* "ivshmem/_core.pyx":233
+      /* "ivshmem/_core.pyx":235
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, fd):
- *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; owns it, also on failure.
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7852,7 +7852,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":250
+/* "ivshmem/_core.pyx":252
  *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -7879,7 +7879,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_kind", 0);
 
-  /* "ivshmem/_core.pyx":251
+  /* "ivshmem/_core.pyx":253
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7891,7 +7891,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":252
+    /* "ivshmem/_core.pyx":254
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0             # <<<<<<<<<<<<<<
@@ -7904,7 +7904,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":251
+    /* "ivshmem/_core.pyx":253
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7913,7 +7913,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":255
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0
  *         c_close(fd)             # <<<<<<<<<<<<<<
@@ -7922,7 +7922,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   (void)(close(__pyx_v_fd));
 
-  /* "ivshmem/_core.pyx":254
+  /* "ivshmem/_core.pyx":256
  *             return 0
  *         c_close(fd)
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")             # <<<<<<<<<<<<<<
@@ -7930,11 +7930,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
  *     def _listen_uio(self, int fd):
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
   __pyx_t_7[1] = __pyx_t_5;
@@ -7950,7 +7950,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7972,14 +7972,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_Raise(__pyx_t_2, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __PYX_ERR(0, 254, __pyx_L1_error)
+  __PYX_ERR(0, 256, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":250
+  /* "ivshmem/_core.pyx":252
  *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -8003,11 +8003,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":256
+/* "ivshmem/_core.pyx":258
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
+ *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.
  * 
 */
 
@@ -8019,7 +8019,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and returns how many there have ever been.\n        When the driver has lost the device, a read fails with EIO, and a wait calls `_read_news()`,\n        which raises.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.\n\n        Reading 4 bytes waits for the next interrupt, and returns how many there have ever been.\n        When the driver has lost the device, a read fails with EIO, and a wait calls `_read_news()`,\n        which raises.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8051,32 +8051,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 256, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 256, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 256, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 256, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 258, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 256, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8110,7 +8110,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":263
+  /* "ivshmem/_core.pyx":265
  *         which raises.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -8119,7 +8119,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -8127,12 +8127,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 265, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":264
+  /* "ivshmem/_core.pyx":266
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -8141,11 +8141,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":258
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
+ *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.
  * 
 */
 
@@ -8164,11 +8164,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":266
+/* "ivshmem/_core.pyx":268
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
- *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
+ *         """Ring any peer by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
 
@@ -8180,7 +8180,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by, "Ring everybody by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is taken to have.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by, "Ring any peer by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is assumed to have.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by = {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8214,46 +8214,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 266, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 266, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 268, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 268, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 266, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 266, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 268, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 268, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8264,7 +8264,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Registers, 0, "registers", 0))) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Registers, 0, "registers", 0))) __PYX_ERR(0, 268, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -8291,8 +8291,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":271
- *         `vectors`: how many each peer is taken to have.
+  /* "ivshmem/_core.pyx":273
+ *         `vectors`: how many each peer is assumed to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
  *         self.register_at = doorbell
@@ -8303,7 +8303,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":272
+  /* "ivshmem/_core.pyx":274
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -8312,7 +8312,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":273
+  /* "ivshmem/_core.pyx":275
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -8321,11 +8321,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":266
+  /* "ivshmem/_core.pyx":268
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
- *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
+ *         """Ring any peer by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
 
@@ -8336,11 +8336,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":275
+/* "ivshmem/_core.pyx":277
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
- *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
+ *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own
 */
 
@@ -8352,7 +8352,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self, "Let `peer`, this endpoint\047s own id, lead to its own vectors.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self, "Let rings of `peer`, this endpoint\047s own id, reach its own vectors.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self = {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8384,32 +8384,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 277, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 277, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 275, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 277, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 277, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8439,9 +8439,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":279
  *     def _ring_self(self, peer):
- *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
+ *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
  * 
  *     def _bells(self, peer):
@@ -8450,16 +8450,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 277, __pyx_L1_error)
+    __PYX_ERR(0, 279, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 279, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":277
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
- *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
+ *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own
 */
 
@@ -8476,11 +8476,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":279
+/* "ivshmem/_core.pyx":281
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
- *         """How many doorbells `peer` has; None when it is unknown."""
+ *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
 
@@ -8492,7 +8492,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_bells, "How many doorbells `peer` has; None when it is unknown.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_bells, "Return how many doorbells `peer` has; None if it is unknown.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells = {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_bells};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8524,32 +8524,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 279, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 279, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 279, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 279, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8582,25 +8582,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":283
  *     def _bells(self, peer):
- *         """How many doorbells `peer` has; None when it is unknown."""
+ *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
  *         return None if bells is None else length_of(bells)
  * 
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 281, __pyx_L1_error)
+    __PYX_ERR(0, 283, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 283, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":282
- *         """How many doorbells `peer` has; None when it is unknown."""
+  /* "ivshmem/_core.pyx":284
+ *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
  * 
@@ -8611,7 +8611,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 282, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 284, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8628,11 +8628,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":281
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
- *         """How many doorbells `peer` has; None when it is unknown."""
+ *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
 
@@ -8649,12 +8649,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":284
+/* "ivshmem/_core.pyx":286
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
- *         """Close the doorbells of `peer`, if there are any."""
+ *         """Close the doorbells of `peer`, if it has any."""
 */
 
 /* Python wrapper */
@@ -8665,7 +8665,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer, "Close the doorbells of `peer`, if there are any.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer, "Close the doorbells of `peer`, if it has any.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer = {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8697,32 +8697,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 286, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 286, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 286, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 286, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8763,25 +8763,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":287
+        /* "ivshmem/_core.pyx":289
  *     def _drop_peer(self, peer):
- *         """Close the doorbells of `peer`, if there are any."""
+ *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
  *         if bells is not None:
  *             bells.close()
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 287, __pyx_L4_error)
+          __PYX_ERR(0, 289, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 287, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 287, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 289, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":288
- *         """Close the doorbells of `peer`, if there are any."""
+        /* "ivshmem/_core.pyx":290
+ *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
  *             bells.close()
@@ -8791,7 +8791,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":289
+          /* "ivshmem/_core.pyx":291
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8805,13 +8805,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":288
- *         """Close the doorbells of `peer`, if there are any."""
+          /* "ivshmem/_core.pyx":290
+ *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
  *             bells.close()
@@ -8820,12 +8820,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":284
+      /* "ivshmem/_core.pyx":286
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
- *         """Close the doorbells of `peer`, if there are any."""
+ *         """Close the doorbells of `peer`, if it has any."""
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -8857,12 +8857,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":291
+/* "ivshmem/_core.pyx":293
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def vectors(self):
- *         """How many vectors others can ring here: they are 0..vectors-1."""
+ *         """How many vectors this endpoint has: other peers ring 0..vectors-1."""
 */
 
 /* Python wrapper */
@@ -8890,16 +8890,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":294
+  /* "ivshmem/_core.pyx":296
  *     def vectors(self):
- *         """How many vectors others can ring here: they are 0..vectors-1."""
+ *         """How many vectors this endpoint has: other peers ring 0..vectors-1."""
  *         return length_of(self.own)             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8913,12 +8913,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":291
+  /* "ivshmem/_core.pyx":293
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def vectors(self):
- *         """How many vectors others can ring here: they are 0..vectors-1."""
+ *         """How many vectors this endpoint has: other peers ring 0..vectors-1."""
 */
 
   /* function exit code */
@@ -8933,7 +8933,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":296
+/* "ivshmem/_core.pyx":298
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8965,14 +8965,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":299
+  /* "ivshmem/_core.pyx":301
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8985,7 +8985,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":298
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9004,7 +9004,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":301
+/* "ivshmem/_core.pyx":303
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9025,7 +9025,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":302
+  /* "ivshmem/_core.pyx":304
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9037,7 +9037,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":303
+    /* "ivshmem/_core.pyx":305
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -9045,7 +9045,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9064,14 +9064,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 303, __pyx_L1_error)
+    __PYX_ERR(0, 305, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":302
+    /* "ivshmem/_core.pyx":304
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9080,7 +9080,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":304
+  /* "ivshmem/_core.pyx":306
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -9093,7 +9093,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":301
+  /* "ivshmem/_core.pyx":303
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9114,11 +9114,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":306
+/* "ivshmem/_core.pyx":308
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
 
@@ -9130,7 +9130,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued, "Note whether events were taken in that the program has not asked for yet.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -9162,32 +9162,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 306, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 306, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 306, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 308, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 306, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 306, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9231,9 +9231,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":308
+  /* "ivshmem/_core.pyx":310
  *     def _set_queued(self, bint anything):
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         try:
@@ -9243,8 +9243,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":309
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+    /* "ivshmem/_core.pyx":311
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
  *         try:
@@ -9260,16 +9260,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":308
+    /* "ivshmem/_core.pyx":310
  *     def _set_queued(self, bint anything):
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         try:
 */
   }
 
-  /* "ivshmem/_core.pyx":310
+  /* "ivshmem/_core.pyx":312
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -9278,7 +9278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":311
+    /* "ivshmem/_core.pyx":313
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9287,7 +9287,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":312
+      /* "ivshmem/_core.pyx":314
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -9301,12 +9301,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":311
+      /* "ivshmem/_core.pyx":313
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9316,7 +9316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":314
+    /* "ivshmem/_core.pyx":316
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -9324,13 +9324,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 314, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 316, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":316
+  /* "ivshmem/_core.pyx":318
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9376,11 +9376,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":308
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
 
@@ -9398,12 +9398,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":318
+/* "ivshmem/_core.pyx":320
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ *         """Return a descriptor for an event loop: readable while `events(timeout=0)` has any.
 */
 
 /* Python wrapper */
@@ -9414,7 +9414,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32fileno, "Return a descriptor for an event loop: readable while `events(timeout=0)` has any.\n\n        It stays the endpoint\047s, and `close()` closes it. Never waits. From the first call on, each\n        ring costs its sender a little more, because the kernel updates this descriptor.\n\n        Raises:\n            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.\n            ClosedError: the endpoint is closed.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32fileno};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -9480,17 +9480,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":327
+        /* "ivshmem/_core.pyx":332
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":328
+        /* "ivshmem/_core.pyx":333
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -9499,7 +9499,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":329
+          /* "ivshmem/_core.pyx":334
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9510,7 +9510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":330
+            /* "ivshmem/_core.pyx":335
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -9523,13 +9523,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 335, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":331
+            /* "ivshmem/_core.pyx":336
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9538,12 +9538,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -9552,12 +9552,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":332
+            /* "ivshmem/_core.pyx":337
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9566,9 +9566,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 332, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 332, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -9577,12 +9577,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":333
+            /* "ivshmem/_core.pyx":338
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -9594,7 +9594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":329
+            /* "ivshmem/_core.pyx":334
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9603,14 +9603,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":334
+          /* "ivshmem/_core.pyx":339
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9625,7 +9625,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":336
+        /* "ivshmem/_core.pyx":341
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9677,12 +9677,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":318
+      /* "ivshmem/_core.pyx":320
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ *         """Return a descriptor for an event loop: readable while `events(timeout=0)` has any.
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -9719,7 +9719,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":338
+/* "ivshmem/_core.pyx":343
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9738,7 +9738,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":339
+  /* "ivshmem/_core.pyx":344
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9752,14 +9752,14 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":340
+        /* "ivshmem/_core.pyx":345
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_temp;
@@ -9774,7 +9774,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":339
+      /* "ivshmem/_core.pyx":344
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9798,7 +9798,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":338
+  /* "ivshmem/_core.pyx":343
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9818,11 +9818,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":342
+/* "ivshmem/_core.pyx":347
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
- *         """What waiting for any vector sleeps on: the vectors, news, wake.
+ *         """Return what a wait for any vector sleeps on: the vectors, what is watched, and wake.
  * 
 */
 
@@ -9846,7 +9846,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":351
+  /* "ivshmem/_core.pyx":356
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9857,7 +9857,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":352
+    /* "ivshmem/_core.pyx":357
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -9870,13 +9870,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":353
+    /* "ivshmem/_core.pyx":358
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9885,11 +9885,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9899,12 +9899,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":354
+    /* "ivshmem/_core.pyx":359
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -9921,7 +9921,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":355
+      /* "ivshmem/_core.pyx":360
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9932,12 +9932,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 360, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -9947,14 +9947,14 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 360, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":356
+    /* "ivshmem/_core.pyx":361
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9966,7 +9966,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":357
+      /* "ivshmem/_core.pyx":362
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9975,11 +9975,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -9989,12 +9989,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 362, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":356
+      /* "ivshmem/_core.pyx":361
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -10003,7 +10003,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
     }
 
-    /* "ivshmem/_core.pyx":358
+    /* "ivshmem/_core.pyx":363
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -10015,7 +10015,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":351
+    /* "ivshmem/_core.pyx":356
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -10024,7 +10024,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":359
+  /* "ivshmem/_core.pyx":364
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -10042,11 +10042,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":342
+  /* "ivshmem/_core.pyx":347
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
- *         """What waiting for any vector sleeps on: the vectors, news, wake.
+ *         """Return what a wait for any vector sleeps on: the vectors, what is watched, and wake.
  * 
 */
 
@@ -10067,7 +10067,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":363
+/* "ivshmem/_core.pyx":368
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10083,7 +10083,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, but no other\nPython thread, until a signal arrives. `ring_nowait` never waits.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nThis is one write to an eventfd. It does not wait for the peer, and does not tell whether\nthe peer listens. If the peer\047s counter is full, an interrupt is pending already, and the\ncall succeeds. (A hostile peer that filled its counter and cleared O_NONBLOCK of its eventfd\ncan block this thread, but no other Python thread, until a signal arrives. `ring_nowait`\nnever waits.) May be called by any thread, and by a signal handler.\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. The device does not\nknow which peers exist: to ring a peer that does not exist has no effect and raises nothing.\n\nRaises:\n    NoSuchPeer: no peer with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -10115,48 +10115,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 363, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 368, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 368, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 363, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 368, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 363, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 368, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 368, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 364, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 369, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 363, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 368, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10200,40 +10200,40 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":384
+  /* "ivshmem/_core.pyx":390
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
  *             self.check()
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_self->registers) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":385
+    /* "ivshmem/_core.pyx":391
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":386
+    /* "ivshmem/_core.pyx":392
  *         if self.registers is not None:
  *             self.check()
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 392, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":387
+    /* "ivshmem/_core.pyx":393
  *             self.check()
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
  *                 self._look_for(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
@@ -10265,8 +10265,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":388
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+      /* "ivshmem/_core.pyx":394
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
@@ -10274,7 +10274,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 388, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 394, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -10282,13 +10282,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 394, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":389
+    /* "ivshmem/_core.pyx":395
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -10297,9 +10297,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 389, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 395, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 389, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 395, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -10308,17 +10308,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 389, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 395, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":390
+    /* "ivshmem/_core.pyx":396
  *                 self._look_for(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything now
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now
 */
     {
       PyObject *__pyx_temp;
@@ -10330,28 +10330,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":384
+    /* "ivshmem/_core.pyx":390
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
  *             self.check()
- *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
 */
   }
 
-  /* "ivshmem/_core.pyx":391
+  /* "ivshmem/_core.pyx":397
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
- *             if ivshmem_is_only_thread():  # so nobody can close anything now
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":392
+    /* "ivshmem/_core.pyx":398
  *             return
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything now             # <<<<<<<<<<<<<<
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
@@ -10360,21 +10360,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":393
+      /* "ivshmem/_core.pyx":399
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything now
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 393, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 399, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":394
- *             if ivshmem_is_only_thread():  # so nobody can close anything now
+      /* "ivshmem/_core.pyx":400
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -10401,7 +10401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":395
+        /* "ivshmem/_core.pyx":401
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
@@ -10410,8 +10410,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":394
- *             if ivshmem_is_only_thread():  # so nobody can close anything now
+        /* "ivshmem/_core.pyx":400
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -10420,7 +10420,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":397
+      /* "ivshmem/_core.pyx":403
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10432,17 +10432,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":392
+      /* "ivshmem/_core.pyx":398
  *             return
  *         while True:
- *             if ivshmem_is_only_thread():  # so nobody can close anything now             # <<<<<<<<<<<<<<
+ *             if ivshmem_is_only_thread():  # so no other thread can close anything now             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":399
+    /* "ivshmem/_core.pyx":405
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -10450,12 +10450,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 399, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 405, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":400
+      /* "ivshmem/_core.pyx":406
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10480,7 +10480,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":401
+        /* "ivshmem/_core.pyx":407
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10489,7 +10489,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":400
+        /* "ivshmem/_core.pyx":406
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10499,7 +10499,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":403
+      /* "ivshmem/_core.pyx":409
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10513,7 +10513,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":404
+              /* "ivshmem/_core.pyx":410
  *                 else:
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
@@ -10523,7 +10523,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
               __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":403
+            /* "ivshmem/_core.pyx":409
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10540,7 +10540,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":405
+        /* "ivshmem/_core.pyx":411
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10553,7 +10553,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":406
+    /* "ivshmem/_core.pyx":412
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10565,7 +10565,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":413
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -10582,7 +10582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":412
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10591,7 +10591,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":408
+    /* "ivshmem/_core.pyx":414
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10603,17 +10603,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":409
+      /* "ivshmem/_core.pyx":415
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":410
+      /* "ivshmem/_core.pyx":416
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -10622,7 +10622,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 410, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 416, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10630,12 +10630,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 410, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 416, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":408
+      /* "ivshmem/_core.pyx":414
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10645,7 +10645,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":411
+    /* "ivshmem/_core.pyx":417
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10657,17 +10657,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":412
+      /* "ivshmem/_core.pyx":418
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":411
+      /* "ivshmem/_core.pyx":417
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10677,7 +10677,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":414
+    /* "ivshmem/_core.pyx":420
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10685,13 +10685,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":363
+  /* "ivshmem/_core.pyx":368
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10719,12 +10719,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":416
+/* "ivshmem/_core.pyx":422
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring_nowait(self, peer, Py_ssize_t vector=0):
- *         """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+ *         """Ring like `ring`, but never wait, whatever a hostile peer did to its eventfd.
 */
 
 /* Python wrapper */
@@ -10735,7 +10735,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36ring_nowait, "ring_nowait($self, peer, vector=0)\n--\n\nLike `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.\n\nIt costs about three times as much: the kernel signals at the end of an asynchronous read\n(io_submit(2)). Where it can have no such reads (no AIO in the kernel, fs.aio-max-nr used\nup, no descriptor left) it looks for room in the counter before it writes, which a hostile\npeer can beat by a microsecond.\n\nRaises:\n    NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36ring_nowait, "ring_nowait($self, peer, vector=0)\n--\n\nRing like `ring`, but never wait, whatever a hostile peer did to its eventfd.\n\nIt takes about three times as long: the kernel signals the eventfd at the end of an\nasynchronous read (io_submit(2)). If no such read is possible (no AIO in the kernel,\nfs.aio-max-nr used up, no descriptor left), it looks for room in the counter before it\nwrites. A hostile peer can then fill the counter in the microsecond in between.\n\nRaises:\n    NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_nowait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -10767,48 +10767,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 416, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 422, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 416, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 422, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 416, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 422, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 416, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 422, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10854,7 +10854,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_nowait", 0);
 
-  /* "ivshmem/_core.pyx":429
+  /* "ivshmem/_core.pyx":435
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10865,7 +10865,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":430
+    /* "ivshmem/_core.pyx":436
  *         cdef FdArray bells
  *         if self.registers is not None:
  *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
@@ -10874,7 +10874,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -10882,7 +10882,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 430, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -10896,7 +10896,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":429
+    /* "ivshmem/_core.pyx":435
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10905,7 +10905,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":431
+  /* "ivshmem/_core.pyx":437
  *         if self.registers is not None:
  *             return self.ring(peer, vector)
  *         while True:             # <<<<<<<<<<<<<<
@@ -10914,19 +10914,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":432
+    /* "ivshmem/_core.pyx":438
  *             return self.ring(peer, vector)
  *         while True:
  *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
  *             if bells is not None and bells.enter():
  *                 try:
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":433
+    /* "ivshmem/_core.pyx":439
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10951,7 +10951,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":434
+      /* "ivshmem/_core.pyx":440
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():
  *                 try:             # <<<<<<<<<<<<<<
@@ -10960,21 +10960,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":435
+        /* "ivshmem/_core.pyx":441
  *             if bells is not None and bells.enter():
  *                 try:
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                 finally:
  *                     bells.leave()
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L12_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L12_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L12_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L12_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
       }
 
-      /* "ivshmem/_core.pyx":437
+      /* "ivshmem/_core.pyx":443
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
  *                 finally:
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -11021,7 +11021,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
         __pyx_L13:;
       }
 
-      /* "ivshmem/_core.pyx":438
+      /* "ivshmem/_core.pyx":444
  *                 finally:
  *                     bells.leave()
  *                 return None             # <<<<<<<<<<<<<<
@@ -11038,7 +11038,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":433
+      /* "ivshmem/_core.pyx":439
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -11047,17 +11047,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     }
 
-    /* "ivshmem/_core.pyx":439
+    /* "ivshmem/_core.pyx":445
  *                     bells.leave()
  *                 return None
  *             self.check()             # <<<<<<<<<<<<<<
  *             self._look_for(peer, vector)
  * 
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":440
+    /* "ivshmem/_core.pyx":446
  *                 return None
  *             self.check()
  *             self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11066,7 +11066,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 440, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 0;
     {
@@ -11074,18 +11074,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":416
+  /* "ivshmem/_core.pyx":422
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring_nowait(self, peer, Py_ssize_t vector=0):
- *         """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+ *         """Ring like `ring`, but never wait, whatever a hostile peer did to its eventfd.
 */
 
   /* function exit code */
@@ -11104,11 +11104,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":442
+/* "ivshmem/_core.pyx":448
  *             self._look_for(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
- *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
 */
 
@@ -11124,8 +11124,8 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("quiet", 0);
 
-  /* "ivshmem/_core.pyx":445
- *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+  /* "ivshmem/_core.pyx":451
+ *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
  *             signaller = self.signaller
@@ -11138,7 +11138,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":446
+        /* "ivshmem/_core.pyx":452
  *         cdef Signaller signaller
  *         with cython.critical_section(self):
  *             signaller = self.signaller             # <<<<<<<<<<<<<<
@@ -11150,7 +11150,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":447
+        /* "ivshmem/_core.pyx":453
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11161,19 +11161,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":448
+          /* "ivshmem/_core.pyx":454
  *             signaller = self.signaller
  *             if signaller is None:
  *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
 */
-          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_6native_11descriptors_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L4_error)
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_6native_11descriptors_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":449
+          /* "ivshmem/_core.pyx":455
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11185,7 +11185,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":450
+            /* "ivshmem/_core.pyx":456
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller             # <<<<<<<<<<<<<<
@@ -11197,7 +11197,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
             __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
             __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
 
-            /* "ivshmem/_core.pyx":449
+            /* "ivshmem/_core.pyx":455
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11206,7 +11206,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
           }
 
-          /* "ivshmem/_core.pyx":447
+          /* "ivshmem/_core.pyx":453
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11216,8 +11216,8 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         }
       }
 
-      /* "ivshmem/_core.pyx":445
- *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+      /* "ivshmem/_core.pyx":451
+ *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
  *             signaller = self.signaller
@@ -11237,7 +11237,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":451
+  /* "ivshmem/_core.pyx":457
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
  *         return signaller             # <<<<<<<<<<<<<<
@@ -11255,11 +11255,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":448
  *             self._look_for(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
- *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
 */
 
@@ -11276,11 +11276,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":453
+/* "ivshmem/_core.pyx":459
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
- *         """The doorbells of a peer that has this vector, else None."""
+ *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
 
@@ -11296,25 +11296,25 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":455
+  /* "ivshmem/_core.pyx":461
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
- *         """The doorbells of a peer that has this vector, else None."""
+ *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 455, __pyx_L1_error)
+    __PYX_ERR(0, 461, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 461, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":456
- *         """The doorbells of a peer that has this vector, else None."""
+  /* "ivshmem/_core.pyx":462
+ *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
  * 
@@ -11345,7 +11345,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 456, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 462, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_temp;
     {
@@ -11357,11 +11357,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":453
+  /* "ivshmem/_core.pyx":459
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
- *         """The doorbells of a peer that has this vector, else None."""
+ *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
 
@@ -11377,11 +11377,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":458
+/* "ivshmem/_core.pyx":464
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+ *         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
  * 
 */
 
@@ -11434,13 +11434,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 458, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 458, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11460,10 +11460,10 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 464, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 458, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 464, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_temp;
           {
@@ -11489,20 +11489,20 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     #endif
   }
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":472
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)))) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)))) __PYX_ERR(0, 472, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":467
+  /* "ivshmem/_core.pyx":475
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -11514,7 +11514,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":476
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -11526,7 +11526,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":477
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -11535,7 +11535,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":470
+  /* "ivshmem/_core.pyx":478
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11546,27 +11546,27 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":471
+    /* "ivshmem/_core.pyx":479
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 479, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":472
+    /* "ivshmem/_core.pyx":480
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":473
+    /* "ivshmem/_core.pyx":481
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -11600,7 +11600,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":474
+      /* "ivshmem/_core.pyx":482
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11609,7 +11609,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 474, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 482, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -11617,13 +11617,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 474, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 482, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":475
+    /* "ivshmem/_core.pyx":483
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -11637,7 +11637,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":476
+    /* "ivshmem/_core.pyx":484
  *                 self._look_for(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -11646,7 +11646,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":477
+    /* "ivshmem/_core.pyx":485
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -11655,7 +11655,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":478
+    /* "ivshmem/_core.pyx":486
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -11666,7 +11666,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":479
+    /* "ivshmem/_core.pyx":487
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -11675,7 +11675,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":470
+    /* "ivshmem/_core.pyx":478
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11685,7 +11685,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":481
+  /* "ivshmem/_core.pyx":489
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -11694,7 +11694,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 489, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
@@ -11703,17 +11703,17 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":482
+      /* "ivshmem/_core.pyx":490
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._look_for(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":483
+      /* "ivshmem/_core.pyx":491
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11722,7 +11722,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 491, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -11730,13 +11730,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":484
+    /* "ivshmem/_core.pyx":492
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -11748,7 +11748,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":485
+    /* "ivshmem/_core.pyx":493
  *                 self._look_for(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
@@ -11757,7 +11757,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":486
+    /* "ivshmem/_core.pyx":494
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
@@ -11766,7 +11766,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":487
+    /* "ivshmem/_core.pyx":495
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
@@ -11777,7 +11777,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":496
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
@@ -11795,11 +11795,11 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":458
+  /* "ivshmem/_core.pyx":464
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+ *         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
  * 
 */
 
@@ -11829,7 +11829,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38doorbell, "Look up a doorbell that is to be rung often; a little quicker, and for use from C.\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38doorbell, "Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.\n\n        C code can ring it without the GIL; see _core.pxd.\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell = {"doorbell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38doorbell};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11862,48 +11862,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 464, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 464, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 458, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 464, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 458, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 464, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11936,7 +11936,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11960,11 +11960,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":490
+/* "ivshmem/_core.pyx":498
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """A doorbell that rings as `ring_nowait` does."""
+ *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
 
@@ -11976,7 +11976,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait, "A doorbell that rings as `ring_nowait` does.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait, "Return a doorbell that rings as `ring_nowait` does.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait = {"_doorbell_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12009,48 +12009,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 490, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 498, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 490, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 498, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 490, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 498, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 490, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 498, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 490, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 498, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12085,22 +12085,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
 
-  /* "ivshmem/_core.pyx":492
+  /* "ivshmem/_core.pyx":500
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
- *         """A doorbell that rings as `ring_nowait` does."""
+ *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
 */
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":493
- *         """A doorbell that rings as `ring_nowait` does."""
+  /* "ivshmem/_core.pyx":501
+ *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
  *         made.signaller = self.quiet() if made.nowait else None
@@ -12109,7 +12109,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
   __pyx_v_made->nowait = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":494
+  /* "ivshmem/_core.pyx":502
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
@@ -12117,7 +12117,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
  * 
 */
   if (__pyx_v_made->nowait) {
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 502, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -12125,13 +12125,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 494, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
   __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":495
+  /* "ivshmem/_core.pyx":503
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
  *         return made             # <<<<<<<<<<<<<<
@@ -12149,11 +12149,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":498
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """A doorbell that rings as `ring_nowait` does."""
+ *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
 
@@ -12170,7 +12170,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":497
+/* "ivshmem/_core.pyx":505
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12186,7 +12186,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all, "Ring several doorbells in one call: each of the vectors of each of the peers.\n\n        Nothing is rung unless all of them can be. Like `ring`, it can be held up by a hostile peer.\n\n        Args:\n            peers: ids; None: all other peers that are connected. (A guest\047s device does not\n                know who is there: name them.)\n            vectors: one, or several.\n\n        Returns:\n            How many doorbells were rung. (A peer that leaves during the call is not counted.)\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all, "Ring several doorbells in one call: each of the vectors of each of the peers.\n\n        If one of them does not exist, none is rung. A hostile peer can block it, as it can `ring`.\n\n        Args:\n            peers: ids; None: all other peers that are connected.\n            vectors: a number, or an iterable of numbers.\n\n        Returns:\n            How many doorbells were rung. (A peer that leaves during the call is not counted.)\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.\n            TypeError: a guest\047s device, which does not know the peers, was given none.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all = {"ring_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12219,33 +12219,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 497, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 505, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 497, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 505, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 497, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 497, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 505, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 497, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 505, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 497, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12258,7 +12258,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 497, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 505, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12289,18 +12289,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all", 0);
 
-  /* "ivshmem/_core.pyx":513
- *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
+  /* "ivshmem/_core.pyx":521
+ *             TypeError: a guest's device, which does not know the peers, was given none.
  *         """
  *         return self.ring_several(self.several(peers, vectors))             # <<<<<<<<<<<<<<
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12314,7 +12314,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":497
+  /* "ivshmem/_core.pyx":505
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12333,11 +12333,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":515
+/* "ivshmem/_core.pyx":523
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+ *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
 */
 
@@ -12349,7 +12349,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait, "Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait, "Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait = {"ring_all_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12382,33 +12382,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 515, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 523, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 515, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 523, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 515, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12421,7 +12421,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 515, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 523, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12473,31 +12473,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all_nowait", 0);
 
-  /* "ivshmem/_core.pyx":517
+  /* "ivshmem/_core.pyx":525
  *     def ring_all_nowait(self, peers=None, vectors=0):
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+ *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 525, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":518
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+  /* "ivshmem/_core.pyx":526
+ *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
  *         if self.registers is not None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 526, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_entered = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":520
+  /* "ivshmem/_core.pyx":528
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12508,15 +12508,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":521
+    /* "ivshmem/_core.pyx":529
  *         cdef Signaller signaller
  *         if self.registers is not None:
  *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
  *         signaller = self.quiet()
  *         try:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 521, __pyx_L1_error)
-    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 529, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 529, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     {
@@ -12530,7 +12530,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":520
+    /* "ivshmem/_core.pyx":528
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12539,19 +12539,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   }
 
-  /* "ivshmem/_core.pyx":522
+  /* "ivshmem/_core.pyx":530
  *         if self.registers is not None:
  *             return self.ring_several(bells)
  *         signaller = self.quiet()             # <<<<<<<<<<<<<<
  *         try:
  *             for bell in bells:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":523
+  /* "ivshmem/_core.pyx":531
  *             return self.ring_several(bells)
  *         signaller = self.quiet()
  *         try:             # <<<<<<<<<<<<<<
@@ -12560,7 +12560,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":524
+    /* "ivshmem/_core.pyx":532
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12569,7 +12569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
     if (unlikely(__pyx_v_bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 524, __pyx_L5_error)
+      __PYX_ERR(0, 532, __pyx_L5_error)
     }
     __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_3 = 0;
@@ -12577,18 +12577,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 532, __pyx_L5_error)
         #endif
         if (__pyx_t_3 >= __pyx_temp) break;
       }
       __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_3;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 532, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_core.pyx":525
+      /* "ivshmem/_core.pyx":533
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12600,17 +12600,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":526
+        /* "ivshmem/_core.pyx":534
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)             # <<<<<<<<<<<<<<
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
 */
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":525
+        /* "ivshmem/_core.pyx":533
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12619,7 +12619,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
       }
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":532
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12629,7 +12629,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":527
+    /* "ivshmem/_core.pyx":535
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12640,7 +12640,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":528
+      /* "ivshmem/_core.pyx":536
  *                     entered.append(bell)
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
@@ -12650,7 +12650,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
       __Pyx_INCREF(__pyx_t_4);
       { /* enter inner scope */
-        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 528, __pyx_L14_error)
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 536, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
         __pyx_t_3 = 0;
@@ -12658,20 +12658,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 528, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 536, __pyx_L14_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 528, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 536, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 528, __pyx_L14_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 536, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 528, __pyx_L14_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 536, __pyx_L14_error)
           __pyx_t_8 = 0;
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12688,12 +12688,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 528, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":527
+      /* "ivshmem/_core.pyx":535
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12703,7 +12703,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       goto __pyx_L11;
     }
 
-    /* "ivshmem/_core.pyx":530
+    /* "ivshmem/_core.pyx":538
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12717,28 +12717,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 530, __pyx_L5_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L5_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 530, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 538, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":531
+        /* "ivshmem/_core.pyx":539
  *             else:
  *                 for bell in entered:
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             for bell in entered:
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L5_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 539, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":530
+        /* "ivshmem/_core.pyx":538
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12751,7 +12751,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":533
+  /* "ivshmem/_core.pyx":541
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12766,18 +12766,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 533, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 541, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 533, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 541, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":534
+        /* "ivshmem/_core.pyx":542
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12786,7 +12786,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-        /* "ivshmem/_core.pyx":533
+        /* "ivshmem/_core.pyx":541
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12823,18 +12823,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 533, __pyx_L26_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 541, __pyx_L26_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 533, __pyx_L26_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 541, __pyx_L26_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":534
+          /* "ivshmem/_core.pyx":542
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12843,7 +12843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-          /* "ivshmem/_core.pyx":533
+          /* "ivshmem/_core.pyx":541
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12878,15 +12878,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":535
+  /* "ivshmem/_core.pyx":543
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
  *         return len(entered)             # <<<<<<<<<<<<<<
  * 
  *     cdef list several(self, object peers, object vectors):
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12900,11 +12900,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":515
+  /* "ivshmem/_core.pyx":523
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+ *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
 */
 
@@ -12928,11 +12928,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":537
+/* "ivshmem/_core.pyx":545
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vectors):             # <<<<<<<<<<<<<<
- *         """The doorbells that ring_all is to ring."""
+ *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []
 */
 
@@ -12967,82 +12967,82 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":539
+  /* "ivshmem/_core.pyx":547
  *     cdef list several(self, object peers, object vectors):
- *         """The doorbells that ring_all is to ring."""
+ *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
  *         self.check()
  *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 539, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":540
- *         """The doorbells that ring_all is to ring."""
+  /* "ivshmem/_core.pyx":548
+ *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":541
+  /* "ivshmem/_core.pyx":549
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
  *             if self.registers is not None:
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
 */
   __pyx_t_3 = (__pyx_v_peers == Py_None);
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":542
+    /* "ivshmem/_core.pyx":550
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
 */
     __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) != Py_None);
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":543
+      /* "ivshmem/_core.pyx":551
  *         if peers is None:
  *             if self.registers is not None:
- *                 raise TypeError("a device does not know who is there: name the peers to ring")             # <<<<<<<<<<<<<<
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")             # <<<<<<<<<<<<<<
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()
 */
       __pyx_t_4 = NULL;
       __pyx_t_5 = 1;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_who_is_th};
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_which_pee};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 551, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 543, __pyx_L1_error)
+      __PYX_ERR(0, 551, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":542
+      /* "ivshmem/_core.pyx":550
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
 */
     }
 
-    /* "ivshmem/_core.pyx":544
+    /* "ivshmem/_core.pyx":552
  *             if self.registers is not None:
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
  *                 self._read_news()
  *             with cython.critical_section(self):
@@ -13066,8 +13066,8 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":545
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+      /* "ivshmem/_core.pyx":553
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()             # <<<<<<<<<<<<<<
  *             with cython.critical_section(self):
@@ -13080,21 +13080,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 553, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":544
+      /* "ivshmem/_core.pyx":552
  *             if self.registers is not None:
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
  *                 self._read_news()
  *             with cython.critical_section(self):
 */
     }
 
-    /* "ivshmem/_core.pyx":546
+    /* "ivshmem/_core.pyx":554
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13108,7 +13108,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":547
+          /* "ivshmem/_core.pyx":555
  *                 self._read_news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -13116,14 +13116,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 547, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 555, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 547, __pyx_L13_error)
+              __PYX_ERR(0, 555, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 547, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 555, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -13131,7 +13131,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 547, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 555, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
               __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
@@ -13141,7 +13141,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
               __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 547, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 555, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -13158,7 +13158,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":546
+        /* "ivshmem/_core.pyx":554
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13179,34 +13179,34 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":541
+    /* "ivshmem/_core.pyx":549
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
  *             if self.registers is not None:
- *                 raise TypeError("a device does not know who is there: name the peers to ring")
+ *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
 */
   }
 
-  /* "ivshmem/_core.pyx":548
+  /* "ivshmem/_core.pyx":556
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in numbers:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vectors); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 548, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vectors); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 548, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vectors);
     __Pyx_GIVEREF(__pyx_v_vectors);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vectors) != (0)) __PYX_ERR(0, 548, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vectors) != (0)) __PYX_ERR(0, 556, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -13214,7 +13214,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __pyx_v_numbers = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":549
+  /* "ivshmem/_core.pyx":557
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13226,9 +13226,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 557, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -13236,7 +13236,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13246,7 +13246,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13257,13 +13257,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 557, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 549, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 557, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13273,16 +13273,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":550
+    /* "ivshmem/_core.pyx":558
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:
  *             for number in numbers:             # <<<<<<<<<<<<<<
  *                 bells.append(self.doorbell(peer, number))
- *         self.check()  # what was iterated over may have closed it
+ *         self.check()  # the caller's iterators may have closed it
 */
     if (unlikely(__pyx_v_numbers == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 550, __pyx_L1_error)
+      __PYX_ERR(0, 558, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_numbers; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -13290,7 +13290,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 550, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 558, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -13300,39 +13300,39 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 550, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":551
+      /* "ivshmem/_core.pyx":559
  *         for peer in peers:
  *             for number in numbers:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
- *         self.check()  # what was iterated over may have closed it
+ *         self.check()  # the caller's iterators may have closed it
  *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 559, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 559, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":550
+      /* "ivshmem/_core.pyx":558
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:
  *             for number in numbers:             # <<<<<<<<<<<<<<
  *                 bells.append(self.doorbell(peer, number))
- *         self.check()  # what was iterated over may have closed it
+ *         self.check()  # the caller's iterators may have closed it
 */
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":549
+    /* "ivshmem/_core.pyx":557
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13342,19 +13342,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":552
+  /* "ivshmem/_core.pyx":560
  *             for number in numbers:
  *                 bells.append(self.doorbell(peer, number))
- *         self.check()  # what was iterated over may have closed it             # <<<<<<<<<<<<<<
+ *         self.check()  # the caller's iterators may have closed it             # <<<<<<<<<<<<<<
  *         return bells
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 560, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":553
+  /* "ivshmem/_core.pyx":561
  *                 bells.append(self.doorbell(peer, number))
- *         self.check()  # what was iterated over may have closed it
+ *         self.check()  # the caller's iterators may have closed it
  *         return bells             # <<<<<<<<<<<<<<
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:
@@ -13370,11 +13370,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":537
+  /* "ivshmem/_core.pyx":545
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vectors):             # <<<<<<<<<<<<<<
- *         """The doorbells that ring_all is to ring."""
+ *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []
 */
 
@@ -13400,7 +13400,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":555
+/* "ivshmem/_core.pyx":563
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13436,7 +13436,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_several", 0);
 
-  /* "ivshmem/_core.pyx":558
+  /* "ivshmem/_core.pyx":566
  *         cdef Bell **targets
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
@@ -13445,7 +13445,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":559
+  /* "ivshmem/_core.pyx":567
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
@@ -13454,12 +13454,12 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   if (unlikely(__pyx_v_bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 559, __pyx_L1_error)
+    __PYX_ERR(0, 567, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 567, __pyx_L1_error)
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":568
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13468,7 +13468,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":561
+  /* "ivshmem/_core.pyx":569
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
@@ -13492,7 +13492,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   __pyx_v_targets = ((struct __pyx_t_7ivshmem_6native_4bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_6native_4bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":562
+  /* "ivshmem/_core.pyx":570
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13504,16 +13504,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":563
+    /* "ivshmem/_core.pyx":571
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 563, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 571, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":562
+    /* "ivshmem/_core.pyx":570
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13522,7 +13522,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   }
 
-  /* "ivshmem/_core.pyx":564
+  /* "ivshmem/_core.pyx":572
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13531,7 +13531,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":565
+    /* "ivshmem/_core.pyx":573
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -13545,7 +13545,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":566
+      /* "ivshmem/_core.pyx":574
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
@@ -13554,16 +13554,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
       if (unlikely(__pyx_v_bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 566, __pyx_L5_error)
+        __PYX_ERR(0, 574, __pyx_L5_error)
       }
-      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 566, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 574, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_6)->bell);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":567
+    /* "ivshmem/_core.pyx":575
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13572,7 +13572,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":568
+    /* "ivshmem/_core.pyx":576
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13585,7 +13585,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":569
+      /* "ivshmem/_core.pyx":577
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13598,7 +13598,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":570
+            /* "ivshmem/_core.pyx":578
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -13611,7 +13611,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
               if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":571
+              /* "ivshmem/_core.pyx":579
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -13620,7 +13620,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
               __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":572
+              /* "ivshmem/_core.pyx":580
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13632,7 +13632,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":573
+                /* "ivshmem/_core.pyx":581
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -13641,7 +13641,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":572
+                /* "ivshmem/_core.pyx":580
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13651,7 +13651,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
                 goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":574
+              /* "ivshmem/_core.pyx":582
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13663,7 +13663,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":575
+                /* "ivshmem/_core.pyx":583
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
@@ -13672,7 +13672,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":574
+                /* "ivshmem/_core.pyx":582
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13682,7 +13682,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               }
               __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":576
+              /* "ivshmem/_core.pyx":584
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -13694,7 +13694,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
             __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":569
+          /* "ivshmem/_core.pyx":577
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13711,7 +13711,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           }
       }
 
-      /* "ivshmem/_core.pyx":577
+      /* "ivshmem/_core.pyx":585
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13723,7 +13723,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":578
+        /* "ivshmem/_core.pyx":586
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13735,17 +13735,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":579
+          /* "ivshmem/_core.pyx":587
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":578
+          /* "ivshmem/_core.pyx":586
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13754,17 +13754,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
         }
 
-        /* "ivshmem/_core.pyx":580
+        /* "ivshmem/_core.pyx":588
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L5_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":577
+        /* "ivshmem/_core.pyx":585
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13775,7 +13775,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     }
   }
 
-  /* "ivshmem/_core.pyx":582
+  /* "ivshmem/_core.pyx":590
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -13820,7 +13820,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":591
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
@@ -13833,7 +13833,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":563
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13857,7 +13857,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":587
+/* "ivshmem/_core.pyx":595
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13873,7 +13873,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46wait, "wait($self, vectors=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for ever; 0: do not wait).\n\nArgs:\n    vectors: a number: wait for that vector; None: for any; an iterable of numbers: for any\n        of these, and take the first that is ready.\n    spin: seconds to look again and again before sleeping. To be woken takes ten times as\n        long as all else, so a spin that succeeds is worth much; one that keeps the peer\n        from running costs more. \"auto\": a short while (20 to 50 microseconds), if that\n        brought something of late. A given time is spun under the same condition: where two\n        spins in a row brought nothing, it sleeps at once for a while (see _spin).\n\nReturns:\n    For one vector: how often it was rung since the last look, at least 1.\n    Else: an Interrupt(vector, rings).\n    None if nothing came in time.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread during the call.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46wait, "wait($self, vectors=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for ever; 0: do not wait).\n\nArgs:\n    vectors: a number: wait for that vector; None: for any; an iterable of numbers: for any\n        of these, and take the first that is ready.\n    timeout: seconds; a wait does not end before, except by an interrupt or an error.\n    spin: seconds to look again and again before sleeping. To wake a sleeper takes ten times\n        as long as all the rest, so a spin that succeeds saves much time. A spin that keeps\n        the peer from running costs more than it saves. \"auto\": spin for 20 to 50\n        microseconds if that succeeded of late. A number of seconds is spun under the same\n        condition: after two spins in a row that brought nothing, the next waits sleep at\n        once (see native/spin.pyx).\n\nMay be called by any thread, and by a signal handler. A client that only ever calls\n`wait(number, 0)` takes nothing from the server, which then lists it as stalled: `events`,\n`peer_events`, `peers` and longer waits do.\n\nReturns:\n    For one vector: how often it was rung since the last look, at least 1.\n    Else: an Interrupt(vector, rings).\n    None if nothing came in time.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or another thread closed it during the call.\n    NoInterrupts: the device has no interrupts.\n    DeviceGone: the device was unplugged.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -13906,24 +13906,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vectors,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 595, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 595, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 595, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 595, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":588
+      /* "ivshmem/_core.pyx":596
  * 
  *     @cython.binding(False)
  *     def wait(self, vectors=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -13937,11 +13937,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 595, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 595, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13956,7 +13956,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 595, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13969,7 +13969,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vectors, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":595
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14010,8 +14010,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":610
- *             ClosedError: the endpoint is closed, or was closed by another thread during the call.
+  /* "ivshmem/_core.pyx":626
+ *             DeviceGone: the device was unplugged.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
  *         self.enter()
@@ -14022,23 +14022,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 610, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 626, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":611
+  /* "ivshmem/_core.pyx":627
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vectors is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 627, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":612
+  /* "ivshmem/_core.pyx":628
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -14047,7 +14047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":613
+    /* "ivshmem/_core.pyx":629
  *         self.enter()
  *         try:
  *             if vectors is None:             # <<<<<<<<<<<<<<
@@ -14058,14 +14058,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":614
+      /* "ivshmem/_core.pyx":630
  *         try:
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 614, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 630, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -14078,7 +14078,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":613
+      /* "ivshmem/_core.pyx":629
  *         self.enter()
  *         try:
  *             if vectors is None:             # <<<<<<<<<<<<<<
@@ -14087,7 +14087,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":615
+    /* "ivshmem/_core.pyx":631
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14104,7 +14104,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -14115,15 +14115,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":616
+      /* "ivshmem/_core.pyx":632
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vectors, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vectors); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 616, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 616, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vectors); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 632, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 632, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -14137,7 +14137,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":615
+      /* "ivshmem/_core.pyx":631
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14146,14 +14146,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":617
+    /* "ivshmem/_core.pyx":633
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)
  *             return self.wait_some(vectors, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vectors, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 617, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vectors, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 633, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -14167,7 +14167,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":619
+  /* "ivshmem/_core.pyx":635
  *             return self.wait_some(vectors, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -14215,7 +14215,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":595
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14235,7 +14235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":621
+/* "ivshmem/_core.pyx":637
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14261,7 +14261,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":622
+  /* "ivshmem/_core.pyx":638
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14273,13 +14273,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 622, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 638, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":639
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -14288,7 +14288,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":626
+  /* "ivshmem/_core.pyx":642
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14308,17 +14308,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":627
+    /* "ivshmem/_core.pyx":643
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 627, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 643, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":642
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14327,7 +14327,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":644
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
@@ -14344,7 +14344,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":629
+  /* "ivshmem/_core.pyx":645
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14369,7 +14369,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_L4_bool_binop_done:;
   __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":646
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14395,7 +14395,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":631
+    /* "ivshmem/_core.pyx":647
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -14404,7 +14404,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":632
+    /* "ivshmem/_core.pyx":648
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14440,7 +14440,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":633
+      /* "ivshmem/_core.pyx":649
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return None             # <<<<<<<<<<<<<<
@@ -14457,7 +14457,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":632
+      /* "ivshmem/_core.pyx":648
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14466,7 +14466,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":630
+    /* "ivshmem/_core.pyx":646
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14475,7 +14475,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":634
+  /* "ivshmem/_core.pyx":650
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return None
  *         while True:             # <<<<<<<<<<<<<<
@@ -14484,7 +14484,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":635
+    /* "ivshmem/_core.pyx":651
  *                 return None
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14510,7 +14510,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":641
+      /* "ivshmem/_core.pyx":657
  *                     deadline,
  *                     probe_of(self, vector, plainly),
  *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
@@ -14520,18 +14520,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
 
-      /* "ivshmem/_core.pyx":636
+      /* "ivshmem/_core.pyx":652
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 636, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 652, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":635
+      /* "ivshmem/_core.pyx":651
  *                 return None
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14540,7 +14540,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":644
+    /* "ivshmem/_core.pyx":660
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14552,7 +14552,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":645
+      /* "ivshmem/_core.pyx":661
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14565,7 +14565,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":647
+            /* "ivshmem/_core.pyx":663
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -14588,7 +14588,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
           }
 
-          /* "ivshmem/_core.pyx":645
+          /* "ivshmem/_core.pyx":661
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14605,7 +14605,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":648
+      /* "ivshmem/_core.pyx":664
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14617,7 +14617,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":649
+        /* "ivshmem/_core.pyx":665
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -14634,7 +14634,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":648
+        /* "ivshmem/_core.pyx":664
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14643,7 +14643,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":644
+      /* "ivshmem/_core.pyx":660
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14652,7 +14652,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":650
+    /* "ivshmem/_core.pyx":666
  *                 if n == 0:
  *                     return None
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14678,14 +14678,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":651
+      /* "ivshmem/_core.pyx":667
  *                     return None
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 651, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -14698,7 +14698,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":650
+      /* "ivshmem/_core.pyx":666
  *                 if n == 0:
  *                     return None
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14707,12 +14707,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":652
+    /* "ivshmem/_core.pyx":668
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
  *             n = 0
- *             # What a signal handler did may have been to start a thread.
+ *             # A signal handler may have started a thread.
 */
     __pyx_t_5 = (__pyx_v_n < 0);
 
@@ -14724,22 +14724,22 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 652, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":653
+    /* "ivshmem/_core.pyx":669
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
- *             # What a signal handler did may have been to start a thread.
+ *             # A signal handler may have started a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":655
+    /* "ivshmem/_core.pyx":671
  *             n = 0
- *             # What a signal handler did may have been to start a thread.
+ *             # A signal handler may have started a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
@@ -14763,7 +14763,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":621
+  /* "ivshmem/_core.pyx":637
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14788,7 +14788,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":657
+/* "ivshmem/_core.pyx":673
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14813,7 +14813,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":659
+  /* "ivshmem/_core.pyx":675
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14825,17 +14825,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":660
+    /* "ivshmem/_core.pyx":676
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 676, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":659
+    /* "ivshmem/_core.pyx":675
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14844,7 +14844,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":661
+  /* "ivshmem/_core.pyx":677
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14859,7 +14859,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":662
+    /* "ivshmem/_core.pyx":678
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14875,7 +14875,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":663
+        /* "ivshmem/_core.pyx":679
  *         if length_of(self.own) == 0:
  *             try:
  *                 self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -14889,12 +14889,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 663, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":662
+        /* "ivshmem/_core.pyx":678
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14910,7 +14910,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":664
+      /* "ivshmem/_core.pyx":680
  *             try:
  *                 self._check_can_wait()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -14920,12 +14920,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 664, __pyx_L7_except_error)
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 680, __pyx_L7_except_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":665
+        /* "ivshmem/_core.pyx":681
  *                 self._check_can_wait()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -14934,7 +14934,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":666
+        /* "ivshmem/_core.pyx":682
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
@@ -14946,11 +14946,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
         __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 666, __pyx_L7_except_error)
+        __PYX_ERR(0, 682, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":662
+      /* "ivshmem/_core.pyx":678
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14966,7 +14966,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":661
+    /* "ivshmem/_core.pyx":677
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14975,7 +14975,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":667
+  /* "ivshmem/_core.pyx":683
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -14988,7 +14988,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":657
+  /* "ivshmem/_core.pyx":673
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -15009,7 +15009,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":669
+/* "ivshmem/_core.pyx":685
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15038,7 +15038,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":686
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15058,7 +15058,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":671
+    /* "ivshmem/_core.pyx":687
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"             # <<<<<<<<<<<<<<
@@ -15076,10 +15076,10 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     } else {
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4)), 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 671, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4)), 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 687, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_vectors_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_vectors_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 687, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_2 = __pyx_t_4;
@@ -15089,7 +15089,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     __pyx_v_there = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":672
+    /* "ivshmem/_core.pyx":688
  *         if not 0 <= vector < length_of(self.own):
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {there}")             # <<<<<<<<<<<<<<
@@ -15097,11 +15097,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 672, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 672, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_there); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 672, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_there); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_8[1] = __pyx_t_6;
@@ -15116,7 +15116,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 672, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -15138,14 +15138,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 672, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 672, __pyx_L1_error)
+    __PYX_ERR(0, 688, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":670
+    /* "ivshmem/_core.pyx":686
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15154,7 +15154,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":673
+  /* "ivshmem/_core.pyx":689
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {there}")
  *         return 0             # <<<<<<<<<<<<<<
@@ -15167,7 +15167,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":669
+  /* "ivshmem/_core.pyx":685
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15192,7 +15192,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":675
+/* "ivshmem/_core.pyx":691
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15218,7 +15218,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":676
+  /* "ivshmem/_core.pyx":692
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15230,7 +15230,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":677
+    /* "ivshmem/_core.pyx":693
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15238,7 +15238,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             code == NEWS
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 677, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 693, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15257,14 +15257,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 677, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 677, __pyx_L1_error)
+    __PYX_ERR(0, 693, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":676
+    /* "ivshmem/_core.pyx":692
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15273,7 +15273,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":679
+  /* "ivshmem/_core.pyx":695
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (
  *             code == NEWS             # <<<<<<<<<<<<<<
@@ -15291,7 +15291,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/_core.pyx":680
+  /* "ivshmem/_core.pyx":696
  *         if (
  *             code == NEWS
  *             or code == -EIO and self.uio             # <<<<<<<<<<<<<<
@@ -15314,7 +15314,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L7_next_or:;
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":697
  *             code == NEWS
  *             or code == -EIO and self.uio
  *             or code == -EINTR and self.urgent and is_readable(self.watched)             # <<<<<<<<<<<<<<
@@ -15344,7 +15344,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":694
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15354,7 +15354,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":683
+    /* "ivshmem/_core.pyx":699
  *             or code == -EINTR and self.urgent and is_readable(self.watched)
  *         ):
  *             self._read_news()             # <<<<<<<<<<<<<<
@@ -15368,12 +15368,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 683, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":678
+    /* "ivshmem/_core.pyx":694
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15383,7 +15383,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":684
+  /* "ivshmem/_core.pyx":700
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15395,7 +15395,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":685
+    /* "ivshmem/_core.pyx":701
  *             self._read_news()
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
@@ -15412,7 +15412,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":686
+    /* "ivshmem/_core.pyx":702
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
@@ -15420,11 +15420,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 686, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 686, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 686, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15434,14 +15434,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 686, __pyx_L1_error)
+    __PYX_ERR(0, 702, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":684
+    /* "ivshmem/_core.pyx":700
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15450,7 +15450,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":687
+  /* "ivshmem/_core.pyx":703
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15476,17 +15476,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":688
+    /* "ivshmem/_core.pyx":704
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 704, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":687
+    /* "ivshmem/_core.pyx":703
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15496,17 +15496,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":689
+  /* "ivshmem/_core.pyx":705
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 689, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":690
+  /* "ivshmem/_core.pyx":706
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15519,7 +15519,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":675
+  /* "ivshmem/_core.pyx":691
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15543,7 +15543,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":692
+/* "ivshmem/_core.pyx":708
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15562,7 +15562,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":699
+  /* "ivshmem/_core.pyx":715
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15571,7 +15571,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":700
+    /* "ivshmem/_core.pyx":716
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -15580,7 +15580,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":701
+    /* "ivshmem/_core.pyx":717
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15592,7 +15592,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":702
+      /* "ivshmem/_core.pyx":718
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
@@ -15605,7 +15605,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":701
+      /* "ivshmem/_core.pyx":717
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15614,7 +15614,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":699
+    /* "ivshmem/_core.pyx":715
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15623,7 +15623,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":719
  *             if n:
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -15632,7 +15632,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":704
+  /* "ivshmem/_core.pyx":720
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -15641,7 +15641,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":721
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -15652,7 +15652,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":706
+  /* "ivshmem/_core.pyx":722
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -15663,7 +15663,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":723
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -15680,7 +15680,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":724
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15692,7 +15692,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":709
+    /* "ivshmem/_core.pyx":725
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -15705,7 +15705,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":724
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15714,7 +15714,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":710
+  /* "ivshmem/_core.pyx":726
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15726,7 +15726,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":711
+    /* "ivshmem/_core.pyx":727
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -15739,7 +15739,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":710
+    /* "ivshmem/_core.pyx":726
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15748,7 +15748,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":728
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15760,7 +15760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":713
+    /* "ivshmem/_core.pyx":729
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15773,7 +15773,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":712
+    /* "ivshmem/_core.pyx":728
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15782,7 +15782,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":714
+  /* "ivshmem/_core.pyx":730
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -15791,7 +15791,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":731
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15803,7 +15803,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":716
+    /* "ivshmem/_core.pyx":732
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -15816,7 +15816,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":715
+    /* "ivshmem/_core.pyx":731
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15825,12 +15825,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":717
+  /* "ivshmem/_core.pyx":733
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
  *             return NEWS
- *         # Another thread, or a hostile peer, took it, perhaps again and again.
+ *         # Another thread, or a hostile peer, took the count, perhaps again and again.
 */
   if (__pyx_v_self->urgent) {
   } else {
@@ -15847,11 +15847,11 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":718
+    /* "ivshmem/_core.pyx":734
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
- *         # Another thread, or a hostile peer, took it, perhaps again and again.
+ *         # Another thread, or a hostile peer, took the count, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
 */
     {
@@ -15860,18 +15860,18 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":733
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
  *             return NEWS
- *         # Another thread, or a hostile peer, took it, perhaps again and again.
+ *         # Another thread, or a hostile peer, took the count, perhaps again and again.
 */
   }
 
-  /* "ivshmem/_core.pyx":720
+  /* "ivshmem/_core.pyx":736
  *             return NEWS
- *         # Another thread, or a hostile peer, took it, perhaps again and again.
+ *         # Another thread, or a hostile peer, took the count, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
@@ -15905,7 +15905,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":708
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15921,7 +15921,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":722
+/* "ivshmem/_core.pyx":738
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -15970,17 +15970,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":724
+  /* "ivshmem/_core.pyx":740
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 724, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 740, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":725
+  /* "ivshmem/_core.pyx":741
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -15989,19 +15989,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":727
+  /* "ivshmem/_core.pyx":743
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 743, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":732
+  /* "ivshmem/_core.pyx":748
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -16013,9 +16013,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 732, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 748, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 732, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 748, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -16023,7 +16023,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 732, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 748, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -16033,7 +16033,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 732, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 748, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -16044,13 +16044,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 732, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 748, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 732, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 748, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -16060,54 +16060,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":733
+    /* "ivshmem/_core.pyx":749
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 733, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 749, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":734
+    /* "ivshmem/_core.pyx":750
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 734, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 750, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":735
+    /* "ivshmem/_core.pyx":751
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 735, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 751, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 735, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 751, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":736
+      /* "ivshmem/_core.pyx":752
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 736, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 752, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 736, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 752, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":735
+      /* "ivshmem/_core.pyx":751
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -16116,7 +16116,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":732
+    /* "ivshmem/_core.pyx":748
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -16126,7 +16126,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":737
+  /* "ivshmem/_core.pyx":753
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16135,7 +16135,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 737, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 753, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -16145,7 +16145,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":738
+    /* "ivshmem/_core.pyx":754
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -16158,14 +16158,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 738, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 754, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 738, __pyx_L1_error)
+    __PYX_ERR(0, 754, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":753
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16174,18 +16174,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":739
+  /* "ivshmem/_core.pyx":755
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 739, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 755, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":740
+  /* "ivshmem/_core.pyx":756
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -16194,7 +16194,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":741
+  /* "ivshmem/_core.pyx":757
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16206,16 +16206,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":742
+    /* "ivshmem/_core.pyx":758
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 742, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 758, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":741
+    /* "ivshmem/_core.pyx":757
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16224,7 +16224,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":743
+  /* "ivshmem/_core.pyx":759
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -16233,20 +16233,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":744
+    /* "ivshmem/_core.pyx":760
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 744, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 760, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":745
+      /* "ivshmem/_core.pyx":761
  *         try:
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
@@ -16255,9 +16255,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 745, __pyx_L10_error)
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 761, __pyx_L10_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 745, __pyx_L10_error)
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 761, __pyx_L10_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16266,7 +16266,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-    /* "ivshmem/_core.pyx":746
+    /* "ivshmem/_core.pyx":762
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16275,7 +16275,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":747
+    /* "ivshmem/_core.pyx":763
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -16291,7 +16291,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":748
+    /* "ivshmem/_core.pyx":764
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -16305,7 +16305,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":749
+      /* "ivshmem/_core.pyx":765
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16316,7 +16316,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":750
+    /* "ivshmem/_core.pyx":766
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16325,7 +16325,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":751
+    /* "ivshmem/_core.pyx":767
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -16334,7 +16334,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":752
+    /* "ivshmem/_core.pyx":768
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -16343,7 +16343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":753
+      /* "ivshmem/_core.pyx":769
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16369,17 +16369,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":754
+        /* "ivshmem/_core.pyx":770
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 754, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 770, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":753
+        /* "ivshmem/_core.pyx":769
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16388,7 +16388,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":755
+      /* "ivshmem/_core.pyx":771
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16400,7 +16400,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":756
+        /* "ivshmem/_core.pyx":772
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16413,7 +16413,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":757
+              /* "ivshmem/_core.pyx":773
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -16422,7 +16422,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":758
+              /* "ivshmem/_core.pyx":774
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -16442,7 +16442,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":756
+            /* "ivshmem/_core.pyx":772
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16459,7 +16459,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":759
+        /* "ivshmem/_core.pyx":775
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16471,17 +16471,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":760
+          /* "ivshmem/_core.pyx":776
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 760, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 776, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":761
+          /* "ivshmem/_core.pyx":777
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -16498,7 +16498,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":759
+          /* "ivshmem/_core.pyx":775
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16507,7 +16507,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":755
+        /* "ivshmem/_core.pyx":771
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16516,7 +16516,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":762
+      /* "ivshmem/_core.pyx":778
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16528,20 +16528,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":763
+        /* "ivshmem/_core.pyx":779
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 763, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 779, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":764
+          /* "ivshmem/_core.pyx":780
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16553,21 +16553,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":765
+            /* "ivshmem/_core.pyx":781
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 765, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 781, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 765, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":766
+            /* "ivshmem/_core.pyx":782
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16593,7 +16593,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":767
+              /* "ivshmem/_core.pyx":783
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -16601,11 +16601,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 767, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 783, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 767, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 783, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 767, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 783, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -16626,7 +16626,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 767, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 783, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -16640,7 +16640,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":766
+              /* "ivshmem/_core.pyx":782
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16649,7 +16649,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":768
+            /* "ivshmem/_core.pyx":784
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16661,7 +16661,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":769
+              /* "ivshmem/_core.pyx":785
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -16670,7 +16670,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":768
+              /* "ivshmem/_core.pyx":784
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16679,7 +16679,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":764
+            /* "ivshmem/_core.pyx":780
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16690,7 +16690,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":771
+          /* "ivshmem/_core.pyx":787
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -16713,7 +16713,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":762
+        /* "ivshmem/_core.pyx":778
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16722,7 +16722,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":772
+      /* "ivshmem/_core.pyx":788
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16739,11 +16739,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 772, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":773
+      /* "ivshmem/_core.pyx":789
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16769,7 +16769,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":774
+        /* "ivshmem/_core.pyx":790
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16786,7 +16786,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":773
+        /* "ivshmem/_core.pyx":789
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16795,7 +16795,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":775
+      /* "ivshmem/_core.pyx":791
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -16806,7 +16806,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":777
+  /* "ivshmem/_core.pyx":793
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -16863,7 +16863,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":738
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -16897,7 +16897,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":779
+/* "ivshmem/_core.pyx":795
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16913,7 +16913,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory is not `old` any more, at most `timeout` seconds.\n\nIt looks at the word, spins on it, which costs no system call, and then sleeps until\n`vector` is rung; so who changes the word has to ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also\n        if the region is closed during the call.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who\n        changes `word`, and then loads this one, both with order=\"seq_cst\", has to ring only\n        if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)\n        Each waiter needs one of its own.\n\nReturns:\n    The value; what its writer stored before is seen, too (acquire). None when the time is\n    over. Rings of `vector` that came in that time are taken, or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: `old` is no number that the word can have.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory differs from `old`.\n\nThe call looks at the word, spins on it, which takes no system call, and then sleeps until\n`vector` is rung. So the peer that changes the word must ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, even\n        if the region is closed during the call.\n    old: the value that is not waited for.\n    vector: the one that the peer rings.\n    timeout: seconds to wait at most; None: for ever; 0: look once.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. It saves the peer rings: a\n        peer that changes `word` and then loads `sleeping`, both with order=\"seq_cst\", must\n        ring only if that is not 0. (If this process dies asleep, it stays 1, and the peer\n        rings each time.) Each waiter needs a word of its own.\n\nReturns:\n    The value, which may be 0. What its writer stored before is seen, too (acquire). None if\n    the word did not change in time. Rings of `vector` that came during the call are taken,\n    or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: the word cannot have the value `old`.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49wait_word(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -16949,33 +16949,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 779, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 795, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 779, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 795, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":785
+      /* "ivshmem/_core.pyx":801
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16985,38 +16985,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":788
+      /* "ivshmem/_core.pyx":804
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
  *     ):
- *         """Wait until a word of shared memory is not `old` any more, at most `timeout` seconds.
+ *         """Wait until a word of shared memory differs from `old`.
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 779, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 795, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 795, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 795, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 779, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 795, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":785
+      /* "ivshmem/_core.pyx":801
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -17026,12 +17026,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":788
+      /* "ivshmem/_core.pyx":804
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
  *     ):
- *         """Wait until a word of shared memory is not `old` any more, at most `timeout` seconds.
+ *         """Wait until a word of shared memory differs from `old`.
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)Py_None));
     }
@@ -17044,7 +17044,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 779, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 795, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17055,11 +17055,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 0, "word", 0))) __PYX_ERR(0, 782, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 788, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 0, "word", 0))) __PYX_ERR(0, 798, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 804, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":795
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17117,7 +17117,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":813
+  /* "ivshmem/_core.pyx":833
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -17129,43 +17129,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 813, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 833, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":814
+  /* "ivshmem/_core.pyx":834
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 814, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 834, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":815
+  /* "ivshmem/_core.pyx":835
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 815, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 835, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":817
+  /* "ivshmem/_core.pyx":837
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 817, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 837, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":818
+  /* "ivshmem/_core.pyx":838
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -17174,27 +17174,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":819
+    /* "ivshmem/_core.pyx":839
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 819, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 839, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":820
+    /* "ivshmem/_core.pyx":840
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 820, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 840, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":821
+    /* "ivshmem/_core.pyx":841
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17220,7 +17220,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":822
+      /* "ivshmem/_core.pyx":842
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -17228,9 +17228,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 822, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 842, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 822, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 842, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -17239,14 +17239,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 822, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 842, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 822, __pyx_L4_error)
+      __PYX_ERR(0, 842, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":821
+      /* "ivshmem/_core.pyx":841
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17255,7 +17255,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":823
+    /* "ivshmem/_core.pyx":843
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -17266,7 +17266,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":824
+    /* "ivshmem/_core.pyx":844
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -17275,17 +17275,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":825
+    /* "ivshmem/_core.pyx":845
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 825, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 845, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":826
+    /* "ivshmem/_core.pyx":846
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -17294,7 +17294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":827
+      /* "ivshmem/_core.pyx":847
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17305,14 +17305,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":828
+        /* "ivshmem/_core.pyx":848
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 828, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 848, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17325,7 +17325,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":827
+        /* "ivshmem/_core.pyx":847
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17334,7 +17334,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":829
+      /* "ivshmem/_core.pyx":849
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -17345,17 +17345,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":830
+      /* "ivshmem/_core.pyx":850
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 830, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 850, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":831
+      /* "ivshmem/_core.pyx":851
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -17364,14 +17364,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":832
+        /* "ivshmem/_core.pyx":852
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 832, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 852, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17385,7 +17385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":834
+      /* "ivshmem/_core.pyx":854
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -17437,7 +17437,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":836
+    /* "ivshmem/_core.pyx":856
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -17489,7 +17489,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":838
+  /* "ivshmem/_core.pyx":858
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17540,7 +17540,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":795
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17566,7 +17566,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":840
+/* "ivshmem/_core.pyx":860
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17591,7 +17591,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":846
+  /* "ivshmem/_core.pyx":866
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -17600,7 +17600,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":847
+  /* "ivshmem/_core.pyx":867
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -17609,7 +17609,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":848
+    /* "ivshmem/_core.pyx":868
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -17618,7 +17618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":849
+    /* "ivshmem/_core.pyx":869
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17644,17 +17644,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":850
+      /* "ivshmem/_core.pyx":870
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 850, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 870, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":869
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17663,7 +17663,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":851
+    /* "ivshmem/_core.pyx":871
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17675,7 +17675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":852
+      /* "ivshmem/_core.pyx":872
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -17684,7 +17684,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":853
+      /* "ivshmem/_core.pyx":873
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -17705,7 +17705,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":854
+      /* "ivshmem/_core.pyx":874
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17718,7 +17718,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":855
+            /* "ivshmem/_core.pyx":875
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17728,7 +17728,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":854
+          /* "ivshmem/_core.pyx":874
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17745,7 +17745,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":856
+      /* "ivshmem/_core.pyx":876
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17757,7 +17757,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":857
+        /* "ivshmem/_core.pyx":877
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17774,7 +17774,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":856
+        /* "ivshmem/_core.pyx":876
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17783,7 +17783,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":851
+      /* "ivshmem/_core.pyx":871
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17793,7 +17793,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":858
+    /* "ivshmem/_core.pyx":878
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17805,14 +17805,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":859
+      /* "ivshmem/_core.pyx":879
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
- *             # Rung for nothing, perhaps again and again.
+ *             # Rung without a change, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 859, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 879, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -17825,7 +17825,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":858
+      /* "ivshmem/_core.pyx":878
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17835,11 +17835,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":860
+    /* "ivshmem/_core.pyx":880
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
- *             # Rung for nothing, perhaps again and again.
+ *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
 */
     __pyx_t_1 = (__pyx_v_n < 0);
@@ -17861,13 +17861,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 860, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 880, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":862
+    /* "ivshmem/_core.pyx":882
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
- *             # Rung for nothing, perhaps again and again.
+ *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
  *                 return None
  * 
@@ -17901,8 +17901,8 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":863
- *             # Rung for nothing, perhaps again and again.
+      /* "ivshmem/_core.pyx":883
+ *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
  * 
@@ -17918,9 +17918,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":862
+      /* "ivshmem/_core.pyx":882
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
- *             # Rung for nothing, perhaps again and again.
+ *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
  *                 return None
  * 
@@ -17928,7 +17928,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":860
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17952,7 +17952,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":865
+/* "ivshmem/_core.pyx":885
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17966,17 +17966,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":869
+  /* "ivshmem/_core.pyx":889
  *     ) noexcept nogil:
- *         """sleep_for, unless the word changes first, which is as good as a ring."""
+ *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":870
- *         """sleep_for, unless the word changes first, which is as good as a ring."""
+  /* "ivshmem/_core.pyx":890
+ *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -17987,7 +17987,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":871
+    /* "ivshmem/_core.pyx":891
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -17996,8 +17996,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":870
- *         """sleep_for, unless the word changes first, which is as good as a ring."""
+    /* "ivshmem/_core.pyx":890
+ *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -18005,7 +18005,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":872
+  /* "ivshmem/_core.pyx":892
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18017,7 +18017,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":873
+    /* "ivshmem/_core.pyx":893
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -18026,7 +18026,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":874
+    /* "ivshmem/_core.pyx":894
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18052,7 +18052,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":875
+      /* "ivshmem/_core.pyx":895
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
@@ -18061,7 +18061,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":874
+      /* "ivshmem/_core.pyx":894
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18070,7 +18070,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":872
+    /* "ivshmem/_core.pyx":892
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18079,7 +18079,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":876
+  /* "ivshmem/_core.pyx":896
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -18091,7 +18091,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":877
+    /* "ivshmem/_core.pyx":897
  *                 n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -18100,7 +18100,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":876
+    /* "ivshmem/_core.pyx":896
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -18109,7 +18109,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":878
+  /* "ivshmem/_core.pyx":898
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
@@ -18122,7 +18122,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":865
+  /* "ivshmem/_core.pyx":885
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -18136,11 +18136,11 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":880
+/* "ivshmem/_core.pyx":900
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
 */
 
@@ -18152,7 +18152,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event, "Like wait(), but returns True as soon as `_read_news()` was called.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event, "Wait like wait(), but return True as soon as `_read_news()` was called.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -18184,24 +18184,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 880, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 900, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 880, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 900, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 880, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 900, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 880, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 900, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -18212,7 +18212,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 880, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 900, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18251,18 +18251,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":882
+  /* "ivshmem/_core.pyx":902
  *     def _wait_event(self, timeout=None):
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 882, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":883
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+  /* "ivshmem/_core.pyx":903
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
  *             return self.wait_any(timeout, 0, True)
@@ -18270,14 +18270,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":884
+    /* "ivshmem/_core.pyx":904
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 884, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 904, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -18291,7 +18291,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":886
+  /* "ivshmem/_core.pyx":906
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -18339,11 +18339,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":900
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
 */
 
@@ -18358,7 +18358,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":888
+/* "ivshmem/_core.pyx":908
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18391,17 +18391,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":889
+  /* "ivshmem/_core.pyx":909
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 889, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 909, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":892
+  /* "ivshmem/_core.pyx":912
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -18410,21 +18410,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":895
+  /* "ivshmem/_core.pyx":915
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 895, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 915, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":896
+  /* "ivshmem/_core.pyx":916
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -18433,7 +18433,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":897
+  /* "ivshmem/_core.pyx":917
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18442,7 +18442,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":898
+    /* "ivshmem/_core.pyx":918
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -18451,7 +18451,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":899
+    /* "ivshmem/_core.pyx":919
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18463,17 +18463,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":900
+      /* "ivshmem/_core.pyx":920
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 900, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 920, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":899
+      /* "ivshmem/_core.pyx":919
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18482,7 +18482,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":901
+    /* "ivshmem/_core.pyx":921
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18494,17 +18494,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":902
+      /* "ivshmem/_core.pyx":922
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 902, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 922, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":901
+      /* "ivshmem/_core.pyx":921
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18513,7 +18513,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":903
+    /* "ivshmem/_core.pyx":923
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18525,7 +18525,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":904
+      /* "ivshmem/_core.pyx":924
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -18533,7 +18533,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 904, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 924, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -18552,14 +18552,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 904, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 924, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 904, __pyx_L1_error)
+      __PYX_ERR(0, 924, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":903
+      /* "ivshmem/_core.pyx":923
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18568,7 +18568,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":905
+    /* "ivshmem/_core.pyx":925
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18580,7 +18580,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":906
+      /* "ivshmem/_core.pyx":926
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -18597,7 +18597,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":905
+      /* "ivshmem/_core.pyx":925
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18606,7 +18606,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":907
+    /* "ivshmem/_core.pyx":927
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18618,7 +18618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":908
+      /* "ivshmem/_core.pyx":928
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -18629,7 +18629,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":909
+      /* "ivshmem/_core.pyx":929
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18641,7 +18641,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":910
+        /* "ivshmem/_core.pyx":930
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()             # <<<<<<<<<<<<<<
@@ -18655,12 +18655,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 910, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 930, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":911
+        /* "ivshmem/_core.pyx":931
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18669,7 +18669,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":912
+          /* "ivshmem/_core.pyx":932
  *                     self._read_news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -18687,7 +18687,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":911
+          /* "ivshmem/_core.pyx":931
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18696,7 +18696,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":909
+        /* "ivshmem/_core.pyx":929
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18706,7 +18706,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":913
+      /* "ivshmem/_core.pyx":933
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18718,7 +18718,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":914
+        /* "ivshmem/_core.pyx":934
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -18727,7 +18727,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":915
+        /* "ivshmem/_core.pyx":935
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18753,7 +18753,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":916
+          /* "ivshmem/_core.pyx":936
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -18761,11 +18761,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 916, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 936, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 916, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 936, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 916, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 936, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -18786,7 +18786,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 916, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 936, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -18800,7 +18800,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":915
+          /* "ivshmem/_core.pyx":935
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18809,7 +18809,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":917
+        /* "ivshmem/_core.pyx":937
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18821,7 +18821,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":918
+          /* "ivshmem/_core.pyx":938
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -18838,11 +18838,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 918, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 938, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":917
+          /* "ivshmem/_core.pyx":937
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18851,7 +18851,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":913
+        /* "ivshmem/_core.pyx":933
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18861,7 +18861,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":907
+      /* "ivshmem/_core.pyx":927
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18871,50 +18871,50 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":919
+    /* "ivshmem/_core.pyx":939
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
  *                 self.attend(n)
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
 */
     __pyx_t_4 = (__pyx_v_n < -1L);
 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":920
+      /* "ivshmem/_core.pyx":940
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 920, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 940, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":919
+      /* "ivshmem/_core.pyx":939
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
  *                 self.attend(n)
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
 */
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":922
+    /* "ivshmem/_core.pyx":942
  *                 self.attend(n)
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 922, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 942, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":923
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+    /* "ivshmem/_core.pyx":943
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 deadline = 0
@@ -18949,7 +18949,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":924
+      /* "ivshmem/_core.pyx":944
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -18958,8 +18958,8 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":923
- *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+      /* "ivshmem/_core.pyx":943
+ *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 deadline = 0
@@ -18968,7 +18968,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":945
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18980,7 +18980,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":946
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -18989,7 +18989,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":927
+      /* "ivshmem/_core.pyx":947
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -19001,7 +19001,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":928
+        /* "ivshmem/_core.pyx":948
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -19018,7 +19018,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":927
+        /* "ivshmem/_core.pyx":947
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -19027,7 +19027,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":925
+      /* "ivshmem/_core.pyx":945
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -19038,7 +19038,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":888
+  /* "ivshmem/_core.pyx":908
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -19069,11 +19069,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":930
+/* "ivshmem/_core.pyx":950
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
+ *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
 */
 
@@ -19082,17 +19082,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":932
+  /* "ivshmem/_core.pyx":952
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
- *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
+ *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":933
- *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
+  /* "ivshmem/_core.pyx":953
+ *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
  *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
  * 
@@ -19110,11 +19110,11 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":930
+  /* "ivshmem/_core.pyx":950
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
+ *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
 */
 
@@ -19124,7 +19124,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":935
+/* "ivshmem/_core.pyx":955
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19141,7 +19141,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":937
+  /* "ivshmem/_core.pyx":957
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -19150,7 +19150,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":938
+  /* "ivshmem/_core.pyx":958
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19162,7 +19162,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":939
+    /* "ivshmem/_core.pyx":959
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -19183,7 +19183,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":938
+    /* "ivshmem/_core.pyx":958
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19192,7 +19192,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":940
+  /* "ivshmem/_core.pyx":960
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19204,7 +19204,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":941
+    /* "ivshmem/_core.pyx":961
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -19217,7 +19217,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":940
+    /* "ivshmem/_core.pyx":960
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19226,7 +19226,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":943
+  /* "ivshmem/_core.pyx":963
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -19242,7 +19242,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":964
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -19251,7 +19251,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":945
+  /* "ivshmem/_core.pyx":965
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -19260,7 +19260,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":946
+  /* "ivshmem/_core.pyx":966
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19273,7 +19273,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":935
+  /* "ivshmem/_core.pyx":955
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19289,11 +19289,11 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":950
+/* "ivshmem/_core.pyx":970
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What wait_one does, as far as that goes without the GIL."""
+ *         """Do what wait_one does, as far as that is possible without the GIL."""
  *         cdef int64_t n = 0
 */
 
@@ -19305,16 +19305,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":952
+  /* "ivshmem/_core.pyx":972
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
- *         """What wait_one does, as far as that goes without the GIL."""
+ *         """Do what wait_one does, as far as that is possible without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":954
+  /* "ivshmem/_core.pyx":974
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19326,7 +19326,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":955
+    /* "ivshmem/_core.pyx":975
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19339,7 +19339,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":954
+    /* "ivshmem/_core.pyx":974
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19348,7 +19348,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":956
+  /* "ivshmem/_core.pyx":976
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19362,7 +19362,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":957
+    /* "ivshmem/_core.pyx":977
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19374,7 +19374,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":958
+      /* "ivshmem/_core.pyx":978
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19391,7 +19391,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":957
+      /* "ivshmem/_core.pyx":977
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19400,7 +19400,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":959
+    /* "ivshmem/_core.pyx":979
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19425,7 +19425,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":960
+    /* "ivshmem/_core.pyx":980
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19451,7 +19451,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":961
+      /* "ivshmem/_core.pyx":981
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19460,7 +19460,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":960
+      /* "ivshmem/_core.pyx":980
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19469,7 +19469,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":962
+    /* "ivshmem/_core.pyx":982
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19495,7 +19495,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":963
+      /* "ivshmem/_core.pyx":983
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19504,7 +19504,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":964
+      /* "ivshmem/_core.pyx":984
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19513,7 +19513,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":972
+      /* "ivshmem/_core.pyx":992
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19522,7 +19522,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":962
+      /* "ivshmem/_core.pyx":982
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19531,7 +19531,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":973
+    /* "ivshmem/_core.pyx":993
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19543,7 +19543,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":974
+      /* "ivshmem/_core.pyx":994
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19565,7 +19565,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":973
+      /* "ivshmem/_core.pyx":993
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19574,7 +19574,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":975
+    /* "ivshmem/_core.pyx":995
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19600,7 +19600,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":976
+      /* "ivshmem/_core.pyx":996
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19609,7 +19609,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":975
+      /* "ivshmem/_core.pyx":995
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19618,7 +19618,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":956
+    /* "ivshmem/_core.pyx":976
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19628,7 +19628,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":978
+  /* "ivshmem/_core.pyx":998
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19640,7 +19640,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":979
+  /* "ivshmem/_core.pyx":999
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19649,7 +19649,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":980
+  /* "ivshmem/_core.pyx":1000
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19662,11 +19662,11 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":950
+  /* "ivshmem/_core.pyx":970
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What wait_one does, as far as that goes without the GIL."""
+ *         """Do what wait_one does, as far as that is possible without the GIL."""
  *         cdef int64_t n = 0
 */
 
@@ -19677,7 +19677,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":982
+/* "ivshmem/_core.pyx":1002
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19702,7 +19702,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":992
+  /* "ivshmem/_core.pyx":1012
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19711,7 +19711,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":995
+  /* "ivshmem/_core.pyx":1015
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19720,17 +19720,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":996
+  /* "ivshmem/_core.pyx":1016
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 996, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1016, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":997
+  /* "ivshmem/_core.pyx":1017
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19745,7 +19745,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":998
+    /* "ivshmem/_core.pyx":1018
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -19759,12 +19759,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 998, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1018, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":997
+    /* "ivshmem/_core.pyx":1017
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19773,17 +19773,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":999
+  /* "ivshmem/_core.pyx":1019
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 999, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1019, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1000
+  /* "ivshmem/_core.pyx":1020
  *             self._check_can_wait()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19792,7 +19792,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":1001
+  /* "ivshmem/_core.pyx":1021
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19819,7 +19819,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":1002
+    /* "ivshmem/_core.pyx":1022
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19828,7 +19828,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":1003
+    /* "ivshmem/_core.pyx":1023
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19841,7 +19841,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1004
+          /* "ivshmem/_core.pyx":1024
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19854,7 +19854,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":1005
+            /* "ivshmem/_core.pyx":1025
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19863,7 +19863,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":1006
+            /* "ivshmem/_core.pyx":1026
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19875,7 +19875,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1007
+              /* "ivshmem/_core.pyx":1027
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19884,7 +19884,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":1006
+              /* "ivshmem/_core.pyx":1026
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19893,7 +19893,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1008
+            /* "ivshmem/_core.pyx":1028
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19902,7 +19902,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":1009
+            /* "ivshmem/_core.pyx":1029
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19911,7 +19911,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":1010
+            /* "ivshmem/_core.pyx":1030
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19923,7 +19923,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1011
+              /* "ivshmem/_core.pyx":1031
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19932,7 +19932,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_6native_11descriptors_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":1010
+              /* "ivshmem/_core.pyx":1030
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19941,7 +19941,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1012
+            /* "ivshmem/_core.pyx":1032
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19950,7 +19950,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":1013
+            /* "ivshmem/_core.pyx":1033
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19962,7 +19962,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1014
+              /* "ivshmem/_core.pyx":1034
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19971,7 +19971,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":1013
+              /* "ivshmem/_core.pyx":1033
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19983,7 +19983,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":1003
+        /* "ivshmem/_core.pyx":1023
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -20000,7 +20000,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":1015
+    /* "ivshmem/_core.pyx":1035
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -20012,7 +20012,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1016
+      /* "ivshmem/_core.pyx":1036
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -20021,7 +20021,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":1015
+      /* "ivshmem/_core.pyx":1035
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -20030,7 +20030,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":1017
+    /* "ivshmem/_core.pyx":1037
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -20042,17 +20042,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1018
+      /* "ivshmem/_core.pyx":1038
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1018, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1038, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":1017
+      /* "ivshmem/_core.pyx":1037
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -20063,7 +20063,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":1019
+  /* "ivshmem/_core.pyx":1039
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -20076,7 +20076,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":982
+  /* "ivshmem/_core.pyx":1002
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -20099,7 +20099,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1021
+/* "ivshmem/_core.pyx":1041
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20115,7 +20115,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile\n        peer did to its eventfd. Each answer then costs about half a microsecond more.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread during the call.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: the peer to ring; an interrupt does not tell which peer sent it.\n            vector: this endpoint\047s vector to wait for.\n            answer: the peer\047s vector to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which it returns; None: never.\n            spin: as of `wait`.\n\n        With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile\n        peer did to its eventfd. Each answer then takes about half a microsecond longer.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when another thread has taken in\n                that the peer left. This call itself does not read what the server sends.\n            ClosedError: the endpoint is closed, or another thread closed it during the call.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_53echo = {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52echo};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53echo(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -20152,38 +20152,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1021, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1041, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1021, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1041, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1021, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1041, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1021, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1041, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1021, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1041, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1021, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1041, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1021, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1041, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -20194,7 +20194,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1021, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1041, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -20205,7 +20205,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1021, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1041, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20263,8 +20263,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("echo", 0);
   __Pyx_INCREF(__pyx_v_answer);
 
-  /* "ivshmem/_core.pyx":1043
- *             ClosedError: the endpoint is closed, or was closed by another thread during the call.
+  /* "ivshmem/_core.pyx":1063
+ *             ClosedError: the endpoint is closed, or another thread closed it during the call.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
@@ -20272,7 +20272,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1044
+  /* "ivshmem/_core.pyx":1064
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20284,13 +20284,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1044, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1064, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1045
+  /* "ivshmem/_core.pyx":1065
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -20299,7 +20299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1046
+  /* "ivshmem/_core.pyx":1066
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -20308,7 +20308,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1047
+  /* "ivshmem/_core.pyx":1067
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Signaller own = None             # <<<<<<<<<<<<<<
@@ -20318,7 +20318,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_INCREF(Py_None);
   __pyx_v_own = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None);
 
-  /* "ivshmem/_core.pyx":1050
+  /* "ivshmem/_core.pyx":1070
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20329,19 +20329,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1051
+    /* "ivshmem/_core.pyx":1071
  *         cdef Doorbell bell
  *         if answer is None:
  *             answer = vector             # <<<<<<<<<<<<<<
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1051, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1071, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_answer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1050
+    /* "ivshmem/_core.pyx":1070
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20350,7 +20350,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1052
+  /* "ivshmem/_core.pyx":1072
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20361,23 +20361,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1053
+    /* "ivshmem/_core.pyx":1073
  *             answer = vector
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)             # <<<<<<<<<<<<<<
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
 */
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1053, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1073, __pyx_L1_error)
     __pyx_t_6.__pyx_n = 1;
     __pyx_t_6.vector = __pyx_t_5;
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1053, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1073, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1052
+    /* "ivshmem/_core.pyx":1072
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20387,7 +20387,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":1055
+  /* "ivshmem/_core.pyx":1075
  *             bell = self.doorbell(peer, answer)
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)             # <<<<<<<<<<<<<<
@@ -20402,23 +20402,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_v_peer, __pyx_v_answer};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1055, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1075, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 1055, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 1075, __pyx_L1_error)
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1056
+    /* "ivshmem/_core.pyx":1076
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
  *             if bell.nowait:
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1056, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1076, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_t_3 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
@@ -20435,27 +20435,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1057
+    /* "ivshmem/_core.pyx":1077
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()
 */
     if (__pyx_v_bell->nowait) {
 
-      /* "ivshmem/_core.pyx":1058
+      /* "ivshmem/_core.pyx":1078
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
 */
       /*with:*/ {
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1058, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1078, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
-        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1058, __pyx_L1_error)
+        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1078, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_11);
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __pyx_t_8 = 1;
@@ -20475,13 +20475,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1058, __pyx_L1_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1078, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
-        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1058, __pyx_L1_error)
+        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1078, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __pyx_t_7 = NULL;
-        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1058, __pyx_L6_error)
+        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1078, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_8 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -20500,7 +20500,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1058, __pyx_L6_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1078, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_11);
         }
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20515,9 +20515,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XGOTREF(__pyx_t_15);
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":1059
+              /* "ivshmem/_core.pyx":1079
  *             if bell.nowait:
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()             # <<<<<<<<<<<<<<
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own
@@ -20528,16 +20528,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
                 __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1059, __pyx_L10_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1079, __pyx_L10_error)
                 __Pyx_GOTREF((PyObject *)__pyx_t_4);
               }
               __Pyx_DECREF_SET(__pyx_v_own, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_4));
               __pyx_t_4 = 0;
 
-              /* "ivshmem/_core.pyx":1058
+              /* "ivshmem/_core.pyx":1078
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
 */
@@ -20553,23 +20553,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             /*except:*/ {
               __Pyx_AddTraceback("ivshmem._core.Doorbells.echo", __pyx_clineno, __pyx_lineno, __pyx_filename);
-              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1058, __pyx_L12_except_error)
+              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1078, __pyx_L12_except_error)
               __Pyx_XGOTREF(__pyx_t_4);
               __Pyx_XGOTREF(__pyx_t_11);
               __Pyx_XGOTREF(__pyx_t_10);
               {
                 PyObject* __pyx_temp[3] = {__pyx_t_4, __pyx_t_11, __pyx_t_10};
-                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1058, __pyx_L12_except_error)
+                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
                 __Pyx_GOTREF(__pyx_t_7);
               }
               __pyx_t_16 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_t_7, NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1058, __pyx_L12_except_error)
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_16);
               __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1058, __pyx_L12_except_error)
+              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
               __pyx_t_17 = (!__pyx_t_2);
 
 
@@ -20580,7 +20580,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 __Pyx_XGIVEREF(__pyx_t_10);
                 __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_11, __pyx_t_10);
                 __pyx_t_4 = 0;  __pyx_t_11 = 0;  __pyx_t_10 = 0; 
-                __PYX_ERR(0, 1058, __pyx_L12_except_error)
+                __PYX_ERR(0, 1078, __pyx_L12_except_error)
               }
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20606,7 +20606,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             if (__pyx_t_12) {
               __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_mstate_global->__pyx_tuple[0], NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1058, __pyx_L1_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1078, __pyx_L1_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
             }
@@ -20621,19 +20621,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
         __pyx_L19:;
       }
 
-      /* "ivshmem/_core.pyx":1057
+      /* "ivshmem/_core.pyx":1077
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()
 */
     }
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":1060
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+  /* "ivshmem/_core.pyx":1080
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()
  *         gentle.bell = &bell.bell             # <<<<<<<<<<<<<<
  *         gentle.signaller = <void *>own
@@ -20641,7 +20641,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.bell = (&__pyx_v_bell->bell);
 
-  /* "ivshmem/_core.pyx":1061
+  /* "ivshmem/_core.pyx":1081
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own             # <<<<<<<<<<<<<<
@@ -20650,7 +20650,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.signaller = ((void *)__pyx_v_own);
 
-  /* "ivshmem/_core.pyx":1062
+  /* "ivshmem/_core.pyx":1082
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own
  *         while True:             # <<<<<<<<<<<<<<
@@ -20659,7 +20659,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1065
+    /* "ivshmem/_core.pyx":1085
  *             done += self.serve(
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,             # <<<<<<<<<<<<<<
@@ -20674,7 +20674,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_18 = __pyx_f_7ivshmem_6native_4bell_ring_bell;
     }
 
-    /* "ivshmem/_core.pyx":1066
+    /* "ivshmem/_core.pyx":1086
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
  *                 <void *>&gentle if bell.nowait else <void *>&bell.bell,             # <<<<<<<<<<<<<<
@@ -20689,30 +20689,30 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_19 = ((void *)(&__pyx_v_bell->bell));
     }
 
-    /* "ivshmem/_core.pyx":1069
+    /* "ivshmem/_core.pyx":1089
  *                 limit - done,
  *                 nanoseconds,
  *                 spin_of(spin),             # <<<<<<<<<<<<<<
  *                 &stopped,
  *             )
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1069, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1089, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1063
+    /* "ivshmem/_core.pyx":1083
  *         gentle.signaller = <void *>own
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1063, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1083, __pyx_L1_error)
 
 
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1072
+    /* "ivshmem/_core.pyx":1092
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20724,14 +20724,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     if (__pyx_t_17) {
 
 
-      /* "ivshmem/_core.pyx":1073
+      /* "ivshmem/_core.pyx":1093
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
- *             bell.ring()  # raises what stopped it, unless that was a signal
+ *             bell.ring()  # raises what stopped the loop, unless a signal did
 */
-      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1073, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1093, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       {
         PyObject *__pyx_temp;
@@ -20744,7 +20744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_10 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1072
+      /* "ivshmem/_core.pyx":1092
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20753,20 +20753,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1074
+    /* "ivshmem/_core.pyx":1094
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
- *             bell.ring()  # raises what stopped it, unless that was a signal
+ *             bell.ring()  # raises what stopped the loop, unless a signal did
  * 
 */
-    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1074, __pyx_L1_error)
+    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1094, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1075
+    /* "ivshmem/_core.pyx":1095
  *                 return done
  *             self.attend(-EINTR)
- *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
+ *             bell.ring()  # raises what stopped the loop, unless a signal did             # <<<<<<<<<<<<<<
  * 
  *     # -- the end ----------------------------------------------------------------------------------
 */
@@ -20777,13 +20777,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
       __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1075, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1095, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1021
+  /* "ivshmem/_core.pyx":1041
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20815,20 +20815,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1079
+/* "ivshmem/_core.pyx":1099
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
 */
 
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1081
+  /* "ivshmem/_core.pyx":1101
  *     cdef void leave(self) noexcept nogil:
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             with gil:
  *                 self.release()
@@ -20838,8 +20838,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1082
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+    /* "ivshmem/_core.pyx":1102
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -20849,7 +20849,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1083
+          /* "ivshmem/_core.pyx":1103
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20859,8 +20859,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1082
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+        /* "ivshmem/_core.pyx":1102
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -20875,27 +20875,27 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":1081
+    /* "ivshmem/_core.pyx":1101
  *     cdef void leave(self) noexcept nogil:
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             with gil:
  *                 self.release()
 */
   }
 
-  /* "ivshmem/_core.pyx":1079
+  /* "ivshmem/_core.pyx":1099
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
 */
 
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":1085
+/* "ivshmem/_core.pyx":1105
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20914,7 +20914,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1086
+  /* "ivshmem/_core.pyx":1106
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20925,7 +20925,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1087
+    /* "ivshmem/_core.pyx":1107
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20939,12 +20939,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1087, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1107, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1086
+    /* "ivshmem/_core.pyx":1106
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20953,7 +20953,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1088
+  /* "ivshmem/_core.pyx":1108
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20967,12 +20967,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1088, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1089
+  /* "ivshmem/_core.pyx":1109
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -20986,12 +20986,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1089, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1090
+  /* "ivshmem/_core.pyx":1110
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -21005,12 +21005,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1090, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1091
+  /* "ivshmem/_core.pyx":1111
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -21021,7 +21021,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1092
+    /* "ivshmem/_core.pyx":1112
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -21035,12 +21035,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1092, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1112, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1091
+    /* "ivshmem/_core.pyx":1111
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -21049,7 +21049,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1093
+  /* "ivshmem/_core.pyx":1113
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21060,7 +21060,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1094
+    /* "ivshmem/_core.pyx":1114
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -21074,12 +21074,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1094, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1093
+    /* "ivshmem/_core.pyx":1113
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21088,7 +21088,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1095
+  /* "ivshmem/_core.pyx":1115
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21102,7 +21102,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1096
+        /* "ivshmem/_core.pyx":1116
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -21115,7 +21115,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1095
+      /* "ivshmem/_core.pyx":1115
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21132,7 +21132,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1085
+  /* "ivshmem/_core.pyx":1105
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -21151,12 +21151,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1098
+/* "ivshmem/_core.pyx":1118
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
- *         """Close all doorbells; those in use when their last user is done."""
+ *         """Close all doorbells; one in use is closed when its last user is done."""
 */
 
 /* Python wrapper */
@@ -21167,7 +21167,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells, "Close all doorbells; those in use when their last user is done.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells, "Close all doorbells; one in use is closed when its last user is done.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells = {"_close_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -21228,9 +21228,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1101
+        /* "ivshmem/_core.pyx":1121
  *     def _close_bells(self):
- *         """Close all doorbells; those in use when their last user is done."""
+ *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
@@ -21238,9 +21238,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1101, __pyx_L4_error)
+          __PYX_ERR(0, 1121, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1101, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1121, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -21248,13 +21248,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1101, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1121, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1102
- *         """Close all doorbells; those in use when their last user is done."""
+          /* "ivshmem/_core.pyx":1122
+ *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
  *                 (<FdArray>bells).close()
@@ -21264,7 +21264,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1103
+            /* "ivshmem/_core.pyx":1123
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -21278,13 +21278,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1103, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1123, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1102
- *         """Close all doorbells; those in use when their last user is done."""
+            /* "ivshmem/_core.pyx":1122
+ *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
  *                 (<FdArray>bells).close()
@@ -21294,7 +21294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1104
+        /* "ivshmem/_core.pyx":1124
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -21303,18 +21303,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1104, __pyx_L4_error)
+          __PYX_ERR(0, 1124, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1104, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1124, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1098
+      /* "ivshmem/_core.pyx":1118
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
- *         """Close all doorbells; those in use when their last user is done."""
+ *         """Close all doorbells; one in use is closed when its last user is done."""
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -21347,12 +21347,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1106
+/* "ivshmem/_core.pyx":1126
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         # As one of the users, so that nobody closes what is signalled here.
+ *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+ *         # As one of the users, so that no other thread closes what is signalled here.
 */
 
 /* Python wrapper */
@@ -21363,7 +21363,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_56close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_56close, "Stop ringing and listening; waiting calls raise ClosedError. May be called twice.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_57close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_57close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_56close};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_57close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -21419,9 +21419,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1109
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         # As one of the users, so that nobody closes what is signalled here.
+  /* "ivshmem/_core.pyx":1129
+ *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+ *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         try:
@@ -21431,8 +21431,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1110
- *         # As one of the users, so that nobody closes what is signalled here.
+    /* "ivshmem/_core.pyx":1130
+ *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
  *         try:
@@ -21448,16 +21448,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1109
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         # As one of the users, so that nobody closes what is signalled here.
+    /* "ivshmem/_core.pyx":1129
+ *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+ *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         try:
 */
   }
 
-  /* "ivshmem/_core.pyx":1111
+  /* "ivshmem/_core.pyx":1131
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -21466,7 +21466,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1112
+    /* "ivshmem/_core.pyx":1132
  *             return
  *         try:
  *             self._unwatch_news()             # <<<<<<<<<<<<<<
@@ -21480,12 +21480,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1112, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1132, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1113
+    /* "ivshmem/_core.pyx":1133
  *         try:
  *             self._unwatch_news()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -21494,7 +21494,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1114
+    /* "ivshmem/_core.pyx":1134
  *             self._unwatch_news()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -21508,12 +21508,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1134, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1116
+    /* "ivshmem/_core.pyx":1136
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21525,7 +21525,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1117
+      /* "ivshmem/_core.pyx":1137
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -21539,22 +21539,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1117, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1137, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1118
+      /* "ivshmem/_core.pyx":1138
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1118, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1138, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1116
+      /* "ivshmem/_core.pyx":1136
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21564,7 +21564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1120
+    /* "ivshmem/_core.pyx":1140
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -21577,7 +21577,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1122
+  /* "ivshmem/_core.pyx":1142
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21623,12 +21623,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1106
+  /* "ivshmem/_core.pyx":1126
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         # As one of the users, so that nobody closes what is signalled here.
+ *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+ *         # As one of the users, so that no other thread closes what is signalled here.
 */
 
   /* function exit code */
@@ -21645,11 +21645,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1124
+/* "ivshmem/_core.pyx":1144
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
- *         """End plain reads, by adding to what they read; never waits for a peer.
+ *         """End plain reads, by adding to what they read; never wait for a peer.
  * 
 */
 
@@ -21674,7 +21674,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1130
+  /* "ivshmem/_core.pyx":1151
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21685,7 +21685,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1131
+    /* "ivshmem/_core.pyx":1152
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21702,7 +21702,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1132
+      /* "ivshmem/_core.pyx":1153
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21711,7 +21711,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1132, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1153, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21719,14 +21719,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1132, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1153, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1130
+    /* "ivshmem/_core.pyx":1151
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21736,7 +21736,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1133
+  /* "ivshmem/_core.pyx":1154
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21748,19 +21748,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1134
+    /* "ivshmem/_core.pyx":1155
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1134, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1155, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1135
+    /* "ivshmem/_core.pyx":1156
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21771,7 +21771,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1136
+      /* "ivshmem/_core.pyx":1157
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21784,7 +21784,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1135
+      /* "ivshmem/_core.pyx":1156
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21793,7 +21793,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1137
+    /* "ivshmem/_core.pyx":1158
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21804,14 +21804,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1138
+      /* "ivshmem/_core.pyx":1159
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1138, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21824,11 +21824,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1138, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1159, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1138, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1159, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21839,12 +21839,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1137, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1158, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1133
+    /* "ivshmem/_core.pyx":1154
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21854,7 +21854,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1161
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21867,11 +21867,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1124
+  /* "ivshmem/_core.pyx":1144
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
- *         """End plain reads, by adding to what they read; never waits for a peer.
+ *         """End plain reads, by adding to what they read; never wait for a peer.
  * 
 */
 
@@ -21893,12 +21893,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1144
+/* "ivshmem/_core.pyx":1165
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def _take(self, Py_ssize_t vector):
- *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+ *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
 */
 
 /* Python wrapper */
@@ -21909,7 +21909,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_58_take, "_take($self, vector)\n--\n\nHow often `vector` was rung since the last look; 0: not at all. Never waits.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_58_take, "_take($self, vector)\n--\n\nReturn how often `vector` was rung since the last look; 0: not at all. Never waits.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_59_take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -21940,32 +21940,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1144, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1165, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1165, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1144, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1165, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1144, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1165, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1144, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1165, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1145, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1166, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1144, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1165, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22009,8 +22009,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1148
- *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+  /* "ivshmem/_core.pyx":1169
+ *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             self.check()
@@ -22021,18 +22021,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1149
+    /* "ivshmem/_core.pyx":1170
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1149, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1170, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1148
- *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+    /* "ivshmem/_core.pyx":1169
+ *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             self.check()
@@ -22040,7 +22040,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1150
+  /* "ivshmem/_core.pyx":1171
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -22049,17 +22049,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1151
+    /* "ivshmem/_core.pyx":1172
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1151, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1172, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1152
+    /* "ivshmem/_core.pyx":1173
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -22068,7 +22068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1153
+    /* "ivshmem/_core.pyx":1174
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22094,14 +22094,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1154
+      /* "ivshmem/_core.pyx":1175
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1154, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1175, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -22114,7 +22114,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1153
+      /* "ivshmem/_core.pyx":1174
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22123,7 +22123,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1155
+    /* "ivshmem/_core.pyx":1176
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22135,7 +22135,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1156
+      /* "ivshmem/_core.pyx":1177
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -22152,11 +22152,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1156, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1177, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1155
+      /* "ivshmem/_core.pyx":1176
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22165,7 +22165,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1157
+    /* "ivshmem/_core.pyx":1178
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -22184,7 +22184,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1159
+  /* "ivshmem/_core.pyx":1180
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -22232,12 +22232,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1144
+  /* "ivshmem/_core.pyx":1165
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def _take(self, Py_ssize_t vector):
- *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+ *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
 */
 
   /* function exit code */
@@ -22252,11 +22252,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1161
+/* "ivshmem/_core.pyx":1182
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
- *         """What is readable while there is something to take; borrowed until close().
+ *         """Return a descriptor that is readable while there is something to take; borrowed.
  * 
 */
 
@@ -22268,7 +22268,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor, "What is readable while there is something to take; borrowed until close().\n\n        Args:\n            which: a vector, for `_take`; \"any\", for `_wait_event`; \"queued\", for what the subclass\n                has queued; or \"urgent\", for `_read_news`: -1 if nothing urgent is watched.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor, "Return a descriptor that is readable while there is something to take; borrowed.\n\n        Args:\n            which: a vector, for `_take`; \"any\", for `_wait_event`; \"queued\", for the events that\n                the subclass queued; or \"urgent\", for `_read_news`: -1 if nothing urgent is watched.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor = {"_descriptor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -22300,32 +22300,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1161, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1182, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1161, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1161, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1182, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1161, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1182, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1161, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1182, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1161, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1182, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22360,17 +22360,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1168
- *                 has queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
+  /* "ivshmem/_core.pyx":1189
+ *                 the subclass queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1168, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1189, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1169
+  /* "ivshmem/_core.pyx":1190
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22385,7 +22385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1170
+    /* "ivshmem/_core.pyx":1191
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -22399,12 +22399,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1170, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1191, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1169
+    /* "ivshmem/_core.pyx":1190
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22413,27 +22413,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1171
+  /* "ivshmem/_core.pyx":1192
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1171, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1192, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1172
+    /* "ivshmem/_core.pyx":1193
  *             self._check_can_wait()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1172, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1172, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -22447,7 +22447,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1171
+    /* "ivshmem/_core.pyx":1192
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -22456,25 +22456,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1173
+  /* "ivshmem/_core.pyx":1194
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1173, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1194, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1174
+    /* "ivshmem/_core.pyx":1195
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1174, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -22487,7 +22487,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1173
+    /* "ivshmem/_core.pyx":1194
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -22496,18 +22496,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1175
+  /* "ivshmem/_core.pyx":1196
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1175, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1196, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1176
+    /* "ivshmem/_core.pyx":1197
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -22515,7 +22515,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1176, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -22534,7 +22534,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1175
+    /* "ivshmem/_core.pyx":1196
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -22543,19 +22543,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1177
+  /* "ivshmem/_core.pyx":1198
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1177, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1177, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1198, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1198, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1178
+  /* "ivshmem/_core.pyx":1199
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -22564,8 +22564,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1178, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1178, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1199, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1199, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -22580,11 +22580,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1182
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
- *         """What is readable while there is something to take; borrowed until close().
+ *         """Return a descriptor that is readable while there is something to take; borrowed.
  * 
 */
 
@@ -22600,7 +22600,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1190
+/* "ivshmem/_core.pyx":1211
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22611,7 +22611,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1191
+  /* "ivshmem/_core.pyx":1212
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22624,7 +22624,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1190
+  /* "ivshmem/_core.pyx":1211
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22637,7 +22637,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1194
+/* "ivshmem/_core.pyx":1215
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22648,7 +22648,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1195
+  /* "ivshmem/_core.pyx":1216
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -22657,7 +22657,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1196
+  /* "ivshmem/_core.pyx":1217
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -22670,7 +22670,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1194
+  /* "ivshmem/_core.pyx":1215
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22683,7 +22683,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1199
+/* "ivshmem/_core.pyx":1220
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22699,7 +22699,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1200
+  /* "ivshmem/_core.pyx":1221
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22713,7 +22713,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1201
+    /* "ivshmem/_core.pyx":1222
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22725,7 +22725,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1202
+      /* "ivshmem/_core.pyx":1223
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22738,7 +22738,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1201
+      /* "ivshmem/_core.pyx":1222
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22747,7 +22747,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1203
+    /* "ivshmem/_core.pyx":1224
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22758,7 +22758,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1204
+  /* "ivshmem/_core.pyx":1225
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22771,7 +22771,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1199
+  /* "ivshmem/_core.pyx":1220
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22785,7 +22785,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1207
+/* "ivshmem/_core.pyx":1228
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22799,7 +22799,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1209
+  /* "ivshmem/_core.pyx":1230
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22811,7 +22811,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1210
+    /* "ivshmem/_core.pyx":1231
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22824,7 +22824,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1209
+    /* "ivshmem/_core.pyx":1230
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22833,7 +22833,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1211
+  /* "ivshmem/_core.pyx":1232
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22855,7 +22855,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1207
+  /* "ivshmem/_core.pyx":1228
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22869,7 +22869,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1214
+/* "ivshmem/_core.pyx":1235
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22882,7 +22882,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1217
+  /* "ivshmem/_core.pyx":1238
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22892,7 +22892,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1218
+  /* "ivshmem/_core.pyx":1239
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22901,7 +22901,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1219
+  /* "ivshmem/_core.pyx":1240
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22910,7 +22910,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1220
+  /* "ivshmem/_core.pyx":1241
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22923,7 +22923,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1214
+  /* "ivshmem/_core.pyx":1235
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22938,7 +22938,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1223
+/* "ivshmem/_core.pyx":1244
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22955,7 +22955,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1224
+  /* "ivshmem/_core.pyx":1245
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22964,7 +22964,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1225
+  /* "ivshmem/_core.pyx":1246
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22973,7 +22973,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1226
+  /* "ivshmem/_core.pyx":1247
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -23004,7 +23004,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1223
+  /* "ivshmem/_core.pyx":1244
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23019,7 +23019,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1229
+/* "ivshmem/_core.pyx":1250
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23037,7 +23037,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1230
+  /* "ivshmem/_core.pyx":1251
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -23046,7 +23046,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1233
+  /* "ivshmem/_core.pyx":1254
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -23056,7 +23056,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1234
+  /* "ivshmem/_core.pyx":1255
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -23064,7 +23064,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1235
+  /* "ivshmem/_core.pyx":1256
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -23093,7 +23093,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1229
+  /* "ivshmem/_core.pyx":1250
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23293,14 +23293,14 @@ static PyMethodDef __pyx_methods_7ivshmem_5_core_Doorbells[] = {
 };
 
 static struct PyGetSetDef __pyx_getsets_7ivshmem_5_core_Doorbells[] = {
-  {"vectors", __pyx_getprop_7ivshmem_5_core_9Doorbells_vectors, 0, PyDoc_STR("How many vectors others can ring here: they are 0..vectors-1."), 0},
+  {"vectors", __pyx_getprop_7ivshmem_5_core_9Doorbells_vectors, 0, PyDoc_STR("How many vectors this endpoint has: other peers ring 0..vectors-1."), 0},
   {"closed", __pyx_getprop_7ivshmem_5_core_9Doorbells_closed, 0, PyDoc_STR("Whether close() was called."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_5_core_Doorbells_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_core_Doorbells},
-  {Py_tp_doc, (void *)PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides hooks, which EndpointHooks in peer/endpoint.py documents.\n\n    A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides hooks, which EndpointHooks in peer/endpoint.py documents.\n\n    A device rings by a register instead (`_ring_by`), and may listen to UIO (`_listen_uio`).\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_5_core_Doorbells},
   {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_5_core_Doorbells},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_core_Doorbells},
@@ -23338,7 +23338,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_core_Doorbells = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides hooks, which EndpointHooks in peer/endpoint.py documents.\n\n    A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).\n    "), /*tp_doc*/
+  PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides hooks, which EndpointHooks in peer/endpoint.py documents.\n\n    A device rings by a register instead (`_ring_by`), and may listen to UIO (`_listen_uio`).\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_5_core_Doorbells, /*tp_traverse*/
   __pyx_tp_clear_7ivshmem_5_core_Doorbells, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -23476,14 +23476,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.wake_sleepers = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 153, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -23493,8 +23493,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23773,7 +23773,7 @@ namespace {
   {
       PyModuleDef_HEAD_INIT,
       "_core",
-      __pyx_k_The_data_path_the_doorbells_that, /* m_doc */
+      __pyx_k_Internal_except_for_cimport_the, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
     #else
@@ -24035,20 +24035,20 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_core.pyx":34
+  /* "ivshmem/_core.pyx":35
  * from .native.spin cimport HABITS, Probe, spin_of, Spinner, Turn
  * 
  * import contextlib             # <<<<<<<<<<<<<<
  * from collections import namedtuple
  * 
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":35
+  /* "ivshmem/_core.pyx":36
  * 
  * import contextlib
  * from collections import namedtuple             # <<<<<<<<<<<<<<
@@ -24057,22 +24057,22 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 35, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 36, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":37
+  /* "ivshmem/_core.pyx":38
  * from collections import namedtuple
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
@@ -24081,22 +24081,22 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 37, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 38, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":39
+  /* "ivshmem/_core.pyx":40
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -24104,11 +24104,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 39, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 39, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 40, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -24118,13 +24118,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 39, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 40, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 39, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 40, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -24135,28 +24135,28 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 39, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":40
+  /* "ivshmem/_core.pyx":41
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
- * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
+ * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":42
+  /* "ivshmem/_core.pyx":43
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
  * 
- * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number             # <<<<<<<<<<<<<<
+ * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
@@ -24165,361 +24165,361 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_5_core_OFF, __pyx_mstate_global->__pyx_int_0);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":173
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 173, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 171, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":179
- *     # Overridden by subclasses.
+  /* "ivshmem/_core.pyx":181
+ *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_read_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__read_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_read_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__read_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_read_news, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_read_news, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":182
+  /* "ivshmem/_core.pyx":184
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_look_for, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__look_for, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_look_for, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__look_for, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_look_for, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_look_for, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":185
+  /* "ivshmem/_core.pyx":187
  *         raise NotImplementedError
  * 
  *     def _check_can_wait(self):             # <<<<<<<<<<<<<<
- *         """Called before a wait when there is no vector; raises where none can ever come."""
+ *         pass
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_check_can_wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__check_can_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_check_can_wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__check_can_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 185, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":192
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch_news(self, int fd, *, bint urgent=False):
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/_core.pyx":191
+  /* "ivshmem/_core.pyx":193
  * 
  *     @cython.critical_section
  *     def _watch_news(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":192
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch_news(self, int fd, *, bint urgent=False):
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":201
+  /* "ivshmem/_core.pyx":203
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _unwatch_news(self):
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":213
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
- *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ *         """Sleep in plain reads of the own eventfds: no other process has them, and they may block.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":219
+  /* "ivshmem/_core.pyx":221
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, fd):
- *         """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
+ *         """Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":233
+  /* "ivshmem/_core.pyx":235
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, fd):
- *         """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
+ *         """Ring the peer's next vector through `fd`, a number or an Fd; owns it, also on failure.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 233, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":258
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
+ *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":266
+  /* "ivshmem/_core.pyx":268
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
- *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
+ *         """Ring any peer by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":277
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
- *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
+ *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":281
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
- *         """How many doorbells `peer` has; None when it is unknown."""
+ *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":286
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
- *         """Close the doorbells of `peer`, if there are any."""
+ *         """Close the doorbells of `peer`, if it has any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":308
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":318
+  /* "ivshmem/_core.pyx":320
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ *         """Return a descriptor for an event loop: readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":458
+  /* "ivshmem/_core.pyx":464
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+ *         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":498
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """A doorbell that rings as `ring_nowait` does."""
+ *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 490, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":497
+  /* "ivshmem/_core.pyx":505
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each of the vectors of each of the peers.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 497, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 497, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":515
+  /* "ivshmem/_core.pyx":523
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+ *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 515, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 523, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 515, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 523, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":900
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 880, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 900, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 880, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 900, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":1021
+  /* "ivshmem/_core.pyx":1041
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1021, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1041, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1021, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1021, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1021, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1021, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1021, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1041, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24527,58 +24527,58 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1021, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1098
+  /* "ivshmem/_core.pyx":1118
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
- *         """Close all doorbells; those in use when their last user is done."""
+ *         """Close all doorbells; one in use is closed when its last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1098, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1118, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1098, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1118, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1106
+  /* "ivshmem/_core.pyx":1126
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         # As one of the users, so that nobody closes what is signalled here.
+ *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+ *         # As one of the users, so that no other thread closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1106, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1106, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1182
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
- *         """What is readable while there is something to take; borrowed until close().
+ *         """Return a descriptor that is readable while there is something to take; borrowed.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1161, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1161, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1182, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """The data path: the doorbells that an endpoint rings, and those that it listens on.
+ * """Internal, except for `cimport`: the data path, which rings doorbells and waits for interrupts.
 */
   __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -24647,21 +24647,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":1058
+  /* "ivshmem/_core.pyx":1078
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
- *                 with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then             # <<<<<<<<<<<<<<
+ *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1058, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1078, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":39
+  /* "ivshmem/_core.pyx":40
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -24670,26 +24670,26 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 39, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 40, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":458
+  /* "ivshmem/_core.pyx":464
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
- *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+ *         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
  * 
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 458, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 464, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":497
+  /* "ivshmem/_core.pyx":505
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -24698,21 +24698,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 497, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 505, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":900
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """Like wait(), but returns True as soon as `_read_news()` was called."""
+ *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 880, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 900, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
@@ -24753,31 +24753,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{10},{2},{64},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{370},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{11},{22},{124},{75},{83},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2211 bytes) */
-static const char cstring[] = "x\332\245UMs\333F\022%\035\305\221\262\224CZ\037N\344u\002\306\237r\274\332\242\255\222\274\252rm\261,\313\226vW6W\262\223=\330\010\010\014IX \206\004\006\244\270\033o\345\310#\216s\234#\2168\362\350\237\300#\217\372\t\372\t\333=\003P\220\354\333\272db\246g\246\247\373\275\327=\232i\270.eZ\235h&\355\330\304\322\250\247ul\363\310!\326\026\230\\\227\230L3\232\206\355>\300%\332!\256\306ZD\263H\3176I\272\322o\021\017&\340\t\006\232\355k.!\0268k\031\276\326\246\260\304Z\206:\367\350\241V\267\231\257\321\206\234\366\251g\311\375\020\003\354 =\342\262\206\205\253Z\017n\246\236\277VIF[p\000v\022\327\352P\333e\322\367_\253\311\242\362\227]\356\303\262\027\270M\355W\317v\233\376\257\032\263\333\304\327|\333\205\260m\265\356\030>\016l\006\2416\250\267\266O]\262O\231\014\227iO\007\254E]\214\316\"\216]\047\236\301\2103\320|\346\331&\2034eN\257\236\275\372\323\372\343u\010\336\322<\362\036\202\201;\202\272\t\256}\"\323\254\007\266\303l\310~\320!\376\232\266\333\320\0064\220\000i\214j\035\330\227=\000\240\270\232O\230D\347\256$\307`6uu8\016y\334\325,\333\203K\354\036\301\323;\206\343\223\265\327\273/\023>\014\315H\231\261(Q\260\036\271\264\017\004QL\004\351![\232k\264\211\274\240C\210\347\243#\304\310\260,\035\016\020\313\366\215\272C\210\213\277M\323\366\325\310\262{~\253M\332k\304\363\200\227d\366g\335\004~\327:\203c\227\246\\\200?\004\025!\305\013\344MS^ \n\323\241>\261\316Y\221\re\206Pm\207H\007\020\3239N\023\367}$\307\304\024\340\002-kD/\250P\360\002##]\223\372\322\236J\367\3170\370mJ\275:q\034\177:X\323u\217X\201It=cCDpx\301\244\334f\214\027}\231-b\036\351PZ:\246\221]\300\030>\331n\021\337\364\354\316y\237V2\004J.8\261<\332\321\021\330\214\315\261}F\\\335p@\301\237\232\003\233f\215\224\036\351\215s\227y\304\000\356I?\033\025JB\257\017.Z|\342426\220\252\336\rH@\254\2141p\373\0063[\027=b\036\272,\361s\306OwJ\230\316\246)\024g\026b\2662\0315@0nf.\3434\262\373SK\002\346\256\013\365\353\005\035\266O\017\002\263\365F\362\371\312\243\214\232\324\221\n\321\365W\203c\370\277\r\245""\256\357\223c\366O\322\320\365\244\034A$:\360c\342\207\240+98\206\344\340_#p\345\202\235\330\333\320 \345\227Z\201#Ob\365\341\027jF\3571,-\234u\003\303IWR)\352\022\336\324\312\210\2177\244\242\314HQ)\352\202\354\262b\313H\354\242\260\316\344\244\333>\0263\r\240\360\3109Eet4U\317\231fR\245\234\351#\243\212sZ\310( \303;\344a\270~\037\372\253;\200?(y\350E\376\3005m\2726\215\3077\002F1l\231\217\351`\210\000,\363\014\223\324\r\363H&\253:\010p\350`\213\244\256\017\017\030\003\362\240{[\220F\2329\252G\362\006o\224\354e\311\263\223|\374\206\245\024\325\204)t@\302\200\313v\332\360\322.(\373\236c\267m\3266,\242\330E\246,\026tp\344b<\324\265|7h\303\333A\035\013\022\201o\337E\254e\343\355\320\216\002\311#M\004\330\363\301\2431\360\300[\217 \230\251l/\310W>h\200\0138G\264\001l\2134\214\300a\276\335t\341E\220\277\016\270\203&\216\217\206\017?>\243\235\016\261\340\343\021?\350t\340\327g\306\021\301W\021\002\013<L\266g8\001\361\225\246\222\347\027\272\261\331\302W\032\273\364\275W\203\227u|\343\264\373\2539i\200\237\325\334t\370@\223\363\263)\274\225\001\354&\035\240D\361\256\335\227\233\344\317\306\272\236\356N6\252\242\240\365\367\372f\202\263\276\341\032\370\332\351\225\312\231\206}\375 \3151\361\047\335\240\277ObTF\271\345\377\270\344^\217\332\326j\016\021ssXxX\025vC\367(m\347\032\206\355\350}\233\265rPA\211\210r*gI\301\364\200\242/gA\345H\001\323\206\364\010R\n\\\226\363[\006(R\237\322\047\201\301{\223\034\025\\\252\330@\305\237M\030\251\006\267\277W\177\257Nf\257\014\r\365\261\303\356\244P\014\363\341bX\013\t\257\200\265\362\360\364\353\334\334\374\360o\2604[\030\356\205\306d\366\017\303\365a?l\362\032n\276\034Z\274\314\327\371o\021l?\221k\037x\225\327\270%\312\223\302\374dvnR\370f\330\235\024\027\303\347|S\224E\345\244\270\"O\364\205\025\225\243\312\211tb\340\341\302p\047,\207\217a\255\213\323\033\374P,\013\026U\"\210\356\233\341q\330\343\007\342\353h5\256\304\020\367\351\345\334\\\341s\267\025\303+\334\230\024\276\345y^\342\267pX\014\347y\355\004\302\350\205\007\374\013t""\217\341<\343\327D^\224p\270/\312\047\360y\301\253\323h\320\375\374p7<\344\313\020\2511\221\247\177\346\333\"?)\255\360;\3422\330d\300wx^\355\376~\032\356N\\F\2246\302k<?)\224\302\345\020\3629\235U\361\"r\257\305-H~5~\024K\307,\\\017\2179\023\033\321B\3644bq\005c\332\341wE\t\366\311k\376\016\216\024\374\340H\022\362\017^B\313K^\301\317>/\303BA\205\\\203\341\025\034n\207_\002\221\322\301\363\260\222Z\001c\214\356/aU&\347#r\305qQ\203\314d\320\013auRX\200\220\006\342\222(_\260\365\021iQ\271`\375M\254\213\377\3065\274\010\342\342eEW\227\317\360\035q\047\312G%u\367\217\342;`|=\002)\255\360\333\274+dR ->;\326*\261Lh;\234\201\300j\237U\331c\361\030UvZ\314\202-E\227\304\202\032\203\330J\341Rh(\301J\347\342+\321\215f\343\271Qi\004\241\315\017\017\303\022b\220\312\r]^\235\"3\247\030\331\3447\341\352\342\267\374K\374,\001T(\246\367\321\245\350n\274\020W\317LMq\030\225\242[\221\031K)\355b\300\210I\017%\047\3054\236\271\301\337E\225S-7W\004\317O@u\213\342\227\250\0265\343\332x\346G\320\236\nE\336\255\200\317\003R7\2433\007\267\304~\014\333V\340\276\2260D?\002R\377\310\223z\373\017*E\235\374 \252\002\260[\014\267\371eP\276*\207Y\020Oq\001\356\275$\356G\317\342%\020\335\342uU\213\230\353\277\261\016&\305\357d9\\\025[\321\353\370v\314F\353\243\343\217\335\244*&\213\020\245\330\214\356\307\317FK#\343$qZ\272\316\267\304\353\350v\024\304;#I\272\017\200V\3063?EOF\363\037\337\215\017\336\215\337\351\247\017rs\267\005\224\360\r\376V\202\2677\202\310\256#Q\220\002\232k\252\2267\303\233@|aI\261\3778|\004\322\235\342\261,\272\0478\031_\273\007\202Z\006\r\025\340 ?\002\354W\343\207\361\301hf\264\373\261\246\270\253L\226~\340\003\324\335dq\205\257\242\\\257\014[ \t\306\345\260\rJ\252HpR\240\212\300\335\017P\201O\342<r\236\347+\240\350\017\361\213Qut\370\021\326\226\303:\202\010\243k (\034\205%l(\307\241\017jG#\002\375\025\256A]\302\020\no<\263\031wU\027C\331o(}\357\201\222\177\022\007Q^\025\313\"\177\003e\277\030\275U\370u\3073[\2432\026\362\367\374\027\251\021C5\242\244\001\274\000\225g\333p""B\275T\t 7^\272\013J\277\014\352(\\\ro\207\036_\340{\242\031\035\306W\241\325\330#\366Qv\226=n\360\236\220u5\007\001\324T\274o\305=P\261\241&\377\202-\014\244\220\254\275\221=3Y9\212\256\305_\200\277\372(\217\214l\300%\333b\016x\270\003\025\2660\252\252\346U\376\344\246\004\227\237\371\013\020\303\364\226 \235\274AR\304\363h3.C\003D,\376\007\014\235S\047";
-    PyObject *data = __Pyx_DecompressString(cstring, 2211, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2210 bytes) */
+static const char cstring[] = "x\332\245UMs\333F\022%\035\305\221\262\224CZ\037v\344\365\006\214?\345x\265E[%yU\345\332bY\226-\357\256lF\262\223\034l\004\004\206$,\020C\002\003R\334\215\267r\344\021\3079\316\021G\034y\364O\340\221G\375\004\375\204t\317\000\024$\373\266.\231\230\351\231\351\351~\357u\217f\032\256K\231V\047\232I;6\2614\352i\035\333<t\210\265\005&\327%&\323\214\246a\273\367q\211v\210\253\261\026\321,\322\263M\222\256\364[\304\203\tx\202\201f\373\232K\210\005\316Z\206\257\265),\261\226\241\316=|\240\325m\346k\264!\247}\352Yr?\304\000;H\217\270\254a\341\252\326\203\233\251\347\257U\222\321\026\034\200\235\304\265:\324v\231\364\375\217j\262\250\374e\227\373\260\354\005nS\373\325\263\335\246\377\253\306\3546\3615\337v!l[\255;\206\217\003\233A\250\r\352\255\355Q\227\354Q&\303e\332\223\001kQ\027\243\263\210c\327\211g0\342\0144\237y\266\311 M\231\323\253\247\257\376\272\376h\035\202\2674\217\274\207`\340\216\240n\202k\237\3104\353\201\3550\033\262\037t\210\277\246\3556\264\001\r$@\032\243Z\007\366e\017\000(\256\346\023&\321\271#\3111\230M]\035\216C\036w4\313\366\340\022\273G\360\364\216\341\370d\355\365\356\313\204\017C3Rf,J\024\254\207.\355\003A\266\331\322:\204x\000\321\221\355\263-\3155\332D\336\242\254\340\r\2012,K\207S\304\262}\243\356\020\342\342o\323\264}5\262\354\236\337j\223\366\032\361< \047\231\375M7\201\344\265\316\340\310\245)!\340\017\221E\\\361\002y\323\224\034\300\324t\250O\2543V\244D\2311^\207H\007\020\323\031b\023\367}d\310\304\024\340\002-kD/(S\360\002##]\223\"\323\236H\367O1\370mJ\275:q\034\177:X\323u\217X\201It=cCDpx\316\244\334f\214\347}\231-b\036\352P_:\246\221]\300\030>\331n\021\337\364\354\316Y\237V2\004J\3169\261<\332\321\021\330\214\315\001^\211\253\033\016\310\370Ss`\323\254\221\322C\275q\3462\217\030\300=\351g\243BI\350\365\301y\213O\234F\306\006z\325\273\001\t\210\2251\006n\337`f\353\274G\314C\227u~\306\370\351N\t\323\3514\205\342\324B\314V&\243\006\010\306\315\314e\234Fv\177jI\300\334u\241\210\275\240\303\366\350~`\266\336H>_y\224Q\223:R!\272\376jp\004\377""\267\241\336\365=r\304~$\r]Oj\022D\242\003?&~\010\272\222\203#H\016\3765\002W.\330\211\275\r]R~\251\0258\362$V\037~\241f\364\036\303\322\302Y70\234t%\225\242.\341M\255\214\370xC*\312\214\024\225\242\316\311.+\266\214\304\316\013\353TN\272\355c1\323\000\n\217\234QTFGS\365\234j&U\312\251>2\2528\243\205\214\0022\274C\036\206\353\367\241\311\272\003\370\203\222\207^\344\017\\\323\246k\323x|#`\024\303\226\371\230\016\206\010\3002\3170I\3350\017e\262\252\203\000\207\016\366I\352\372\360\2121 \017Z\270\005i\244\231\243z$o\360P\311^\226\274=\311\307oXJQM\230B\007$\014\270l\247\r/\355\202\262\3579v\333fm\303\"\212]d\312bA\007G.\306C]\313w\2036< \324\261 \021\370\366]\304Z6\336\016\355(\220<\322D\200=\037<\032\003\017\274\365\010\202\231\312\366\234|\345\253\006\270\200sD\033\300\266H\303\010\034\346\333M\027\236\005\371\353\200;h\342\370r\370\360\3433\332\351\020\013>\036\361\203N\007~}f\034\022|\032!\260\300\303d{\206\023\020_i*y\203\345\353\201O5v\351\273\257\006/\353\370\320i\367Vs\322\000?\253\271\351\360\276&\347\247Sx0\003\330M:@\211\342]\273\0477\311\237\215u=\335\235lTEA\353\357\365\315\004g}\3035\360\311\323+\225S\r\373\372~\232c\342O\272A\177\237\304\250\214r\313\377q\311\335\036\265\255\325\034\"\346\346\260\360\260*\354\206\356Q\332\3165\014\333\321\3736k\345\240\202\022\021\345T\316\222\202\351\001E_\316\202\312\221\002\246\r\351\021\244\024\270,\347\267\014P\244>\245O\002\203\367&9*\270T\261\201\212?\2330R\rn\177\257\376^\235\314^\032\032\352c\207\335I\241\030\346\303\305\260\026\022^\001k\345\301\311\327\271\271\371\341?ai\2660|\021\032\223\331?\r\327\207\375\260\311k\270\371bh\3612_\347\277E\260\375X\256}\340U^\343\226(O\n\363\223\331\271I\341\233awR\\\014\237\361MQ\026\225\343\342\212<\321\027VT\216*\307\322\211\201\207\013\303\235\260\034>\202\265.N\257\363\003\261,XT\211 \272o\206Ga\217\357\213\257\243\325\270\022C\334\047\027ss\205\317\335V\014/qcR\270\312\363\274\304o\342\260\030\316\363\3321\204\321\013\367\371\027\350\036\303y\312\257\210\274(\341pO""\224\217\341\363\234W\247\321\240\373\371\341nx\300\227!Rc\"O\377\304\267E~RZ\341\267\305E\260\311\200o\363\274\332\375\227i\270;q\031Q\332\010\257\360\374\244P\n\227C\310\347dV\305\213\310\275\0267!\371\325\370a,\035\263p=<\342LlD\013\321\223\210\305\025\214i\207\337\021%\330\047\257\371\0278R\360\203#I\310\277y\t-/y\005?{\274\014\013\005\025r\r\206\227p\270\035~\tDJ\007\317\302Jj\005\2141\272\277\207U\231\234\217\310\025\307E\r2\223A/\204\325Ia\001B\032\210\013\242|\316\326G\244E\345\234\3657\261.\376\027\327\360\"\210\213\227\025]]>\303w\304\355(\037\225\324\335\337\213o\201\361\365\010\244\264\302o\361\256\220I\201\264\370\354X\253\3042\241\355p\006\002\253}Ve\217\304#T\331I1\013\266\024]\022\013j\014b+\205K\241\241\004+\235\213\257D7\232\215\347F\245\021\2046?<\010K\210A*7tyu\212\314\234bd\223\337\200\253\213W\371\227\370Y\002\250PL\357\243\013\321\235x!\256\236\232\232\342 *E7#3\226R\332\305\200\021\223\036JN\212i<s\235\277\213*\047Zn\256\010\236\037\203\352\026\305\317Q-j\306\265\361\314\367\240=\025\212\274[\001\237\007\244nD\247\016n\212\275\030\266\255\300}-a\210~\004\244\376\231\047\365\366_T\212:\371AT\005`\267\030n\363\213\240|U\016\263 \236\342\002\334{A\334\213\236\306K \272\305k\252\0261\327\377`\035L\212\337\312r\270,\266\242\327\361\255\230\215\326GG\037\273IUL\026!J\261\031\335\213\237\216\226F\306q\342\264t\215o\211\327\321\255(\210wF\222t\037\000\255\214g~\210\036\217\346?\276\033\357\277\033\277\323O\356\347\346n\t(\341\353\374\255\004\357\305\010\"\273\206DA\nh\256\251Z\336\014o\000\361\205%\305\376\243\360!Hw\212\307\262\350\036\343d|\345.\010j\0314T\200\203\374\020\260_\215\037\304\373\243\231\321\356\307\232\342\2562Y\372\216\017Pw\223\305\025\276\212r\2754l\201$\030\227\3036(\251\"\301I\201*\002w\337A\005>\216\363\310y\236\257\200\242?\304\317G\325\321\301GX[\016\353\010\"\214\256\200\240p\024\226\260\241\034\205>\250\035\215\010\364W\270\006u\tC(\274\361\314f\334U]\014e\277\241\364\375\002\224\374\203\330\217\362\252X\026\371\033(\373""\305\350\255\302\257;\236\331\032\225\225\300\177\226\0321T#J\032\300sPy\266\r\047\324K\225\000r\343\245;\240\364\213\240\216\302\345\360V\350\361\005\376B4\243\203\3702\264\032{\304>\312\316\362\202\033\274\047d]\315A\0005\025\357[q\027Tl\250\311/\260\205\201\024\222\2657\262g&+\207\321\225\370\013\360W\037\345\221\221\r\270d[\314\001\017\267\241\302\026FU\325\274\312\237\334\224\340\362\023\177\016b\230\336\022\244\2237H\212x\026m\306eh\200\210\305\037V)UN";
+    PyObject *data = __Pyx_DecompressString(cstring, 2210, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2994 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.U\273IO\211Da a\222Ed\371o\353\000\327Aknow \347who\223A\267@re:\357 nam\340\001e p\317eers\203\001\240!ad\373d_\211`edisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\225@\356\007\004/_c\335@.pygxno\204E\324\000wa\340 \340\320 ]\001\253b\256F\232`clo\007sed\302a\304F\252A\021\003\250\000\327ile\234@i\262 gt!h\350H\214c\311\000\232@c\277\001\261@q \t\t\360A\236\204\001ed \366`\271a\224e\214\204\001o Cq\002E\376\271\001Doorbel\373ls\000\006.__re?duce__\t\010\216!\340$\001\004\014\224\204\0031\010<\rche\177ck_can_\204!\364Z\010\365\002_k\rdesc\277riptor\205\010d\370\235\004\220@6\014drop_\374\266A\263\010listen\277_alone\005\017u\373io \took_fn`\nrea\371@ew\205)\316\263\205\001_by\230(\r\002se\373lf\254(set_q\337ueued\301(un\177watch_nD\013\002\221a_\336\206\002\355(\026\021\234b\222G\203%\256\244Gech\307\010f\256`n\034\327\010\265\002all\324G\n\005\306$\377Interrup\377tNoSuchV\376\345\207\002Protoco}l\235b__Pyx\001\000\377Dict_Nex?tRef__\210\206\004\242`\377__doc___s_eG\001\004\002xit\r\001\367fun\024\002iter\336\035\001main\003\002od\243ul5\002\372\205\0017\001p_\000vyt\347\205\001E\001qual\022\005\346\203\204\005__\333!(\005tesD^\001\215\204\005_\254\206\001\237\211\003\314c_\351kU_\342h_\331g_\312l_\306f\367_is\311\206\001outi\307ne_\306i\005\005\305`_l\252\267d_\253f_\243d_\227f_""\252\214g_\200i_\370G_\230ga\377ddanswer\367any\000\000thin\377gasyncio\357.cor\212\003sau3to\260\206\001\263\206\002cl\237\001\326 \377tracebac\321k\317\207\002\323\207\003\301@l\237\211\001on\367sco\347@xtli\037bdone\313\205\005\272a\263B\343ed\306\210\003\360\213\004\367\213\004sfd\376\314cgentleg\177etitems\370\210\004\374\376\210\005\363\210\002limitm\317adem\331B\324\211\001dt\377uplenano\373se|\000dsnum?berold\326 \005\000swn\361\211\001\364\211\002pop\265\205\003\367reg\274\206\001rsreolayrK\000ve\262\214\001p\301\204\005\260\204\014\314\214\002\225 nds\212\206\001\377setdefau\377ltsignal\376\000\003lerslee\376\261\213\001spinsto\357pped\004\000res\367upp\003\000stak\266\331\000me\357@ur\351\001v\237alues\363\215\003\370\215\004w\317hich\242\216\001\357\215\001(P\367yOb\340\214\001 *)\000\276\014\002int)\000\002\006,\351 \013\002\022\005,\250\215\001uct\277 epoll\364\206\003 y* \002%\00264_tA\004\267str%\001__\221\205\001o\357bj_7\347\213\004_6n\377ative_11\016\235\211\007s_S\345\002\341\000I\004\212\002\302L\001 \224\r\017\003\243\002*8(v\337oid)\000\256!n\000\376\245\215\001one_if_\377room\000fai\377l_with\000i\035s\332\210\003fd\000\356\003\376\"(\006\373no\224\215\001\000dead\366\274\204\002ofM\002_cou\377nt\000share\003d_\266F\355\"t\001\255$\251#\221\212\003?ellint\337\017\347A\377_of\200A\200A\330\357\010\016\210a\001\003i\220q\377\330\014\020\220\001\220\024\220\337Q\220e\2301\032\00012\177\360\n\000\t\r\210K\030\000\377\010\014\210J\220a\330\010\377\013\2104\210w\220g\230\375Q)\001\006\220d\230!\230\2574\230|\250,\000\340\027\002}\377\230A\230Q\230d\240!\377\330\014\r\330\010\t\330\014\377\017\210q\330\020\024\220G\377\2307\240!\2401\340\020\375\032-\002w\240d\250!\250[1\340o\000\006\220\177\000\340]\000\337F\220!\2208K\000q\200\377A\340\010\035\230T\240\026\337\240t\2501\250\242\000\017\210\377x\220v\230S\240\n\250\357)\2601\260\265\000\360\006\000\363\t\014\207\000]\016\020\220\016\230\377a\330\014\030\230\001\230\021\373\230$\007\001\020\220\r""\230Q}\340\204\000v\220S\230\003[\001\376\213\001E\230\027\240\001\240\021\336\226\001N\240!\340\236\000H\230\371A\205\006[\001\r\210I\220T\337\230\026\230w\240M\000\017\210\377v\220W\230D\240\001\330?\021\032\230&\240\006\021\000\254\002_&\230\001\200A\211\001\036\246\006\367F\260!\242!6\220\027\230\177\001\330\014\021\220\026\220\315\000s\360\010\252\003\266!U\240$\372\000\357)\2603\260T\002t\2204\377\220x\230t\2406\250\023\277\250C\250t\2601\252!F\317\230\047\240\021%\000\356 \014\210\341LF\000\371#i\000\214BM\230\021\335\330\216@O\2301\003\001N\230u!\202\000\014\246AI\220Q\215\000\235\016\261AD\220\005\306@<\002G\343\2201\016\005\341 \300A9\220Az\330\002s\244A\020\320\020 \327\000\376\330@6\220\023\220A\330\014=\023\220\000y\240\002\240\302\004\013\006\335w\324A\2401\330\034\013|\240\2374\240~\260Q\215\001\225\000\230\374\373\000\253Aq\230\004\230F\240\337&\250\001\250\021\214\003\"\240\375\031\357@4\250q\330\010\032\257\230%\230qn\001\014\327a\230\337\010\320 1\260\314\002D\220u\004\226\000Q\321r8\2408\342a\317\360\020\000\t\343\047\246`\013\210\370\257\004\340a\215 \021\220\025\220a\376\253\204\003K\220q\230\010\240\007\377\240q\250\010\260\t\270\021\375\270\226@\r\210T\220\021\220&\237@\014\210\351c\226!\022\341\204\001\225\"\376\253\204\002t\2207\230#\230Q_\330\020\030\230\005\003\001\025\205`\376\311aj\250\002\250\047\260\023\357\260A\330\020\013\005g\240T\177\250\021\250$\250c\260\306b\351I\223\205\001\272!v\357a\020\220\006\377\220a\320\004\035\230^\250\3771\360 \000\t\020\210t\373\220=\363`\024\240X\250Q\177\250g\260Q\320\004\"\371`\350\364\204\003\247\205\002\363#\001\247 #\250Q\376\225\205\004\320\004$\240N\260!\375\340\263 $\230h\240a\240\177w\250a\330\010\034\230\366\002\3474\210{\246a\255C}\240A\375\240\204@\024\220D\230\006\230\375a\370\205\002\020\220\010\230\001\330\373\020\023u\000\002\240*\250E\233\260\025\362`\024\033\206\206\003\230\206\001z\356\204\205\001\330\020\031\212\205\002\022\240:\377\250U\260%\260t\2704o\270x\300q\217\205\004\330""\024\243\000\377\2407\250*\260E\270\025\363\270a\257\206\001Q\001\021\033\230:\377\240U\250%\250u\260F\376\326!\017\210s\220!\2201\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377,\000\t%\240A\330\010\367\035\230]\270\"J\270a\330\243\010\033\265\204\001\300\000\023\001Q\306\206\0037\377\220#\220Q\330\014\025\220\276\371B8\2203\220a\201\204\005\001\337\240\026\240q\340\222\204\001\320\027\365(\316`\026\301`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\350\207\001t\177\2201\330\025\037\230y\364a\337\330\024\032\230)\253\204\001\016\210\365h\220`t\252\205\001\016\210m\230\3358\277\204\001\t\330\014\241%\020\021\377\330\020\037\230t\240=\260\374\250 \266\207\001\032\2404\240}\260\377H\270A\270T\300\021\330\357\020\026\220b\301!\021\330\020\271\027\316`\314 \021\220\021\315\207\001xO\220s\230!\020\002\265\211\001\007\030\001\333\230\021\300\211\001\005\220\330@7\260\351q\300\210\003\363\204\0016\332\204\003J\220d\277\230+\240S\250\001\247\205\003\024\377\230V\2406\250\024\250]\376\272#q\320\004:\270!\360\225\014\335\204\001X\237ba\203\210\003\372\206\004H\207\220A\330\373\211\t\364D\342b\267 \320\277\025\047\240q\250\006\233`\014\377\022\220%\220r\230\023\230\377J\240g\250T\260\022\260\2773\260i\270t\300\325\207\002J\337\230a\230v\240\271\212\002\t\230\375\024\301\212\003\005\220]\240(\250}$6\001\020\220\005\220Y \000\271t\210`\336\212\002\005\220V\257\211\002\014\376\024\003k\250\027\260\003\2603\257\260b\270\001\216A6b\000D\377\240\t\250\021\250&\260\t\317\270\023\270A\267\210\003\223 \024\220\234]\n\221$W\230H\212`E\004a\353\230u\005\005V\221A\240G\250\3777\260!\2601\330\010\017\003\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2994, 4213);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2992 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.U\273IO\211Da a\222Ed\371o\353\000\327Aknow \377which pe\377ers exis\277t: nam\345\001ex\017\004\211\000\245!add_\216`\377edisable{en\002\001gcis\004\003\377divshmem\317.err\232@\007\004/_\375c\342@.pyxno\014\211E\331\000wa\345 \325 s\001\260b\374\263F\237`closed`\307a\311F\257A\021\003\254\001le\241@\035i\267 gth\355H\221c\316\000\022\237@c\277\001\266@ \t\t\365A\243\204\001\227ed \373`a\231e\221\204\001o\353 Cq\002E\271\001Doo\277rbells\000\006.\377__reduce\003__\t\010\216!$\001\004\014\231\204\0031\010\376<\rcheck_cGan_\204!Z\010\365\002_k\r\377descript\213or\205\010d\235\004\220@6\014dOrop_\314A\263\010l\325@\377en_alone\356\005\017uio \took\273_f`\nrea\371@e9w\205)\270\205\001_by\230(\r\002\357self\254(set\177_queued\301(\377unwatch_\tnD\013\221a_\343\206\002\355(\026\021\234b\270\222G\203%\244Gech\307\010f\317ilen\327\010\265\002al\361l\324G\n\005\306$Inte\377rruptNoS\357uchV\352\207\002Pro\337tocol\235b__\367Pyx\001\000Dict\377_NextRef\363__\215\206\004\242`__do?c____eG\001\004\002wxit\r\001fun\024\002\357iter\035\001mai=n\003\002odul5\002\372\205\001\2327\001p_\000vt\347\205\001E\001qgual\022\005\203\204\005__\333!N(\005tes^\001\215\204\005_\254\206\001T\244\211\003\314c_\351k_\342h_\331gu_\312l_\306f_is\311\206\001\177outine_\306i\254\005\005\305`_l\267d_\253f_\252\243d_\227f_""\214g_\200i_\372\370G_\230gaddan\177swerany\000\000\377thingasy\377ncio.cor>\212\003sauto\260\206\001\263\206\002\363cl\237\001\326 trac\037eback\317\207\002\323\207\003\301@}l\244\211\001onsco\347@\377xtlibdon1e\313\205\005\272a\263Bed\306\210\003\365\213\004\356\374\213\004sfd\314cgen\377tlegetit\307ems\370\210\004\376\210\005\363\210\002li\377mitmadem\374\331B\324\211\001dtuple\277nanose|\000d\377snumbero3ld\326 \005\000wn\207\212\001\212\212\002wpop\265\205\003reg\274\206\001\377rsrelayr\006K\000ve\267\214\001\301\204\005\260\204\014\321\214\002\225 \367nds\212\206\001setd\377efaultsi\357gnal\000\003ler\357slee\266\213\001spi\377nstopped~\004\000resupp\003\000ostak\331\000me\357@\373ur\351\001value\301s\370\215\003\375\215\004\271\213\002\247\216\001\364\215\001(P\367yOb\345\214\001 *)\000\276\014\002int)\000\002\006,\351 \013\002\022\005,\255\215\001uct\277 epoll\364\206\003 y* \002%\00264_tA\004\267str%\001__\221\205\001o\357bj_7\347\213\004_6n\377ative_11\016\235\211\007s_S\345\002\341\000I\004\212\002\302L\001 \224\r\017\003\243\002*8(v\337oid)\000\256!n\000\376\245\215\001one_if_\377room\000fai\377l_with\000i\035s\332\210\003fd\000\356\003\376\"(\006\373no\224\215\001\000dead\366\274\204\002ofM\002_cou\377nt\000share\003d_\266F\355\"t\001\255$\251#\221\212\003?ellint\337\017\347A\377_of\200A\200A\330\357\010\016\210a\001\003i\220q\377\330\014\020\220\001\220\024\220\337Q\220e\2301\032\00012\177\360\n\000\t\r\210K\030\000\377\010\014\210J\220a\330\010\377\013\2104\210w\220g\230\375Q)\001\006\220d\230!\230\2574\230|\250,\000\340\027\002}\377\230A\230Q\230d\240!\377\330\014\r\330\010\t\330\014\377\017\210q\330\020\024\220G\377\2307\240!\2401\340\020\375\032-\002w\240d\250!\250[1\340o\000\006\220\177\000\340]\000\337F\220!\2208K\000q\200\377A\340\010\035\230T\240\026\337\240t\2501\250\242\000\017\210\377x\220v\230S\240\n\250\357)\2601\260\265\000\360\006\000\363\t\014\207\000]\016\020\220\016\230\377a\330\014\030\230\001\230\021\373\230$\007\001\020\220\r\230Q}""\340\204\000v\220S\230\003[\001\376\213\001E\230\027\240\001\240\021\336\226\001N\240!\340\236\000H\230\371A\205\006[\001\r\210I\220T\337\230\026\230w\240M\000\017\210\377v\220W\230D\240\001\330?\021\032\230&\240\006\021\000\254\002_&\230\001\200A\211\001\036\246\006\367F\260!\242!6\220\027\230\177\001\330\014\021\220\026\220\315\000s\360\010\252\003\266!U\240$\372\000\357)\2603\260T\002t\2204\377\220x\230t\2406\250\023\277\250C\250t\2601\252!F\317\230\047\240\021%\000\356 \014\210\341LF\000\371#i\000\214BM\230\021\335\330\216@O\2301\003\001N\230u!\202\000\014\246AI\220Q\215\000\235\016\261AD\220\005\306@<\002G\343\2201\016\005\341 \300A9\220Az\330\002s\244A\020\320\020 \327\000\376\330@6\220\023\220A\330\014=\023\220\000y\240\002\240\302\004\013\006\335w\324A\2401\330\034\013|\240\2374\240~\260Q\215\001\225\000\230\374\373\000\253Aq\230\004\230F\240\337&\250\001\250\021\214\003\"\240\375\031\357@4\250q\330\010\032\257\230%\230qn\001\014\327a\230\337\010\320 1\260\314\002D\220u\004\226\000Q\321r8\2408\342a\317\360\020\000\t\343\047\246`\013\210\370\257\004\340a\215 \021\220\025\220a\376\253\204\003K\220q\230\010\240\007\377\240q\250\010\260\t\270\021\375\270\226@\r\210T\220\021\220&\237@\014\210\351c\226!\030\341\204\001\225\"\376\253\204\002t\2207\230#\230Q_\330\020\030\230\005\003\001\025\205`\376\311aj\250\002\250\047\260\023\357\260A\330\020\013\005g\240T\177\250\021\250$\250c\260\306b\351I\223\205\001\272!v\357a\020\220\006\377\220a\320\004\035\230^\250\3771\360 \000\t\020\210t\373\220=\363`\024\240X\250Q\177\250g\260Q\320\004\"\371`\350\364\204\003\247\205\002\363#\001\247 #\250Q\376\225\205\004\320\004$\240N\260!\375\340\263 $\230h\240a\240\177w\250a\330\010\034\230\366\002\3474\210{\246a\255C}\240A\375\240\204@\024\220D\230\006\230\375a\370\205\002\020\220\010\230\001\330\373\020\023u\000\002\240*\250E\233\260\025\362`\024\033\206\206\003\230\206\001z\356\204\205\001\330\020\031\212\205\002\022\240:\377\250U\260%\260t\2704o\270x\300q\217\205\004\330\024\243""\000\377\2407\250*\260E\270\025\363\270a\257\206\001Q\001\021\033\230:\377\240U\250%\250u\260F\376\326!\017\210s\220!\2201\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377,\000\t%\240A\330\010\367\035\230]\270\"J\270a\330\243\010\033\265\204\001\300\000\023\001Q\306\206\0037\377\220#\220Q\330\014\025\220\276\371B8\2203\220a\201\204\005\001\337\240\026\240q\340\222\204\001\320\027\365(\316`\026\301`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\350\207\001t\177\2201\330\025\037\230y\364a\337\330\024\032\230)\253\204\001\016\210\365h\220`t\252\205\001\016\210m\230\3358\277\204\001\t\330\014\241%\020\021\377\330\020\037\230t\240=\260\374\250 \266\207\001\032\2404\240}\260\377H\270A\270T\300\021\330\357\020\026\220b\301!\021\330\020\271\027\316`\314 \021\220\021\315\207\001xO\220s\230!\020\002\265\211\001\007\030\001\333\230\021\300\211\001\005\220\330@7\260\351q\300\210\003\363\204\0016\332\204\003J\220d\277\230+\240S\250\001\247\205\003\024\377\230V\2406\250\024\250]~\272#q\320\004:\270!\333\204\003\345X\237ba\203\210\003\372\206\004H\220A\341\330\373\211\t\364D\342b\267 \320\025\047\357\240q\250\006\233`\014\022\220\377%\220r\230\023\230J\240\377g\250T\260\022\2603\260\357i\270t\300\325\207\002J\230aw\230v\240\271\212\002\t\230\024\301\212\003\177\005\220]\240(\250$6\001_\020\220\005\220Y \000t\210`\256\336\212\002\005\220V\257\211\002\014\024\003k\377\250\027\260\003\2603\260b\353\270\001\216A6b\000D\240\t\377\250\021\250&\260\t\270\0233\270A\267\210\003\223 \024\220]\n\221$\347W\230H\212`E\004a\230u\372\005\005V\221A\240G\2507\260\377!\2601\330\010\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2992, 4218);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4213 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdef""aultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A""\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F""\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4218 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know which peers exist: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfs""etdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!""\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u""\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -24900,127 +24900,127 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 171};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 173};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 179};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_read_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_look_for, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 185};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_check_can_wait, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 192};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch_news, __pyx_mstate->__pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 201};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 203};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch_news, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 213};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_relay};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 221};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 233};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 235};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 256};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 277};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 320};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 464};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 490};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 497};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_1_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 515};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 523};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vectors, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 880};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 900};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1021};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1041};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_own, __pyx_mstate->__pyx_n_u_gentle, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1098};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1118};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1106};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1126};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1161};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }

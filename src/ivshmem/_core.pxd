@@ -32,12 +32,12 @@ cdef enum:
 cdef struct Wait:
     int64_t deadline
     int64_t spin
-    bint alone  # no other Python thread is there: see reads_plainly in _core.pyx
+    bint alone  # there is no other Python thread: see reads_plainly in _core.pyx
     Turn turn
 
 
 cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:
-    """Both in nanoseconds; `timeout` -1: without limit; `spin` SPIN_AUTO (of _spin): "auto"."""
+    """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
     wait.deadline = deadline_in(timeout)
     wait.spin = spin
     wait.alone = False
@@ -49,7 +49,7 @@ cdef struct Watched:
     bint wide  # 64 bits
     uint64_t old
     uint64_t seen
-    void *sleeping  # a word that says that somebody sleeps, or NULL
+    void *sleeping  # a word that tells the peer that this call sleeps, or NULL
     bint sleeping_wide
 
 
@@ -62,16 +62,16 @@ cdef class Doorbells:
     cdef bint uio  # the own vector is a UIO device,
     cdef bint uio_known  # and its count at the last look is known:
     cdef uint32_t uio_count
-    cdef FdArray wake  # one eventfd, written by close() to send the waiters home
-    cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
+    cdef FdArray wake  # one eventfd, written by close() to end all waits
+    cdef FdArray queued  # one eventfd, readable while the subclass has events to be taken
     cdef Epoll epoll  # anything(), once it is needed
     cdef Epoll outer  # what fileno() returns: that and queued, once it is needed
     cdef unsigned int state  # calls that wait, and whether it is closed
     cdef uint64_t nonblocking  # of the first 64 vectors: a spin has set O_NONBLOCK
-    cdef int sleepers  # of these, who sleep in plain reads
+    cdef int sleepers  # how many of these calls sleep in plain reads
     cdef int watched
     cdef bint urgent  # what is watched interrupts waiting for one vector, too
-    cdef Relay relay  # the own eventfds are this process's alone, and hear of what is urgent
+    cdef Relay relay  # adds to the own eventfds, which no other process has, if it is urgent
     cdef Signaller signaller  # once something was rung without waiting
     cdef int pid
     cdef Spinner spinner
@@ -81,7 +81,7 @@ cdef class Doorbells:
     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil
     # Needs the GIL. Lets signal handlers run and takes in news; raises what ends the wait.
     cdef int attend(self, int64_t code) except -1
-    # Needs the GIL and lets go of it: waits, calls the handler, and so on, for `rounds` times or
+    # Needs the GIL and releases it: waits, calls the handler, and so on, for `rounds` times or
     # until nothing comes for `timeout`. Returns how often; `stopped` is what the handler returned.
     cdef int64_t serve(
         self,
@@ -95,7 +95,7 @@ cdef class Doorbells:
     ) except -1
     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)
 
-    # The rest is not for others.
+    # The rest is internal.
     cdef int check(self) except -1
     cdef int enter(self) except -1
     cdef FdArray bells_of(self, peer, Py_ssize_t vector)

@@ -1,8 +1,9 @@
 # cython: language_level=3, binding=True, freethreading_compatible=True
 # cython: embedsignature=True, embedsignature.format=clinic
-"""The data path: the doorbells that an endpoint rings, and those that it listens on.
+"""Internal, except for `cimport`: the data path, which rings doorbells and waits for interrupts.
 
-Knows: ringing, listening, sleeping. Does not know: who the peers are, when to spin (`_spin`).
+Knows: ringing, listening, sleeping. Does not know: which peers there are; when to spin, as
+native/spin.pyx does.
 """
 
 cimport cython
@@ -39,26 +40,27 @@ from .errors import ClosedError, NoSuchVector, ProtocolError
 Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
 Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
 
-cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
+cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number
 
 cdef enum:
     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
     TOKEN_WAKE = 1 << 30
     TOKEN_NEWS = 1 << 29
-    # Habits of the Spinner: a vector's, as far as there are so many; the last is any vector's.
+    # Habits of the Spinner: one for each of the first vectors, and the last one for any vector.
     ANY = HABITS - 1
-    # Which spins hold the GIL if nobody else wants it: to let go of it costs as much as a ring.
-    SHORT = 100_000  # nanoseconds
-    LOOKS = 8  # at a word, for one at an eventfd
+    # Nanoseconds. A spin up to so long keeps the GIL if there is no other thread: to release the
+    # GIL costs as much as a ring.
+    SHORT = 100_000
+    LOOKS = 8  # at a word, for each look at an eventfd
 
 # -- plain reads ----------------------------------------------------------------------------------
 
 cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:
     """Whether a wait without limit is one plain read; `alone`: there is no other Python thread.
 
-    close() by another thread ends such a read by adding to the count. Where the eventfd is shared,
-    a hostile peer can take that away again, as fast as it comes; so there only a thread that no
-    other can want to end reads plainly.
+    close() by another thread ends such a read by adding to the count. If the eventfd is shared, a
+    hostile peer can take that count away again at once. Such an eventfd is read plainly only if no
+    other thread could call close().
     """
     return self.relay is not None or alone and not self.urgent and not self.uio
 
@@ -68,11 +70,11 @@ cdef inline bint relay_fired(Doorbells self) noexcept nogil:
 
 
 cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:
-    """Sleep in one read, the quickest way; 0 where somebody has set O_NONBLOCK.
+    """Sleep in one read, the quickest way; return 0 if O_NONBLOCK was set.
 
-    That flag is shared by all who have the eventfd. Whoever set it, it is cleared here: this
-    process is the only one that reads the eventfd, and who writes to it waits only at a full
-    counter, which nobody honest ever sees. close() and a relay end the read by adding to the count.
+    All processes that have the eventfd share that flag. It is cleared here whoever set it: only
+    this process reads the eventfd, and a writer waits only if the counter is full, which honest
+    peers never bring about. close() and a relay end the read by adding to the count.
     """
     cdef uint64_t count = 0
     cdef ssize_t n = 0
@@ -86,7 +88,7 @@ cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nog
     ivshmem_count(&self.sleepers, -1)
     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
         if self.relay is not None:
-            add_one(fd)  # others may sleep in the same read
+            add_one(fd)  # other threads may sleep in the same read
         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
     if n == sizeof(count):
         return count_of(count)
@@ -100,9 +102,9 @@ cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nog
 # -- spins ----------------------------------------------------------------------------------------
 
 cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:
-    """How a spin for one vector looks: by a plain read if that may sleep, as it is quicker.
+    """Choose how a spin for one vector looks: by a plain read, which is quicker, if it may sleep.
 
-    It sleeps if a peer clears O_NONBLOCK, which is what the wait would come to anyway.
+    The read sleeps if a peer clears O_NONBLOCK; the wait would sleep next in any case.
     """
     cdef uint64_t bit = <uint64_t>1 << vector % 64
     if not plainly or self.relay is not None or vector >= 64:
@@ -116,7 +118,7 @@ cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noex
 cdef inline int64_t spin_for(
     Doorbells self, Py_ssize_t which, int64_t deadline, Probe probe, void *what, Turn *turn
 ):
-    """Spinner.spin, with the GIL if that is short and nobody wants it."""
+    """Spinner.spin, with the GIL if the spin is short and there is no other thread."""
     cdef int64_t n
     if turn.left <= SHORT and ivshmem_is_only_thread():
         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
@@ -129,11 +131,11 @@ cdef inline int64_t spin_for(
 
 cdef struct Gentle:
     Bell *bell  # of an eventfd
-    void *signaller  # of this thread alone; or None
+    void *signaller  # used by this thread alone; or None
 
 
 cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
-    """What ring_bell does, and wait for nobody."""
+    """Do what ring_bell does, but never wait."""
     cdef Gentle *gentle = <Gentle *>context
     cdef int code
     if not ivshmem_enter(gentle.bell.state):
@@ -154,7 +156,7 @@ cdef class Doorbells:
     A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and
     overrides hooks, which EndpointHooks in peer/endpoint.py documents.
 
-    A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).
+    A device rings by a register instead (`_ring_by`), and may listen to UIO (`_listen_uio`).
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -174,7 +176,7 @@ cdef class Doorbells:
             " device again, where another is needed"
         )
 
-    # Overridden by subclasses.
+    # The hooks, which subclasses override; see EndpointHooks.
 
     def _read_news(self):
         raise NotImplementedError
@@ -183,7 +185,7 @@ cdef class Doorbells:
         raise NotImplementedError
 
     def _check_can_wait(self):
-        """Called before a wait when there is no vector; raises where none can ever come."""
+        pass
 
     # Bookkeeping, called with the GIL held.
 
@@ -191,7 +193,7 @@ cdef class Doorbells:
     def _watch_news(self, int fd, *, bint urgent=False):
         """Call `_read_news()` when `fd`, which is borrowed, is readable.
 
-        `urgent`: also while one vector is waited for, which what `_read_news()` raises then ends.
+        `urgent`: also during a wait for one vector, which ends if `_read_news()` raises.
         """
         self.watched = fd
         self.urgent = urgent
@@ -201,7 +203,7 @@ cdef class Doorbells:
     @cython.critical_section
     def _unwatch_news(self):
         """Forget the descriptor of `_watch_news`, before it is closed."""
-        # A forked child shares the epoll object with its parent, and must leave it as it is.
+        # A forked child shares the epoll object with its parent, and must not change it.
         if self.epoll is not None and self.watched >= 0:
             if not self.closed and getpid() == self.pid:
                 self.epoll.remove(self.watched)
@@ -209,19 +211,19 @@ cdef class Doorbells:
         self.urgent = False
 
     def _listen_alone(self, Relay relay not None):
-        """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+        """Sleep in plain reads of the own eventfds: no other process has them, and they may block.
 
-        Takes `relay`: who is the last to use it closes it.
-        `relay` leads from what is watched to all of them.
+        `relay` adds to all of them when what is watched is readable. This takes ownership of it:
+        the last call that uses it closes it.
         """
         self.relay = relay
 
     @cython.critical_section
     def _add_vector(self, fd):
-        """Listen on `fd`, a number or an Fd, as the next vector; takes it, also when this fails.
+        """Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.
 
         Raises:
-            ProtocolError: it is no eventfd.
+            ProtocolError: it is not an eventfd.
         """
         cdef Py_ssize_t vector = length_of(self.own)
         cdef int number = taken(fd)
@@ -232,11 +234,11 @@ cdef class Doorbells:
 
     @cython.critical_section
     def _add_bell(self, peer, fd):
-        """Ring the peer's next vector through `fd`, a number or an Fd; takes it, also on failure.
+        """Ring the peer's next vector through `fd`, a number or an Fd; owns it, also on failure.
 
         Raises:
-            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an
-                eventfd is known to be short and harmless, whatever its sender intends.
+            ProtocolError: it is not an eventfd, so nothing is ever written to it. Only a write to
+                an eventfd is known to be short and harmless, whatever its sender intends.
         """
         cdef FdArray bells = self.bells.get(peer)
         cdef int number
@@ -254,7 +256,7 @@ cdef class Doorbells:
         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
 
     def _listen_uio(self, int fd):
-        """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
+        """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.
 
         Reading 4 bytes waits for the next interrupt, and returns how many there have ever been.
         When the driver has lost the device, a read fails with EIO, and a wait calls `_read_news()`,
@@ -264,33 +266,33 @@ cdef class Doorbells:
         self.uio = True
 
     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):
-        """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
+        """Ring any peer by storing peer << 16 | vector to the register at `doorbell`.
 
-        `vectors`: how many each peer is taken to have.
+        `vectors`: how many each peer is assumed to have.
         """
         self.registers = registers
         self.register_at = doorbell
         self.bells_each = vectors
 
     def _ring_self(self, peer):
-        """Let `peer`, this endpoint's own id, lead to its own vectors."""
+        """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
         self.bells[peer] = self.own
 
     def _bells(self, peer):
-        """How many doorbells `peer` has; None when it is unknown."""
+        """Return how many doorbells `peer` has; None if it is unknown."""
         cdef FdArray bells = self.bells.get(peer)
         return None if bells is None else length_of(bells)
 
     @cython.critical_section
     def _drop_peer(self, peer):
-        """Close the doorbells of `peer`, if there are any."""
+        """Close the doorbells of `peer`, if it has any."""
         cdef FdArray bells = self.bells.pop(peer, None)
         if bells is not None:
             bells.close()
 
     @property
     def vectors(self):
-        """How many vectors others can ring here: they are 0..vectors-1."""
+        """How many vectors this endpoint has: other peers ring 0..vectors-1."""
         return length_of(self.own)
 
     @property
@@ -304,7 +306,7 @@ cdef class Doorbells:
         return 0
 
     def _set_queued(self, bint anything):
-        """Say whether there are events that were taken in and that nobody has asked for yet."""
+        """Note whether events were taken in that the program has not asked for yet."""
         if not ivshmem_enter(&self.state):
             return
         try:
@@ -317,11 +319,14 @@ cdef class Doorbells:
 
     @cython.critical_section
     def fileno(self):
-        """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+        """Return a descriptor for an event loop: readable while `events(timeout=0)` has any.
 
-        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From
-        then on each ring that comes in costs its sender a little more, for the kernel keeps it up
-        to date.
+        It stays the endpoint's, and `close()` closes it. Never waits. From the first call on, each
+        ring costs its sender a little more, because the kernel updates this descriptor.
+
+        Raises:
+            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.
+            ClosedError: the endpoint is closed.
         """
         cdef Epoll outer
         self.enter()
@@ -340,11 +345,11 @@ cdef class Doorbells:
             return self.watch_all()
 
     cdef Epoll watch_all(self):
-        """What waiting for any vector sleeps on: the vectors, news, wake.
+        """Return what a wait for any vector sleeps on: the vectors, what is watched, and wake.
 
-        Made when it is first needed: every epoll object that watches an eventfd makes each write to
-        it dearer, by about as much as a system call costs. The caller is in a critical section: a
-        second one of the same object would let go of the first.
+        It is made when it is first needed: each epoll object that watches an eventfd makes a write
+        to that eventfd slower, by about the time of a system call. The caller is in a critical
+        section: a second one of the same object would release the first.
         """
         cdef Epoll epoll
         cdef Py_ssize_t i
@@ -364,16 +369,17 @@ cdef class Doorbells:
     def ring(self, peer, Py_ssize_t vector=0):
         """Interrupt `vector` of the peer with id `peer`.
 
-        One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;
-        a peer whose counter is full has an interrupt pending already, which is success. (Such a
-        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, but no other
-        Python thread, until a signal arrives. `ring_nowait` never waits.)
+        This is one write to an eventfd. It does not wait for the peer, and does not tell whether
+        the peer listens. If the peer's counter is full, an interrupt is pending already, and the
+        call succeeds. (A hostile peer that filled its counter and cleared O_NONBLOCK of its eventfd
+        can block this thread, but no other Python thread, until a signal arrives. `ring_nowait`
+        never waits.) May be called by any thread, and by a signal handler.
 
-        A guest's device rings by one 32-bit store to its Doorbell register. It cannot tell who is
-        there: ringing nobody is silently nothing.
+        A guest's device rings by one 32-bit store to its Doorbell register. The device does not
+        know which peers exist: to ring a peer that does not exist has no effect and raises nothing.
 
         Raises:
-            NoSuchPeer: nobody with that id is connected.
+            NoSuchPeer: no peer with that id is connected.
             NoSuchVector: the peer has no such vector.
             ClosedError: the endpoint is closed.
         """
@@ -383,13 +389,13 @@ cdef class Doorbells:
         cdef Py_ssize_t number
         if self.registers is not None:
             self.check()
-            number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+            number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
                 self._look_for(peer, vector)
             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
             return
         while True:
-            if ivshmem_is_only_thread():  # so nobody can close anything now
+            if ivshmem_is_only_thread():  # so no other thread can close anything now
                 found = PyDict_GetItemWithError(self.bells, peer)
                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
                     code = add_one(place_of(<FdArray>found, vector)[0])
@@ -415,12 +421,12 @@ cdef class Doorbells:
 
     @cython.binding(False)
     def ring_nowait(self, peer, Py_ssize_t vector=0):
-        """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+        """Ring like `ring`, but never wait, whatever a hostile peer did to its eventfd.
 
-        It costs about three times as much: the kernel signals at the end of an asynchronous read
-        (io_submit(2)). Where it can have no such reads (no AIO in the kernel, fs.aio-max-nr used
-        up, no descriptor left) it looks for room in the counter before it writes, which a hostile
-        peer can beat by a microsecond.
+        It takes about three times as long: the kernel signals the eventfd at the end of an
+        asynchronous read (io_submit(2)). If no such read is possible (no AIO in the kernel,
+        fs.aio-max-nr used up, no descriptor left), it looks for room in the counter before it
+        writes. A hostile peer can then fill the counter in the microsecond in between.
 
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
@@ -440,7 +446,7 @@ cdef class Doorbells:
             self._look_for(peer, vector)
 
     cdef Signaller quiet(self):
-        """The process's signaller, kept until this endpoint is closed; None if there is none."""
+        """Return the process's signaller, kept until this endpoint is closed; None: none."""
         cdef Signaller signaller
         with cython.critical_section(self):
             signaller = self.signaller
@@ -451,12 +457,14 @@ cdef class Doorbells:
         return signaller
 
     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
-        """The doorbells of a peer that has this vector, else None."""
+        """Return the doorbells of a peer if it has this vector, else None."""
         cdef FdArray bells = self.bells.get(peer)
         return bells if bells is not None and 0 <= vector < length_of(bells) else None
 
     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):
-        """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+        """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
+
+        C code can ring it without the GIL; see _core.pxd.
 
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
@@ -488,7 +496,7 @@ cdef class Doorbells:
         return made
 
     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
-        """A doorbell that rings as `ring_nowait` does."""
+        """Return a doorbell that rings as `ring_nowait` does."""
         cdef Doorbell made = self.doorbell(peer, vector)
         made.nowait = self.registers is None
         made.signaller = self.quiet() if made.nowait else None
@@ -497,23 +505,23 @@ cdef class Doorbells:
     def ring_all(self, peers=None, vectors=0):
         """Ring several doorbells in one call: each of the vectors of each of the peers.
 
-        Nothing is rung unless all of them can be. Like `ring`, it can be held up by a hostile peer.
+        If one of them does not exist, none is rung. A hostile peer can block it, as it can `ring`.
 
         Args:
-            peers: ids; None: all other peers that are connected. (A guest's device does not
-                know who is there: name them.)
-            vectors: one, or several.
+            peers: ids; None: all other peers that are connected.
+            vectors: a number, or an iterable of numbers.
 
         Returns:
             How many doorbells were rung. (A peer that leaves during the call is not counted.)
 
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
+            TypeError: a guest's device, which does not know the peers, was given none.
         """
         return self.ring_several(self.several(peers, vectors))
 
     def ring_all_nowait(self, peers=None, vectors=0):
-        """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
+        """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
         cdef list bells = self.several(peers, vectors)
         cdef list entered = []
         cdef Signaller signaller
@@ -535,12 +543,12 @@ cdef class Doorbells:
         return len(entered)
 
     cdef list several(self, object peers, object vectors):
-        """The doorbells that ring_all is to ring."""
+        """Return the doorbells that ring_all rings."""
         cdef list bells = []
         self.check()
         if peers is None:
             if self.registers is not None:
-                raise TypeError("a device does not know who is there: name the peers to ring")
+                raise TypeError("a device does not know which peers exist: name the peers to ring")
             if self.watched >= 0 and is_readable(self.watched):
                 self._read_news()
             with cython.critical_section(self):
@@ -549,7 +557,7 @@ cdef class Doorbells:
         for peer in peers:
             for number in numbers:
                 bells.append(self.doorbell(peer, number))
-        self.check()  # what was iterated over may have closed it
+        self.check()  # the caller's iterators may have closed it
         return bells
 
     cdef Py_ssize_t ring_several(self, list bells) except -1:
@@ -591,11 +599,17 @@ cdef class Doorbells:
         Args:
             vectors: a number: wait for that vector; None: for any; an iterable of numbers: for any
                 of these, and take the first that is ready.
-            spin: seconds to look again and again before sleeping. To be woken takes ten times as
-                long as all else, so a spin that succeeds is worth much; one that keeps the peer
-                from running costs more. "auto": a short while (20 to 50 microseconds), if that
-                brought something of late. A given time is spun under the same condition: where two
-                spins in a row brought nothing, it sleeps at once for a while (see _spin).
+            timeout: seconds; a wait does not end before, except by an interrupt or an error.
+            spin: seconds to look again and again before sleeping. To wake a sleeper takes ten times
+                as long as all the rest, so a spin that succeeds saves much time. A spin that keeps
+                the peer from running costs more than it saves. "auto": spin for 20 to 50
+                microseconds if that succeeded of late. A number of seconds is spun under the same
+                condition: after two spins in a row that brought nothing, the next waits sleep at
+                once (see native/spin.pyx).
+
+        May be called by any thread, and by a signal handler. A client that only ever calls
+        `wait(number, 0)` takes nothing from the server, which then lists it as stalled: `events`,
+        `peer_events`, `peers` and longer waits do.
 
         Returns:
             For one vector: how often it was rung since the last look, at least 1.
@@ -605,7 +619,9 @@ cdef class Doorbells:
 
         Raises:
             NoSuchVector: this endpoint has no such vector.
-            ClosedError: the endpoint is closed, or was closed by another thread during the call.
+            ClosedError: the endpoint is closed, or another thread closed it during the call.
+            NoInterrupts: the device has no interrupts.
+            DeviceGone: the device was unplugged.
         """
         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
         self.enter()
@@ -651,7 +667,7 @@ cdef class Doorbells:
                 return n
             self.attend(n if n < 0 else <int64_t>NEWS)
             n = 0
-            # What a signal handler did may have been to start a thread.
+            # A signal handler may have started a thread.
             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 
     cdef int enter(self) except -1:
@@ -692,7 +708,7 @@ cdef class Doorbells:
     cdef int64_t sleep_for(
         self, Py_ssize_t vector, int64_t deadline, bint plainly
     ) noexcept nogil:
-        """Sleep until a vector was rung: how often; 0: the time is over; else for `attend`."""
+        """Sleep until a vector was rung: how often; 0: not in time; else a code for `attend`."""
         cdef pollfd fds[3]
         cdef timespec left
         cdef int64_t n
@@ -716,7 +732,7 @@ cdef class Doorbells:
             return n
         if self.urgent and fds[2].revents:
             return NEWS
-        # Another thread, or a hostile peer, took it, perhaps again and again.
+        # Another thread, or a hostile peer, took the count, perhaps again and again.
         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
 
     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
@@ -787,27 +803,31 @@ cdef class Doorbells:
         spin="auto",
         Atomic sleeping=None,
     ):
-        """Wait until a word of shared memory is not `old` any more, at most `timeout` seconds.
+        """Wait until a word of shared memory differs from `old`.
 
-        It looks at the word, spins on it, which costs no system call, and then sleeps until
-        `vector` is rung; so who changes the word has to ring afterwards.
+        The call looks at the word, spins on it, which takes no system call, and then sleeps until
+        `vector` is rung. So the peer that changes the word must ring afterwards.
 
         Args:
-            word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also
+            word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, even
                 if the region is closed during the call.
+            old: the value that is not waited for.
+            vector: the one that the peer rings.
+            timeout: seconds to wait at most; None: for ever; 0: look once.
             spin: as of `wait`.
-            sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who
-                changes `word`, and then loads this one, both with order="seq_cst", has to ring only
-                if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)
-                Each waiter needs one of its own.
+            sleeping: a word that is 1 while this call sleeps, else 0. It saves the peer rings: a
+                peer that changes `word` and then loads `sleeping`, both with order="seq_cst", must
+                ring only if that is not 0. (If this process dies asleep, it stays 1, and the peer
+                rings each time.) Each waiter needs a word of its own.
 
         Returns:
-            The value; what its writer stored before is seen, too (acquire). None when the time is
-            over. Rings of `vector` that came in that time are taken, or left for the next call.
+            The value, which may be 0. What its writer stored before is seen, too (acquire). None if
+            the word did not change in time. Rings of `vector` that came during the call are taken,
+            or left for the next call.
 
         Raises:
             NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.
-            OverflowError: `old` is no number that the word can have.
+            OverflowError: the word cannot have the value `old`.
             TypeError: `sleeping` is in memory that is mapped for reading only.
         """
         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
@@ -858,14 +878,14 @@ cdef class Doorbells:
             elif n > 0:
                 return watched.seen
             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
-            # Rung for nothing, perhaps again and again.
+            # Rung without a change, perhaps again and again.
             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
                 return None
 
     cdef int64_t sleep_at_word(
         self, Watched *watched, Py_ssize_t vector, int64_t deadline, bint plainly
     ) noexcept nogil:
-        """sleep_for, unless the word changes first, which is as good as a ring."""
+        """Do what sleep_for does, unless the word changes first, which counts as a ring."""
         cdef int64_t n = 1
         if watched.sleeping != NULL:
             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
@@ -878,7 +898,7 @@ cdef class Doorbells:
         return n
 
     def _wait_event(self, timeout=None):
-        """Like wait(), but returns True as soon as `_read_news()` was called."""
+        """Wait like wait(), but return True as soon as `_read_news()` was called."""
         self.enter()
         try:
             return self.wait_any(timeout, 0, True)
@@ -918,7 +938,7 @@ cdef class Doorbells:
                         self.attend(n if n < 0 else <int64_t>NEWS)
             elif n < -1:
                 self.attend(n)
-            # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+            # What a hostile peer keeps ready all the time cannot defeat the deadline.
             PyErr_CheckSignals()
             if deadline and deadline != INT64_MAX and now() >= deadline:
                 deadline = 0
@@ -928,7 +948,7 @@ cdef class Doorbells:
                     return None
 
     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
-        """How often a vector was rung since the last look; 0 when it was not; -errno."""
+        """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
         cdef int fd = place_of(self.own, vector)[0]
         return self.take_uio(fd) if self.uio else look(fd)
 
@@ -948,7 +968,7 @@ cdef class Doorbells:
     # -- loops without the interpreter ------------------------------------------------------------
 
     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
-        """What wait_one does, as far as that goes without the GIL."""
+        """Do what wait_one does, as far as that is possible without the GIL."""
         cdef int64_t n = 0
         cdef bint plainly
         if not ivshmem_enter(&self.state):
@@ -1022,23 +1042,23 @@ cdef class Doorbells:
         """Answer interrupts by ringing back, in a loop without the interpreter.
 
         Args:
-            peer: whom to ring: an interrupt does not tell who sent it.
-            vector: the own one to wait for.
-            answer: the peer's one to ring; None: the same number.
+            peer: the peer to ring; an interrupt does not tell which peer sent it.
+            vector: this endpoint's vector to wait for.
+            answer: the peer's vector to ring; None: the same number.
             rounds: how many interrupts to answer; None: without end.
-            timeout: seconds without an interrupt after which to give up; None: never.
+            timeout: seconds without an interrupt after which it returns; None: never.
             spin: as of `wait`.
 
         With a `timeout` it rings as `ring_nowait` does, so that the limit holds whatever a hostile
-        peer did to its eventfd. Each answer then costs about half a microsecond more.
+        peer did to its eventfd. Each answer then takes about half a microsecond longer.
 
         Returns:
             How many interrupts were answered.
 
         Raises:
-            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this
-                endpoint knows it: nothing here takes in news, but another thread may.
-            ClosedError: the endpoint is closed, or was closed by another thread during the call.
+            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when another thread has taken in
+                that the peer left. This call itself does not read what the server sends.
+            ClosedError: the endpoint is closed, or another thread closed it during the call.
         """
         cdef int64_t nanoseconds = -1
         cdef int64_t limit = INT64_MAX if rounds is None else rounds
@@ -1055,7 +1075,7 @@ cdef class Doorbells:
             bell = self._doorbell_nowait(peer, answer)
             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
             if bell.nowait:
-                with contextlib.suppress(OSError):  # as of ring_nowait, it is the second best then
+                with contextlib.suppress(OSError):  # then as ring_nowait does without one
                     own = Signaller()
         gentle.bell = &bell.bell
         gentle.signaller = <void *>own
@@ -1072,12 +1092,12 @@ cdef class Doorbells:
             if stopped == 0:
                 return done
             self.attend(-EINTR)
-            bell.ring()  # raises what stopped it, unless that was a signal
+            bell.ring()  # raises what stopped the loop, unless a signal did
 
     # -- the end ----------------------------------------------------------------------------------
 
     cdef void leave(self) noexcept nogil:
-        """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+        """End a call; the last one in a closed endpoint closes the descriptors."""
         if ivshmem_leave(&self.state):
             with gil:
                 self.release()
@@ -1097,15 +1117,15 @@ cdef class Doorbells:
 
     @cython.critical_section
     def _close_bells(self):
-        """Close all doorbells; those in use when their last user is done."""
+        """Close all doorbells; one in use is closed when its last user is done."""
         for bells in self.bells.values():
             if bells is not self.own:
                 (<FdArray>bells).close()
         self.bells.clear()
 
     def close(self):
-        """Stop ringing and listening; waiters get ClosedError. May be called twice."""
-        # As one of the users, so that nobody closes what is signalled here.
+        """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
+        # As one of the users, so that no other thread closes what is signalled here.
         if not ivshmem_enter(&self.state):
             return
         try:
@@ -1122,9 +1142,10 @@ cdef class Doorbells:
             self.leave()
 
     cdef int wake_sleepers(self) except -1:
-        """End plain reads, by adding to what they read; never waits for a peer.
+        """End plain reads, by adding to what they read; never wait for a peer.
 
-        Of eventfds that are shared, only a thread that Python does not know can have come here.
+        If the eventfds are shared, only a thread that Python does not know can sleep in a plain
+        read.
         """
         cdef Signaller signaller
         if self.relay is not None:
@@ -1143,7 +1164,7 @@ cdef class Doorbells:
 
     @cython.binding(False)
     def _take(self, Py_ssize_t vector):
-        """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+        """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
         cdef int64_t n
         if not ivshmem_enter(&self.state):
             self.check()
@@ -1159,11 +1180,11 @@ cdef class Doorbells:
             self.leave()
 
     def _descriptor(self, which):
-        """What is readable while there is something to take; borrowed until close().
+        """Return a descriptor that is readable while there is something to take; borrowed.
 
         Args:
-            which: a vector, for `_take`; "any", for `_wait_event`; "queued", for what the subclass
-                has queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
+            which: a vector, for `_take`; "any", for `_wait_event`; "queued", for the events that
+                the subclass queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
         """
         self.check()
         if length_of(self.own) == 0:

@@ -1,4 +1,4 @@
-"""Endpoints for asyncio: `await client.wait(vector)`, `async for event in client`.
+"""Endpoints for asyncio: `await client.wait(0, timeout=1)`, `async for event in client`.
 
 Knows: event loops, and how a task sleeps until a descriptor is readable.
 Does not know: what comes over a descriptor, or where an endpoint comes from.
@@ -54,10 +54,11 @@ __all__ = [
     "wait_for_async",
 ]
 
-# What is there already is taken without suspending, so often in a row; then others have a turn.
+# So often in a row a ring that is there already is taken without suspending; then other tasks have
+# their turn.
 _STREAK = 64
 
-_EVENTS = object()  # what `async for` waits for: the key of its queue
+_EVENTS = object()  # the key of the queue of `async for`
 
 _E = TypeVar("_E", bound=Endpoint)
 _T = TypeVar("_T")
@@ -66,10 +67,12 @@ _T = TypeVar("_T")
 class AsyncEndpoint(Uncopied, Generic[_E]):
     """An endpoint whose waiting is asyncio's; made by `connect_async` and `open_async`.
 
-    It belongs to the event loop in which it is first waited for, until that loop is closed. Many
-    tasks can wait at once. Those that wait for one vector come before those that wait for any, and
-    these before `async for`; among equals, who began first. Each interrupt goes to one of them.
-    Rings that come while nobody waits are counted for the next who does.
+    It belongs to the event loop in which a task first waits for it, until that loop is closed. Many
+    tasks can wait at once. Each interrupt goes to one task: first to those that wait for that
+    vector, then to those that wait for any, then to `async for`; among equals, to the task that
+    began first. Rings that come while no task waits are counted for the next one that does.
+
+    Call it in the loop's thread. `ring`, `ring_all` and `doorbell` may be called by any thread.
 
     The calls have the names, the arguments and the results of the endpoint's. A `timeout` in
     seconds ends a wait with None; cancellation and `asyncio.timeout` work too. A wait that is cut
@@ -81,13 +84,13 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
 
     Attributes:
         endpoint: the wrapped one.
-        ring: `ring(peer, vector=0)`, which waits for nobody: the wrapped one's `ring_nowait`.
+        ring: `ring(peer, vector=0)`, which never waits: the wrapped one's `ring_nowait`.
     """
 
     _closing = False
 
     def __init__(self, endpoint: _E) -> None:
-        # A device's register takes no longer for anybody.
+        # A store to a device's register never waits.
         self.ring = endpoint.ring if isinstance(endpoint, GuestDevice) else endpoint.ring_nowait
         self.endpoint = endpoint
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,12 +114,12 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
 
     @property
     def peers(self: AsyncEndpoint[Client]) -> list[int]:
-        """Ids of the other peers, as of now, in ascending order. (No device can tell.)"""
+        """The ids of the other peers, as of now, ascending. (A device does not know them.)"""
         return self.endpoint.peers
 
     @property
     def connected(self: AsyncEndpoint[Client]) -> bool:
-        """Whether the server still tells of peers."""
+        """Whether the connection to the server is open."""
         return self.endpoint.connected
 
     @property
@@ -125,27 +128,27 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         return self._closing or self.endpoint.closed
 
     def current_id(self) -> int:
-        """The id that this peer has now, as Endpoint.current_id()."""
+        """Return the id that this peer has now, as Endpoint.current_id()."""
         return self.endpoint.current_id()
 
     def fileno(self) -> int:
-        """As Endpoint.fileno(), for another event loop than asyncio's."""
+        """Return a descriptor for another event loop than asyncio's, as Endpoint.fileno()."""
         return self.endpoint.fileno()
 
     def vectors_of(self: AsyncEndpoint[Client], peer: int) -> int:
-        """How many vectors of a peer can be rung; 0 if it is not connected."""
+        """Return how many vectors of a peer can be rung; 0 if it is not connected."""
         return self.endpoint.vectors_of(peer)
 
     def peer_events(self) -> list[Event]:
-        """The events that are there now, except interrupts, as Endpoint.peer_events()."""
+        """Return the events that are there now, except interrupts, as Endpoint.peer_events()."""
         return self.endpoint.peer_events()
 
     def ring_all(self, peers: Iterable[int] | None = None, vectors: int | Iterable[int] = 0) -> int:
-        """Ring several doorbells, as Endpoint.ring_all(), and wait for nobody."""
+        """Ring several doorbells, as Endpoint.ring_all(); never wait."""
         return self.endpoint.ring_all_nowait(peers, vectors)
 
     def doorbell(self, peer: int, vector: int = 0) -> Doorbell:
-        """Look up a doorbell, as Endpoint.doorbell(); its `ring` waits for nobody."""
+        """Look up a doorbell, as Endpoint.doorbell(); its `ring` never waits."""
         return self.endpoint._doorbell_nowait(peer, vector)
 
     @overload
@@ -215,7 +218,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         try:
             await waiter
         except BaseException:
-            with contextlib.suppress(ValueError):  # it was passed over already
+            with contextlib.suppress(ValueError):  # another task's turn removed it already
                 waiters.remove(waiter)
             raise
         finally:
@@ -272,7 +275,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if timer is not None:
                 timer.cancel()
             for queue, share in shares:
-                with contextlib.suppress(ValueError):  # it was taken out already
+                with contextlib.suppress(ValueError):  # it was removed already
                     queue.waiters.remove(share)
         found: Interrupt | None = waiter.found
         return found
@@ -317,7 +320,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         return value
 
     async def next_event(self, timeout: float | None = None) -> Event | None:
-        """The next of `events`; None if nothing happens within `timeout` seconds, or if closed."""
+        """Return the next of `events`; None: nothing happened in `timeout` seconds, or closed."""
         try:
             return await self.wait(_EVENTS, timeout)  # type: ignore[call-overload, no-any-return]
         except ClosedError:
@@ -332,7 +335,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 return
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        """Iterate over what happens: as Endpoint.events(), until this is closed."""
+        """Iterate over events, as Endpoint.events(), until this is closed."""
         return self
 
     async def __anext__(self) -> Event:
@@ -342,7 +345,11 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         return event
 
     def _bind(self) -> None:
-        """Belong to the running loop."""
+        """Attach to the running loop.
+
+        Raises:
+            RuntimeError: it is attached to another loop, which is not closed.
+        """
         if self._loop is not None:
             if not self._loop.is_closed():
                 raise RuntimeError(
@@ -352,26 +359,26 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         loop = get_running_loop()
         self._readers = _Readers(loop, self.endpoint)
         self._queues = self._readers.queues
-        self._loop = loop  # last: where it is set, there are readers to close
+        self._loop = loop  # last: if it is set, there are readers to close
 
     def close(self) -> None:
         """Close the endpoint; waiting tasks get ClosedError. May be called twice.
 
-        This can take a while: a device is given back to its driver (seconds, if another process is
-        about to open it), and a region is unmapped (30 ms for each GiB). In a loop, `aclose`.
+        This can block: a device is given back to its driver (seconds, if another process is about
+        to open it), and a region is unmapped (30 ms for each GiB). In a loop use `aclose`.
 
         Raises:
-            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
-                another close() unmaps it. All else is closed.
+            BufferError: a view of the memory is alive. The memory stays mapped until the view is
+                released and close() is called again. Everything else is closed.
             RuntimeError: the loop runs in another thread: use its call_soon_threadsafe.
         """
         self._stop()
         self.endpoint.close()
 
     async def aclose(self) -> None:
-        """Like `close`, but the loop turns on: the endpoint is closed in a thread.
+        """Close like `close`, but in a thread, so that the loop continues.
 
-        If this is cancelled, the thread goes on by itself. No task can wait from now on.
+        If this is cancelled, the thread continues by itself. No task can wait from now on.
 
         Raises:
             BufferError, RuntimeError: as of `close`.
@@ -391,26 +398,26 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         await self.aclose()
 
     def __repr__(self) -> str:
-        # A constructor that failed did not come to it.
+        # A constructor that failed did not set it.
         return f"<ivshmem.aio.AsyncEndpoint of {getattr(self, 'endpoint', None)!r}>"
 
     def __del__(self) -> None:
-        # The endpoint may live on; if it does not, it warns that it was not closed.
+        # The program may still use the endpoint; otherwise that warns that it was not closed.
         loop = getattr(self, "_loop", None)
         if loop is not None:
             try:
                 self._readers.close()
-            except RuntimeError:  # forgotten by another thread than the loop's
+            except RuntimeError:  # this is another thread than the loop's
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._readers.close)
 
 
 class _Waiter:
-    """What a task sleeps on: of a future, what asyncio.Task uses.
+    """What a task sleeps on: the part of a future that asyncio.Task uses.
 
-    A future tells its task by call_soon, which takes one more turn of the loop, with a select of
-    its own: about as dear as all the rest. This one is private to one task, so its callback can be
-    called where it is known that no task is running.
+    A future wakes its task by call_soon. That takes one more turn of the loop with another select,
+    which costs about as much as all the rest. A waiter is private to one task, so its callback can
+    be called directly where no task is running.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_loop", "callback", "context", "error", "found")
@@ -421,11 +428,11 @@ class _Waiter:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asyncio_future_blocking = True  # tells the task that this was awaited
         self._loop = loop
-        self.callback: Any = None  # the task's; None if none sleeps on this, or it is being told
+        self.callback: Any = None  # the task's; None: no task sleeps on this, or it is woken
         self.error: BaseException | None = None
 
     def __await__(self) -> Generator[_Waiter, None, None]:
-        # Yields itself, once. A tuple's iterator is quicker than a generator.
+        # Yields itself once. A tuple's iterator is quicker than a generator.
         return iter((self,))  # type: ignore[return-value]
 
     # Called by the task.
@@ -442,12 +449,12 @@ class _Waiter:
             try:
                 raise self.error
             finally:
-                self.error = None  # or its traceback would lead to itself
+                self.error = None  # else its traceback would refer to itself
 
     # Called by readers.
 
     def resume(self, found: object) -> None:
-        """Let the task go on, here and now; returns when it waits for something else."""
+        """Let the task continue at once; return when it waits for something else."""
         callback = self.callback
         self.callback = None
         self.found = found
@@ -459,7 +466,7 @@ class _Waiter:
             self.resume(None)
 
     def fail(self, error: BaseException) -> bool:
-        """Let the error be raised in the task; False if it was told something before."""
+        """Raise the error in the task; return False if it was woken before."""
         callback = self.callback
         if callback is None:
             return False
@@ -480,7 +487,7 @@ class _Share:
 
     @property
     def callback(self) -> Any:
-        """None when the waiter was told something, here or in another queue."""
+        """None if the waiter was woken, through this queue or another one."""
         return self._waiter.callback
 
     def resume(self, rings: object) -> None:
@@ -491,22 +498,22 @@ class _Share:
 
 
 class _Queue:
-    """The tasks that wait for the same, the eldest first."""
+    """The tasks that wait for the same thing, the oldest first."""
 
     __slots__ = ("loop", "readers", "spare", "streak", "waiters", "watched")
 
-    take: Callable[[Any], Any]  # what is there already, if anything; called with the queue's key
+    take: Callable[[Any], Any]  # takes what is there already; called with the queue's key
 
     def __init__(self, readers: _Readers) -> None:
         self.readers = readers
         self.loop = readers.loop
         self.waiters: deque[_Waiter | _Share] = deque()
-        self.watched = False  # whether the loop tells of it
-        self.streak = 0  # how often in a row it was there already
-        self.spare: _Waiter | None = None  # to be used again
+        self.watched = False  # whether the loop watches the descriptor
+        self.streak = 0  # how often in a row something was there already
+        self.spare: _Waiter | None = None  # a waiter to be used again
 
     def watch(self) -> None:
-        """Let the loop tell when there is something."""
+        """Let the loop watch the descriptor."""
         raise NotImplementedError
 
     def is_awaited(self) -> bool:
@@ -518,12 +525,12 @@ class _Queue:
         return False
 
     def give(self, found: object) -> None:
-        """Let the eldest have it; there must be one."""
+        """Wake the oldest waiter with it; there must be one."""
         self.waiters.popleft().resume(found)
 
 
 class _Vector(_Queue):
-    """For rings of one vector."""
+    """Tasks that wait for rings of one vector."""
 
     __slots__ = ("_fd", "_number", "take")
 
@@ -552,17 +559,17 @@ class _Vector(_Queue):
         except Exception as error:
             self.readers.fail(error)
             return
-        if rings:  # or somebody else has taken them
+        if rings:  # else another reader has taken them
             self.waiters.popleft().resume(rings)
 
 
 class _Any(_Queue):
-    """For interrupts of any vector."""
+    """Tasks that wait for interrupts of any vector."""
 
     __slots__ = ()
 
     def take(self, what: object) -> Interrupt | None:
-        # What tasks wait for by number is theirs: let the readers see to that.
+        # If tasks wait for a vector by number, its rings are theirs: the readers distribute them.
         return None if self.readers.wanted() else self.readers.endpoint.wait(None, 0)
 
     def watch(self) -> None:
@@ -571,7 +578,7 @@ class _Any(_Queue):
 
 
 class _Events(_Queue):
-    """For whatever happens."""
+    """Tasks that wait for any event."""
 
     __slots__ = ("_timer",)
 
@@ -594,7 +601,7 @@ class _Events(_Queue):
         self._look_later()
 
     def _look_later(self) -> None:
-        """Look now and then for what no descriptor tells of."""
+        """Look once a while for events that no descriptor tells of."""
         every = self.readers.endpoint._poll_seconds
         if every is not None and self._timer is None:
             self._timer = self.loop.call_later(every, self._look)
@@ -602,7 +609,7 @@ class _Events(_Queue):
     def _look(self) -> None:
         self._timer = None
         if not self.is_awaited():
-            self.watched = False  # who waits again watches again
+            self.watched = False  # the next waiter watches again
             return
         try:
             news = self.readers.endpoint._next_peer_event()
@@ -614,17 +621,17 @@ class _Events(_Queue):
             self.give(news)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
 
 class _Readers(Uncopied):
-    """What one loop watches of an endpoint, and who waits for what.
+    """What one loop watches of an endpoint, and which tasks wait for what.
 
-    Nothing that the loop holds refers to the AsyncEndpoint, so that one that was forgotten goes
-    away before the loop does.
+    Nothing that the loop holds refers to the AsyncEndpoint, so that one that the program forgot is
+    collected before the loop is.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> None:
@@ -636,7 +643,7 @@ class _Readers(Uncopied):
         self._pid = os.getpid()
 
     def listen(self, what: Any) -> _Queue:
-        """The queue for what is waited for the first time."""
+        """Make the queue for what a task waits for the first time."""
         queue: _Queue
         if what is None:
             queue = _Any(self)
@@ -649,20 +656,20 @@ class _Readers(Uncopied):
         return queue
 
     def wanted(self) -> bool:
-        """Whether somebody waits for a vector by number."""
+        """Whether a task waits for a vector by number."""
         return any(vector.waiters for vector in self._vectors)
 
     def awaited(self, what: Any) -> _Queue | None:
-        """The queue, if somebody waits in it."""
+        """Return the queue if a task waits in it."""
         queue = self.queues.get(what)
         return queue if queue is not None and queue.is_awaited() else None
 
     # -- what the loop calls ----------------------------------------------------------------------
 
     def _any_ready(self) -> None:
-        """A vector was rung, or there are news."""
-        bystanders, followers = self.awaited(None), self.awaited(_EVENTS)
-        others = bystanders or followers
+        """A vector was rung, or there are other events."""
+        any_waiters, followers = self.awaited(None), self.awaited(_EVENTS)
+        others = any_waiters or followers
         if others is None:
             self._unwatch("any")
             return
@@ -684,7 +691,7 @@ class _Readers(Uncopied):
                 others.give(found)
 
     def _queued_ready(self) -> None:
-        """There are news, which somebody else has taken in: `peers`, for instance."""
+        """There are events that another call has taken in, `peers` for instance."""
         followers = self.awaited(_EVENTS)
         if followers is None:
             self._unwatch("queued")
@@ -692,11 +699,11 @@ class _Readers(Uncopied):
             followers.give(news)
 
     def _urgent_ready(self) -> None:
-        """There is what ends waiting for a vector."""
+        """There is an event that ends each wait for a vector."""
         if not any(vector.is_awaited() for vector in self._vectors):
             self._unwatch("urgent")
             for vector in self._vectors:
-                vector.unwatch()  # who watches one again watches for this again
+                vector.unwatch()  # watching a vector again watches for this again
             return
         try:
             self.endpoint._read_news()
@@ -722,14 +729,14 @@ class _Readers(Uncopied):
     # -- the end ----------------------------------------------------------------------------------
 
     def fail(self, error: Exception) -> None:
-        """Raise it in every task that waits."""
+        """Raise the error in every task that waits."""
         for queue in self.queues.values():
             for waiter in queue.waiters:
                 waiter.fail(error)
 
     def close(self) -> None:
-        """Watch nothing any more, and send home who waits."""
-        # A forked child shares the loop's epoll object with its parent, and leaves it alone.
+        """Stop watching, and raise ClosedError in all tasks that wait."""
+        # A forked child shares the loop's epoll object with its parent, and must not change it.
         if not self.loop.is_closed() and os.getpid() == self._pid:
             if self.loop.is_running() and asyncio._get_running_loop() is not self.loop:
                 raise RuntimeError("the event loop runs in another thread: call_soon_threadsafe")
@@ -740,7 +747,7 @@ class _Readers(Uncopied):
             if isinstance(events := self.queues.get(_EVENTS), _Events):
                 events.stop()
             self.fail(ClosedError("the endpoint was closed while waiting"))
-        # They refer to this: it shall not take a garbage collection to let go of the endpoint.
+        # They refer to this object: without a cycle the endpoint needs no garbage collection.
         self.queues.clear()
         self._vectors.clear()
 
@@ -749,7 +756,7 @@ class _Readers(Uncopied):
 
 
 class Opening(Generic[_E]):
-    """What `await` and `async with` make an AsyncEndpoint of."""
+    """What `connect_async` and `open_async` return: `await` or `async with` opens the endpoint."""
 
     def __init__(self, opener: Callable[[], Coroutine[Any, Any, AsyncEndpoint[_E]]]) -> None:
         self._opener = opener
@@ -776,8 +783,8 @@ def connect_async(
 ) -> Opening[Client]:
     """Connect to the server at `path`: `async with connect_async(path) as client`, or `await` it.
 
-    The arguments, and what is raised, are those of `connect`. It does not block the loop. What
-    is cancelled leaves no connection behind.
+    The arguments, and what is raised, are those of `connect`. It does not block the loop. If it is
+    cancelled, it leaves no connection behind.
     """
 
     async def opener() -> AsyncEndpoint[Client]:
@@ -812,7 +819,7 @@ async def _knock(
     deadline: float | None,
     wait_for_server: bool,
 ) -> socket.socket:
-    """A connection to the server, which may not have been accepted yet."""
+    """Connect to the server, which may not have accepted the connection yet."""
     give_up = connecting.accepts_nobody
     awaited = connecting.Awaited(path)
     for pause in connecting.pauses(deadline):
@@ -833,8 +840,8 @@ def open_async(
 ) -> Opening[GuestDevice]:
     """Open a guest's device: `async with open_async() as device`, or `await` it.
 
-    The arguments, and what is raised, are those of `guest.open`. It does not block the loop. What
-    is cancelled is opened all the same, and then closed.
+    The arguments, and what is raised, are those of `guest.open`. It does not block the loop. If it
+    is cancelled, the device is still opened, and then closed.
     """
     return Opening(lambda: _by_thread(lambda: guest.open(address, access=access, memory=memory)))
 
@@ -844,14 +851,15 @@ async def _by_thread(
     stop: Callable[[], object] | None = None,
     abandon: Callable[[], object] | None = None,
 ) -> AsyncEndpoint[_E]:
-    """Call it in a thread of its own.
+    """Call `open_` in a thread of its own.
 
-    Not one of the loop's executor: those stay, and while there is another thread each ring has to
-    let go of the interpreter's lock; and the loop's end would wait for a server that is silent.
+    It is not a thread of the loop's executor. Those stay, and while there is another thread each
+    ring must release the interpreter's lock. And the end of the loop would wait for a server that
+    is silent.
 
     Args:
         stop: makes the call end early.
-        abandon: instead of the call, if there can be no thread.
+        abandon: called instead of `open_`, if no thread can be started.
     """
     loop = get_running_loop()
     done = loop.create_future()
@@ -869,7 +877,7 @@ async def _by_thread(
         with lock:
             if wanted:
                 found.append(result)
-                with contextlib.suppress(RuntimeError):  # closed; the task's end will find it
+                with contextlib.suppress(RuntimeError):  # the loop is closed; the task finds it
                     loop.call_soon_threadsafe(arrive)
                 return
         if isinstance(result, Endpoint):
@@ -879,7 +887,7 @@ async def _by_thread(
         if not done.done():
             done.set_result(None)
 
-    # What nothing can stop is not torn down with the process: a device is given back.
+    # Without `stop` it is not a daemon: the process ends only after a device was given back.
     thread = threading.Thread(target=run, name="ivshmem-open", daemon=stop is not None)
     try:
         thread.start()
@@ -895,7 +903,7 @@ async def _by_thread(
             if isinstance(late, Endpoint):
                 _start_closing(late)
         raise
-    thread.join()  # it has only to return
+    thread.join()  # it is about to return
     if isinstance(found[0], BaseException):
         raise found.pop()  # type: ignore[misc]
     return AsyncEndpoint(found[0])
@@ -905,7 +913,7 @@ async def _by_thread(
 
 
 async def _close_aside(endpoint: Endpoint) -> None:
-    """Close it in a thread of its own, and raise what that raises."""
+    """Close the endpoint in a thread of its own, and raise what that raises."""
     loop = get_running_loop()
     done = loop.create_future()
 
@@ -924,13 +932,13 @@ async def _close_aside(endpoint: Endpoint) -> None:
     thread = _start_closing(endpoint, closed)
     await done
     if thread is not None:
-        thread.join()  # it has only to return
+        thread.join()  # it is about to return
 
 
 def _start_closing(
     endpoint: Endpoint, closed: Callable[[BaseException | None], object] | None = None
 ) -> threading.Thread | None:
-    """Close it in a thread, or here if there can be none; then call `closed` with the error."""
+    """Close it in a thread, or here if none can start; then call `closed` with the error."""
 
     def run() -> None:
         failure: BaseException | None = None
@@ -941,11 +949,11 @@ def _start_closing(
         if closed is not None:
             closed(failure)
 
-    # Not a daemon: a device is given back before the process ends.
+    # Not a daemon: the process ends only after a device was given back.
     thread = threading.Thread(target=run, name="ivshmem-close")
     try:
         thread.start()
-    except RuntimeError:  # no more threads: a loop that stands still is better than a device kept
+    except RuntimeError:  # no more threads: to block the loop is better than to keep the device
         run()
         return None
     return thread
@@ -955,9 +963,9 @@ def _start_closing(
 
 
 async def wait_for_async(directory: Directory, name: str, timeout: float | None = None) -> Entry:
-    """`directory.wait_for(name, timeout)`; the loop turns while it waits.
+    """Return what `directory.wait_for(name, timeout)` returns; the loop continues during the wait.
 
-    (`directory.lookup` never waits, and needs no twin.)
+    It raises what that raises. (`directory.lookup` never waits, and needs no twin.)
     """
     return await _go_through(directory._wait_for(name, timeout))
 
@@ -971,9 +979,9 @@ async def publish_async(
     id: SupportsIndex | None = None,  # noqa: A002 - as in Directory.publish
     timeout: float | None = None,
 ) -> Publication:
-    """`directory.publish(..)`, which can take two leases; the loop turns while it waits.
+    """Publish as `directory.publish` does, which can take two leases; the loop continues.
 
-    If it is cancelled, nothing is published.
+    It raises what that raises. If it is cancelled, nothing is published.
     """
     return await _go_through(directory._publish(name, role, vector_range, id, timeout))
 

@@ -168,7 +168,7 @@ class Player:
         self.limit = self.copies + 160 * (self.region.size // SLOT_BYTES)
         try:
             getattr(self, f"_op_{op.name}")(*op.args)
-        except (ivshmem.IvshmemError, ValueError) as error:
+        except (ivshmem.IvshmemError, ValueError, TimeoutError) as error:
             if not isinstance(error, _DOCUMENTED.get(op.name, ())):
                 raise
             text = str(error)
@@ -354,7 +354,7 @@ _DOCUMENTED: Mapping[str, tuple[type[Exception], ...]] = {
     "open": (ivshmem.NoDirectory, ivshmem.ClosedError),
     "create": (ivshmem.RegionError, ivshmem.NoDirectory, ivshmem.ClosedError),
     "entries": (ivshmem.ClosedError,),
-    "lookup": (ivshmem.NoSuchName, ivshmem.ClosedError),
+    "lookup": (TimeoutError, ivshmem.ClosedError),
     "publish": (
         ivshmem.NameTaken,
         ivshmem.DirectoryFull,

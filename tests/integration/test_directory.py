@@ -293,7 +293,7 @@ table.publish("forgotten", id=1)
 
 def test_the_example_of_the_documentation(server: Callable[..., Server]) -> None:
     page = (Path(__file__).parents[2] / "docs/howto/names.md").read_text()
-    (example,) = (e for e in re.findall(r"```python\n(.*?)```", page, re.S) if "lookup(" in e)
+    (example,) = (e for e in re.findall(r"```python\n(.*?)```", page, re.S) if "wait_for(" in e)
     serving = server()
     example = example.replace("/run/ivshmem.sock", serving.path)
     with ivshmem.connect(serving.path) as client, Directory.create(client) as table:

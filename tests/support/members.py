@@ -69,7 +69,7 @@ class Client:
         self.key = key
         self.roster = roster
         vectors = [token(key, v) for v in range(roster.vectors)]
-        self.member: Member = roster.join(vectors, holds=holds)
+        self.member: Member = roster.join(vectors, no_leaves=holds)
         self.id = self.member.id
         self.qemu = Qemu()
         self.session = Session()
@@ -112,8 +112,8 @@ class Client:
 
     def _receive(self, message: Message) -> None:
         self.received += 1
-        assert not (self.member.muted and self.is_set_up), "it was to be sent nothing"
-        assert NOBODY_FD not in message.fds or self.member.holds, "its leave would do"
+        assert not (self.member.paused and self.is_set_up), "it was to be sent nothing"
+        assert NOBODY_FD not in message.fds or self.member.no_leaves, "its leave would do"
         before = self.qemu.alive.get(message.value, [])
         self.qemu.receive(message)
         event = self.session.receive(message)
@@ -146,13 +146,15 @@ class Client:
         known = self.qemu.alive
         if self.roster.vectors:
             assert {len(fds) for fds in known.values()} == {self.roster.vectors}
-        if self.member.holds:
+        if self.member.no_leaves:
             known = {peer: known[peer] for peer in known if peer in expected}
         assert known == expected
         assert self.session.state is SessionState.READY
         assert self.session.id == self.id
         assert self.session.vectors == self.roster.vectors
-        peers = [peer for peer in self.session.peers if peer in expected or not self.member.holds]
+        peers = [
+            peer for peer in self.session.peers if peer in expected or not self.member.no_leaves
+        ]
         assert peers == sorted(set(expected) - {self.id})
 
 
@@ -180,25 +182,25 @@ def send_to_crowd(
     """
     roster = clients[0].roster
     by_serial = {client.member.serial: client for client in clients}
-    runs = roster.news(limit)
+    runs = roster.messages_to_all(limit)
     if not runs:
         return None
     total = min(sum(run.length for run in runs), BATCH)
     done = 0
-    for serial in list(roster.crowd):
+    for serial in list(roster.caught_up):
         client = by_serial[serial]
         count = min(takes(client), total)
         client.take(runs, count)
         if killed(done):
             return -1, done, count, total
         if count < total:
-            roster.split(client.member)
+            roster.tell_singly(client.member)
             roster.sent(client.member, runs, count)
             note("split", serial, count, done, total)
         else:
             done += 1
-    roster.sent_to_crowd(runs, total)
-    note("crowd", total)
+    roster.sent_to_all(runs, total)
+    note("crowd", total, len(roster.caught_up))
     return None
 
 

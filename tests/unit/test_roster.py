@@ -226,7 +226,7 @@ MANY = 70_000  # more than there are ids
 def footprint(roster: Roster) -> int:
     """Entries in all that the roster and its members hold."""
     held = [*vars(roster).values()]
-    told = {id(member.standing): member.standing for member in roster.members}.values()
+    told = {id(member.told): member.told for member in roster.members}.values()
     held += [getattr(member, name) for member in roster.members for name in Member.__slots__]
     held += [getattr(standing, name) for standing in told for name in Told.__slots__]
     return sum(len(value) for value in held if isinstance(value, Sized) and type(value) is not Run)
@@ -250,7 +250,7 @@ def test_many_come_and_go_past_one_that_does_not_read() -> None:
         assert member.id == 1
         roster.leave(member)
     assert footprint(roster) < 10
-    assert not stayer.member.standing.owed
+    assert not stayer.member.told.leaves_due
 
 
 def test_many_come_and_go_past_one_that_reads() -> None:
@@ -280,7 +280,7 @@ def test_leaves_owed_are_bounded_by_what_was_told() -> None:
         roster.leave(client.member)
     for key in range(1000, 6000):  # while it does not read
         roster.leave(roster.join([key]))
-    assert len(stayer.member.standing.owed) == 100
+    assert len(stayer.member.told.leaves_due) == 100
     stayer.send_all()
     stayer.check_knows([stayer])
 
@@ -320,7 +320,7 @@ def test_who_is_admitted_is_announced_to_all_and_leaves() -> None:
     roster = shared_roster(2)
     early, late = Client(roster, 0), Client(roster, 1)
     early.send_all()
-    remote = roster.admit(9, [token(9, 0), token(9, 1)])
+    remote = roster.announce_remote(9, [token(9, 0), token(9, 1)])
     assert told(early) == [(9, 0, 2)]
     for client in (early, late):
         client.send_all()
@@ -338,7 +338,7 @@ def test_a_crowd_of_a_shared_id_hides_nobody() -> None:
     first = Client(roster, 0)
     first.send_all()
     joined(roster, 50, 1)
-    roster.admit(9, [token(9, 0)])
+    roster.announce_remote(9, [token(9, 0)])
     assert told(first, limit=1) == [(9, 0, 1)]
 
 
@@ -346,7 +346,7 @@ def test_one_caught_in_the_middle_of_an_announcement() -> None:
     roster = shared_roster(3)
     client = Client(roster, 0)
     client.send_all()
-    remote = roster.admit(9, [token(9, v) for v in range(3)])
+    remote = roster.announce_remote(9, [token(9, v) for v in range(3)])
     client.send(1)
     roster.leave(remote)
     assert told(client) == [(9, 0, 1)]
@@ -356,11 +356,11 @@ def test_one_caught_in_the_middle_of_an_announcement() -> None:
 
 def test_a_shared_id_wants_admittance_and_nobody_else_has_it() -> None:
     with pytest.raises(ValueError, match="cannot be admitted"):
-        make_roster(1).admit(9, [0])
+        make_roster(1).announce_remote(9, [0])
     with pytest.raises(ValueError, match="cannot be admitted"):
-        shared_roster(1).admit(5, [0])
+        shared_roster(1).announce_remote(5, [0])
     with pytest.raises(ValueError, match="cannot be admitted"):
-        shared_roster(2).admit(9, [0])
+        shared_roster(2).announce_remote(9, [0])
 
 
 # -- one that leaves in the midst of its announcement ----------------------------------------------
@@ -393,14 +393,14 @@ def test_what_was_cut_short_is_completed_for_one_that_is_told_of_no_leave() -> N
     assert b.session.vectors == 2
     assert b.qemu.alive[a.id] == [token(0, 0), NOBODY_FD]
     assert b.qemu.left == set()
-    assert b.member.standing.held == 1
+    assert b.member.told.leaves_held == 1
     newcomer = Client(b.roster, 2)
     assert newcomer.id not in (a.id, b.id), "it was told of that id"
 
 
 def test_what_was_cut_short_is_completed_when_it_begins_to_hold_later() -> None:
     a, b = cut_short(holds=False)
-    b.roster.hold(b.member)
+    b.roster.stop_leaves(b.member)
     b.send_all()
     b.check_knows([b])
     assert b.qemu.alive[a.id] == [token(0, 0), NOBODY_FD]
@@ -429,7 +429,7 @@ def three(*, holds: bool = False) -> tuple[Roster, list[Client]]:
     clients = [Client(roster, 0, holds=holds), *joined(roster, 2, 1)]
     for client in clients:
         client.send_all()
-    roster.mute(clients[0].member)
+    roster.pause(clients[0].member)
     return roster, clients
 
 
@@ -439,7 +439,7 @@ def test_who_is_muted_is_sent_nothing() -> None:
     roster.leave(other.member)
     assert told(muted) == []
     assert roster.backlog(muted.member) == 3, "which waits for it"
-    assert muted.member.serial not in roster.crowd
+    assert muted.member.serial not in roster.caught_up
     newcomer.send_all()
 
 
@@ -450,22 +450,22 @@ def test_then_it_is_told_the_difference() -> None:
         client.send_all()
     roster.leave(other.member)
     roster.leave(passer.member)
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     assert told(muted) == [(other.id, 0, 1), (newcomer.id, 0, 2)], "of the passer it never hears"
     for client in (muted, third, newcomer):
         client.send_all()
         client.check_knows([muted, third, newcomer])
-    assert set(roster.crowd) == {client.member.serial for client in (muted, third, newcomer)}
+    assert set(roster.caught_up) == {client.member.serial for client in (muted, third, newcomer)}
 
 
 def test_one_that_is_told_of_no_leave_hears_of_joins_only() -> None:
     roster, (muted, other, third) = three(holds=True)
     newcomer = Client(roster, 3)
     roster.leave(other.member)
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     assert told(muted) == [(newcomer.id, 0, 2)]
     assert muted.qemu.left == set()
-    assert third.member.serial in roster.crowd
+    assert third.member.serial in roster.caught_up
 
 
 def test_the_id_of_one_that_left_while_another_is_muted_is_not_used_again() -> None:
@@ -473,7 +473,7 @@ def test_the_id_of_one_that_left_while_another_is_muted_is_not_used_again() -> N
     roster.leave(other.member)
     roster.leave(third.member)
     assert Client(roster, 3).id == 3
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     muted.send_all()
     assert muted.qemu.left == {1, 2}
 
@@ -484,7 +484,7 @@ def test_an_id_that_no_muted_one_was_told_of_is_used_again() -> None:
     roster.leave(passer.member)
     again = Client(roster, 4)
     assert again.id == passer.id
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     for client in (muted, other, third, again):
         client.send_all()
         client.check_knows([muted, other, third, again])
@@ -495,44 +495,44 @@ def test_a_set_up_is_completed_though_it_is_muted() -> None:
     roster = make_roster(2)
     elder, muted, later = joined(roster, 3)
     muted.send(4)
-    roster.mute(muted.member)
+    roster.pause(muted.member)
     assert told(muted) == [(elder.id, 1, 1), (muted.id, 0, 2)]
     muted.send_all()
     assert muted.is_set_up
     assert set(muted.qemu.alive) == {elder.id, muted.id}
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     muted.send_all()
     muted.check_knows([elder, muted, later])
 
 
 def test_muted_amid_an_announcement() -> None:
     roster, (muted, _, _) = three()
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     newcomer = Client(roster, 3)
     muted.send(1)
-    roster.mute(muted.member)
+    roster.pause(muted.member)
     assert told(muted) == []
     roster.leave(newcomer.member)
-    roster.unmute(muted.member)
+    roster.resume(muted.member)
     assert told(muted) == [(newcomer.id, 0, 1)]
 
 
 def test_muting_twice_is_as_once() -> None:
     roster, (muted, *_) = three()
-    roster.mute(muted.member)
-    roster.unmute(muted.member)
-    roster.unmute(muted.member)
-    assert muted.member.serial in roster.crowd
+    roster.pause(muted.member)
+    roster.resume(muted.member)
+    roster.resume(muted.member)
+    assert muted.member.serial in roster.caught_up
 
 
 @pytest.mark.parametrize("vectors", [0, 3])
 def test_what_is_muted_survives_a_dump(vectors: int) -> None:
     roster = make_roster(vectors)
     clients = joined(roster, 3)
-    roster.mute(clients[1].member)
+    roster.pause(clients[1].member)
     loaded = make_roster(vectors)
     loaded.load(roster.dump(), range(vectors))
-    assert [member.muted for member in loaded.members] == [False, True, False]
+    assert [member.paused for member in loaded.members] == [False, True, False]
     assert loaded.dump() == roster.dump()
 
 

@@ -64,7 +64,7 @@ def ends_well(stay: list[Client], listener: Client, gone: Client, case: Case) ->
     listener.send_all()
     listener.check_knows(stay)
     assert listener.session.vectors == case.vectors
-    if listener.member.holds:
+    if listener.member.no_leaves:
         wanted = [token(gone.key, n) for n in range(case.part)]
         assert listener.qemu.alive[gone.id] == wanted + [NOBODY_FD] * (case.vectors - case.part)
     else:
@@ -87,7 +87,7 @@ def test_it_begins_to_hold_at_any_time(case: Case, later: int) -> None:
     stay, listener, gone = cut_short(case)
     sent = listener.send(later)
     was_told = gone.id in listener.qemu.left
-    listener.roster.hold(listener.member)
+    listener.roster.stop_leaves(listener.member)
     listener.send_all()
     listener.check_knows(stay)
     assert listener.session.vectors == case.vectors
@@ -104,10 +104,10 @@ def test_something_happens_in_between(case: Case, then: str) -> None:
     if then == "leaves" and len(stay) > 1:
         roster.leave(stay.pop(0).member)
     elif then == "mutes":
-        roster.mute(listener.member)
+        roster.pause(listener.member)
         listener.send_all()
         assert listener.is_set_up, "a set-up is completed"
-        roster.unmute(listener.member)
+        roster.resume(listener.member)
     elif then == "succeeds":
         take_over(roster, stay)
     listener.send_all()

@@ -79,7 +79,7 @@ class Rosters(RuleBasedStateMachine):
     def hold(self, data: st.DataObject) -> None:
         """From now on one is told of nobody who leaves, not even of those who have left."""
         client = data.draw(st.sampled_from(self.clients), label="who is told of no leave")
-        self.roster.hold(client.member)
+        self.roster.stop_leaves(client.member)
         self.note("hold", client.member.serial)
 
     @precondition(lambda self: self.clients)
@@ -87,17 +87,17 @@ class Rosters(RuleBasedStateMachine):
     def mute(self, data: st.DataObject) -> None:
         """From now on one is sent nothing, but for the rest of its set-up."""
         client = data.draw(st.sampled_from(self.clients), label="who is muted")
-        self.roster.mute(client.member)
+        self.roster.pause(client.member)
         self.note("mute", client.member.serial, 60.0)
 
-    @precondition(lambda self: any(client.member.muted for client in self.clients))
+    @precondition(lambda self: any(client.member.paused for client in self.clients))
     @rule(data=st.data())
     def unmute(self, data: st.DataObject) -> None:
-        muted = [client for client in self.clients if client.member.muted]
+        muted = [client for client in self.clients if client.member.paused]
         self.listen_again(data.draw(st.sampled_from(muted), label="who is not muted any more"))
 
     def listen_again(self, client: Client) -> None:
-        self.roster.unmute(client.member)
+        self.roster.resume(client.member)
         self.note("unmute", client.member.serial)
 
     @precondition(lambda self: self.roster.vectors > 1 and len(self.clients) > 1)
@@ -120,7 +120,7 @@ class Rosters(RuleBasedStateMachine):
     def goes(self, client: Client) -> None:
         self.clients.remove(client)
         knowing = [c for c in self.clients if client.id in c.qemu.alive]
-        told = [c for c in knowing if not c.member.holds]
+        told = [c for c in knowing if not c.member.no_leaves]
         assert self.roster.leave(client.member) == bool(told)
         self.note("leave", client.member.serial)
         if knowing:
@@ -170,7 +170,7 @@ class Rosters(RuleBasedStateMachine):
     def killed(self) -> None:
         """A successor makes of the records what the roster was."""
         before = self.roster.dump()
-        muted = {client.member.serial for client in self.clients if client.member.muted}
+        muted = {client.member.serial for client in self.clients if client.member.paused}
         assert set(muted_for(self.state, self.told())) == muted
         self.succeed(None)
         assert self.roster.dump() == before
@@ -179,9 +179,10 @@ class Rosters(RuleBasedStateMachine):
     def rewritten(self) -> None:
         """The journal begins anew with a state."""
         held = {
-            c.member.serial: MemberFds(c.key, [], 0.0, False, c.member.holds) for c in self.clients
+            c.member.serial: MemberFds(c.key, [], 0.0, False, c.member.no_leaves)
+            for c in self.clients
         }
-        muted = {c.member.serial: 60.0 for c in self.clients if c.member.muted}
+        muted = {c.member.serial: 60.0 for c in self.clients if c.member.paused}
         state = {**snapshot(self.roster, held), "muted_for": muted}
         self.state = json.loads(json.dumps(state))
         self.records.clear()
@@ -211,16 +212,16 @@ class Rosters(RuleBasedStateMachine):
         for client in self.clients:
             client.send_all()
         for client in self.clients:
-            if client.member.muted:
+            if client.member.paused:
                 assert client.is_set_up
             else:
                 client.check_knows(self.clients)
-                assert not client.member.standing.owed
+                assert not client.member.told.leaves_due
 
     @rule()
     def everyone_is_told(self) -> None:
         for client in self.clients:
-            if client.member.muted:
+            if client.member.paused:
                 self.listen_again(client)
         self.everyone_reads()
 
@@ -232,19 +233,19 @@ class Rosters(RuleBasedStateMachine):
             return
         here = {client.id for client in self.clients}
         for client in self.clients:
-            owed = list(client.member.standing.owed)
+            owed = list(client.member.told.leaves_due)
             assert len(owed) == len(set(owed))
             # Exactly those that it was told of and that are gone: never more than it was told.
             gone = set(client.qemu.alive) - here
-            assert set(owed) == (set() if client.member.holds else gone)
+            assert set(owed) == (set() if client.member.no_leaves else gone)
             assert self.roster.leaves_told(client.member) == len(client.qemu.left)
-            if client.member.holds and self.roster.vectors:
-                assert client.member.standing.held == len(gone)
+            if client.member.no_leaves and self.roster.vectors:
+                assert client.member.told.leaves_held == len(gone)
         roster = self.roster
-        assert set(roster.crowd) | set(roster.others) == {m.serial for m in roster.members}
-        assert not set(roster.crowd) & set(roster.others)
-        assert all(m.standing is roster._crowd for m in roster.crowd.values())
-        assert not any(m.holds or m.muted for m in roster.crowd.values())
+        assert set(roster.caught_up) | set(roster.told_singly) == {m.serial for m in roster.members}
+        assert not set(roster.caught_up) & set(roster.told_singly)
+        assert all(m.told is roster._told_to_all for m in roster.caught_up.values())
+        assert not any(m.no_leaves or m.paused for m in roster.caught_up.values())
         assert list(roster.members) == [client.member for client in self.clients]
         kept = [peer for _, peer in roster._known] + roster._free + [m.id for m in roster.members]
         assert len(kept) == len(set(kept)) == roster._unused <= self.ids
@@ -263,7 +264,7 @@ class Rosters(RuleBasedStateMachine):
             for client in self.clients:
                 pending = self.roster.pending(client.member, 1 << 40)
                 count = sum(run.length for run in pending)
-                if client.member.muted:
+                if client.member.paused:
                     assert count <= self.roster.backlog(client.member)
                 else:
                     assert count == self.roster.backlog(client.member)

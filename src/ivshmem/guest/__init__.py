@@ -1,12 +1,12 @@
-"""The ivshmem device seen from inside a virtual machine: finding it, and opening it as an endpoint.
+"""The ivshmem device inside a virtual machine: finds it, and opens it as an endpoint.
 
-    devices()   what is there: address, size, variant, vectors, driver, IOMMU group
-    open()      the only device, or the one at an address, as an endpoint like the host's client
-    measure()   how fast the memory is by each way of mapping it
+    devices()   lists the devices: address, size, variant, vectors, driver, IOMMU group
+    open()      opens the only device, or the one at an address: an endpoint like the host's client
+    measure()   measures how fast the memory is by each way of mapping it
     Broker      shares the device between processes of the guest, which connect as on the host
 
-Interrupts come by vfio, which needs an IOMMU in the guest; `python -m ivshmem doctor` says what is
-missing and what fixes it.
+`open` is also called `open_device`. Interrupts come by vfio, which needs an IOMMU in the guest.
+`python -m ivshmem doctor` says what is missing and what fixes it.
 """
 
 from .broker import Broker

@@ -1,21 +1,21 @@
 """One device for several processes of a guest, which connect to it as to the host's server.
 
-Knows: what passes between the device and clients. Does not know: ways to a device (any endpoint
-will do), or how clients are served; Server does.
+Knows: what passes between the device and clients. Does not know: the ways to open a device (any
+endpoint works), or how clients are served; Server does.
 
-To the world a virtual machine is one peer. So all clients here have its id, each interrupt of the
-device reaches all of them, and they are not told of one another. Whom they can ring, the device
-does not say: those who stand in the region's directory of names, and those given here.
+To other machines a virtual machine is one peer. So all clients here have its id, each interrupt of
+the device reaches all of them, and they are not told of one another. The device does not say which
+peers exist. Clients can ring the peers in the region's directory of names, and those in `peers`.
 
-All peers have as many vectors as the device has, also where this machine hears only one interrupt
-for all of them, as by UIO: that one then goes to each vector of each client.
+All peers have as many vectors as the device has. Where this machine gets only one interrupt for all
+of them, as by UIO, that interrupt goes to each vector of each client.
 
 Invariants:
-1. A client can neither block nor end this process: its eventfds are signalled by the kernel, and
+1. A client can neither block nor end this process: the kernel signals its eventfds, and they are
    read without blocking.
-2. An interrupt that has been taken from the device has been signalled to every client.
-3. All clients have the id that the device has. A client is told its id once: when a migration has
-   changed it, all are hung up on, and have to connect again.
+2. An interrupt that was taken from the device was signalled to every client.
+3. All clients have the id of the device. A client is told its id once: when a migration has changed
+   it, all clients are disconnected, and must connect again.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _log = logging.getLogger("ivshmem.guest")
 
 _LOOK_SECONDS = 1.0  # between looks into the directory of names
 
-# Eventfds for peers found in the directory, which anybody can fill. Every client gets all of them,
-# and many may have no more than 1,024 descriptors.
+# Eventfds for peers found in the directory, which any peer can fill. Each client gets all of them,
+# and many processes may have only 1,024 descriptors.
 _BELLS = 512
 
-# Interrupts handed on in a row, before clients who connect and ring have their turn.
+# Interrupts passed on in a row, before clients that connect or ring have their turn.
 _BATCH = 64
 
 
@@ -55,16 +55,16 @@ class Broker(Server):
     """Serves a guest's device to other processes of the guest, on a Unix socket.
 
     Args:
-        device: an open one (or any endpoint), which stays the caller's. Its memory must be a file,
-            from its start on, so that it can be handed on: "resource2" or "resource2_wc".
+        device: an open device (or any endpoint), which stays the caller's. Its memory must begin a
+            file that can be passed to clients: "resource2" or "resource2_wc".
         path: of the socket, as Server takes it.
-        peers: ids that clients can ring, beside those in the directory of names.
+        peers: ids that clients can ring, in addition to those in the directory of names.
         on_join, on_leave: as Server's.
 
     It runs as a Server does. When the device is unplugged, running it raises DeviceGone.
 
     Raises:
-        ValueError: the device's memory is mapped in a way that cannot be handed on.
+        ValueError: the device's memory is mapped in a way that cannot be passed on.
         OSError: as of Server, or no asynchronous I/O in this kernel (io_setup(2)).
     """
 
@@ -112,11 +112,11 @@ class Broker(Server):
 
     @property
     def remote(self) -> list[int]:
-        """Ids of the peers that clients can ring now, in ascending order."""
+        """The ids of the peers that clients can ring now, ascending."""
         return sorted(self._remote)
 
     def _interrupts(self) -> None:
-        """Hand on what the device has."""
+        """Pass on the interrupts of the device."""
         for _ in range(_BATCH):
             if (event := self.device.next_event(0)) is None:
                 break
@@ -128,10 +128,10 @@ class Broker(Server):
     # -- peers elsewhere --------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Announce and dismiss peers by what the directory says now."""
+        """Announce and remove peers, as the directory lists them now."""
         self._timer.set(_LOOK_SECONDS)
         if (current := self.device.current_id()) != self._shared_id:
-            self._become(current)
+            self._change_id(current)
         published = self._published()
         room = max(_BELLS // max(self.vectors, 1) - len(self._fixed), 1)
         if len(published) > room:
@@ -139,29 +139,31 @@ class Broker(Server):
                 f"the directory has {counted(len(published), 'peer')}, room is for {room}"
             )
         wanted = self._fixed.union(published[:room]) - {self._shared_id}
-        self._dismiss([peer for peer in self._remote if peer not in wanted])
+        self._remove([peer for peer in self._remote if peer not in wanted])
         for peer in sorted(wanted - self._remote.keys()):
             try:
-                self._admit(peer)
+                self._announce(peer)
             except OSError as error:  # EMFILE and its like; the next look tries again
                 self._complain(f"peer {peer} cannot be offered now: {error.strerror}")
                 break
 
-    def _become(self, peer: int) -> None:
+    def _change_id(self, peer: int) -> None:
         before, self._shared_id = self._shared_id, peer
         text = f"the device has id {peer} now, not {before}: clients must connect again"
         self._engine.say(partial(_log.warning, text))
-        self._dismiss(list(self._remote))  # one of them may have this id; the others come back
+        self._remove(
+            list(self._remote)
+        )  # one of them may have this id; the others are announced again
         self._engine.become(peer)
 
     def _complain(self, text: str) -> None:
-        """Log what may come every second only when it is new."""
+        """Log a complaint that may come every second only once."""
         if text != self._complaint:
             self._complaint = text
             self._engine.say(partial(_log.warning, text))
 
     def _published(self) -> list[int]:
-        """Ids in the directory, those first that are seen at work."""
+        """Return the ids in the directory; entries that are known to be alive come first."""
         if self._directory is None:
             try:
                 self._directory = Directory.open(self.device.region)
@@ -172,7 +174,7 @@ class Broker(Server):
         others = {entry.id: None for entry in entries if entry.id != self._shared_id}
         return [peer for peer in others if peer not in self._fixed]
 
-    def _admit(self, peer: int) -> None:
+    def _announce(self, peer: int) -> None:
         bells = descriptors.FdArray.eventfds(self.vectors)
         self._remote[peer] = self._engine.admit(peer, bells), bells
         for vector in range(self.vectors):
@@ -182,7 +184,7 @@ class Broker(Server):
         if bells.drain(vector):
             self.device.ring(peer, vector)
 
-    def _dismiss(self, peers: Iterable[int]) -> None:
+    def _remove(self, peers: Iterable[int]) -> None:
         for peer in peers:
             member, bells = self._remote.pop(peer)
             self._engine.dismiss(member)

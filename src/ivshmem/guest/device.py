@@ -1,16 +1,16 @@
 """A guest's device as an endpoint, in each of the ways that lead to one.
 
 Knows: BAR0 and BAR2 of the ivshmem device (QEMU, docs/specs/ivshmem-spec.rst), and which way has
-what. Does not know: sysfs, vfio and UIO in detail; who the other peers are, which no device tells.
+which parts. Does not know: sysfs, vfio and UIO in detail; the other peers, which no device tells.
 
 Invariants:
-1. A device is given back as it was found: its driver, and whatever was opened.
-2. The driver is changed back only after everything of the device is unmapped and closed, also by
-   forked children: until then the kernel would wait, and nothing could interrupt it. If this
-   process has several devices of one IOMMU group open, all get their drivers back with the last.
-3. Registers are accessed by single 32-bit loads and stores only.
-4. An id that has changed is believed only if the device still decodes memory: after the device is
-   unplugged, or its driver has let go of it, registers read as 0, which is an id.
+1. A device is given back as it was found: with its driver, and with everything closed.
+2. The driver is changed back only after everything of the device is unmapped and closed, by forked
+   children too. Before that the kernel would wait, and nothing could interrupt it. If this process
+   has several devices of one IOMMU group open, all get their drivers back with the last one.
+3. Registers are accessed only by single 32-bit loads and stores.
+4. A changed id is believed only if the device still decodes memory. After the device was unplugged,
+   or its driver released it, registers read as 0, which is a valid id.
 5. No driver is taken from a process that uses it.
 """
 
@@ -51,16 +51,16 @@ IVPOSITION, DOORBELL, REGISTER_BYTES = 8, 12, 256
 Access: TypeAlias = Literal["vfio", "noiommu", "uio", "sysfs"]
 Memory: TypeAlias = Literal["vfio", "uio", "resource2", "resource2_wc"]
 
-# What vfio, UIO and resource2 map is device memory, on which arm64 allows aligned accesses only,
-# and memcpy makes others.
+# vfio, UIO and resource2 map device memory. On it arm64 allows only aligned accesses, and memcpy
+# makes others.
 _UNALIGNED_IS_FINE = platform.machine() in ("x86_64", "i686")
 
-# The file of sysfs to map the memory by, if none is chosen.
+# The file of sysfs that maps the memory by default.
 RESOURCE: Memory = "resource2" if _UNALIGNED_IS_FINE else "resource2_wc"
 
 _VFIO = "vfio-pci"  # the driver
 
-# How QEMU gives a guest what vfio needs.
+# The options of QEMU and of the kernel that give a guest what vfio needs.
 IOMMU_HINT = (
     "give QEMU `-machine q35,kernel-irqchip=split -device intel-iommu,intremap=on`, and the"
     " guest's kernel `intel_iommu=on`"
@@ -74,23 +74,26 @@ def open_device(
 
     Args:
         address: such as "0000:00:04.0", or "00:04.0".
-        access: "vfio" (interrupts; needs an IOMMU in the guest), "noiommu" (vfio without one, where
-            the kernel has that mode), "uio" (where a UIO driver for ivshmem has the device; one
-            vector) or "sysfs" (no interrupts, no driver). None: the first that works here; where
-            none has interrupts, `wait` says why.
-        memory: how the shared memory is mapped: through "vfio" or "uio", or by sysfs's "resource2"
-            (all three uncached: stores are seen by others at once and in order, bulk copies are
-            slow where the host lets the guest's memory type count) or "resource2_wc" (faster bulk
-            writes, which others see at the latest at the next `ring`). None: the way of access's
-            own, resp. "resource2". `measure` tells which is fastest here.
+        access: "vfio" (has interrupts; needs an IOMMU in the guest), "noiommu" (vfio without an
+            IOMMU, if the kernel has that mode), "uio" (if a UIO driver for ivshmem has the device;
+            one vector) or "sysfs" (no interrupts, no driver). None: the first of them that works
+            here. If none has interrupts, `wait` raises NoInterrupts, which says why.
+        memory: how the shared memory is mapped. Through "vfio" or "uio", or by sysfs's "resource2":
+            these are uncached, so that peers see stores at once and in order; bulk copies are slow
+            if the host applies the guest's memory type. Or by "resource2_wc": bulk writes are
+            faster, and peers see them at the latest at the next `ring`. None: the way that `access`
+            has, or else "resource2". `measure` tells which is the fastest here.
+
+    Returns:
+        The device; close it, or use it in a `with` statement, to give it back.
 
     Raises:
-        NoSuchDevice: there is none at `address`; or several, and no address was given.
-        OSError: no permission (root has it), a process uses it already (EBUSY), or the way asked
-            for does not exist here; the message says what is missing. The device is then as before.
+        NoSuchDevice: there is none at `address`; or there are several, and no address was given.
+        OSError: no permission (root has it), a process uses the device already (EBUSY), or this way
+            does not exist here; the message says what is missing. The device is as it was before.
 
-    Devices of one IOMMU group (several on one pcie-to-pci-bridge, for instance) can be open in one
-    process only, which then has them all.
+    One process at a time can open the devices of one IOMMU group (several devices on one
+    pcie-to-pci-bridge, for instance).
     """
     device = choose(address)
     if access is not None:
@@ -99,7 +102,7 @@ def open_device(
 
 
 def choose(address: str | None) -> pci.Device:
-    """The device at an address, or the only one.
+    """Return the device at an address, or the only one.
 
     Raises:
         NoSuchDevice: there is none, or several to choose from.
@@ -120,7 +123,7 @@ def choose(address: str | None) -> pci.Device:
 
 
 def _normal(address: str) -> str:
-    """An address in sysfs's form, from the short forms that lspci and people use."""
+    """Return an address in sysfs's form, from a short form as lspci prints it."""
     address = address.lower()
     if address.count(":") == 1:
         address = f"0000:{address}"
@@ -128,11 +131,11 @@ def _normal(address: str) -> str:
 
 
 def best_way(device: pci.Device) -> Access:
-    """The way in which `open` opens a device first, if none is chosen."""
+    """Return the way that `open` tries first, if none is chosen."""
     if uio.name(device) is not None:
         return "uio"
-    # Without interrupts sysfs does as well, and leaves drivers alone. But lockdown(7) forbids it,
-    # and a user who was given the device by vfio has it by vfio only.
+    # For a device without interrupts sysfs is as good, and changes no driver. But lockdown(7)
+    # forbids it, and a user who was given the device by vfio can use it only by vfio.
     plain = device.variant == "plain" and device.driver != _VFIO
     if device.iommu_group is not None:
         return "sysfs" if plain and not pci.locked_down() else "vfio"
@@ -150,14 +153,14 @@ def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
     try:
         return _WAYS[way](device, memory)
     except VfioUnusable as error:
-        if device.driver == _VFIO:  # sysfs is no way out then
+        if device.driver == _VFIO:  # then sysfs cannot open it either
             raise
         why = f"vfio cannot be used: {error.strerror}"
     return SysfsDevice(device, memory, why=why)
 
 
 def _no_iommu(switched_off: bool) -> str:
-    """What a guest without an IOMMU lacks; `switched_off`: its kernel could do without one."""
+    """Say what a guest without an IOMMU lacks; `switched_off`: its kernel could work without."""
     text = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
     if not switched_off:
         return text
@@ -165,7 +168,7 @@ def _no_iommu(switched_off: bool) -> str:
 
 
 def _advice(device: pci.Device) -> str:
-    """How to open a device that is not to be opened by sysfs, or not only for its memory."""
+    """Say how else a device can be opened, if sysfs cannot open it or gives only the memory."""
     if device.iommu_group is not None:
         return "open it by vfio"
     if device.noiommu_group is not None or vfio.noiommu_enabled():
@@ -174,20 +177,20 @@ def _advice(device: pci.Device) -> str:
 
 
 class GuestDevice(Endpoint):
-    """A guest's ivshmem device; made by `open`. All that an Endpoint has.
+    """A guest's ivshmem device as an endpoint; made by `open`.
 
-    It cannot tell who the other peers are: `ring` raises for what no peer can be, and to ring a
-    peer that is not there does nothing. `events` yields interrupts, and IdChanged: the id is that
-    of the virtual machine, which is what the server gives it where it is migrated to. Nothing tells
-    of that, so `events` looks once a second, and `wait` does not notice.
+    It does not know the other peers. `ring` raises only for ids and vectors that no peer can have;
+    to ring a peer that does not exist has no effect. `events` yields interrupts and IdChanged: the
+    id belongs to the virtual machine, and after a migration it is the one that the other server
+    gives. No descriptor tells of a changed id, so `events` looks once a second; `wait` does not
+    notice it.
 
-    When the device is unplugged, waiting raises DeviceGone, and so does looking for another id. By
-    vfio the kernel waits with the removal until the device is closed here. By UIO it does not: the
-    memory reads as 0 from then on. In the way "sysfs" nobody tells, and the memory is gone:
-    touching it is SIGBUS.
+    When the device is unplugged, waiting raises DeviceGone, and so does current_id(). By vfio the
+    kernel delays the removal until the device is closed here. By UIO it does not: the memory then
+    reads as 0. By "sysfs" nothing tells of it, and an access to the memory is a SIGBUS.
 
-    `close` gives the device back, which waits for at most 5 seconds for another process that
-    changes its driver at that moment; Ctrl-C ends that wait, and the device is given back first.
+    `close` gives the device back. It waits at most 5 seconds if another process changes the
+    device's driver at that moment. Ctrl-C ends that wait, after the device was given back.
 
     Attributes:
         device: what it is, and which driver it had before.
@@ -230,9 +233,9 @@ class GuestDevice(Endpoint):
     # -- for the ways -----------------------------------------------------------------------------
 
     def _undo(self, action: Callable[[], object]) -> None:
-        """Do this at the end, after what is registered later; not in a forked child."""
-        # Nothing of this refers to the device, or one that is forgotten would stay until there is
-        # a garbage collection.
+        """Call `action` at the end, after those registered later; not in a forked child."""
+        # Nothing here refers to the device: a device that the program forgot would otherwise stay
+        # until a garbage collection.
         pid = self._pid
 
         def undo() -> None:
@@ -241,7 +244,9 @@ class GuestDevice(Endpoint):
                     try:
                         action()
                     except KeyboardInterrupt:
-                        action()  # half done is worst, and done twice is as done once
+                        # Idempotent, so repeat it: a half-finished undo would leave the device
+                        # without a driver.
+                        action()
                         raise
                 except OSError as error:
                     if error.errno not in (errno.ENOENT, errno.ENODEV):  # the device is unplugged
@@ -256,7 +261,7 @@ class GuestDevice(Endpoint):
     def _map_memory(
         self, file: descriptors.FdArray, offset: int, memory: Memory, name: str
     ) -> None:
-        """The region over an open file, whose descriptor it has from now on."""
+        """Make the region over an open file; it owns the descriptor from now on."""
         with safe_files.closed_on_error(file):
             self.region = Region._over(
                 file[0],
@@ -281,11 +286,11 @@ class GuestDevice(Endpoint):
     # -- Endpoint's hooks -------------------------------------------------------------------------
 
     def current_id(self) -> int:
-        """The id that this peer has now: `id` may not have heard of a migration yet.
+        """Return the id that this peer has now; `id` changes only when IdChanged is taken.
 
         Raises:
             ClosedError: the device is closed.
-            DeviceGone: it was unplugged, or another has its driver now.
+            DeviceGone: it was unplugged, or another process has its driver now.
         """
         if self.device.variant != "doorbell":
             return self.id
@@ -295,10 +300,10 @@ class GuestDevice(Endpoint):
         return found if self._decodes() else self.id
 
     def _decodes(self) -> bool:
-        """Whether the registers are behind their mapping, where else anything may be read.
+        """Whether the device decodes memory; if not, reads of registers return anything.
 
         Raises:
-            DeviceGone: they will never be there again.
+            DeviceGone: it never will again.
         """
         decodes: bool | None = None
         with pci.unless_unplugged():
@@ -324,9 +329,11 @@ class GuestDevice(Endpoint):
     def close(self) -> None:
         """Give the device back: unmap, close, restore the driver. May be called twice.
 
+        This can take seconds; see GuestDevice.
+
         Raises:
-            BufferError: a view of the memory is alive: that stays mapped, and the device here,
-                until it is gone and close() is called again.
+            BufferError: a view of the memory is alive. The memory stays mapped, and the device is
+                kept, until the view is released and close() is called again.
         """
         try:
             super().close()
@@ -356,7 +363,7 @@ class VfioDevice(GuestDevice):
                 errno.ENODEV, "this kernel has no vfio-pci: load or install that module"
             )
         self._check()
-        loan = _Loan(self.device)
+        loan = _Borrowed(self.device)
         self._undo(loan.give_back)
         # Until the group is open, another process could take the driver away.
         with pci.locked(self.device):
@@ -388,8 +395,8 @@ class VfioDevice(GuestDevice):
         if self.device.iommu_group is None:
             raise VfioUnusable(errno.EINVAL, _no_iommu(vfio.has_noiommu()), self.device.address)
 
-    def _bind(self, loan: _Loan) -> int:
-        """Let vfio-pci have the device until the end; returns its group."""
+    def _bind(self, loan: _Borrowed) -> int:
+        """Give vfio-pci the device until the end; return its group."""
         device = self.device
         if users := uio.users_of(device):
             reason = (
@@ -459,8 +466,8 @@ class VfioDevice(GuestDevice):
         return bool(self._vfio.config(pci.COMMAND) & pci.COMMAND_MEMORY)
 
 
-class _Loan:
-    """A device that vfio-pci has for a while."""
+class _Borrowed:
+    """A device that vfio-pci has until it is given back."""
 
     def __init__(self, device: pci.Device) -> None:
         self.device = device
@@ -468,11 +475,11 @@ class _Loan:
         self.restore: Callable[[], None] = lambda: None
 
     def give_back(self) -> None:
-        """Let the former driver have it, unless another process has the group open now.
+        """Give the device to its former driver, unless another process has the group open now.
 
-        That may be a forked child, or a process that was quicker: vfio-pci stays then. While this
-        process has other devices of the group open, nobody can tell; closing the last one does it
-        for all. Can be done again, if it was interrupted.
+        That may be a forked child, or a process that was quicker: then vfio-pci keeps the device.
+        While this process has other devices of the group open, it cannot tell; closing the last one
+        gives all of them back. Can be repeated, if it was interrupted.
         """
         if self.vfio is None:  # it was never open
             return
@@ -491,7 +498,7 @@ class _Loan:
 
 
 class NoIommuDevice(VfioDevice):
-    """By vfio without an IOMMU, which taints the kernel, and which stock kernels do not offer."""
+    """By vfio without an IOMMU; this taints the kernel, and stock kernels do not offer it."""
 
     access: Access = "noiommu"
     _iommu = False
@@ -525,7 +532,7 @@ class UioDevice(GuestDevice):
                 f"no UIO driver for ivshmem has the device{f': {use}' if use else ''}",
                 self.device.address,
             )
-        # Of a driver that is there, none of our other processes takes the device away now.
+        # Under the lock no other process of this package takes the device from its driver.
         with pci.locked(self.device), _explained_uio(name):
             fd = self._uio = uio.open_device(name)
         if self.device.variant == "doorbell":
@@ -565,14 +572,14 @@ class UioDevice(GuestDevice):
         return super()._decodes()
 
 
-class _Deaf(GuestDevice):
-    """A device without interrupts: what waits for them raises, instead of waiting for ever."""
+class _WithoutInterrupts(GuestDevice):
+    """A device without interrupts: waiting for one raises, instead of waiting for ever."""
 
     def _check_can_wait(self) -> NoReturn:
         raise NoInterrupts(_PLAIN)
 
 
-class SysfsDevice(_Deaf):
+class SysfsDevice(_WithoutInterrupts):
     """By sysfs: registers and memory, without a driver and without interrupts."""
 
     access: Access = "sysfs"
@@ -585,7 +592,7 @@ class SysfsDevice(_Deaf):
     def _open(self, memory: Memory | None) -> None:
         device = self.device
         if device.driver:
-            # To unbind vfio-pci while a process has the device open would wait for that process.
+            # Unbinding vfio-pci would wait for a process that has the device open.
             unbind = f"as root: echo {device.address} > {device.path}/driver/unbind"
             ways = [way for way in (_advice(device), unbind) if way]
             if device.driver == _VFIO:
@@ -599,7 +606,7 @@ class SysfsDevice(_Deaf):
             with pci.locked(device):
                 pci.enable(device, True)
                 self._undo(lambda: pci.enable(device, False))
-            # The kernel counts who enabled the device, and acts on the first only.
+            # The kernel counts the processes that enabled the device, and acts only on the first.
             if not pci.command(device) & pci.COMMAND_MEMORY:
                 pci.set_command(device, pci.COMMAND_MEMORY)
             path = device.path / "resource0"
@@ -617,15 +624,15 @@ class SysfsDevice(_Deaf):
         raise NoInterrupts(f"no interrupts here: {self._why}")
 
 
-class PlainUioDevice(_Deaf, UioDevice):
+class PlainUioDevice(_WithoutInterrupts, UioDevice):
     """A plain device by UIO: memory only."""
 
 
-class PlainVfioDevice(_Deaf, VfioDevice):
+class PlainVfioDevice(_WithoutInterrupts, VfioDevice):
     """A plain device by vfio: memory only."""
 
 
-class PlainNoIommuDevice(_Deaf, NoIommuDevice):
+class PlainNoIommuDevice(_WithoutInterrupts, NoIommuDevice):
     """A plain device by vfio without an IOMMU: memory only."""
 
 
@@ -655,7 +662,7 @@ _PLAIN = (
 )
 
 
-# Lets each ivshmem device's registers begin a page.
+# A kernel option that makes the registers of each ivshmem device begin a page.
 _ALIGNED = f"pci=resource_alignment=12@pci:{pci.VENDOR_ID:04x}:{pci.DEVICE_ID:04x}"
 
 
@@ -674,7 +681,7 @@ def _explained_uio(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterator[None]:
-    """Name the reason and the remedy if sysfs refuses; `mapping`: a lockdown forbids the action."""
+    """Name the reason and the remedy if sysfs refuses; `mapping`: a lockdown would forbid it."""
     try:
         yield
     except PermissionError as error:
@@ -708,7 +715,7 @@ def _explained(device: pci.Device, path: str, *, mapping: bool = True) -> Iterat
 
 
 def _claimed(device: pci.Device) -> str:
-    """Why the kernel does not map by sysfs what a driver has claimed, and the remedy."""
+    """Say why the kernel does not map memory by sysfs that a driver has claimed, and the remedy."""
     now = pci.look(device.address)
     ways = ["boot the guest with iomem=relaxed"]
     if (use := _advice(now)) and not use.endswith("uio"):

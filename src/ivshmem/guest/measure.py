@@ -1,7 +1,8 @@
 """How fast a guest's shared memory is by each way of mapping it.
 
-Knows: clocks and copies. Does not know: why a way is slow; on most hosts all are the same, on some
-the processor lets the guest's memory type count, and uncached reads are 10 to 100 times slower.
+Knows: clocks and copies. Does not know: why a way is slow. On most hosts all ways are equal. On
+some hosts the processor applies the guest's memory type, and uncached reads are 10 to 100 times
+slower.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from .device import Access, Memory, best_way, choose, open_device
 
 MEMORIES: tuple[Memory, ...] = ("vfio", "uio", "resource2", "resource2_wc")
 
-# The ways that have a mapping of their own; the others can be had beside whatever opens the device.
+# The ways that have a mapping of their own; the others work with any way to open the device.
 _OWN: dict[Memory, Access] = {"vfio": "vfio", "uio": "uio"}
 
-_ROUNDS = 3  # in turn, the best of which counts: others use the processor as well
-_CHUNK = 1 << 16  # bytes copied at once: small enough for the processor's caches on our side
+_ROUNDS = 3  # of all ways in turn; the best counts, because other processes use the processor too
+_CHUNK = 1 << 16  # bytes copied at once: small enough for the processor's caches
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one way of mapping the memory gives.
+    """How fast one way of mapping the memory is.
 
     Attributes:
         memory: the way, as `open` takes it.
-        read, write: copies out of it and into it, bytes a second; 0.0 where it cannot be had.
-        error: why it cannot be had here; "" where it can.
+        read, write: bytes a second copied out of it and into it; 0.0 if this way does not work.
+        error: why this way does not work here; "" if it does.
     """
 
     memory: Memory
@@ -45,14 +46,22 @@ def measure(
     length: int | None = None,
     seconds: float = 0.1,
 ) -> list[Speed]:
-    """Copy from the memory, and the same bytes back, by each way; one Speed for each.
+    """Copy bytes out of the memory, and the same bytes back, by each way.
 
-    What another peer writes at the same time to these `length` bytes (None: at most 1 MiB) at
-    `offset` is lost. Each way takes about six times `seconds`. A process that uses the device keeps
-    it: the ways that would take it away then have an error.
+    What another peer writes to these bytes during the call is lost. Each way takes about six times
+    `seconds`. A process that uses the device keeps it: the ways that would take it have an error.
+
+    Args:
+        address: of the device, as `open` takes it.
+        offset, length: of the bytes; None: from `offset` to the end, at most 1 MiB.
+        seconds: for each copy of each way.
+
+    Returns:
+        One Speed for each way.
 
     Raises:
-        NoSuchDevice, OSError: as of `open`; ValueError: no such bytes in the memory.
+        NoSuchDevice, OSError: as of `open`.
+        ValueError: the memory does not have these bytes.
     """
     device = choose(address)
     if not 0 <= offset < device.size:
@@ -101,7 +110,7 @@ def _measure(address: str, memory: Memory, offset: int, length: int, seconds: fl
 
 
 def _rate(action: Callable[[slice], None], chunks: list[slice], seconds: float) -> float:
-    """Bytes a second; at least one whole round, which also touches every page first."""
+    """Return bytes a second; a first round, which is not measured, touches each page."""
     for chunk in chunks:
         action(chunk)
     done = 0

@@ -3,10 +3,10 @@
 Knows: where Linux keeps PCI devices, how a driver is changed. Does not know: what registers mean.
 
 Invariants:
-1. A driver is changed only by `bind`, and what that returns puts the former one back.
-2. Nothing is unbound while a process may have it open through vfio: the kernel would wait for that
-   process without end. Looking and acting are one step, under `locked`.
-3. An `iommu_group` is one of an IOMMU. The group that vfio makes up for a device without an IOMMU
+1. A driver is changed only by `bind`; the function that it returns puts the former driver back.
+2. No device is unbound while a process may have it open through vfio: the kernel would wait for
+   that process without end. To look and to act is one step, under `locked`.
+3. An `iommu_group` is a group of an IOMMU. The group that vfio makes for a device without an IOMMU
    is called `noiommu_group`.
 """
 
@@ -44,17 +44,17 @@ _LOCK_SECONDS = 5.0  # to bind a driver takes milliseconds
 
 @dataclass(frozen=True)
 class Device:
-    """An ivshmem device, as it was when it was looked at.
+    """An ivshmem device, as it was at the time of the call.
 
     Attributes:
         address: on the PCI bus, such as "0000:00:04.0".
         size: of the shared memory, bytes.
         variant: "plain" (memory only) or "doorbell".
-        vectors: of a doorbell device; 0 of a plain one; None where only root could see it.
-        driver: the kernel driver that has it; "" for none.
-        iommu_group: its number; None where there is no IOMMU.
-        noiommu_group: the number of the group that vfio-pci has made for the device, which has no
-            IOMMU; None unless vfio-pci has the device so.
+        vectors: of a doorbell device; 0 of a plain one; None: only root can see it.
+        driver: the kernel driver that has it; "": none.
+        iommu_group: its number; None: there is no IOMMU.
+        noiommu_group: the number of the group that vfio-pci made for the device, if it has no
+            IOMMU; else None.
     """
 
     address: str
@@ -72,7 +72,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The ivshmem devices of this machine, by address; none on most hosts."""
+    """List the ivshmem devices of this machine, by address; on most hosts there are none."""
     found = []
     for path in sorted((SYSFS / "devices").glob("*")):
         with unless_unplugged():
@@ -83,7 +83,7 @@ def devices() -> list[Device]:
 
 @contextlib.contextmanager
 def unless_unplugged() -> Iterator[None]:
-    """Leave the block if a device goes away: its files are gone then, or open ones are dead."""
+    """Leave the block if the device is unplugged: its files are gone, or accesses fail."""
     try:
         yield
     except OSError as error:
@@ -95,15 +95,15 @@ def unless_unplugged() -> Iterator[None]:
 def locked(device: Device) -> Iterator[None]:
     """Keep two processes from changing the device's driver at once.
 
-    The lock is on its directory in sysfs. Any user can take it, so it is not waited for without
-    end: the worst is then the race that it prevents.
+    The lock is on the device's directory in sysfs. Any user can take it, so waiting for it has a
+    limit; after that the race is possible that the lock prevents.
     """
     with locks.locked(device.path, _LOCK_SECONDS):
         yield
 
 
 def look(address: str) -> Device:
-    """The device at an address, as it is now.
+    """Return the device at an address, as it is now.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,7 +126,7 @@ def look(address: str) -> Device:
 
 
 def bar_start(device: Device, bar: int) -> int:
-    """The physical address of a BAR; one that is small need not begin a page."""
+    """Return the physical address of a BAR; a small BAR need not begin a page."""
     return _bars(device.path)[bar][0]
 
 
@@ -136,11 +136,11 @@ def _bars(path: Path) -> list[tuple[int, int]]:
 
 
 def _msix_vectors(config: bytes) -> int | None:
-    """The size of the MSI-X table; None where the kernel shows no more than the header."""
+    """Return the size of the MSI-X table; None: the kernel shows only the header."""
     if len(config) <= _HEADER:
         return None
     at = config[_CAPABILITIES]
-    for _ in range(48):  # no more fit in; a list that is a circle ends, too
+    for _ in range(48):  # no more fit in, so that a list that is a circle ends, too
         if not _HEADER <= at <= len(config) - 4:
             break
         kind = config[at]
@@ -150,11 +150,11 @@ def _msix_vectors(config: bytes) -> int | None:
     return 0
 
 
-# -- what stands in the way -----------------------------------------------------------------------
+# -- obstacles ------------------------------------------------------------------------------------
 
 
 def command(device: Device) -> int:
-    """The command register of the configuration space."""
+    """Return the command register of the configuration space."""
     with (device.path / "config").open("rb") as file:
         file.seek(COMMAND)
         return int.from_bytes(file.read(2), "little")
@@ -177,9 +177,10 @@ def set_command(device: Device, bits: int) -> None:
 
 
 def locked_down() -> str:
-    """Why the kernel keeps even root from the hardware: "integrity", "confidentiality"; or "".
+    """Return why the kernel keeps even root from the hardware: "integrity", "confidentiality".
 
-    "unknown", where securityfs is not mounted: then only trying (as root) shows that it is so.
+    "": it does not. "unknown": it does, and securityfs is not mounted, so that only a try as root
+    showed it.
     """
     try:
         text = LOCKDOWN.read_text()
@@ -190,7 +191,7 @@ def locked_down() -> str:
 
 
 def _mapping_is_forbidden(device: Device) -> bool:
-    """Whether even who may open the memory may not map it; nothing is mapped for longer."""
+    """Whether a process that may open the memory may not map it; the mapping ends at once."""
     try:
         fd = _open(device.path / "resource2", os.O_RDWR)
     except OSError:
@@ -207,7 +208,7 @@ def _mapping_is_forbidden(device: Device) -> bool:
 
 
 def group_mates(device: Device) -> dict[str, str]:
-    """The other devices of its IOMMU group, with their drivers: vfio wants all of them free."""
+    """Return the other devices of its IOMMU group, with their drivers; vfio needs all free."""
     members = (device.path / "iommu_group" / "devices").glob("*")
     others = sorted(path for path in members if path.name != device.address)
     return {path.name: _link(path / "driver") for path in others}
@@ -217,7 +218,7 @@ def group_mates(device: Device) -> dict[str, str]:
 
 
 def load_driver(driver: str) -> bool:
-    """Whether this kernel has the driver, once its module is loaded."""
+    """Load the driver's module if necessary; return whether this kernel has the driver."""
     place = SYSFS / "drivers" / driver
     if not place.is_dir():
         with contextlib.suppress(FileNotFoundError):  # a guest without modprobe
@@ -226,19 +227,19 @@ def load_driver(driver: str) -> bool:
 
 
 def bind(device: Device, driver: str) -> Callable[[], None]:
-    """Give the device to `driver`, taking it from another; what is returned undoes it.
+    """Give the device to `driver`, and take it from another one; return what undoes this.
 
-    Both want `locked`.
+    Call both under `locked`.
 
     Raises:
-        OSError: the driver does not take it; the former one has it again then.
+        OSError: the driver does not take it; the former driver has it again.
     """
     now = look(device.address)
     if now.driver == driver:
         return lambda: None
     override = (device.path / "driver_override").read_text().strip()
 
-    # The override first, both ways: a process that may not write it has changed nothing then.
+    # The override first, both ways: a process that may not write it changes nothing.
     def restore() -> None:
         _write(device.path / "driver_override", "\n" if override in ("", "(null)") else override)
         _unbind(device, driver)
@@ -249,7 +250,7 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
         _write(device.path / "driver_override", driver)
         if now.driver:
             _unbind(device, now.driver)
-        with contextlib.suppress(OSError):  # whether it worked is seen below
+        with contextlib.suppress(OSError):  # the check below shows whether it worked
             _write(SYSFS / "drivers_probe", device.address)
         if _link(device.path / "driver") != driver:
             raise OSError(errno.EINVAL, f"{driver} does not take the device", device.address)
@@ -261,7 +262,7 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
 
 
 def _unbind(device: Device, driver: str) -> None:
-    """Take the device from this driver, and from no other that has got it since."""
+    """Take the device from this driver, but not from another one that got it since."""
     with unless_unplugged():  # ENODEV: the driver does not have it
         _write(SYSFS / "drivers" / driver / "unbind", device.address)
 
@@ -286,7 +287,7 @@ def _write(path: Path, text: str) -> None:
 def enable(device: Device, on: bool) -> None:
     """Count this process among those that use the device without a driver, or end that.
 
-    The first one makes the kernel switch memory decoding on.
+    For the first process the kernel switches memory decoding on.
 
     Raises:
         OSError: to be counted: EBUSY, a driver has it; EACCES.
@@ -294,12 +295,12 @@ def enable(device: Device, on: bool) -> None:
     try:
         _write(device.path / "enable", "1" if on else "0")
     except OSError as error:
-        if on or error.errno != errno.EBUSY:  # a driver has it now, and its own ways
+        if on or error.errno != errno.EBUSY:  # EBUSY: a driver has the device now
             raise
 
 
 def _text(path: Path) -> str:
-    """What a file says; "" where there is no file."""
+    """Return the text of a file; "": there is no file."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -311,7 +312,7 @@ def _hex(path: Path) -> int:
 
 
 def _link(path: Path) -> str:
-    """The name of what a symbolic link leads to; "" where there is none."""
+    """Return the name of a symbolic link's target; "": there is no link."""
     try:
         return os.path.basename(os.readlink(path))
     except FileNotFoundError:

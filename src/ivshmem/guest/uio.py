@@ -1,9 +1,9 @@
 """UIO: the registers, memory and one interrupt of a device whose kernel driver serves them.
 
 Knows: /dev/uioN and its maps (Linux, Documentation/driver-api/uio-howto.rst).
-Does not know: what is behind them.
+Does not know: what the maps lead to.
 
-Drivers of that kind for ivshmem are out of tree.
+The UIO drivers for ivshmem are not part of the kernel's sources.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from .pci import Device
 DEV = Path("/dev")
 
 
-# A driver of stock kernels, which serves neither this device's interrupts nor its memory.
+# A driver of stock kernels; it serves neither the interrupts nor the memory of this device.
 GENERIC = "uio_pci_generic"
 
 
 def name(device: Device) -> str | None:
-    """The UIO device ("uio0") that a driver for ivshmem made of it; None if there is none."""
+    """Return the UIO device ("uio0") that a driver for ivshmem made; None: there is none."""
     if device.driver == GENERIC:
         return None
     return next((path.name for path in sorted((device.path / "uio").glob("uio*"))), None)
 
 
 def users_of(device: Device) -> list[int]:
-    """The ids of the processes that have the device open through UIO, as far as we may see them."""
+    """Return the processes that have the device open through UIO, as far as we may see them."""
     files = [DEV / path.name for path in (device.path / "uio").glob("uio*")]
     return [pid for file in files for pid in processes.pids_with_open(file)]
 
 
 def is_gone(fd: int) -> bool:
-    """Whether the driver of an open UIO device has lost the device. Takes no interrupt away."""
+    """Whether the driver of an open UIO device has lost the device. Takes no interrupt."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))  # POLLERR and POLLHUP come unasked
 
 
 def open_device(uio: str) -> int:
-    """A descriptor that is readable when there was an interrupt; the caller's.
+    """Open a UIO device; the descriptor is the caller's, and readable after an interrupt.
 
     Raises:
         OSError: as of open(2).
@@ -54,7 +54,7 @@ def open_device(uio: str) -> int:
 
 
 def find_map(device: Device, uio: str, start: int) -> int:
-    """At which offset of the descriptor what is at physical address `start` can be mapped.
+    """Return the offset of the descriptor at which physical address `start` can be mapped.
 
     Raises:
         OSError: ENODEV, the driver does not map it.

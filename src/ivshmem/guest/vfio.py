@@ -3,10 +3,10 @@
 Knows: the ioctls and their structures, with an IOMMU and without. Does not know: ivshmem.
 
 Invariants:
-1. Nothing of the device is touched before its group is viable and its container has an IOMMU.
-2. All vectors are set in one SET_IRQS: vfio cannot add to those that are enabled (EINVAL).
-3. A process opens a group once, for all devices in it, and closes it with the last of them. A
-   forked child opens groups of its own, and closes its copies of the parent's.
+1. The device is not touched before its group is viable and its container has an IOMMU.
+2. All vectors are set in one SET_IRQS: vfio cannot add vectors to those that are enabled (EINVAL).
+3. A process opens a group once, for all devices in it, and closes it with the last device. A forked
+   child opens groups of its own, and closes its copies of the parent's.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _NO_RAWIO = (
 
 
 def _to_be_permitted(path: Path) -> str:
-    """What lets a user open a file of vfio's."""
+    """Say what allows a user to open a file of vfio's."""
     if path.name.startswith(_NOIOMMU_PREFIX):
         return _NO_RAWIO
     return f"only its owner may open it: run as root, or let root do `chown USER {path}`"
 
 
 def _call(path: Path, fd: int, request: int, argument: int | bytearray = 0) -> int:
-    """ioctl(2), whose error says that it is vfio's, and of which group."""
+    """Call ioctl(2); an error says that vfio refused it, and for which group."""
     try:
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:
@@ -68,7 +68,7 @@ def _call(path: Path, fd: int, request: int, argument: int | bytearray = 0) -> i
 
 
 class VfioRegion(NamedTuple):
-    """Where a part of the device is in the device's descriptor, in bytes."""
+    """Where a part of the device is in the device's descriptor; in bytes."""
 
     offset: int
     size: int
@@ -80,8 +80,8 @@ class _IommuGroup(Uncopied):
 
     Attributes:
         fd: the descriptor.
-        devices: the addresses of those that are open.
-        afterwards: for the caller, who does this after closing the last device.
+        devices: the addresses of its devices that are open.
+        afterwards: what the caller does after it closed the last device.
     """
 
     def __init__(self, path: Path, iommu: bool) -> None:
@@ -98,7 +98,7 @@ class _IommuGroup(Uncopied):
             raise
 
     def close(self) -> None:
-        """Let go of the group. It cannot be used after that, so another is made next time."""
+        """Close the group. It cannot be used after that; the next call makes another one."""
         self._fds.close()
         for key in [key for key, group in _groups.items() if group is self]:
             del _groups[key]
@@ -168,8 +168,8 @@ class _IommuGroup(Uncopied):
         return _TYPE1V2 if _call(self.path, container, _CHECK_EXTENSION, _TYPE1V2) else _TYPE1
 
 
-# The groups that this process has open. A forked child finds none of its own here, and a lock
-# that no thread of its own holds. The lock can be taken again: garbage collection closes, too.
+# The groups that this process has open. A forked child finds no groups of its own here, and a lock
+# that none of its threads holds. The lock is reentrant, because garbage collection closes, too.
 _groups: weakref.WeakValueDictionary[tuple[int, Path], _IommuGroup] = weakref.WeakValueDictionary()
 _locks: dict[int, contextlib.AbstractContextManager[bool]] = {}
 
@@ -183,11 +183,11 @@ class Vfio(Uncopied):
 
     Attributes:
         device: the descriptor.
-        group: what all open devices of the IOMMU group share.
+        group: the IOMMU group, which all its open devices share.
 
     Raises:
         VfioUnusable: vfio cannot be used with this device here; the message says what is missing.
-        Held: another process has the group open (EBUSY).
+        GroupHeld: another process has the group open (EBUSY).
         OSError: EBUSY, this process has the device open; EACCES. Nothing is left open.
     """
 
@@ -216,7 +216,7 @@ class Vfio(Uncopied):
             self._open = True
 
     def close(self) -> None:
-        """Let go of the device; its interrupts end. May be called twice."""
+        """Close the device; its interrupts end. May be called twice."""
         with _locked():
             if self._open:
                 self._open = False
@@ -229,14 +229,14 @@ class Vfio(Uncopied):
             self.group.close()
 
     def region(self, index: int) -> VfioRegion:
-        """Where BAR `index`, or CONFIG, is in `device`."""
+        """Return where BAR `index`, or CONFIG, is in `device`."""
         info = bytearray(struct.pack("IIIIQQ", 32, 0, index, 0, 0, 0))
         _call(self.path, self.device, _GET_REGION_INFO, info)
         _, flags, _, _, size, offset = struct.unpack("IIIIQQ", info)
         return VfioRegion(offset, size, bool(flags & _REGION_MMAP))
 
     def config(self, at: int) -> int:
-        """16 bits of the configuration space."""
+        """Return 16 bits of the configuration space."""
         data = os.pread(self.device, 2, self.region(CONFIG).offset + at)
         return int.from_bytes(data, "little")
 
@@ -245,22 +245,22 @@ class Vfio(Uncopied):
         os.pwrite(self.device, value.to_bytes(2, "little"), self.region(CONFIG).offset + at)
 
     def vectors(self) -> int:
-        """How many MSI-X vectors the device has."""
+        """Return how many MSI-X vectors the device has."""
         info = bytearray(struct.pack("IIII", 16, 0, _IRQ_MSIX, 0))
         _call(self.path, self.device, _GET_IRQ_INFO, info)
         count: int = struct.unpack("IIII", info)[3]
         return count
 
     def listen(self, eventfds: Sequence[int]) -> None:
-        """Let the kernel count the interrupts of vector n in eventfds[n], for all vectors."""
+        """Make the kernel count the interrupts of vector n in eventfds[n], for all vectors."""
         self._set_eventfds(_IRQ_MSIX, eventfds)
 
     def listen_for_removal(self, eventfd: int) -> None:
-        """Let the kernel ask by `eventfd` for the device back: it is being unplugged.
+        """Make the kernel signal `eventfd` when the device is being unplugged.
 
-        The kernel waits until the device is closed and nothing of it is mapped.
+        The kernel then waits until the device is closed and nothing of it is mapped.
         """
-        with contextlib.suppress(OSError):  # EINVAL: a kernel that does not ask
+        with contextlib.suppress(OSError):  # EINVAL: this kernel does not signal it
             self._set_eventfds(_IRQ_REQUEST, [eventfd])
 
     def _set_eventfds(self, index: int, fds: Sequence[int]) -> None:
@@ -271,14 +271,14 @@ class Vfio(Uncopied):
 
 
 def group_path(group: int, *, iommu: bool = True) -> Path:
-    """The file that stands for an IOMMU group."""
+    """Return the path of an IOMMU group."""
     return DEV / (f"{group}" if iommu else f"{_NOIOMMU_PREFIX}{group}")
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process has a group open: this one's forked children, for instance.
+    """Whether a process has a group open: a forked child of this one, for instance.
 
-    If that cannot be known (EMFILE), it is taken to be so.
+    If that cannot be found out (EMFILE), the answer is yes.
     """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
@@ -288,12 +288,12 @@ def is_held(path: Path) -> bool:
 
 
 def has_noiommu() -> bool:
-    """Whether the kernel's vfio, which is loaded, can give out devices without an IOMMU."""
+    """Whether the kernel's vfio is loaded and can open devices without an IOMMU."""
     return NOIOMMU.exists()
 
 
 def noiommu_enabled() -> bool:
-    """Whether this kernel gives out devices without an IOMMU (an unsafe mode, off by default)."""
+    """Whether this kernel opens devices without an IOMMU (an unsafe mode, off by default)."""
     try:
         return NOIOMMU.read_text().strip() in ("Y", "1")
     except OSError:

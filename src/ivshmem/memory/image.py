@@ -1,7 +1,7 @@
 """A region's bytes in a file: saved whole or not at all, checked before they are loaded.
 
-Knows: the file's form, sparse memory, checksums. Does not know: who shares a region, or how to stop
-them: what somebody writes during that is saved or not, and read by others while it is loaded.
+Knows: the form with records, checksums. Does not know: which peers share a region, or how to stop
+them. What a peer writes during a save is saved or not; during a load, peers read a mixture.
 
 The form, numbers little-endian:
 
@@ -9,18 +9,18 @@ The form, numbers little-endian:
     4           length of the header
     n           the header, JSON: version, id, size, compressed, source, name, saved
     4           CRC-32 of all that, zlib's
-    records, in ascending order: what is in none of them is zero
+    records, in ascending order; bytes in none of them are zero
         8       offset in the region
         4, 4    length in the region, and here: less only if the data is compressed (zlib)
-        4       CRC-32 of these 16 bytes and the data, begun with that of the record (header) before
+        4       CRC-32 of these 16 bytes and the data, continued from the record (header) before
         n       the data
     a last record, whose offset is the region's size, without data
 
 Invariants:
-1. A file that was there stays until another one is whole and on the disk.
+1. A file that exists stays until the new one is complete and on the disk.
 2. No byte of a region changes before the whole file was found to be good.
-3. What stands in a file is believed only after its checksum; no length in it takes more memory than
-   a block.
+3. Data of a file is used only after its checksum was compared; no length in a file makes this take
+   more memory than a block.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | mem
 
 
 def _pieces(region: Region, progress: OnProgress) -> Iterator[tuple[int, memoryview]]:
-    """Yield the parts that are not zero, each as a copy: other peers may write to the region."""
+    """Yield copies of the parts that are not zero, with their offsets."""
     buffer = bytearray(BLOCK)
     zeros = bytes(BLOCK)
     for start, end in region.extents():
@@ -162,13 +162,13 @@ def _pieces(region: Region, progress: OnProgress) -> Iterator[tuple[int, memoryv
 def read_info(
     path: str | os.PathLike[str], *, accept_owner: Iterable[SupportsIndex | str] = ()
 ) -> ImageInfo:
-    """What is saved in a file, by its header alone.
+    """Read the header of a saved file.
 
     Args:
         accept_owner: as of `load`.
 
     Raises:
-        ImageError: it is no saved region, or one of a version that is not known here.
+        ImageError: it is not a saved region, or of a version that is not known here.
         OSError: as of open(2) and read(2).
     """
     with _Reader(os.fspath(path), accept_owner) as reader:
@@ -190,7 +190,7 @@ def check_image(
         accept_owner: as of `load`.
 
     Raises:
-        ImageError: it is not: with the offset of the damage.
+        ImageError: it is damaged, with the offset; or it is not an image of that form.
         OSError: as of open(2) and read(2).
     """
     if raw:
@@ -222,10 +222,10 @@ def load(
             files are read in directories that they can write.
 
     Raises:
-        ImageError: it is damaged (with the offset), or of another size than the region; the region
-            has not changed, unless somebody changed the file after it was found good.
-        OSError: as of open(2) and read(2); or there is no room for what is loaded (ENOSPC), or
-            somebody truncates the region's memory, which has a part of it then.
+        ImageError: it is damaged (with the offset), or of another size than the region. The region
+            has not changed, unless a process changed the file after it was found good.
+        OSError: as of open(2) and read(2); or there is no room for what is loaded (ENOSPC), or a
+            process truncated the region's memory during the load. The region then has a part.
         ClosedError: the region is closed.
     """
     note = progress or no_progress
@@ -248,7 +248,7 @@ def load(
 
 
 def _check_values(info: ImageInfo) -> None:
-    """Refuse what `save` never wrote, though anybody can make a checksum.
+    """Refuse values that `save` never writes; a checksum proves nothing against an attacker.
 
     Raises:
         ValueError: which it is.
@@ -267,7 +267,7 @@ class _Reader(Uncopied):
 
     def __init__(self, path: str, accept: Users) -> None:
         self.path = path
-        self.effect = "nothing was loaded"  # of what goes wrong from now on
+        self.effect = "nothing was loaded"  # what a fault found from now on means
         with contextlib.ExitStack() as undo:
             try:
                 self._file = undo.enter_context(safe_files.reading(path, accept=accept))
@@ -306,7 +306,7 @@ class _Reader(Uncopied):
             version = values.pop("version")
             if type(version) is not int or version < 1:
                 raise ValueError("it has no version")
-            # What a newer version says beyond that, this one cannot judge.
+            # This version cannot judge the other values of a newer one.
             if version == _VERSION:
                 info = ImageInfo(**values)
                 _check_values(info)
@@ -328,7 +328,7 @@ class _Reader(Uncopied):
         """Yield the parts that are not zero, in ascending order, checked one by one.
 
         Raises:
-            ImageError: where the next is not as it was written.
+            ImageError: the next part is not as it was written.
         """
         at = 0
         while True:
@@ -345,7 +345,7 @@ class _Reader(Uncopied):
             self._crc = zlib.crc32(data, zlib.crc32(record[: _RECORD.size], self._crc))
             if record[_RECORD.size :] != _LENGTH.pack(self._crc):
                 raise self._damaged(where, "the record has another checksum")
-            # Nothing that `save` wrote comes so far, but anybody can make a checksum.
+            # `save` never writes such a record, but an attacker can make its checksum.
             room = self.info.size - offset
             if not stored <= length <= BLOCK or offset < at or length > room:
                 raise self._damaged(where, "a record that cannot be")

@@ -60,7 +60,7 @@ def huge_page_sizes() -> list[int]:
 
 
 def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
-    """The bytes of the huge pages that are meant: False none (0), True the default, else a size.
+    """Return the bytes of a huge page: False: none (0); True: the default size; else that size.
 
     Raises:
         RegionError: this machine has no huge pages of that size.
@@ -72,8 +72,8 @@ def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
     size = _meminfo().get("Hugepagesize", 0) if wanted is True else parse_size(wanted)
     if not size:
         raise RegionError(
-            "this kernel has no huge pages (it was built without CONFIG_HUGETLBFS): leave"
-            " hugepages=True, or --hugepages, away"
+            "this kernel has no huge pages (it was built without CONFIG_HUGETLBFS): omit"
+            " hugepages=True, or --hugepages"
         )
     if size not in offered:
         raise RegionError(
@@ -87,7 +87,7 @@ def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
 
 
 def transparent_huge_bytes(start: int, size: int) -> int:
-    """Bytes of a mapping that stand in transparent huge pages (proc(5), smaps)."""
+    """Return how many bytes of a mapping are in transparent huge pages (proc(5), smaps)."""
     inside = False
     total = 0
     for line in _lines_of("/proc/self/smaps"):
@@ -99,11 +99,11 @@ def transparent_huge_bytes(start: int, size: int) -> int:
     return total
 
 
-# -- what is short --------------------------------------------------------------------------------
+# -- what is missing ------------------------------------------------------------------------------
 
 
 def check_memory(size: int, *, now: bool) -> None:
-    """Refuse anonymous memory that this machine can never hold, or with `now` does not have.
+    """Refuse anonymous memory that this machine can never hold, or, with `now`, cannot hold now.
 
     Raises:
         OSError: ENOMEM.
@@ -148,7 +148,7 @@ def explained(size: int, page: int, place: str | None) -> Iterator[None]:
 
 
 def huge_pages_for(size: int, page: int) -> tuple[str, str]:
-    """What there is of huge pages for a region, and the command by which root gets what lacks."""
+    """Return how many huge pages a region needs and finds, and root's command for the missing."""
     knobs = f"{HUGE_PAGES}/hugepages-{page // 1024}kB"
     total, free, reserved = (
         int(_lines_of(f"{knobs}/{name}")[0])
@@ -164,7 +164,7 @@ def huge_pages_for(size: int, page: int) -> tuple[str, str]:
 
 
 def _address_space_short(size: int) -> str:
-    """What to do if a limit keeps this process from mapping `size` bytes more; "" if none does."""
+    """Return what to do if a limit forbids this process to map `size` bytes more; "": none does."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     mapped = int(_lines_of("/proc/self/statm")[0].split()[0]) * PAGE
     if limit == resource.RLIM_INFINITY or mapped + size <= limit:
@@ -195,13 +195,13 @@ def _space_short(size: int, place: str) -> OSError:
 
 
 def _room(size: int, total: int, free: int) -> int:
-    """The size, in whole MiB, that a file system must have for `size` more bytes to fit."""
+    """Return the size, in whole MiB, that a file system needs so that `size` more bytes fit."""
     mebibyte = 1 << 20
     return -(-(total - free + size) // mebibyte) * mebibyte
 
 
 def _meminfo() -> dict[str, int]:
-    """/proc/meminfo in bytes."""
+    """Read /proc/meminfo; return bytes."""
     lines = (line.partition(":") for line in _lines_of("/proc/meminfo"))
     return {
         key: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1) for key, _, rest in lines

@@ -1,12 +1,12 @@
 """Where shared memory comes from: anonymous, a POSIX name, a file, a directory, huge pages.
 
 Knows: creating, attaching, sizing, sealing and reserving the file behind a region.
-Does not know: who shares it; mapping and access are `_memory.Mapping`'s.
+Does not know: which processes share it; native/mapping.pyx maps and accesses it.
 
 Invariants:
-1. A region that exists has its space: what tmpfs, a file system or hugetlbfs cannot give is refused
-   at creation, not by SIGBUS later. (Anonymous memory is ordinary memory: it is bounded by the
-   machine's, and only `prealloc` takes it at once.)
+1. A region that exists has its space. If tmpfs, a file system or hugetlbfs cannot give it, creation
+   fails, so that no later access ends in SIGBUS. (Anonymous memory is ordinary memory, limited by
+   the machine's; only `prealloc` takes it at once.)
 2. An error leaves nothing behind: no name, no descriptor, no mapping.
 3. A path is removed only if it still leads to the file that this object opened.
 """
@@ -44,27 +44,31 @@ MFD_HUGE_SHIFT = 26  # the flags from this bit on are the base-2 logarithm of th
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-_PATIENCE = 2.0  # seconds that another process may take to make a region in an empty file
+# Seconds that another process may take to make a region in an empty file.
+_PATIENCE = 2.0
 
 
 class RegionInfo(NamedTuple):
-    """What a region is made of, at one moment.
+    """What a region consists of, at one moment.
 
     Attributes:
         size: bytes.
         page_size: bytes of one page of its file: a huge page's for hugetlbfs.
-        source: how this process came by it.
+        source: how this process got it.
         name: the path, POSIX name or directory; None for an anonymous region or a descriptor.
-        resident: bytes that are in memory, whoever touched them. (A guest cannot know that of a
-            device's memory: there it is all of it.)
-        huge: of these, bytes in huge pages; transparent ones as far as this process mapped them.
+        resident: bytes that are in memory, whichever process touched them. (A guest cannot know
+            this of a device's memory: there it is the whole size.)
+        huge: how many of these bytes are in huge pages; of transparent ones only those that this
+            process mapped.
         readonly: this process may only read.
-        name_leads_to: "this" memory; "nothing", the name is gone, as systemd's RemoveIPC= does at a
-            logout; or "another" file, so that a process that opens it now shares nothing with this
-            one. As this process sees the place; None: there is no name.
-        sealed: nobody can shrink or grow the file. (A peer that can write can still punch holes:
-            they read as zeros, as if it had written them. Of hugetlbfs a hole gives the huge page
-            back, and when somebody else takes it the next access is a SIGBUS: no seal forbids it.)
+        name_leads_to: what a process that opens the name gets, as this process sees the place.
+            "this": this memory. "nothing": the name is gone; systemd's RemoveIPC= removes it at a
+            logout. "another": another file, whose memory is not shared with this one. None: there
+            is no name.
+        sealed: no process can shrink or grow the file. (A peer that can write can still punch
+            holes, which read as zeros, as if it had written them. In hugetlbfs a hole gives the
+            huge page back; if another process takes it, the next access is a SIGBUS. No seal
+            forbids holes.)
     """
 
     size: int
@@ -81,18 +85,21 @@ class RegionInfo(NamedTuple):
 class Region(Uncopied, mapping.Mapping):
     """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
 
-    Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
-    BufferError while a memoryview or an array still looks at the memory. A name or file outlives
-    the region until `unlink()`.
+    Made by `create`, `attach`, `open` or `from_fd`. A context manager: the end of the block calls
+    `close()`, which unmaps, and which raises BufferError while a memoryview or an array of the
+    memory is alive. A name or file outlives the region until `unlink()`.
+
+    Calls may come from several threads. What untrusted peers can write should be read once, by
+    `read` or the atomics, and then checked: it can change at any time.
 
     Attributes:
         source, name, page_size: as in RegionInfo.
-        offset: of the region in the file behind it, bytes; not 0 only for a device's memory.
+        offset: of the region in the file behind it, bytes; only a device's memory has one.
         created: whether `create` or `open` made it; else it was there before.
         adopted: whether it was made in an empty file that was there.
     """
 
-    # What __del__ and __repr__ find where __init__ was interrupted.
+    # What __del__ and __repr__ find if `_over` was interrupted.
     source: Literal["anonymous", "posix", "file", "directory", "descriptor", "device"] = (
         "descriptor"
     )
@@ -168,19 +175,19 @@ class Region(Uncopied, mapping.Mapping):
             hugepages: True (the default huge page size), "2M" or "1G": an anonymous region in huge
                 pages. A name, path or directory is in huge pages if its file system is hugetlbfs.
             prealloc: take all pages now, as QEMU's `prealloc=on`.
-            replace: make a new one even where a file of that name exists, which goes only when the
-                new one is ready. Who has the old one keeps it.
+            replace: make a new region even if a file of that name exists. The old file goes only
+                when the new one is ready, and processes that have it open keep it.
             mode: permissions of a new name or path, less the umask.
             accept_owner: other users, by name or uid, whose symbolic links are followed on the way
                 to a path, and whose empty file is taken.
 
-        A file that is there and empty, as systemd-tmpfiles makes one, is a region that is not made
-        yet: it is used, and keeps its owner and its mode.
+        A file that exists and is empty, as systemd-tmpfiles makes one, is used, and keeps its owner
+        and its mode.
 
         Raises:
-            RegionError: a size that is no power of two of at least one (huge) page.
+            RegionError: the size is not a power of two, or less than one (huge) page.
             FileExistsError: the name or path exists and `replace` is false.
-            PermissionError: a link or an empty file there is of a user who is not accepted.
+            PermissionError: a link or an empty file there belongs to a user that is not accepted.
             OSError: the file system, the memory or the huge pages do not suffice (ENOSPC, ENOMEM,
                 with the numbers and what fixes it), or as of open(2). Nothing is left behind.
         """
@@ -203,7 +210,7 @@ class Region(Uncopied, mapping.Mapping):
             missing = target if source == "directory" else os.path.dirname(target)
             raise FileNotFoundError(error.errno, error.strerror, missing) from None
         # Without `with`: a signal handler that raises in an __exit__ would lose a region that has
-        # its name already. A place that is not closed here goes with this frame.
+        # its name already. A place that is not closed here is closed with this frame.
         try:
             page = pages.page_size_of(place.fd)
             if hugepages and pages.huge_page_size(hugepages) != page:
@@ -234,7 +241,7 @@ class Region(Uncopied, mapping.Mapping):
 
     @classmethod
     def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
-        """A region in a file of a directory that never has a name."""
+        """Make a region in a file inside a directory; the file never has a name."""
         try:
             with new_files.NewFile(place, mode=mode) as draft:
                 draft.keep_nameless()
@@ -244,7 +251,7 @@ class Region(Uncopied, mapping.Mapping):
 
     @classmethod
     def _adopt(cls, place: safe_files.Place, parts: _Parts, target: str, prealloc: bool) -> Region:
-        """A region in an empty file that is there: so somebody has given it owner and mode."""
+        """Make a region in an empty file that exists; it keeps its owner and its mode."""
         file = place.open(os.O_RDWR)
         spare = descriptors.FdArray.copy(file[0])  # for when the region has closed its own
         with locks.held(spare[0], _PATIENCE):
@@ -253,7 +260,7 @@ class Region(Uncopied, mapping.Mapping):
             try:
                 region = cls._furnish(file, *parts, target, prealloc, fresh=False)
             except BaseException:
-                # As it was: a file without its space is a trap for those who have it open.
+                # Empty again: a file that has a size and lacks its space kills by SIGBUS.
                 with contextlib.suppress(OSError):
                     os.ftruncate(spare[0], 0)
                 raise
@@ -270,7 +277,7 @@ class Region(Uncopied, mapping.Mapping):
         prealloc: bool,
         replace: bool,
     ) -> Region:
-        """A region in a new file, which gets its name when it is whole."""
+        """Make a region in a new file, which gets its name when it is complete."""
         region = None
         draft = new_files.NewFile(place, mode=mode)
         try:
@@ -281,7 +288,7 @@ class Region(Uncopied, mapping.Mapping):
             return region
         except BaseException as error:
             if region is not None:
-                if draft.published and not draft.replaced:  # else what was there is gone
+                if draft.published and not draft.replaced:  # else the former file is gone
                     region.unlink()
                 region.close()
             if isinstance(error, FileExistsError):
@@ -289,9 +296,9 @@ class Region(Uncopied, mapping.Mapping):
             raise
 
     def _reopen(self, place: safe_files.Place) -> None:
-        """Have a descriptor that shows the name in /proc/PID/fd, here and in all it is sent to.
+        """Replace the descriptor by one that shows the name in /proc/PID/fd of all that get it.
 
-        One of a file that was opened without a name never does.
+        The descriptor of a file that was opened without a name never shows one.
         """
         with contextlib.suppress(OSError):
             file = place.open(os.O_RDWR)
@@ -314,18 +321,18 @@ class Region(Uncopied, mapping.Mapping):
         """Map what exists under a POSIX name or path; its contents stay as they are.
 
         Args:
-            size: what it must be; None: whatever it is. Space that the file lacks, if it is
-                sparse, is not reserved: `prealloc` does that.
+            size: the size that it must have; None: any. If the file is sparse, the space that it
+                lacks is reserved only by `prealloc`.
             readonly: open and map for reading only.
             accept_owner: other users, by name or uid, whose files and symbolic links are accepted.
-                Anybody can be the first to make a name in /dev/shm, so a file must belong to root,
+                Any user can be the first to make a name in /dev/shm, so a file must belong to root,
                 to this process's user or to one of these.
 
         Raises:
             RegionError: it has another size, or one that no guest could use, or is not a file.
-            FileNotFoundError: there is none, or it is empty, so not made yet.
-            PermissionError: it is of another user, or has several hard links where others can
-                make one; or as of open(2).
+            FileNotFoundError: it does not exist, or is empty, so that its memory is not made yet.
+            PermissionError: it belongs to another user, or has several hard links where other users
+                can make one; or as of open(2).
             OSError: as of open(2); ELOOP for a name that is a link.
         """
         if (name is None) == (path is None):
@@ -401,16 +408,16 @@ class Region(Uncopied, mapping.Mapping):
         name: str | None = None,
         keep_on_error: bool = False,
     ) -> Region:
-        """Map the file behind `fd`, as a server passes it, and own `fd`, also when this fails.
+        """Map the file behind `fd`, as a server passes it; own `fd`, also when this fails.
 
         A descriptor that was opened for reading only gives a read-only region.
 
         Args:
-            source, name: what the region had where the descriptor comes from, as in RegionInfo.
-            keep_on_error: `fd` stays open, and the caller's, when this fails.
+            source, name: of the region in the process that the descriptor comes from.
+            keep_on_error: when this fails, `fd` stays open and belongs to the caller.
 
         Raises:
-            RegionError: the file is empty or no memory.
+            RegionError: the file is empty, or not memory.
             OSError: as of mmap(2).
         """
         file = descriptors.FdArray()
@@ -470,20 +477,20 @@ class Region(Uncopied, mapping.Mapping):
         """Give an empty file its size, its space and its seals, and map it.
 
         Args:
-            fresh: nobody else can have it open.
+            fresh: no other process can have it open.
         """
         with safe_files.closed_on_error(file), pages.explained(size, page, path or name):
             if fresh or page > PAGE:
                 os.ftruncate(file[0], size)
             if seal:
-                # A memfd begins with 0o777 or 0o666, by which who has a descriptor for reading
-                # could open it again, by /proc/self/fd, for writing.
+                # A memfd begins with mode 0o777 or 0o666: a process that has a descriptor for
+                # reading could open it again for writing, through /proc/self/fd.
                 os.fchmod(file[0], 0o600)
                 fcntl.fcntl(file[0], fcntl.F_ADD_SEALS, _SEALS)
             elif page == PAGE:
-                # tmpfs and file systems hand out pages and blocks one by one, and a mapping that
-                # finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.) On tmpfs
-                # this gives the size when the space is there, at once.
+                # tmpfs and file systems allocate pages and blocks one by one, and an access that
+                # finds none left is a SIGBUS. (hugetlbfs reserves all of them in mmap.) On tmpfs
+                # this call sets the size and reserves the space in one step.
                 os.posix_fallocate(file[0], 0, size)
             region = cls._map(file, size, page, source, name, path)
         region.created = True
@@ -504,10 +511,10 @@ class Region(Uncopied, mapping.Mapping):
         readonly: bool = False,
         fd: int | None = None,
     ) -> Region:
-        """The region over an open file, whose descriptor it has from now on.
+        """Map an open file; the region owns its descriptor from now on.
 
         Args:
-            fd: the descriptor, if `file` is to own it only when this has succeeded.
+            fd: the descriptor, if `file` should own it only after this has succeeded.
         """
         return cls._over(
             file[0] if fd is None else fd,
@@ -543,22 +550,24 @@ class Region(Uncopied, mapping.Mapping):
         self._populate(self.page_size)
 
     def fileno(self) -> int:
-        """The descriptor of the file behind the region, still owned by it."""
+        """Return the descriptor of the file behind the region; it stays the region's."""
         if self.closed:
             raise ClosedError("the region is closed")
         assert self._fd is not None
         return self._fd[0]
 
     def readonly_fd(self) -> int:
-        """A new descriptor of the same memory, open for reading only; the caller closes it.
+        """Return a new descriptor of the same memory for reading only; the caller closes it.
 
-        Who receives it can map the memory for reading, and can change neither it nor its size. The
-        file's permissions decide who can open it again for writing: of an anonymous region its
-        owner, so that it holds against other users, and not against root or the same user.
+        A process that receives it can map the memory for reading, and can change neither its bytes
+        nor its size. The file's permissions decide which user can open it again for writing. Of an
+        anonymous region that is its owner: this protects from other users, not from root or the
+        same user.
 
         Raises:
-            OSError: EACCES, this process's user has changed since the region was made; ENOENT
-                without /proc.
+            OSError: EACCES, this process's user has changed since the region was made; ENOENT,
+                /proc is not mounted.
+            ClosedError: the region is closed.
         """
         fd = self.fileno()
         try:
@@ -571,12 +580,16 @@ class Region(Uncopied, mapping.Mapping):
             ) from None
 
     def info(self) -> RegionInfo:
-        """Size, pages and residence, measured now."""
+        """Measure size, pages and residence now.
+
+        Raises:
+            ClosedError: the region is closed.
+        """
         status = os.fstat(self.fileno())
         if self.source == "device":
             resident, huge = self.size, 0
         elif self.page_size > PAGE:
-            # mincore sees only this process's page tables there; hugetlbfs counts the blocks.
+            # Of hugetlbfs, mincore sees only this process's page tables; the blocks count all.
             resident = huge = min(status.st_blocks * 512, self.size)
         else:
             found = (self.resident(start, end - start) for start, end in self.extents())
@@ -600,11 +613,11 @@ class Region(Uncopied, mapping.Mapping):
 
     @property
     def path(self) -> str | None:
-        """The path of its name or file; None: it has none."""
+        """The path of its name or file; None: it has no name."""
         return self._path
 
     def name_leads_to(self) -> Literal["this", "nothing", "another"] | None:
-        """What a process gets that opens the region's name now: as in RegionInfo.
+        """Return what a process that opens the region's name gets now: as in RegionInfo.
 
         Raises:
             ClosedError: the region is closed.
@@ -619,10 +632,10 @@ class Region(Uncopied, mapping.Mapping):
         return "this" if safe_files.same_file(found, os.fstat(fd)) else "another"
 
     def extents(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-        """Where the memory has something: (start, end) in bytes; the rest is holes, and zero.
+        """Yield where the file has data: (start, end) in bytes; the rest is holes, which are zero.
 
-        Other peers can fill holes, and make some, during the iteration. A file that knows no holes
-        is one extent.
+        Other peers can fill and make holes during the iteration. A file system without holes gives
+        one extent.
 
         Raises:
             ClosedError: the region is closed.
@@ -646,9 +659,15 @@ class Region(Uncopied, mapping.Mapping):
             start = max(last, first + PAGE)  # there may be a hole now where there was none
 
     def unlink(self) -> bool:
-        """Remove the name or path, if it still leads to this region's file; else return False.
+        """Remove the name or path, if it still leads to this region's file.
 
-        Who has the region mapped keeps it.
+        Processes that have the region mapped keep it.
+
+        Returns:
+            Whether it was removed; False also for a region without a name.
+
+        Raises:
+            ClosedError: the region has a name and is closed.
         """
         if self._path is None:
             return False
@@ -658,12 +677,12 @@ class Region(Uncopied, mapping.Mapping):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self.source == "posix":
                 return self._unlink_name(fd)
-            return False  # it is not there, or nobody we trust has put it there
+            return False  # it is not there, or an untrusted user has put it there
         with place:
             return place.remove(fd)
 
     def _unlink_name(self, fd: int) -> bool:
-        """Remove it without a descriptor for /dev/shm, where nobody else may rename our files."""
+        """Remove it without a descriptor for /dev/shm, where only we and root rename our files."""
         assert self._path is not None
         try:
             if not os.path.samestat(os.lstat(self._path), os.fstat(fd)):
@@ -674,10 +693,10 @@ class Region(Uncopied, mapping.Mapping):
         return True
 
     def close(self) -> None:
-        """Unmap and close; may be called twice.
+        """Unmap and close; may be called twice, and by any thread.
 
         Raises:
-            BufferError: a view of the memory is alive; nothing has changed.
+            BufferError: a memoryview or an array of the memory is alive; nothing has changed.
         """
         super().close()
         if self._fd is not None:
@@ -703,7 +722,7 @@ class Region(Uncopied, mapping.Mapping):
 
 
 def _is_hole(fd: int, offset: int) -> bool:
-    """Whether no data (ENXIO) means a hole up to the end: sysfs says so of whatever it has."""
+    """Whether "no data" (ENXIO) means a hole up to the end; sysfs says it of all its files."""
     try:
         os.lseek(fd, offset, os.SEEK_HOLE)
     except OSError:
@@ -712,7 +731,11 @@ def _is_hole(fd: int, offset: int) -> bool:
 
 
 def posix_path(name: str) -> str:
-    """The file behind a POSIX name, by the rules of shm_open(3)."""
+    """Return the path of a POSIX name, by the rules of shm_open(3).
+
+    Raises:
+        RegionError: it is not such a name.
+    """
     bare = name.removeprefix("/")
     if not bare or "/" in bare or "\0" in bare or bare in (".", "..") or len(bare) > 255:
         raise RegionError(
@@ -730,7 +753,7 @@ def _exists(target: str, what: str | None = None) -> FileExistsError:
 
 
 def _opened(place: safe_files.Place, readonly: bool) -> descriptors.FdArray:
-    """Open what exists, and say what would let us."""
+    """Open what exists; an error says what would allow it."""
     try:
         return place.open(os.O_RDONLY if readonly else os.O_RDWR)
     except WrongKind as error:

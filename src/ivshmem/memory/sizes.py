@@ -25,12 +25,12 @@ _SIZE = re.compile(
 
 
 def parse_size(size: SupportsIndex | str) -> int:
-    """Bytes from a number or from a text such as "4M", "1.5G", "64 KiB", "0x100000".
+    """Return bytes, from a number or from a text such as "4M", "1.5G", "64 KiB", "0x100000".
 
     Suffixes are powers of 1024, as QEMU reads them; a bare number is bytes.
 
     Raises:
-        RegionError: it is no size, negative, or no whole number of bytes.
+        RegionError: it is not a size, or negative, or not a whole number of bytes.
         TypeError: it is neither a whole number nor a text.
     """
     if not isinstance(size, str):
@@ -58,7 +58,10 @@ def parse_size(size: SupportsIndex | str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Exactly this size, in the largest unit that needs no more than three decimals."""
+    """Return exactly this size in bytes as a text, such as "1.5G", which parse_size reads.
+
+    The unit is the largest one that needs at most three decimals.
+    """
     for power in range(len(_UNITS) - 1, 0, -1):
         thousandths, odd = divmod(size * 1000, 1024**power)
         if thousandths >= 1000 and not odd:
@@ -68,16 +71,16 @@ def format_size(size: int) -> str:
 
 
 def roughly(size: int) -> str:
-    """About this size, with one decimal."""
+    """Return about this size as a text, with one decimal."""
     power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{size / 1024**power:.1f}{_UNITS[power]}" if power else counted(size, "byte")
 
 
 def check_size(size: int, page: int, *, what: str = "a region") -> None:
-    """Refuse what QEMU aborts on, and name the nearest size that works.
+    """Refuse a size that makes QEMU abort, and name the nearest size that works.
 
     Raises:
-        RegionError: `size` is no power of two, or less than a page.
+        RegionError: `size` is not a power of two, or less than a page.
     """
     if size > LARGEST:
         raise RegionError(
@@ -95,5 +98,5 @@ def check_size(size: int, page: int, *, what: str = "a region") -> None:
 
 
 def round_up(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
+    """Return the smallest power of two that is not below `size`."""
     return 1 << max(size - 1, 0).bit_length()

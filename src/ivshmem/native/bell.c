@@ -2377,7 +2377,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabpt
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Doorbell:
- *     """One vector of one peer, looked up once; made by `Doorbells.doorbell`.
+ *     """One vector of one peer, looked up once; made by `Endpoint.doorbell`.
 */
 
 struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
@@ -4257,7 +4257,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
  * 
  * 
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
+ *     """Ring; return 0 or errno. It is a Handler, and ignores the second argument."""
  *     cdef Bell *bell = <Bell *>context
 */
 
@@ -4269,7 +4269,7 @@ static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *__pyx_v_context, CYTHO
 
   /* "ivshmem/native/bell.pyx":25
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:
- *     """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
+ *     """Ring; return 0 or errno. It is a Handler, and ignores the second argument."""
  *     cdef Bell *bell = <Bell *>context             # <<<<<<<<<<<<<<
  *     cdef int code
  *     if not ivshmem_enter(bell.state):
@@ -4388,7 +4388,7 @@ static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *__pyx_v_context, CYTHO
  * 
  * 
  * cdef int ring_bell(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
+ *     """Ring; return 0 or errno. It is a Handler, and ignores the second argument."""
  *     cdef Bell *bell = <Bell *>context
 */
 
@@ -4399,7 +4399,7 @@ static int __pyx_f_7ivshmem_6native_4bell_ring_bell(void *__pyx_v_context, CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":48
+/* "ivshmem/native/bell.pyx":49
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4435,7 +4435,7 @@ static int __pyx_pw_7ivshmem_6native_4bell_8Doorbell_1__cinit__(PyObject *__pyx_
 static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/bell.pyx":49
+  /* "ivshmem/native/bell.pyx":50
  * 
  *     def __cinit__(self):
  *         self.bell.state = &NOBODY             # <<<<<<<<<<<<<<
@@ -4444,7 +4444,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->bell.state = (&__pyx_v_7ivshmem_6native_4bell_NOBODY);
 
-  /* "ivshmem/native/bell.pyx":48
+  /* "ivshmem/native/bell.pyx":49
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4458,7 +4458,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell___cinit__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":51
+/* "ivshmem/native/bell.pyx":52
  *         self.bell.state = &NOBODY
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -4509,7 +4509,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/native/bell.pyx":52
+  /* "ivshmem/native/bell.pyx":53
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")             # <<<<<<<<<<<<<<
@@ -4522,14 +4522,14 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_is_made_by_Endpoint_d};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 52, __pyx_L1_error)
+  __PYX_ERR(0, 53, __pyx_L1_error)
 
-  /* "ivshmem/native/bell.pyx":51
+  /* "ivshmem/native/bell.pyx":52
  *         self.bell.state = &NOBODY
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -4548,7 +4548,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":54
+/* "ivshmem/native/bell.pyx":55
  *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4559,7 +4559,7 @@ static int __pyx_pf_7ivshmem_6native_4bell_8Doorbell_2__init__(CYTHON_UNUSED str
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/bell.pyx":55
+  /* "ivshmem/native/bell.pyx":56
  * 
  *     cdef int ring_nogil(self) noexcept nogil:
  *         return ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4572,7 +4572,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":54
+  /* "ivshmem/native/bell.pyx":55
  *         raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  * 
  *     cdef int ring_nogil(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4585,7 +4585,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":57
+/* "ivshmem/native/bell.pyx":58
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4612,7 +4612,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_gently", 0);
 
-  /* "ivshmem/native/bell.pyx":58
+  /* "ivshmem/native/bell.pyx":59
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4624,7 +4624,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/bell.pyx":59
+    /* "ivshmem/native/bell.pyx":60
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4637,7 +4637,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/bell.pyx":58
+    /* "ivshmem/native/bell.pyx":59
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4646,7 +4646,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/bell.pyx":60
+  /* "ivshmem/native/bell.pyx":61
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
  *         try:             # <<<<<<<<<<<<<<
@@ -4655,7 +4655,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
   /*try:*/ {
 
-    /* "ivshmem/native/bell.pyx":61
+    /* "ivshmem/native/bell.pyx":62
  *             return ESHUTDOWN
  *         try:
  *             add_one_nowait(self.signaller, self.bell.fd)             # <<<<<<<<<<<<<<
@@ -4664,12 +4664,12 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 61, __pyx_L5_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L5_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   }
 
-  /* "ivshmem/native/bell.pyx":63
+  /* "ivshmem/native/bell.pyx":64
  *             add_one_nowait(self.signaller, self.bell.fd)
  *         finally:
  *             (<FdArray>self.bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -4714,7 +4714,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/bell.pyx":64
+  /* "ivshmem/native/bell.pyx":65
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
  *         return 0             # <<<<<<<<<<<<<<
@@ -4727,7 +4727,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":57
+  /* "ivshmem/native/bell.pyx":58
  *         return ring_bell(&self.bell, 1)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
@@ -4746,12 +4746,12 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":66
+/* "ivshmem/native/bell.pyx":67
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self):
- *         """Interrupt the vector, as `Endpoint.ring` does; the peer was looked up before.
+ *         """Interrupt the vector, as `Endpoint.ring` does, without looking the peer up again.
 */
 
 /* Python wrapper */
@@ -4762,7 +4762,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_4ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does; the peer was looked up before.\n\nA doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.\n\nRaises:\n    NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_4bell_8Doorbell_4ring, "ring($self)\n--\n\nInterrupt the vector, as `Endpoint.ring` does, without looking the peer up again.\n\nA doorbell that an AsyncEndpoint made never waits, like `Endpoint.ring_nowait`. May be\ncalled by any thread, and by a signal handler.\n\nRaises:\n    NoSuchPeer: the peer has left. (If its id is in use again, that is another peer.)\n    ClosedError: the endpoint is closed.");
 static PyObject *__pyx_pw_7ivshmem_6native_4bell_8Doorbell_5ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -4815,7 +4815,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/native/bell.pyx":77
+  /* "ivshmem/native/bell.pyx":79
  *         """
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -4824,7 +4824,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/native/bell.pyx":78
+    /* "ivshmem/native/bell.pyx":80
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4833,17 +4833,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     if (__pyx_v_self->nowait) {
 
-      /* "ivshmem/native/bell.pyx":79
+      /* "ivshmem/native/bell.pyx":81
  *         while True:
  *             if self.nowait:
  *                 code = self.ring_gently()             # <<<<<<<<<<<<<<
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/native/bell.pyx":78
+      /* "ivshmem/native/bell.pyx":80
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -4853,7 +4853,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":80
+    /* "ivshmem/native/bell.pyx":82
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4865,7 +4865,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":81
+      /* "ivshmem/native/bell.pyx":83
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4874,7 +4874,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
 
-      /* "ivshmem/native/bell.pyx":80
+      /* "ivshmem/native/bell.pyx":82
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -4884,7 +4884,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":83
+    /* "ivshmem/native/bell.pyx":85
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4898,7 +4898,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/bell.pyx":84
+            /* "ivshmem/native/bell.pyx":86
  *             else:
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -4908,7 +4908,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
             __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
           }
 
-          /* "ivshmem/native/bell.pyx":83
+          /* "ivshmem/native/bell.pyx":85
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4927,7 +4927,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     }
     __pyx_L5:;
 
-    /* "ivshmem/native/bell.pyx":85
+    /* "ivshmem/native/bell.pyx":87
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4939,7 +4939,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":86
+      /* "ivshmem/native/bell.pyx":88
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -4956,7 +4956,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/bell.pyx":85
+      /* "ivshmem/native/bell.pyx":87
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -4965,7 +4965,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":87
+    /* "ivshmem/native/bell.pyx":89
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -4977,7 +4977,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":88
+      /* "ivshmem/native/bell.pyx":90
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -4988,7 +4988,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":89
+        /* "ivshmem/native/bell.pyx":91
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")             # <<<<<<<<<<<<<<
@@ -5001,14 +5001,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_is_made_by_Endpoint_d};
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 89, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 89, __pyx_L1_error)
+        __PYX_ERR(0, 91, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":88
+        /* "ivshmem/native/bell.pyx":90
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -5017,21 +5017,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/native/bell.pyx":90
+      /* "ivshmem/native/bell.pyx":92
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
 */
-      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 90, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 92, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 90, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 92, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":91
+        /* "ivshmem/native/bell.pyx":93
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5039,7 +5039,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
  *             if code != EINTR:
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 93, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -5058,14 +5058,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 93, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 91, __pyx_L1_error)
+        __PYX_ERR(0, 93, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":90
+        /* "ivshmem/native/bell.pyx":92
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
@@ -5074,7 +5074,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/native/bell.pyx":92
+      /* "ivshmem/native/bell.pyx":94
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")             # <<<<<<<<<<<<<<
@@ -5082,9 +5082,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
  *                 fail_with(code)
 */
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 92, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 94, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 92, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_peer;
       __pyx_t_8[1] = __pyx_t_7;
@@ -5098,7 +5098,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 92, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_5 = 1;
@@ -5119,14 +5119,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 92, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 92, __pyx_L1_error)
+      __PYX_ERR(0, 94, __pyx_L1_error)
 
-      /* "ivshmem/native/bell.pyx":87
+      /* "ivshmem/native/bell.pyx":89
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -5135,7 +5135,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":93
+    /* "ivshmem/native/bell.pyx":95
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5147,17 +5147,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":94
+      /* "ivshmem/native/bell.pyx":96
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             PyErr_CheckSignals()
  * 
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
 
 
-      /* "ivshmem/native/bell.pyx":93
+      /* "ivshmem/native/bell.pyx":95
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5166,23 +5166,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":95
+    /* "ivshmem/native/bell.pyx":97
  *             if code != EINTR:
  *                 fail_with(code)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
+    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/native/bell.pyx":66
+  /* "ivshmem/native/bell.pyx":67
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self):
- *         """Interrupt the vector, as `Endpoint.ring` does; the peer was looked up before.
+ *         """Interrupt the vector, as `Endpoint.ring` does, without looking the peer up again.
 */
 
   /* function exit code */
@@ -5203,7 +5203,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":97
+/* "ivshmem/native/bell.pyx":99
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5265,7 +5265,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/bell.pyx":98
+  /* "ivshmem/native/bell.pyx":100
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")             # <<<<<<<<<<<<<<
@@ -5278,14 +5278,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_cannot_be_copied_or_p};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 98, __pyx_L1_error)
+  __PYX_ERR(0, 100, __pyx_L1_error)
 
-  /* "ivshmem/native/bell.pyx":97
+  /* "ivshmem/native/bell.pyx":99
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5304,7 +5304,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":100
+/* "ivshmem/native/bell.pyx":102
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5340,14 +5340,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/native/bell.pyx":101
+  /* "ivshmem/native/bell.pyx":103
  * 
  *     def __repr__(self):
  *         return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_Doorbell_of_peer;
   __pyx_t_3[1] = __pyx_t_1;
@@ -5363,7 +5363,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[1]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -5378,7 +5378,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":100
+  /* "ivshmem/native/bell.pyx":102
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5657,7 +5657,7 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_4bell_Doorbell[] = {
 static PyType_Slot __pyx_type_7ivshmem_6native_4bell_Doorbell_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_repr, (void *)__pyx_pw_7ivshmem_6native_4bell_8Doorbell_9__repr__},
-  {Py_tp_doc, (void *)PyDoc_STR("One vector of one peer, looked up once; made by `Doorbells.doorbell`.\n\n    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.\n\n    Attributes:\n        peer, vector: whom it rings.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("One vector of one peer, looked up once; made by `Endpoint.doorbell`.\n\n    It keeps nothing open: when the peer has left, or the endpoint is closed, `ring` raises.\n\n    Attributes:\n        peer: the id of the peer that it rings.\n        vector: of that peer.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_6native_4bell_Doorbell},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4bell_Doorbell},
@@ -5696,7 +5696,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_4bell_Doorbell = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("One vector of one peer, looked up once; made by `Doorbells.doorbell`.\n\n    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.\n\n    Attributes:\n        peer, vector: whom it rings.\n    "), /*tp_doc*/
+  PyDoc_STR("One vector of one peer, looked up once; made by `Endpoint.doorbell`.\n\n    It keeps nothing open: when the peer has left, or the endpoint is closed, `ring` raises.\n\n    Attributes:\n        peer: the id of the peer that it rings.\n        vector: of that peer.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_6native_4bell_Doorbell, /*tp_traverse*/
   __pyx_tp_clear_7ivshmem_6native_4bell_Doorbell, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -6332,7 +6332,7 @@ __Pyx_RefNannySetupContext("PyInit_bell", 0);
  * 
  * from ..errors import ClosedError, NoSuchPeer             # <<<<<<<<<<<<<<
  * 
- * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made
+ * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that leads nowhere
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchPeer};
@@ -6354,25 +6354,25 @@ __Pyx_RefNannySetupContext("PyInit_bell", 0);
   /* "ivshmem/native/bell.pyx":20
  * from ..errors import ClosedError, NoSuchPeer
  * 
- * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made             # <<<<<<<<<<<<<<
+ * cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that leads nowhere             # <<<<<<<<<<<<<<
  * 
  * 
 */
   __pyx_v_7ivshmem_6native_4bell_NOBODY = IVSHMEM_CLOSING;
 
-  /* "ivshmem/native/bell.pyx":97
+  /* "ivshmem/native/bell.pyx":99
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 97, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/bell.pyx":1
@@ -6554,7 +6554,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 97};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 99};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_bell_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }

@@ -17,11 +17,11 @@ from .mapping cimport Registers
 
 from ..errors import ClosedError, NoSuchPeer
 
-cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made
+cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that leads nowhere
 
 
 cdef int ring_bell(void *context, int64_t rings) noexcept nogil:
-    """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
+    """Ring; return 0 or errno. It is a Handler, and ignores the second argument."""
     cdef Bell *bell = <Bell *>context
     cdef int code
     if not ivshmem_enter(bell.state):
@@ -37,12 +37,13 @@ cdef int ring_bell(void *context, int64_t rings) noexcept nogil:
 
 @cython.final
 cdef class Doorbell:
-    """One vector of one peer, looked up once; made by `Doorbells.doorbell`.
+    """One vector of one peer, looked up once; made by `Endpoint.doorbell`.
 
-    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.
+    It keeps nothing open: when the peer has left, or the endpoint is closed, `ring` raises.
 
     Attributes:
-        peer, vector: whom it rings.
+        peer: the id of the peer that it rings.
+        vector: of that peer.
     """
 
     def __cinit__(self):
@@ -65,12 +66,13 @@ cdef class Doorbell:
 
     @cython.binding(False)
     def ring(self):
-        """Interrupt the vector, as `Endpoint.ring` does; the peer was looked up before.
+        """Interrupt the vector, as `Endpoint.ring` does, without looking the peer up again.
 
-        A doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.
+        A doorbell that an AsyncEndpoint made never waits, like `Endpoint.ring_nowait`. May be
+        called by any thread, and by a signal handler.
 
         Raises:
-            NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)
+            NoSuchPeer: the peer has left. (If its id is in use again, that is another peer.)
             ClosedError: the endpoint is closed.
         """
         cdef int code

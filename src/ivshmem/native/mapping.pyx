@@ -5,12 +5,13 @@
 Knows: mmap, and what the processor guarantees. Does not know: where memory comes from.
 
 Invariants:
-1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its
-   `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a
-   call is counted, and so is one that waits for a word: the last unmaps what was closed before.
-2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.
+1. Memory in use stays mapped. A view of a mapping, and a call that runs without the GIL, make its
+   `close()` fail. A call that keeps the GIL ends before another thread can close. In a Python
+   without a GIL such a call is counted, and so is one that waits for a word: the last one unmaps
+   what was closed during the call.
+2. Each call accesses shared bytes once: words by one instruction, everything else by one copy.
 
-(`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)
+(`binding=False`: functions that bind add 90 ns to each round trip.)
 """
 
 cimport cython
@@ -44,9 +45,9 @@ import operator
 from ..errors import ClosedError
 
 cdef enum:
-    # Bytes from which on a copy, or unmapping, lets go of the GIL. That takes 50 ns if nobody wants
-    # it, but to get it back from a thread that computes takes 5 ms. So a copy of less keeps it: for
-    # 2 to 25 microseconds, which is about what it takes to wake somebody.
+    # Bytes from which on a copy, or unmapping, releases the GIL. That takes 50 ns if no other
+    # thread wants it, but to get it back from a thread that computes takes 5 ms. So a smaller copy
+    # keeps it: for 2 to 25 microseconds, which is about the time to wake a thread.
     LARGE = 1 << 18
     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB
     PAGES_AT_ONCE = 1 << 14  # that mincore(2) is asked for, a byte of the stack each
@@ -80,7 +81,7 @@ cdef class Mapping:
 
     @property
     def address(self):
-        """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
+        """The address of the memory in this process, for ctypes for instance; 0 when closed."""
         return <size_t>self.start
 
     @property
@@ -95,12 +96,12 @@ cdef class Mapping:
 
     @property
     def closed(self):
-        """Whether the memory is not mapped here, or not any more."""
-        # Without an address: __del__ of a subclass asks, after wrong arguments of the constructor.
+        """Whether the memory is not mapped, or not any more."""
+        # No address: a subclass's __del__ asks, after wrong arguments of the constructor.
         return self.start == NULL or ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
 
     cdef int pin(self) except -1:
-        """One user more: until `unpin` the memory stays mapped, and close() fails."""
+        """Count one user more: until `unpin` the memory stays mapped, and close() fails."""
         if not ivshmem_enter(&self.views):
             raise ClosedError("the memory is closed")
         return 0
@@ -148,10 +149,17 @@ cdef class Mapping:
             self.unpin()
 
     def resident(self, Py_ssize_t offset=0, size=None):
-        """Bytes of the file that are in memory now, whoever brought them there (mincore(2)).
+        """Return how many bytes of the file are in memory now, in whole pages (mincore(2)).
 
-        Of `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is
-        nothing but holes. Other threads run in that time, and signals are handled.
+        It does not matter which process brought them there. Other threads run during the call, and
+        signals are handled. All of a terabyte takes seconds, even if it is one hole.
+
+        Args:
+            offset, size: count only in `size` bytes at `offset`; None: to the end.
+
+        Raises:
+            ValueError: these bytes do not all lie in the memory.
+            ClosedError: the memory is closed.
         """
         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
@@ -182,11 +190,11 @@ cdef class Mapping:
     # -- copies -----------------------------------------------------------------------------------
 
     def read(self, offset, size):
-        """A copy of `size` bytes at `offset`.
+        """Return a copy of `size` bytes at `offset`.
 
-        One copy, as memcpy(3) makes it; nothing orders it, so what another peer writes at that time
-        may be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares
-        the new object, whose pages, if it is large, take longer than the copy.
+        It is one copy, as by memcpy(3). Nothing orders it: what another peer writes during the copy
+        may be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` makes
+        no new object; the pages of a large new object take longer than the copy.
 
         Raises:
             ValueError: they do not all lie in the memory.
@@ -199,31 +207,31 @@ cdef class Mapping:
         return data
 
     def read_into(self, offset, buffer):
-        """Fill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.
+        """Fill `buffer` from `offset` on by one copy, as `read`; return its size in bytes.
 
         Args:
-            buffer: anything contiguous that can be written: a bytearray, an array, a memoryview.
+            buffer: a contiguous buffer that can be written: a bytearray, an array, a memoryview.
 
         Raises:
             ValueError: so many bytes do not all lie in the memory.
-            TypeError, BufferError: it is no such buffer (numpy: ValueError).
+            TypeError, BufferError: it is not such a buffer (numpy: ValueError).
             ClosedError: the memory is closed.
                 Whatever is raised, the buffer is as it was.
         """
         return self.exchange(offset, buffer, False)
 
     def write(self, offset, data):
-        """Copy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.
+        """Copy `data` to `offset` by one copy, as by memcpy(3); return its size in bytes.
 
         Nothing orders it: to publish what was written, store a word or ring. `data` may be a view
         of this memory. Other threads run during a copy of 256 KiB or more.
 
         Args:
-            data: anything contiguous: bytes, an array, a memoryview.
+            data: a contiguous buffer: bytes, an array, a memoryview.
 
         Raises:
             ValueError: it does not fit between `offset` and the end of the memory.
-            TypeError: it is no buffer, or the memory is mapped for reading only.
+            TypeError: it is not a buffer, or the memory is mapped for reading only.
             BufferError: it is not contiguous (numpy: ValueError).
             ClosedError: the memory is closed.
                 Whatever is raised, nothing was written.
@@ -233,7 +241,7 @@ cdef class Mapping:
         return self.exchange(offset, data, True)
 
     cdef object exchange(self, object offset, object buffer, bint into):
-        # By hand: a typed memoryview as an argument takes 60 ns longer.
+        # Without a typed memoryview as an argument, which takes 60 ns longer.
         cdef Py_buffer view
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
         try:
@@ -243,7 +251,7 @@ cdef class Mapping:
             PyBuffer_Release(&view)
 
     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
-        """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+        """Return the offset, clipped to Py_ssize_t; raise ValueError if the bytes are not there."""
         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
         if size < 0 or start < 0 or start > self.length - size:
             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
@@ -264,7 +272,7 @@ cdef class Mapping:
     # -- words ------------------------------------------------------------------------------------
 
     def atomic_u32(self, offset):
-        """The 32-bit word at `offset` bytes, a multiple of 4.
+        """Return the 32-bit word at `offset` bytes, a multiple of 4.
 
         Raises:
             ValueError: there is no such word.
@@ -272,7 +280,7 @@ cdef class Mapping:
         return AtomicU32(self, offset)
 
     def atomic_u64(self, offset):
-        """The 64-bit word at `offset` bytes, a multiple of 8.
+        """Return the 64-bit word at `offset` bytes, a multiple of 8.
 
         Raises:
             ValueError: there is no such word.
@@ -282,21 +290,20 @@ cdef class Mapping:
     # -- views ------------------------------------------------------------------------------------
 
     def array(self, dtype="uint8", shape=None, offset=0):
-        """A numpy array over this memory: the memory itself, not a copy of it.
+        """Return a numpy array over this memory: the memory itself, not a copy.
 
-        While the array or a view of it is alive, `close` raises BufferError. Of memory that is
-        mapped for reading only, the array is read-only.
+        While the array or a view of it is alive, `close` raises BufferError. If the memory is
+        mapped for reading only, so is the array.
 
         Args:
-            dtype: of the elements: whatever numpy.dtype() takes. Peers should agree on the byte
-                order, for instance "<u4".
-            shape: a length or several; None: one dimension, with all elements that there is room
-                for.
-            offset: where it begins, in bytes: a multiple of the dtype's alignment.
+            dtype: of the elements, as numpy.dtype() takes it. Peers should agree on the byte order,
+                for instance "<u4".
+            shape: a length, or several; None: one dimension with as many elements as fit.
+            offset: of the first element, in bytes; a multiple of the dtype's alignment.
 
         Raises:
             ValueError: so many elements do not all lie in the memory, or they would be misaligned.
-            TypeError: the dtype has Python objects, whose addresses no peer may say.
+            TypeError: the dtype has Python objects; a peer could choose their addresses.
             ImportError: numpy is not installed.
             ClosedError: the memory is closed.
         """
@@ -334,11 +341,11 @@ cdef class Mapping:
         return numpy.asarray(view).view(kind).reshape(lengths)
 
     def __dlpack__(self, **options):
-        """All bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy."""
+        """Export all bytes, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
         return self.array().__dlpack__(**options)
 
     def __dlpack_device__(self):
-        """The processor's memory, in DLPack's words."""
+        """Return DLPack's number of the processor's memory."""
         return (1, 0)
 
     def __reduce__(self):
@@ -365,7 +372,7 @@ cdef class Mapping:
         """Unmap; may be called twice.
 
         Raises:
-            BufferError: a memoryview, an array or a running call still uses the memory; nothing is
+            BufferError: a memoryview, an array or a running call still uses the memory. Nothing has
                 changed then.
         """
         cdef unsigned int views = ivshmem_shut_unused(&self.views)
@@ -384,7 +391,7 @@ cdef class Mapping:
 
 
 cdef inline int hold(Mapping mapping) except -1:
-    """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+    """Keep the memory mapped until `let_go`; the caller keeps the GIL all the time."""
     if not ivshmem_enter_held(&mapping.accesses):
         raise ClosedError("the memory is closed")
     return 0
@@ -396,10 +403,10 @@ cdef inline void let_go(Mapping mapping) noexcept:
 
 
 cdef void *free_place(size_t size) noexcept nogil:
-    """A hint where to map so much: at a multiple of 2 MiB, NULL for anywhere.
+    """Return an address to map `size` bytes at, a multiple of 2 MiB; NULL: anywhere.
 
-    Elsewhere no huge page can be mapped as one; the kernel itself sees to that only for hugetlbfs,
-    and for a tmpfs that makes transparent huge pages by itself.
+    At other addresses a huge page cannot be mapped as one. The kernel itself chooses such an
+    address only for hugetlbfs, and for a tmpfs that makes transparent huge pages by itself.
     """
     cdef void *place
     if size < HUGE:
@@ -423,7 +430,7 @@ cdef void unmap(Mapping mapping) noexcept:
 
 
 cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
-    # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+    # memmove, which is as quick as memcpy: the buffer may be a view of the same memory.
     if into:
         memmove(memory, buffer, size)
     else:
@@ -447,21 +454,22 @@ ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) no
 cdef class Atomic:
     """A word of shared memory in the machine's byte order, read and changed as a whole.
 
-    Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping's `close()`;
-    afterwards every call raises ClosedError.
+    Made by `Region.atomic_u32` and `atomic_u64`. It does not keep the region from closing; after
+    that every call raises ClosedError. All calls may be made by any thread; none blocks.
 
     Attributes:
         offset: where it is in the memory, in bytes.
 
     Memory orders have C11's names: "relaxed", "acquire", "release", "acq_rel" and "seq_cst".
-    A load can't have those with release, a store none with acquire. What was stored anywhere before
-    a release is seen by whoever acquires from this word and finds the value, or a later one.
+    A load cannot have an order with release, a store none with acquire. If a peer stores anything
+    and then changes this word with release, another peer that loads that value, or a later one,
+    with acquire sees all that was stored before.
 
     Raises, in all calls:
         ValueError: the operation cannot have that order.
-        OverflowError: a value that is negative or has more bits than the word.
-        TypeError: a value is no integer; or the memory is mapped for reading only, and this is not
-            a load.
+        OverflowError: a value is negative or has more bits than the word.
+        TypeError: a value is not an integer; or the memory is mapped for reading only, and this is
+            not a load.
         ClosedError: the memory is closed.
             Whatever is raised, the word is as it was.
     """
@@ -492,13 +500,13 @@ cdef class Atomic:
         )
 
     cdef void *pin(self) except NULL:
-        """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+        """Return its address; it stays mapped until `unpin`, also if the region is closed."""
         if not ivshmem_enter(&self.mapping.accesses):
             raise ClosedError("the memory is closed")
         return at(self)
 
     cdef void *pin_own(self) except NULL:
-        """The same, to be changed."""
+        """Do the same for a word that is to be changed."""
         if self.mapping.fixed:
             raise TypeError("the memory is mapped for reading only")
         return self.pin()
@@ -508,11 +516,11 @@ cdef class Atomic:
             unmap(self.mapping)
 
     cdef uint64_t peek(self) noexcept nogil:
-        """The value (acquire), for other Cython code; the word has to be pinned."""
+        """Return the value (acquire), for other Cython code; the word must be pinned."""
         return ivshmem_load(at(self), self.wide, ACQUIRE)
 
     def load(self, order="acquire"):
-        """The value."""
+        """Return the value."""
         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
         cdef uint64_t value
         hold(self.mapping)
@@ -535,7 +543,7 @@ cdef class Atomic:
     def compare_exchange(self, expected, desired, order="seq_cst"):
         """Set `desired` if the value is `expected`; return what it was.
 
-        If it was not, this is a load, and has of `order` what a load can have.
+        If it was not, this is a load, with the part of `order` that a load can have.
         """
         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
         cdef uint64_t old = fitting(self, expected)
@@ -554,7 +562,7 @@ cdef class Atomic:
         return change(self, ivshmem_sub, amount, order)
 
     def fetch_and(self, bits, order="seq_cst"):
-        """Clear all but these bits; return what the value was."""
+        """Clear all bits except these; return what the value was."""
         return change(self, ivshmem_and, bits, order)
 
     def fetch_or(self, bits, order="seq_cst"):
@@ -606,10 +614,10 @@ cdef inline int hold_own(Mapping mapping) except -1:
 
 
 def fence():
-    """Order all stores and loads before it before all that follow (a seq_cst fence of C11).
+    """Order all earlier stores and loads before all later ones (a seq_cst fence of C11).
 
-    Two sides that each store, call this, and then look at what the other stores: at least one of
-    them sees the other's. Without it neither may, on processors other than x86.
+    If two peers each store, call this, and then load what the other one stores, at least one of
+    them sees the other's store. Without the fence it can be that neither does.
     """
     ivshmem_fence()
 
@@ -622,14 +630,14 @@ cdef inline void *at(Atomic word) noexcept nogil:
 
 @cython.final
 cdef class Registers:
-    """The 32-bit registers of a device, in one page mapped from `fd` or behind reads and writes.
+    """The 32-bit registers of a device, in one page mapped from `fd`, or by reads and writes.
 
     Args:
         fd: borrowed; with `mapped` it may be closed afterwards.
         offset: of the first register in `fd`. It need not begin a page.
         size: bytes of registers.
-        mapped: a load or store is then one of the processor's; otherwise one pread or pwrite of 4
-            bytes, which vfio carries out as such, for what it does not map.
+        mapped: each load or store is one instruction; otherwise it is one pread or pwrite of 4
+            bytes, which vfio performs as one access, for a region that it does not map.
 
     Raises:
         OSError: as of mmap(2), pread(2), pwrite(2).
@@ -658,7 +666,7 @@ cdef class Registers:
         return 0
 
     def load(self, Py_ssize_t at):
-        """The register at `at` bytes.
+        """Return the register at `at` bytes.
 
         Raises:
             IndexError: there is none.
@@ -682,7 +690,7 @@ cdef class Registers:
         return value
 
     def store(self, Py_ssize_t at, uint32_t value):
-        """Set the register at `at` bytes, after all that was written to memory before.
+        """Set the register at `at` bytes, after all earlier writes to memory.
 
         Raises:
             IndexError, OSError, ClosedError: as of `load`, but of pwrite(2).
@@ -698,7 +706,7 @@ cdef class Registers:
             fail_with(code)
 
     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
-        """For those who have entered `state`: 0 or errno."""
+        """Store; the caller has entered `state`. Return 0 or errno."""
         cdef Py_ssize_t n
         if self.page != NULL:
             ivshmem_store32(self.first + at, value)
@@ -717,7 +725,7 @@ cdef class Registers:
             munmap(page, self.length)
 
     def close(self):
-        """Unmap, when the last call that uses them is over; may be called twice."""
+        """Unmap when the last call that uses them has ended; may be called twice."""
         if ivshmem_shut(&self.state):
             self.release()
 
@@ -726,4 +734,5 @@ cdef class Registers:
 
 
 cdef enum:
-    REGISTER_PAGE = 4096  # the smallest there is; a larger page makes mmap fail, and nothing worse
+    # The smallest page. Where pages are larger, mmap fails, and nothing worse happens.
+    REGISTER_PAGE = 4096

@@ -2072,8 +2072,8 @@ typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
- *     # Nanoseconds. What "auto" tries at least and at most; from what hole on in its own time a spin
- *     # was held up; after how long a spin lets signal handlers run.
+ *     # Nanoseconds: the shortest and the longest spin of "auto"; the gap between two looks from which
+ *     # on a spin was held up; the time after which a spin lets signal handlers run.
 */
 enum  {
   __pyx_e_7ivshmem_6native_4spin_SHORTEST = 0x4E20,
@@ -2239,12 +2239,12 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
 
 
-/* "ivshmem/native/spin.pyx":77
+/* "ivshmem/native/spin.pyx":78
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Spinner:
- *     """What spinning for each of up to 64 things brought; the rest share the last one's record.
+ *     """A record of spins for each of 63 things; all others share the last record.
 */
 
 struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
@@ -3185,7 +3185,7 @@ int __pyx_module_is_main_ivshmem__native__spin = 0;
 /* Implementation of "ivshmem.native.spin" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_When_to_spin_before_sleeping_and[] = "When to spin before sleeping, and for how long.\n\nKnows: what spins brought in the past. Does not know: what is waited for.\n\nTo be woken costs ten times what all else costs, so a short spin that finds what it waits for makes\na round trip up to thirty times faster. One that finds nothing is lost time, and where it keeps the\npeer from running (both are on one core) it finds nothing every time. A process cannot see on which\ncore its peer runs; it can see what its own spins bring. So:\n\n- A spin is a try. Two in a row that find nothing, or one in which the processor was taken away for\n  long, and the next waits sleep at once: 512, then 4096 of them, then one more try. (Both ends try:\n  that is less than one wait in 2000, and leaves the 99.9th percentile alone.)\n- A spin that succeeds takes that back, and after 64 in a row all is forgotten.\n- What is tried is never short: a peer that has just been woken takes 5 to 15 microseconds for its\n  answer, and a budget below that would never succeed again.\n";
+static const char __pyx_k_When_to_spin_before_sleeping_and[] = "When to spin before sleeping, and for how long.\n\nKnows: what earlier spins brought. Does not know: what is waited for.\n\nTo wake a sleeper takes ten times as long as all the rest. A short spin that succeeds makes a round\ntrip up to thirty times faster. A spin that fails is lost time; if it keeps the peer from running,\nbecause both are on one core, it fails every time. A process cannot see on which core its peer runs,\nbut it can see which of its own spins succeed. So:\n\n- Each spin is a try. After two failures in a row, or one spin during which the processor was taken\n  away for long, the next waits sleep at once: 512 of them, later 4096. Then one more spin is tried.\n  (Both ends try: that is less than one wait in 2000, which does not change the 99.9th percentile.)\n- A spin that succeeds ends this, and after 64 successes in a row all failures are forgotten.\n- A try is never short: a peer that has just been woken takes 5 to 15 microseconds to answer, and a\n  budget below that would never succeed again.\n";
 /* #### Code section: decls ### */
 static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_self, Py_ssize_t __pyx_v_which, int64_t __pyx_v_gap, int __pyx_v_held_up); /* proto */
@@ -4092,11 +4092,11 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":43
+/* "ivshmem/native/spin.pyx":44
  * 
  * 
  * cdef int64_t spin_of(object spin) except -2:             # <<<<<<<<<<<<<<
- *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+ *     """Return nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
 */
 
@@ -4121,8 +4121,8 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("spin_of", 0);
 
-  /* "ivshmem/native/spin.pyx":46
- *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+  /* "ivshmem/native/spin.pyx":47
+ *     """Return nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):             # <<<<<<<<<<<<<<
  *         seconds = PyFloat_AS_DOUBLE(spin)
@@ -4133,7 +4133,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/spin.pyx":47
+    /* "ivshmem/native/spin.pyx":48
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)             # <<<<<<<<<<<<<<
@@ -4142,8 +4142,8 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 */
     __pyx_v_seconds = PyFloat_AS_DOUBLE(__pyx_v_spin);
 
-    /* "ivshmem/native/spin.pyx":46
- *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+    /* "ivshmem/native/spin.pyx":47
+ *     """Return nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
  *     if PyFloat_CheckExact(spin):             # <<<<<<<<<<<<<<
  *         seconds = PyFloat_AS_DOUBLE(spin)
@@ -4152,7 +4152,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/spin.pyx":48
+  /* "ivshmem/native/spin.pyx":49
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):             # <<<<<<<<<<<<<<
@@ -4163,18 +4163,18 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/spin.pyx":49
+    /* "ivshmem/native/spin.pyx":50
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):
  *         if spin != "auto":             # <<<<<<<<<<<<<<
  *             raise ValueError(f'spin is seconds or "auto", not {spin!r}')
  *         return SPIN_AUTO
 */
-    __pyx_t_1 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_v_spin, __pyx_mstate_global->__pyx_n_u_auto, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 49, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_v_spin, __pyx_mstate_global->__pyx_n_u_auto, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 50, __pyx_L1_error)
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/native/spin.pyx":50
+      /* "ivshmem/native/spin.pyx":51
  *     elif isinstance(spin, str):
  *         if spin != "auto":
  *             raise ValueError(f'spin is seconds or "auto", not {spin!r}')             # <<<<<<<<<<<<<<
@@ -4182,9 +4182,9 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
  *     else:
 */
       __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_spin), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_spin), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_spin_is_seconds_or_auto_not, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 50, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_spin_is_seconds_or_auto_not, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 51, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_t_6 = 1;
@@ -4193,14 +4193,14 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 51, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 50, __pyx_L1_error)
+      __PYX_ERR(0, 51, __pyx_L1_error)
 
-      /* "ivshmem/native/spin.pyx":49
+      /* "ivshmem/native/spin.pyx":50
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):
  *         if spin != "auto":             # <<<<<<<<<<<<<<
@@ -4209,7 +4209,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 */
     }
 
-    /* "ivshmem/native/spin.pyx":51
+    /* "ivshmem/native/spin.pyx":52
  *         if spin != "auto":
  *             raise ValueError(f'spin is seconds or "auto", not {spin!r}')
  *         return SPIN_AUTO             # <<<<<<<<<<<<<<
@@ -4222,7 +4222,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":48
+    /* "ivshmem/native/spin.pyx":49
  *     if PyFloat_CheckExact(spin):
  *         seconds = PyFloat_AS_DOUBLE(spin)
  *     elif isinstance(spin, str):             # <<<<<<<<<<<<<<
@@ -4231,7 +4231,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 */
   }
 
-  /* "ivshmem/native/spin.pyx":53
+  /* "ivshmem/native/spin.pyx":54
  *         return SPIN_AUTO
  *     else:
  *         seconds = spin             # <<<<<<<<<<<<<<
@@ -4239,12 +4239,12 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
  *         raise ValueError(f"cannot spin for {seconds:g} seconds")
 */
   /*else*/ {
-    __pyx_t_7 = __Pyx_PyFloat_AsDouble(__pyx_v_spin); if (unlikely((__pyx_t_7 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 53, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyFloat_AsDouble(__pyx_v_spin); if (unlikely((__pyx_t_7 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 54, __pyx_L1_error)
     __pyx_v_seconds = __pyx_t_7;
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/spin.pyx":54
+  /* "ivshmem/native/spin.pyx":55
  *     else:
  *         seconds = spin
  *     if not seconds >= 0:             # <<<<<<<<<<<<<<
@@ -4256,7 +4256,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/spin.pyx":55
+    /* "ivshmem/native/spin.pyx":56
  *         seconds = spin
  *     if not seconds >= 0:
  *         raise ValueError(f"cannot spin for {seconds:g} seconds")             # <<<<<<<<<<<<<<
@@ -4264,7 +4264,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_FromDouble(__pyx_v_seconds, 'g', 6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_FromDouble(__pyx_v_seconds, 'g', 6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_spin_for;
     __pyx_t_8[1] = __pyx_t_3;
@@ -4275,7 +4275,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
     #endif
     __pyx_t_10 = 0;
     __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_6 = 1;
@@ -4284,14 +4284,14 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 56, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 55, __pyx_L1_error)
+    __PYX_ERR(0, 56, __pyx_L1_error)
 
-    /* "ivshmem/native/spin.pyx":54
+    /* "ivshmem/native/spin.pyx":55
  *     else:
  *         seconds = spin
  *     if not seconds >= 0:             # <<<<<<<<<<<<<<
@@ -4300,7 +4300,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 */
   }
 
-  /* "ivshmem/native/spin.pyx":56
+  /* "ivshmem/native/spin.pyx":57
  *     if not seconds >= 0:
  *         raise ValueError(f"cannot spin for {seconds:g} seconds")
  *     return <int64_t>(min(seconds, 1e9) * 1e9)             # <<<<<<<<<<<<<<
@@ -4328,11 +4328,11 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":43
+  /* "ivshmem/native/spin.pyx":44
  * 
  * 
  * cdef int64_t spin_of(object spin) except -2:             # <<<<<<<<<<<<<<
- *     """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+ *     """Return nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
  *     cdef double seconds
 */
 
@@ -4351,7 +4351,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":61
+/* "ivshmem/native/spin.pyx":62
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4362,7 +4362,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
 static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__pyx_v_number) {
   uint32_t __pyx_r;
 
-  /* "ivshmem/native/spin.pyx":62
+  /* "ivshmem/native/spin.pyx":63
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:
  *     return <uint32_t>ivshmem_load(number, False, RELAXED)             # <<<<<<<<<<<<<<
@@ -4375,7 +4375,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":61
+  /* "ivshmem/native/spin.pyx":62
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4388,7 +4388,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":65
+/* "ivshmem/native/spin.pyx":66
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4398,7 +4398,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
 
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v_number, uint32_t __pyx_v_value) {
 
-  /* "ivshmem/native/spin.pyx":66
+  /* "ivshmem/native/spin.pyx":67
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:
  *     ivshmem_store(number, False, value, RELAXED)             # <<<<<<<<<<<<<<
@@ -4407,7 +4407,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v
 */
   ivshmem_store(__pyx_v_number, 0, __pyx_v_value, __ATOMIC_RELAXED);
 
-  /* "ivshmem/native/spin.pyx":65
+  /* "ivshmem/native/spin.pyx":66
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4418,7 +4418,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v
   /* function exit code */
 }
 
-/* "ivshmem/native/spin.pyx":69
+/* "ivshmem/native/spin.pyx":70
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4429,7 +4429,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx_v_number) {
   int64_t __pyx_r;
 
-  /* "ivshmem/native/spin.pyx":70
+  /* "ivshmem/native/spin.pyx":71
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:
  *     return <int64_t>ivshmem_load(number, True, RELAXED)             # <<<<<<<<<<<<<<
@@ -4442,7 +4442,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":69
+  /* "ivshmem/native/spin.pyx":70
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4455,7 +4455,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":73
+/* "ivshmem/native/spin.pyx":74
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4465,7 +4465,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
 
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *__pyx_v_number, int64_t __pyx_v_value) {
 
-  /* "ivshmem/native/spin.pyx":74
+  /* "ivshmem/native/spin.pyx":75
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
  *     ivshmem_store(number, True, <uint64_t>value, RELAXED)             # <<<<<<<<<<<<<<
@@ -4474,7 +4474,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *__pyx_v_
 */
   ivshmem_store(__pyx_v_number, 1, ((uint64_t)__pyx_v_value), __ATOMIC_RELAXED);
 
-  /* "ivshmem/native/spin.pyx":73
+  /* "ivshmem/native/spin.pyx":74
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4485,7 +4485,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *__pyx_v_
   /* function exit code */
 }
 
-/* "ivshmem/native/spin.pyx":84
+/* "ivshmem/native/spin.pyx":85
  *     """
  * 
  *     cdef int64_t spin(             # <<<<<<<<<<<<<<
@@ -4514,19 +4514,19 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   long __pyx_t_9;
   int __pyx_t_10;
 
-  /* "ivshmem/native/spin.pyx":105
+  /* "ivshmem/native/spin.pyx":106
  *         """
  *         cdef int64_t begun, last, t, n, until
  *         cdef bint held_up = False             # <<<<<<<<<<<<<<
  *         cdef int i
- *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks
+ *         if turn.done == 0:  # first looks without the clock, which takes as long as two looks
 */
   __pyx_v_held_up = 0;
 
-  /* "ivshmem/native/spin.pyx":107
+  /* "ivshmem/native/spin.pyx":108
  *         cdef bint held_up = False
  *         cdef int i
- *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks             # <<<<<<<<<<<<<<
+ *         if turn.done == 0:  # first looks without the clock, which takes as long as two looks             # <<<<<<<<<<<<<<
  *             for i in range(LOOKS):
  *                 n = probe(what)
 */
@@ -4535,9 +4535,9 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/spin.pyx":108
+    /* "ivshmem/native/spin.pyx":109
  *         cdef int i
- *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks
+ *         if turn.done == 0:  # first looks without the clock, which takes as long as two looks
  *             for i in range(LOOKS):             # <<<<<<<<<<<<<<
  *                 n = probe(what)
  *                 if n:
@@ -4549,20 +4549,20 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
     for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
       __pyx_v_i = __pyx_t_4;
 
-      /* "ivshmem/native/spin.pyx":109
- *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks
+      /* "ivshmem/native/spin.pyx":110
+ *         if turn.done == 0:  # first looks without the clock, which takes as long as two looks
  *             for i in range(LOOKS):
  *                 n = probe(what)             # <<<<<<<<<<<<<<
  *                 if n:
- *                     if i:  # else it was there already, which tells nothing
+ *                     if i:  # else it was there before the spin, which tells nothing
 */
       __pyx_v_n = __pyx_v_probe(__pyx_v_what);
 
-      /* "ivshmem/native/spin.pyx":110
+      /* "ivshmem/native/spin.pyx":111
  *             for i in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
- *                     if i:  # else it was there already, which tells nothing
+ *                     if i:  # else it was there before the spin, which tells nothing
  *                         self.won(which, 1, False)
 */
       __pyx_t_1 = (__pyx_v_n != 0);
@@ -4570,10 +4570,10 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/native/spin.pyx":111
+        /* "ivshmem/native/spin.pyx":112
  *                 n = probe(what)
  *                 if n:
- *                     if i:  # else it was there already, which tells nothing             # <<<<<<<<<<<<<<
+ *                     if i:  # else it was there before the spin, which tells nothing             # <<<<<<<<<<<<<<
  *                         self.won(which, 1, False)
  *                     return n
 */
@@ -4582,26 +4582,26 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/native/spin.pyx":112
+          /* "ivshmem/native/spin.pyx":113
  *                 if n:
- *                     if i:  # else it was there already, which tells nothing
+ *                     if i:  # else it was there before the spin, which tells nothing
  *                         self.won(which, 1, False)             # <<<<<<<<<<<<<<
  *                     return n
  *         begun = last = t = now()
 */
           __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, 1, 0);
 
-          /* "ivshmem/native/spin.pyx":111
+          /* "ivshmem/native/spin.pyx":112
  *                 n = probe(what)
  *                 if n:
- *                     if i:  # else it was there already, which tells nothing             # <<<<<<<<<<<<<<
+ *                     if i:  # else it was there before the spin, which tells nothing             # <<<<<<<<<<<<<<
  *                         self.won(which, 1, False)
  *                     return n
 */
         }
 
-        /* "ivshmem/native/spin.pyx":113
- *                     if i:  # else it was there already, which tells nothing
+        /* "ivshmem/native/spin.pyx":114
+ *                     if i:  # else it was there before the spin, which tells nothing
  *                         self.won(which, 1, False)
  *                     return n             # <<<<<<<<<<<<<<
  *         begun = last = t = now()
@@ -4613,27 +4613,27 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
         }
         goto __pyx_L0;
 
-        /* "ivshmem/native/spin.pyx":110
+        /* "ivshmem/native/spin.pyx":111
  *             for i in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
- *                     if i:  # else it was there already, which tells nothing
+ *                     if i:  # else it was there before the spin, which tells nothing
  *                         self.won(which, 1, False)
 */
       }
     }
 
 
-    /* "ivshmem/native/spin.pyx":107
+    /* "ivshmem/native/spin.pyx":108
  *         cdef bint held_up = False
  *         cdef int i
- *         if turn.done == 0:  # a first try without the clock, which costs as much as two looks             # <<<<<<<<<<<<<<
+ *         if turn.done == 0:  # first looks without the clock, which takes as long as two looks             # <<<<<<<<<<<<<<
  *             for i in range(LOOKS):
  *                 n = probe(what)
 */
   }
 
-  /* "ivshmem/native/spin.pyx":114
+  /* "ivshmem/native/spin.pyx":115
  *                         self.won(which, 1, False)
  *                     return n
  *         begun = last = t = now()             # <<<<<<<<<<<<<<
@@ -4647,7 +4647,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   __pyx_v_t = __pyx_t_5;
 
 
-  /* "ivshmem/native/spin.pyx":115
+  /* "ivshmem/native/spin.pyx":116
  *                     return n
  *         begun = last = t = now()
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)             # <<<<<<<<<<<<<<
@@ -4686,7 +4686,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   __pyx_v_until = __pyx_t_8;
 
 
-  /* "ivshmem/native/spin.pyx":116
+  /* "ivshmem/native/spin.pyx":117
  *         begun = last = t = now()
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
  *         while t < until:             # <<<<<<<<<<<<<<
@@ -4699,7 +4699,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/native/spin.pyx":117
+    /* "ivshmem/native/spin.pyx":118
  *         until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
  *         while t < until:
  *             for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -4713,7 +4713,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
     for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_3; __pyx_t_9+=1) {
       __pyx_v__ = __pyx_t_9;
 
-      /* "ivshmem/native/spin.pyx":118
+      /* "ivshmem/native/spin.pyx":119
  *         while t < until:
  *             for _ in range(LOOKS):
  *                 n = probe(what)             # <<<<<<<<<<<<<<
@@ -4722,7 +4722,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
       __pyx_v_n = __pyx_v_probe(__pyx_v_what);
 
-      /* "ivshmem/native/spin.pyx":119
+      /* "ivshmem/native/spin.pyx":120
  *             for _ in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4734,7 +4734,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/native/spin.pyx":120
+        /* "ivshmem/native/spin.pyx":121
  *                 n = probe(what)
  *                 if n:
  *                     t = now()             # <<<<<<<<<<<<<<
@@ -4743,7 +4743,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
         __pyx_v_t = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-        /* "ivshmem/native/spin.pyx":121
+        /* "ivshmem/native/spin.pyx":122
  *                 if n:
  *                     t = now()
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)             # <<<<<<<<<<<<<<
@@ -4765,7 +4765,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
         __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, ((__pyx_v_turn->done + __pyx_v_t) - __pyx_v_begun), __pyx_t_1);
 
 
-        /* "ivshmem/native/spin.pyx":122
+        /* "ivshmem/native/spin.pyx":123
  *                     t = now()
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n             # <<<<<<<<<<<<<<
@@ -4778,7 +4778,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
         }
         goto __pyx_L0;
 
-        /* "ivshmem/native/spin.pyx":119
+        /* "ivshmem/native/spin.pyx":120
  *             for _ in range(LOOKS):
  *                 n = probe(what)
  *                 if n:             # <<<<<<<<<<<<<<
@@ -4789,7 +4789,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
     }
 
 
-    /* "ivshmem/native/spin.pyx":123
+    /* "ivshmem/native/spin.pyx":124
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -4801,7 +4801,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/spin.pyx":124
+      /* "ivshmem/native/spin.pyx":125
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:
  *                 return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -4814,7 +4814,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/spin.pyx":123
+      /* "ivshmem/native/spin.pyx":124
  *                     self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
  *                     return n
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -4823,7 +4823,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/native/spin.pyx":125
+    /* "ivshmem/native/spin.pyx":126
  *             if ivshmem_state(state) & IVSHMEM_CLOSING:
  *                 return -ESHUTDOWN
  *             last = t             # <<<<<<<<<<<<<<
@@ -4832,7 +4832,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
     __pyx_v_last = __pyx_v_t;
 
-    /* "ivshmem/native/spin.pyx":126
+    /* "ivshmem/native/spin.pyx":127
  *                 return -ESHUTDOWN
  *             last = t
  *             t = now()             # <<<<<<<<<<<<<<
@@ -4841,7 +4841,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
     __pyx_v_t = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-    /* "ivshmem/native/spin.pyx":127
+    /* "ivshmem/native/spin.pyx":128
  *             last = t
  *             t = now()
  *             held_up |= t - last > HELD_UP             # <<<<<<<<<<<<<<
@@ -4851,7 +4851,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
     __pyx_v_held_up = (__pyx_v_held_up | ((__pyx_v_t - __pyx_v_last) > __pyx_e_7ivshmem_6native_4spin_HELD_UP));
   }
 
-  /* "ivshmem/native/spin.pyx":128
+  /* "ivshmem/native/spin.pyx":129
  *             t = now()
  *             held_up |= t - last > HELD_UP
  *         turn.done += t - begun             # <<<<<<<<<<<<<<
@@ -4860,20 +4860,20 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
   __pyx_v_turn->done = (__pyx_v_turn->done + (__pyx_v_t - __pyx_v_begun));
 
-  /* "ivshmem/native/spin.pyx":129
+  /* "ivshmem/native/spin.pyx":130
  *             held_up |= t - last > HELD_UP
  *         turn.done += t - begun
  *         turn.left -= t - begun             # <<<<<<<<<<<<<<
  *         if t >= deadline:
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
 */
   __pyx_v_turn->left = (__pyx_v_turn->left - (__pyx_v_t - __pyx_v_begun));
 
-  /* "ivshmem/native/spin.pyx":130
+  /* "ivshmem/native/spin.pyx":131
  *         turn.done += t - begun
  *         turn.left -= t - begun
  *         if t >= deadline:             # <<<<<<<<<<<<<<
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
  *         elif turn.left <= 0:
 */
   __pyx_t_1 = (__pyx_v_t >= __pyx_v_deadline);
@@ -4881,28 +4881,28 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/spin.pyx":131
+    /* "ivshmem/native/spin.pyx":132
  *         turn.left -= t - begun
  *         if t >= deadline:
- *             turn.left = 0  # it was not given its time, so nothing is learnt             # <<<<<<<<<<<<<<
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt             # <<<<<<<<<<<<<<
  *         elif turn.left <= 0:
  *             turn.left = 0
 */
     __pyx_v_turn->left = 0;
 
-    /* "ivshmem/native/spin.pyx":130
+    /* "ivshmem/native/spin.pyx":131
  *         turn.done += t - begun
  *         turn.left -= t - begun
  *         if t >= deadline:             # <<<<<<<<<<<<<<
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
  *         elif turn.left <= 0:
 */
     goto __pyx_L16;
   }
 
-  /* "ivshmem/native/spin.pyx":132
+  /* "ivshmem/native/spin.pyx":133
  *         if t >= deadline:
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
  *         elif turn.left <= 0:             # <<<<<<<<<<<<<<
  *             turn.left = 0
  *             self.lost(which)
@@ -4912,8 +4912,8 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/spin.pyx":133
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+    /* "ivshmem/native/spin.pyx":134
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
  *         elif turn.left <= 0:
  *             turn.left = 0             # <<<<<<<<<<<<<<
  *             self.lost(which)
@@ -4921,7 +4921,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
     __pyx_v_turn->left = 0;
 
-    /* "ivshmem/native/spin.pyx":134
+    /* "ivshmem/native/spin.pyx":135
  *         elif turn.left <= 0:
  *             turn.left = 0
  *             self.lost(which)             # <<<<<<<<<<<<<<
@@ -4930,9 +4930,9 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
 */
     __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-    /* "ivshmem/native/spin.pyx":132
+    /* "ivshmem/native/spin.pyx":133
  *         if t >= deadline:
- *             turn.left = 0  # it was not given its time, so nothing is learnt
+ *             turn.left = 0  # the deadline cut the spin short, so nothing is learnt
  *         elif turn.left <= 0:             # <<<<<<<<<<<<<<
  *             turn.left = 0
  *             self.lost(which)
@@ -4940,7 +4940,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   }
   __pyx_L16:;
 
-  /* "ivshmem/native/spin.pyx":135
+  /* "ivshmem/native/spin.pyx":136
  *             turn.left = 0
  *             self.lost(which)
  *         return -EINTR             # <<<<<<<<<<<<<<
@@ -4953,7 +4953,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":84
+  /* "ivshmem/native/spin.pyx":85
  *     """
  * 
  *     cdef int64_t spin(             # <<<<<<<<<<<<<<
@@ -4974,11 +4974,11 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_spin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":137
+/* "ivshmem/native/spin.pyx":138
  *         return -EINTR
  * 
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+ *         """Set how long a wait that begins now may spin; `wish`: nanoseconds, or SPIN_AUTO."""
  *         turn.done = 0
 */
 
@@ -4986,17 +4986,17 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_begin(struct __pyx_obj_7ivsh
   int64_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/spin.pyx":139
+  /* "ivshmem/native/spin.pyx":140
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:
- *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+ *         """Set how long a wait that begins now may spin; `wish`: nanoseconds, or SPIN_AUTO."""
  *         turn.done = 0             # <<<<<<<<<<<<<<
  *         turn.left = self.budget(which, wish) if wish else 0
  * 
 */
   __pyx_v_turn->done = 0;
 
-  /* "ivshmem/native/spin.pyx":140
- *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+  /* "ivshmem/native/spin.pyx":141
+ *         """Set how long a wait that begins now may spin; `wish`: nanoseconds, or SPIN_AUTO."""
  *         turn.done = 0
  *         turn.left = self.budget(which, wish) if wish else 0             # <<<<<<<<<<<<<<
  * 
@@ -5014,18 +5014,18 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_begin(struct __pyx_obj_7ivsh
 
   __pyx_v_turn->left = __pyx_t_1;
 
-  /* "ivshmem/native/spin.pyx":137
+  /* "ivshmem/native/spin.pyx":138
  *         return -EINTR
  * 
  *     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+ *         """Set how long a wait that begins now may spin; `wish`: nanoseconds, or SPIN_AUTO."""
  *         turn.done = 0
 */
 
   /* function exit code */
 }
 
-/* "ivshmem/native/spin.pyx":142
+/* "ivshmem/native/spin.pyx":143
  *         turn.left = self.budget(which, wish) if wish else 0
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5047,7 +5047,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   int64_t __pyx_t_7;
   int64_t __pyx_t_8;
 
-  /* "ivshmem/native/spin.pyx":143
+  /* "ivshmem/native/spin.pyx":144
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
@@ -5071,7 +5071,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/native/spin.pyx":144
+  /* "ivshmem/native/spin.pyx":145
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it             # <<<<<<<<<<<<<<
@@ -5080,7 +5080,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
   __pyx_v_left = __pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->left));
 
-  /* "ivshmem/native/spin.pyx":146
+  /* "ivshmem/native/spin.pyx":147
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it
  *         cdef int64_t gap
  *         if left:             # <<<<<<<<<<<<<<
@@ -5092,7 +5092,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/spin.pyx":147
+    /* "ivshmem/native/spin.pyx":148
  *         cdef int64_t gap
  *         if left:
  *             set32(&habit.left, left - 1)             # <<<<<<<<<<<<<<
@@ -5101,7 +5101,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
     __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->left), (__pyx_v_left - 1));
 
-    /* "ivshmem/native/spin.pyx":148
+    /* "ivshmem/native/spin.pyx":149
  *         if left:
  *             set32(&habit.left, left - 1)
  *             return 0             # <<<<<<<<<<<<<<
@@ -5114,7 +5114,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":146
+    /* "ivshmem/native/spin.pyx":147
  *         cdef uint32_t left = get32(&habit.left)  # once: other threads change it
  *         cdef int64_t gap
  *         if left:             # <<<<<<<<<<<<<<
@@ -5123,7 +5123,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/native/spin.pyx":149
+  /* "ivshmem/native/spin.pyx":150
  *             set32(&habit.left, left - 1)
  *             return 0
  *         if wish >= 0:             # <<<<<<<<<<<<<<
@@ -5135,7 +5135,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/spin.pyx":150
+    /* "ivshmem/native/spin.pyx":151
  *             return 0
  *         if wish >= 0:
  *             return wish             # <<<<<<<<<<<<<<
@@ -5148,7 +5148,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":149
+    /* "ivshmem/native/spin.pyx":150
  *             set32(&habit.left, left - 1)
  *             return 0
  *         if wish >= 0:             # <<<<<<<<<<<<<<
@@ -5157,7 +5157,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/native/spin.pyx":151
+  /* "ivshmem/native/spin.pyx":152
  *         if wish >= 0:
  *             return wish
  *         gap = get64(&habit.gap)             # <<<<<<<<<<<<<<
@@ -5166,7 +5166,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
   __pyx_v_gap = __pyx_f_7ivshmem_6native_4spin_get64((&__pyx_v_habit->gap));
 
-  /* "ivshmem/native/spin.pyx":152
+  /* "ivshmem/native/spin.pyx":153
  *             return wish
  *         gap = get64(&habit.gap)
  *         if gap == 0:             # <<<<<<<<<<<<<<
@@ -5178,7 +5178,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/spin.pyx":153
+    /* "ivshmem/native/spin.pyx":154
  *         gap = get64(&habit.gap)
  *         if gap == 0:
  *             return LONGEST             # <<<<<<<<<<<<<<
@@ -5191,7 +5191,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":152
+    /* "ivshmem/native/spin.pyx":153
  *             return wish
  *         gap = get64(&habit.gap)
  *         if gap == 0:             # <<<<<<<<<<<<<<
@@ -5200,7 +5200,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/native/spin.pyx":154
+  /* "ivshmem/native/spin.pyx":155
  *         if gap == 0:
  *             return LONGEST
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)             # <<<<<<<<<<<<<<
@@ -5243,7 +5243,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
 
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":142
+  /* "ivshmem/native/spin.pyx":143
  *         turn.left = self.budget(which, wish) if wish else 0
  * 
  *     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5259,11 +5259,11 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_7Spinner_budget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":156
+/* "ivshmem/native/spin.pyx":157
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
  * 
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+ *         """Note that a spin succeeded after `gap` nanoseconds; `held_up`: count it as a failure."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
@@ -5280,9 +5280,9 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
   int64_t __pyx_t_7;
 
 
-  /* "ivshmem/native/spin.pyx":158
+  /* "ivshmem/native/spin.pyx":159
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
- *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+ *         """Note that a spin succeeded after `gap` nanoseconds; `held_up`: count it as a failure."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1
@@ -5304,8 +5304,8 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/native/spin.pyx":159
- *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+  /* "ivshmem/native/spin.pyx":160
+ *         """Note that a spin succeeded after `gap` nanoseconds; `held_up`: count it as a failure."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef int64_t before = get64(&habit.gap)             # <<<<<<<<<<<<<<
  *         cdef uint32_t wins = get32(&habit.wins) + 1
@@ -5313,7 +5313,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   __pyx_v_before = __pyx_f_7ivshmem_6native_4spin_get64((&__pyx_v_habit->gap));
 
-  /* "ivshmem/native/spin.pyx":160
+  /* "ivshmem/native/spin.pyx":161
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1             # <<<<<<<<<<<<<<
@@ -5322,7 +5322,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   __pyx_v_wins = (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->wins)) + 1);
 
-  /* "ivshmem/native/spin.pyx":161
+  /* "ivshmem/native/spin.pyx":162
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:             # <<<<<<<<<<<<<<
@@ -5331,7 +5331,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   if (__pyx_v_held_up) {
 
-    /* "ivshmem/native/spin.pyx":162
+    /* "ivshmem/native/spin.pyx":163
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:
  *             set32(&habit.losses, get32(&habit.losses) + 1)             # <<<<<<<<<<<<<<
@@ -5340,7 +5340,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
     __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->losses)) + 1));
 
-    /* "ivshmem/native/spin.pyx":163
+    /* "ivshmem/native/spin.pyx":164
  *         if held_up:
  *             set32(&habit.losses, get32(&habit.losses) + 1)
  *             self.lost(which)             # <<<<<<<<<<<<<<
@@ -5349,7 +5349,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
     __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-    /* "ivshmem/native/spin.pyx":164
+    /* "ivshmem/native/spin.pyx":165
  *             set32(&habit.losses, get32(&habit.losses) + 1)
  *             self.lost(which)
  *             return             # <<<<<<<<<<<<<<
@@ -5360,7 +5360,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":161
+    /* "ivshmem/native/spin.pyx":162
  *         cdef int64_t before = get64(&habit.gap)
  *         cdef uint32_t wins = get32(&habit.wins) + 1
  *         if held_up:             # <<<<<<<<<<<<<<
@@ -5369,7 +5369,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/native/spin.pyx":165
+  /* "ivshmem/native/spin.pyx":166
  *             self.lost(which)
  *             return
  *         set32(&habit.losses, 0)             # <<<<<<<<<<<<<<
@@ -5378,7 +5378,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), 0);
 
-  /* "ivshmem/native/spin.pyx":166
+  /* "ivshmem/native/spin.pyx":167
  *             return
  *         set32(&habit.losses, 0)
  *         gap = max(gap, <int64_t>1)             # <<<<<<<<<<<<<<
@@ -5402,7 +5402,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
   __pyx_v_gap = __pyx_t_7;
 
 
-  /* "ivshmem/native/spin.pyx":167
+  /* "ivshmem/native/spin.pyx":168
  *         set32(&habit.losses, 0)
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)             # <<<<<<<<<<<<<<
@@ -5422,7 +5422,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
   __pyx_f_7ivshmem_6native_4spin_set64((&__pyx_v_habit->gap), __pyx_t_7);
 
 
-  /* "ivshmem/native/spin.pyx":168
+  /* "ivshmem/native/spin.pyx":169
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:             # <<<<<<<<<<<<<<
@@ -5434,7 +5434,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/spin.pyx":169
+    /* "ivshmem/native/spin.pyx":170
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:
  *             wins = 0             # <<<<<<<<<<<<<<
@@ -5443,7 +5443,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
     __pyx_v_wins = 0;
 
-    /* "ivshmem/native/spin.pyx":170
+    /* "ivshmem/native/spin.pyx":171
  *         if wins >= FORGET:
  *             wins = 0
  *             set32(&habit.pause, 0)             # <<<<<<<<<<<<<<
@@ -5452,7 +5452,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
     __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->pause), 0);
 
-    /* "ivshmem/native/spin.pyx":168
+    /* "ivshmem/native/spin.pyx":169
  *         gap = max(gap, <int64_t>1)
  *         set64(&habit.gap, before + (gap - before) // 8 if before else gap)
  *         if wins >= FORGET:             # <<<<<<<<<<<<<<
@@ -5461,7 +5461,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/native/spin.pyx":171
+  /* "ivshmem/native/spin.pyx":172
  *             wins = 0
  *             set32(&habit.pause, 0)
  *         set32(&habit.wins, wins)             # <<<<<<<<<<<<<<
@@ -5470,11 +5470,11 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->wins), __pyx_v_wins);
 
-  /* "ivshmem/native/spin.pyx":156
+  /* "ivshmem/native/spin.pyx":157
  *         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
  * 
  *     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+ *         """Note that a spin succeeded after `gap` nanoseconds; `held_up`: count it as a failure."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
@@ -5486,11 +5486,11 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_won(struct __pyx_obj_7ivshme
 
 }
 
-/* "ivshmem/native/spin.pyx":173
+/* "ivshmem/native/spin.pyx":174
  *         set32(&habit.wins, wins)
  * 
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """A spin brought nothing."""
+ *         """Note that a spin failed."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
@@ -5508,9 +5508,9 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
   long __pyx_t_8;
   int __pyx_t_9;
 
-  /* "ivshmem/native/spin.pyx":175
+  /* "ivshmem/native/spin.pyx":176
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:
- *         """A spin brought nothing."""
+ *         """Note that a spin failed."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]             # <<<<<<<<<<<<<<
  *         cdef uint32_t losses = get32(&habit.losses) + 1
  *         cdef uint32_t pause = get32(&habit.pause)
@@ -5532,8 +5532,8 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
   __pyx_v_habit = (&(__pyx_v_self->habits[__pyx_t_3]));
 
 
-  /* "ivshmem/native/spin.pyx":176
- *         """A spin brought nothing."""
+  /* "ivshmem/native/spin.pyx":177
+ *         """Note that a spin failed."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t losses = get32(&habit.losses) + 1             # <<<<<<<<<<<<<<
  *         cdef uint32_t pause = get32(&habit.pause)
@@ -5541,7 +5541,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_v_losses = (__pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->losses)) + 1);
 
-  /* "ivshmem/native/spin.pyx":177
+  /* "ivshmem/native/spin.pyx":178
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
  *         cdef uint32_t losses = get32(&habit.losses) + 1
  *         cdef uint32_t pause = get32(&habit.pause)             # <<<<<<<<<<<<<<
@@ -5550,7 +5550,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_v_pause = __pyx_f_7ivshmem_6native_4spin_get32((&__pyx_v_habit->pause));
 
-  /* "ivshmem/native/spin.pyx":178
+  /* "ivshmem/native/spin.pyx":179
  *         cdef uint32_t losses = get32(&habit.losses) + 1
  *         cdef uint32_t pause = get32(&habit.pause)
  *         set32(&habit.wins, 0)             # <<<<<<<<<<<<<<
@@ -5559,7 +5559,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->wins), 0);
 
-  /* "ivshmem/native/spin.pyx":179
+  /* "ivshmem/native/spin.pyx":180
  *         cdef uint32_t pause = get32(&habit.pause)
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)             # <<<<<<<<<<<<<<
@@ -5568,7 +5568,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_f_7ivshmem_6native_4spin_set64((&__pyx_v_habit->gap), 0);
 
-  /* "ivshmem/native/spin.pyx":180
+  /* "ivshmem/native/spin.pyx":181
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)
  *         if losses < 2:             # <<<<<<<<<<<<<<
@@ -5580,7 +5580,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/spin.pyx":181
+    /* "ivshmem/native/spin.pyx":182
  *         set64(&habit.gap, 0)
  *         if losses < 2:
  *             set32(&habit.losses, losses)             # <<<<<<<<<<<<<<
@@ -5589,7 +5589,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
     __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), __pyx_v_losses);
 
-    /* "ivshmem/native/spin.pyx":182
+    /* "ivshmem/native/spin.pyx":183
  *         if losses < 2:
  *             set32(&habit.losses, losses)
  *             return             # <<<<<<<<<<<<<<
@@ -5600,7 +5600,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/spin.pyx":180
+    /* "ivshmem/native/spin.pyx":181
  *         set32(&habit.wins, 0)
  *         set64(&habit.gap, 0)
  *         if losses < 2:             # <<<<<<<<<<<<<<
@@ -5609,7 +5609,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/native/spin.pyx":183
+  /* "ivshmem/native/spin.pyx":184
  *             set32(&habit.losses, losses)
  *             return
  *         set32(&habit.losses, 1)  # the next try has to succeed             # <<<<<<<<<<<<<<
@@ -5618,7 +5618,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->losses), 1);
 
-  /* "ivshmem/native/spin.pyx":184
+  /* "ivshmem/native/spin.pyx":185
  *             return
  *         set32(&habit.losses, 1)  # the next try has to succeed
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -5652,7 +5652,7 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 
   __pyx_v_pause = __pyx_t_5;
 
-  /* "ivshmem/native/spin.pyx":185
+  /* "ivshmem/native/spin.pyx":186
  *         set32(&habit.losses, 1)  # the next try has to succeed
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
  *         set32(&habit.pause, pause)             # <<<<<<<<<<<<<<
@@ -5661,20 +5661,20 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->pause), __pyx_v_pause);
 
-  /* "ivshmem/native/spin.pyx":186
+  /* "ivshmem/native/spin.pyx":187
  *         pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
  *         set32(&habit.pause, pause)
  *         set32(&habit.left, pause)             # <<<<<<<<<<<<<<
  * 
- *     # The same for tests.
+ *     # The same functions for tests.
 */
   __pyx_f_7ivshmem_6native_4spin_set32((&__pyx_v_habit->left), __pyx_v_pause);
 
-  /* "ivshmem/native/spin.pyx":173
+  /* "ivshmem/native/spin.pyx":174
  *         set32(&habit.wins, wins)
  * 
  *     cdef void lost(self, Py_ssize_t which) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """A spin brought nothing."""
+ *         """Note that a spin failed."""
  *         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
 */
 
@@ -5685,8 +5685,8 @@ static void __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(struct __pyx_obj_7ivshm
 
 }
 
-/* "ivshmem/native/spin.pyx":190
- *     # The same for tests.
+/* "ivshmem/native/spin.pyx":191
+ *     # The same functions for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
  *         return self.budget(which, spin_of(spin))
@@ -5734,39 +5734,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 191, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 191, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_budget", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_budget", 0) < (0)) __PYX_ERR(0, 191, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_budget", 1, 2, 2, i); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_budget", 1, 2, 2, i); __PYX_ERR(0, 191, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 191, __pyx_L3_error)
     }
-    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 190, __pyx_L3_error)
+    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 191, __pyx_L3_error)
     __pyx_v_spin = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_budget", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_budget", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 191, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5798,15 +5798,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_budget", 0);
 
-  /* "ivshmem/native/spin.pyx":191
+  /* "ivshmem/native/spin.pyx":192
  * 
  *     def _budget(self, Py_ssize_t which, spin):
  *         return self.budget(which, spin_of(spin))             # <<<<<<<<<<<<<<
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 191, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int64_t(__pyx_f_7ivshmem_6native_4spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int64_t(__pyx_f_7ivshmem_6native_4spin_7Spinner_budget(__pyx_v_self, __pyx_v_which, __pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -5820,8 +5820,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_o
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/spin.pyx":190
- *     # The same for tests.
+  /* "ivshmem/native/spin.pyx":191
+ *     # The same functions for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
  *         return self.budget(which, spin_of(spin))
@@ -5839,7 +5839,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner__budget(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":193
+/* "ivshmem/native/spin.pyx":194
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -5889,55 +5889,55 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,&__pyx_mstate_global->__pyx_n_u_gap,&__pyx_mstate_global->__pyx_n_u_held_up,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_won", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_won", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_won", 0, 2, 3, i); __PYX_ERR(0, 193, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_won", 0, 2, 3, i); __PYX_ERR(0, 194, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
-    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
-    __pyx_v_gap = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_gap == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
+    __pyx_v_gap = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_gap == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_held_up = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_held_up == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+      __pyx_v_held_up = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_held_up == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     } else {
       __pyx_v_held_up = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_won", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_won", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5966,7 +5966,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_won", 0);
 
-  /* "ivshmem/native/spin.pyx":194
+  /* "ivshmem/native/spin.pyx":195
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):
  *         self.won(which, gap, held_up)             # <<<<<<<<<<<<<<
@@ -5975,7 +5975,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj
 */
   __pyx_f_7ivshmem_6native_4spin_7Spinner_won(__pyx_v_self, __pyx_v_which, __pyx_v_gap, __pyx_v_held_up);
 
-  /* "ivshmem/native/spin.pyx":193
+  /* "ivshmem/native/spin.pyx":194
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -5990,7 +5990,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_2_won(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/spin.pyx":196
+/* "ivshmem/native/spin.pyx":197
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
@@ -6037,32 +6037,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 197, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_lost", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_lost", 0) < (0)) __PYX_ERR(0, 197, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_lost", 1, 1, 1, i); __PYX_ERR(0, 196, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_lost", 1, 1, 1, i); __PYX_ERR(0, 197, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
     }
-    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 196, __pyx_L3_error)
+    __pyx_v_which = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_which == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 197, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_lost", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_lost", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 197, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6089,14 +6089,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4spin_7Spinner_4_lost(struct __pyx_ob
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_lost", 0);
 
-  /* "ivshmem/native/spin.pyx":197
+  /* "ivshmem/native/spin.pyx":198
  * 
  *     def _lost(self, Py_ssize_t which):
  *         self.lost(which)             # <<<<<<<<<<<<<<
 */
   __pyx_f_7ivshmem_6native_4spin_7Spinner_lost(__pyx_v_self, __pyx_v_which);
 
-  /* "ivshmem/native/spin.pyx":196
+  /* "ivshmem/native/spin.pyx":197
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
@@ -6184,7 +6184,7 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_4spin_Spinner[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_4spin_Spinner_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_4spin_Spinner},
-  {Py_tp_doc, (void *)PyDoc_STR("What spinning for each of up to 64 things brought; the rest share the last one\047s record.\n\n    Threads may use it at once without a lock: what they then overwrite is a guess.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("A record of spins for each of 63 things; all others share the last record.\n\n    Threads may use it at once without a lock: what they overwrite then is only an estimate.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_4spin_Spinner},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_4spin_Spinner},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
@@ -6224,7 +6224,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_4spin_Spinner = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("What spinning for each of up to 64 things brought; the rest share the last one\047s record.\n\n    Threads may use it at once without a lock: what they then overwrite is a guess.\n    "), /*tp_doc*/
+  PyDoc_STR("A record of spins for each of 63 things; all others share the last record.\n\n    Threads may use it at once without a lock: what they overwrite then is only an estimate.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -6369,14 +6369,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner(__pyx_
   __pyx_vtable_7ivshmem_6native_4spin_Spinner.won = (void (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int))__pyx_f_7ivshmem_6native_4spin_7Spinner_won;
   __pyx_vtable_7ivshmem_6native_4spin_Spinner.lost = (void (*)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t))__pyx_f_7ivshmem_6native_4spin_7Spinner_lost;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4spin_Spinner_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner)) __PYX_ERR(0, 77, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4spin_Spinner_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner)) __PYX_ERR(0, 78, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = &__pyx_type_7ivshmem_6native_4spin_Spinner;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
@@ -6386,8 +6386,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4spin_Spinner(__pyx_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_vtabptr_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Spinner, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_vtabptr_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Spinner, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -6775,49 +6775,49 @@ __Pyx_RefNannySetupContext("PyInit_spin", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/native/spin.pyx":190
- *     # The same for tests.
+  /* "ivshmem/native/spin.pyx":191
+ *     # The same functions for tests.
  * 
  *     def _budget(self, Py_ssize_t which, spin):             # <<<<<<<<<<<<<<
  *         return self.budget(which, spin_of(spin))
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_1_budget, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__budget, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_1_budget, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__budget, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_budget, __pyx_t_2) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_budget, __pyx_t_2) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/spin.pyx":193
+  /* "ivshmem/native/spin.pyx":194
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
  *         self.won(which, gap, held_up)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_3_won, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__won, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_3_won, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__won, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_won, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_won, __pyx_t_2) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/spin.pyx":196
+  /* "ivshmem/native/spin.pyx":197
  *         self.won(which, gap, held_up)
  * 
  *     def _lost(self, Py_ssize_t which):             # <<<<<<<<<<<<<<
  *         self.lost(which)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_5_lost, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__lost, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4spin_7Spinner_5_lost, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Spinner__lost, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_spin, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_lost, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_mstate_global->__pyx_n_u_lost, __pyx_t_2) < (0)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/spin.pyx":1
@@ -6886,7 +6886,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/spin.pyx":193
+  /* "ivshmem/native/spin.pyx":194
  *         return self.budget(which, spin_of(spin))
  * 
  *     def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):             # <<<<<<<<<<<<<<
@@ -6895,7 +6895,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_False};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 194, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -7028,17 +7028,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 191};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_budget, __pyx_mstate->__pyx_kp_b_iso88591_A_t7_7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_gap, __pyx_mstate->__pyx_n_u_held_up};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_won, __pyx_mstate->__pyx_kp_b_iso88591_q_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 197};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_spin_pyx, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_kp_b_iso88591_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }

@@ -2,19 +2,19 @@
 # cython: embedsignature=True, embedsignature.format=clinic, auto_pickle=False
 """When to spin before sleeping, and for how long.
 
-Knows: what spins brought in the past. Does not know: what is waited for.
+Knows: what earlier spins brought. Does not know: what is waited for.
 
-To be woken costs ten times what all else costs, so a short spin that finds what it waits for makes
-a round trip up to thirty times faster. One that finds nothing is lost time, and where it keeps the
-peer from running (both are on one core) it finds nothing every time. A process cannot see on which
-core its peer runs; it can see what its own spins bring. So:
+To wake a sleeper takes ten times as long as all the rest. A short spin that succeeds makes a round
+trip up to thirty times faster. A spin that fails is lost time; if it keeps the peer from running,
+because both are on one core, it fails every time. A process cannot see on which core its peer runs,
+but it can see which of its own spins succeed. So:
 
-- A spin is a try. Two in a row that find nothing, or one in which the processor was taken away for
-  long, and the next waits sleep at once: 512, then 4096 of them, then one more try. (Both ends try:
-  that is less than one wait in 2000, and leaves the 99.9th percentile alone.)
-- A spin that succeeds takes that back, and after 64 in a row all is forgotten.
-- What is tried is never short: a peer that has just been woken takes 5 to 15 microseconds for its
-  answer, and a budget below that would never succeed again.
+- Each spin is a try. After two failures in a row, or one spin during which the processor was taken
+  away for long, the next waits sleep at once: 512 of them, later 4096. Then one more spin is tried.
+  (Both ends try: that is less than one wait in 2000, which does not change the 99.9th percentile.)
+- A spin that succeeds ends this, and after 64 successes in a row all failures are forgotten.
+- A try is never short: a peer that has just been woken takes 5 to 15 microseconds to answer, and a
+  budget below that would never succeed again.
 """
 
 cimport cython
@@ -27,13 +27,14 @@ from .syscalls cimport (
 )
 
 cdef enum:
-    # Nanoseconds. What "auto" tries at least and at most; from what hole on in its own time a spin
-    # was held up; after how long a spin lets signal handlers run.
+    # Nanoseconds: the shortest and the longest spin of "auto"; the gap between two looks from which
+    # on a spin was held up; the time after which a spin lets signal handlers run.
     SHORTEST = 20_000
     LONGEST = 50_000
     HELD_UP = 1_000_000
     SLICE = 1_000_000
-    # Waits without a spin: at first, at last; and spins in a row after which it is the first again.
+    # Waits without a spin: after the first failures, and later; and the successes in a row after
+    # which the first number is used again.
     FIRST_PAUSE = 512
     LAST_PAUSE = 4096
     FORGET = 64
@@ -41,7 +42,7 @@ cdef enum:
 
 
 cdef int64_t spin_of(object spin) except -2:
-    """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+    """Return nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
     cdef double seconds
     if PyFloat_CheckExact(spin):
         seconds = PyFloat_AS_DOUBLE(spin)
@@ -76,9 +77,9 @@ cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
 
 @cython.final
 cdef class Spinner:
-    """What spinning for each of up to 64 things brought; the rest share the last one's record.
+    """A record of spins for each of 63 things; all others share the last record.
 
-    Threads may use it at once without a lock: what they then overwrite is a guess.
+    Threads may use it at once without a lock: what they overwrite then is only an estimate.
     """
 
     cdef int64_t spin(
@@ -93,22 +94,22 @@ cdef class Spinner:
         """Call `probe(what)` until it is not 0, for as long as `turn` leaves.
 
         Args:
-            which: whose record counts.
+            which: the number of the record.
             turn: this wait's, from `begin`.
             state: its IVSHMEM_CLOSING ends the spin.
 
         Returns:
-            What `probe` returned; 0: it is time to sleep; -ESHUTDOWN; -EINTR: let signal handlers
-            run, and call again. (A signal that came during the spin would not end the sleep.)
+            What `probe` returned; 0: sleep now; -ESHUTDOWN; -EINTR: let signal handlers run, and
+            call again. (A signal that came during the spin would not end the sleep.)
         """
         cdef int64_t begun, last, t, n, until
         cdef bint held_up = False
         cdef int i
-        if turn.done == 0:  # a first try without the clock, which costs as much as two looks
+        if turn.done == 0:  # first looks without the clock, which takes as long as two looks
             for i in range(LOOKS):
                 n = probe(what)
                 if n:
-                    if i:  # else it was there already, which tells nothing
+                    if i:  # else it was there before the spin, which tells nothing
                         self.won(which, 1, False)
                     return n
         begun = last = t = now()
@@ -128,14 +129,14 @@ cdef class Spinner:
         turn.done += t - begun
         turn.left -= t - begun
         if t >= deadline:
-            turn.left = 0  # it was not given its time, so nothing is learnt
+            turn.left = 0  # the deadline cut the spin short, so nothing is learnt
         elif turn.left <= 0:
             turn.left = 0
             self.lost(which)
         return -EINTR
 
     cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:
-        """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+        """Set how long a wait that begins now may spin; `wish`: nanoseconds, or SPIN_AUTO."""
         turn.done = 0
         turn.left = self.budget(which, wish) if wish else 0
 
@@ -154,7 +155,7 @@ cdef class Spinner:
         return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
 
     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
-        """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+        """Note that a spin succeeded after `gap` nanoseconds; `held_up`: count it as a failure."""
         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
         cdef int64_t before = get64(&habit.gap)
         cdef uint32_t wins = get32(&habit.wins) + 1
@@ -171,7 +172,7 @@ cdef class Spinner:
         set32(&habit.wins, wins)
 
     cdef void lost(self, Py_ssize_t which) noexcept nogil:
-        """A spin brought nothing."""
+        """Note that a spin failed."""
         cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
         cdef uint32_t losses = get32(&habit.losses) + 1
         cdef uint32_t pause = get32(&habit.pause)
@@ -185,7 +186,7 @@ cdef class Spinner:
         set32(&habit.pause, pause)
         set32(&habit.left, pause)
 
-    # The same for tests.
+    # The same functions for tests.
 
     def _budget(self, Py_ssize_t which, spin):
         return self.budget(which, spin_of(spin))

@@ -303,7 +303,7 @@ class Client(Endpoint):
                 framer, messages = self._framed[1].after(*chunk)
                 self._framed = (chunk, framer, list(messages))
             for message in self._framed[2]:  # at most one: a chunk is not longer
-                self._session.again(message)
+                self._session.before_receive(message)
                 self._apply(message, self._session.receive(message))
             chunks.pop(0)
 

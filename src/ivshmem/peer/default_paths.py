@@ -1,7 +1,7 @@
-"""Where a server's socket is if nobody names a path: where only its user can put one.
+"""Where a server's socket is if no path is given: in a place where only its user can put one.
 
-Knows: runtime directories, who may write to them, whose socket may be taken for one's own. Does not
-know: what is said over a socket.
+Knows: runtime directories, which users may write to them, whose sockets can be trusted. Does not
+know: what is sent over a socket.
 
     root        /run/ivshmem.sock
     others      $XDG_RUNTIME_DIR/ivshmem.sock
@@ -11,9 +11,9 @@ A command that needs a server looks there, then at root's place, and last at /tm
 where QEMU's example server and `ivshmem-server` listen.
 
 Invariants:
-1. A path from here is in a directory where nobody but its user and root can write, or it is
+1. A path from here is in a directory where only its user and root can write. Or it is
    /tmp/ivshmem_socket, in a sticky directory, and belongs to the caller or to root.
-2. Nothing is created except the directory of a server that is about to listen there.
+2. Only the directory of a server that is about to listen there is created, and nothing else.
 
 *Rejected:* /run/ivshmem for root: ivshmem.service gives that directory to its own user, and removes
 it when it stops.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "ivshmem.sock"
 OF_ROOT = "/run/ivshmem.sock"
-# The example server's, so that what is written for it finds `ivshmem-server`.
+# The example server's path, so that programs written for it find `ivshmem-server`.
 OF_THE_EXAMPLE = "/tmp/ivshmem_socket"  # noqa: S108
 
 _OWN_PARENT = "/tmp"  # noqa: S108
@@ -39,7 +39,7 @@ _LONGEST_NAME = len("/ivshmem.sock.control")
 
 
 def default_socket() -> str:
-    """Return the path where this user's server listens; make its directory if it is our own.
+    """Return the path where this user's server listens; make our own directory if needed.
 
     Raises:
         OSError: the directory belongs to another user, or others may write to it.
@@ -63,10 +63,10 @@ def expected_socket() -> str:
 
 
 def find_socket() -> str:
-    """Return the path of the server that runs, where nobody says which.
+    """Return the path of the server that runs, if no path was given.
 
     Raises:
-        FileNotFoundError: there is none; the message lists the places that were looked at.
+        FileNotFoundError: no server runs; the message lists the places that were looked at.
     """
     looked = []
     for path in _places():
@@ -90,7 +90,7 @@ def _given() -> Iterator[str]:
         yield os.path.dirname(OF_ROOT)
         return
     found = os.environ.get("XDG_RUNTIME_DIR", "")
-    # here, since the names above are all that an option needs
+    # Here: a program that needs only the names above does not load the sockets.
     from ..system.sockets import MAX_PATH
 
     short = len(os.fsencode(found)) <= MAX_PATH - _LONGEST_NAME
@@ -103,7 +103,7 @@ def _own() -> str:
 
 
 def _places() -> Iterator[str]:
-    """Where a server may be, the likeliest first."""
+    """Yield where a server may be, the likeliest place first."""
     for directory in (*_given(), _own()):
         yield os.path.join(directory, NAME)
     if os.geteuid() != 0:
@@ -111,11 +111,11 @@ def _places() -> Iterator[str]:
     yield OF_THE_EXAMPLE
 
 
-# -- whose they are --------------------------------------------------------------------------------
+# -- which are trusted -----------------------------------------------------------------------------
 
 
 def _fault(path: str) -> str:
-    """Say why no server is asked at this path; "": one listens there, and may be trusted."""
+    """Say why no server is asked at this path; "": a server that can be trusted listens there."""
     directory = os.path.dirname(path)
     try:
         status = os.lstat(path)
@@ -182,7 +182,7 @@ def _made() -> str:
         os.mkdir(directory, 0o700)
         os.chmod(directory, 0o700)  # whatever the umask took away
     except FileExistsError:
-        pass  # ours or not, the look tells
+        pass  # the check below tells whether it is ours
     if trouble := _unsafe(directory):
         remedy = (
             f"chmod 700 {directory}"

@@ -1,16 +1,17 @@
 """A directory of names at the end of a region, so that peers find one another by name.
 
-Knows: the table's format, claiming and losing a place in it, who still lives.
-Does not know: how a region or an endpoint came about; what names mean.
+Knows: claiming and losing a slot of the table, which entries are alive.
+Does not know: the table's format (names_table.py); where a region comes from; what names mean.
 
 Invariants:
-1. Shared bytes are copied once, and only the copy is looked at. Whatever stands in the table, at
-   any moment: an entry that is returned is valid, nothing but the documented errors is raised, and
-   every loop is bounded by the number of slots.
-2. A slot is taken and freed by compare-exchange of its owner alone; only who won writes into it.
+1. Shared bytes are copied once, and only the copy is looked at. Whatever other peers write, at any
+   moment: an entry that is returned is valid, only the documented errors are raised, and each loop
+   is bounded by the number of slots.
+2. A slot is taken and freed only by compare-exchange of its owner. Only the process that won writes
+   into it.
 3. The memory is never exported (`Region.read` copies out, 64-bit stores copy in), so that another
-   thread's `region.close()` does not meet a view of ours, with a GIL or without.
-4. Nothing is asked of the endpoint, which has locks of its own, while the lock is held.
+   thread's `region.close()` finds no view of ours, with a GIL or without.
+4. The endpoint, which has locks of its own, is never called while the lock is held.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ _log = logging.getLogger("ivshmem.directory")
 _T = TypeVar("_T")
 
 BEAT = 1.0  # seconds between the signs of life of an entry
-LEASE = 5.0  # seconds without one, after which its owner is dead
+LEASE = 5.0  # seconds without one after which its owner counts as dead
 
 _SHOWN = 20  # names in an error message
-_LAST_BEAT = 1.0  # seconds that closing waits for the keeper's last step
-_LOOKS = (0.002, 0.05)  # seconds between looks for a name, the first and the longest
+_LAST_BEAT = 1.0  # seconds that closing waits for the last step of the thread
+_LOOKS = (0.002, 0.05)  # seconds between two looks for a name: first, and at most
 
 
 class _Slot(NamedTuple):
@@ -72,29 +73,29 @@ class _Slot(NamedTuple):
 
     number: int
     owner: int  # 0: free
-    entry: Entry | None  # None: free, being written, or nonsense
+    entry: Entry | None  # None: free, being written, or not valid
     alive: bool | None  # False: dead
 
 
 @dataclass
 class _Watch:
-    """When a slot last showed a sign of life, by this process's clock. Peers share no clock."""
+    """When a slot last showed a sign of life, by this process's clock: peers share no clock."""
 
     owner: int
     beat: int
     since: float
-    moved: bool = False  # ever since it is watched
+    moved: bool = False  # a sign of life was seen since it is watched
 
 
 class _Refusal(NamedTuple):
-    """Why an entry cannot stand in the table; if not `final`, watching may show that it can."""
+    """Why an entry cannot be made; if not `final`, watching may show that it can be."""
 
     error: NameTaken | DirectoryFull
     final: bool
 
 
 class _Follower(Protocol):
-    """An endpoint that is told who is connected; on a host, a Client."""
+    """An endpoint that knows which peers are connected: a Client."""
 
     id: int
 
@@ -109,16 +110,17 @@ class _Follower(Protocol):
 class Directory(Uncopied):
     """The names in a region; made by `create` or `open`. A context manager.
 
-    What is published stands in the table until it is withdrawn or the directory is closed; a thread
-    keeps it there. Calls may come from several threads. A forked child may close its copy, which
-    withdraws nothing, and do nothing else with it. An object that has only read needs no `close()`.
+    A published entry stays in the table until it is withdrawn or the directory is closed; a thread
+    keeps it there. Calls may come from several threads and from signal handlers. A forked child may
+    close its copy, which withdraws nothing, and do nothing else with it. An object that was used
+    only for reading needs no `close()`.
 
     Attributes:
-        start: where the directory begins: the region's bytes before it are the user's.
+        start: the offset where the directory begins; the bytes before it are the program's.
         slots: how many entries there can be.
     """
 
-    # What __del__ finds where __init__ was interrupted.
+    # What __del__ finds if `_begin` was interrupted.
     _closed = True
     _thread: threading.Thread | None = None
 
@@ -129,7 +131,7 @@ class Directory(Uncopied):
     def _over(
         cls, place: Endpoint | Region, slots: int, *, beat: float = BEAT, lease: float = LEASE
     ) -> Directory:
-        """Use a table that is known to be there; see `create` and `open`."""
+        """Use a table that exists; see `create` and `open`."""
         self = cls.__new__(cls)
         self._begin(place, slots, beat, lease)
         return self
@@ -150,7 +152,7 @@ class Directory(Uncopied):
         self._trouble = ""  # of the last beat, as it stands in the log
         self._closing = threading.Event()
         self._at_exit = partial(_forgotten, weakref.ref(self))
-        self._look(None)  # from now on the entries that stand there are watched
+        self._look(None)  # from now on the entries of the table are watched
         self._closed = False
 
     # -- making one -------------------------------------------------------------------------------
@@ -164,20 +166,21 @@ class Directory(Uncopied):
         beat: float = BEAT,
         lease: float = LEASE,
     ) -> Directory:
-        """Make the directory of a region, or open the one that is there.
+        """Make the directory of a region, or open the one that it has.
 
-        It takes the last (slots + 1) * 128 bytes, whatever they held before. One peer does that,
-        before the others use those bytes for something else: it is by agreement that they do not.
+        It overwrites the last (slots + 1) * 128 bytes. One peer does that before the others use
+        these bytes for anything else; the peers must agree on it.
 
         Args:
-            slots: how many entries there can be, 1..4095. None: 63, which take 8 KiB, or as many as
-                half of a smaller region holds; or as many as the one that is there has.
+            place: an endpoint or a region, as in `open`.
+            slots: how many entries there can be, 1..4095. None: as many as an existing directory
+                has; else 63, which take 8 KiB, or as many as half of a smaller region holds.
             beat, lease: as in `open`.
 
         Raises:
-            RegionError: they do not fit; a directory of another size is there; or there is none and
-                the region is mapped for reading only.
-            NoDirectory: one of another version is there.
+            RegionError: they do not fit; the region has a directory of another size; or it has none
+                and is mapped for reading only.
+            NoDirectory: the region has a directory of another version.
             ClosedError: the region is closed.
         """
         region, _ = _found_in(place)
@@ -203,11 +206,11 @@ class Directory(Uncopied):
         """Open the directory that a region has.
 
         Args:
-            place: an endpoint, whose id and vectors are then published; a client also knows which
-                peers have left. Or a region alone.
-            beat: seconds between signs of life of what is published here.
-            lease: seconds without one after which others are taken for dead. Both are an agreement
-                between all peers.
+            place: an endpoint, whose id and vectors are published with each name; a client also
+                knows which peers have left. Or a region alone.
+            beat: seconds between two signs of life of what is published here.
+            lease: seconds without a sign of life after which other entries count as dead. All peers
+                must use the same beat and lease.
 
         Raises:
             NoDirectory: the region has none, or one of another version.
@@ -226,11 +229,11 @@ class Directory(Uncopied):
     # -- reading ----------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Everyone who is not known to be dead, by name.
+        """Return all entries that are not known to be dead, by name. Never waits.
 
-        Whether an owner is at work shows only while it is watched: by calling this now and then, or
-        by having published something, which watches all the time. A client leaves out whoever its
-        server says is not connected.
+        Whether an owner is alive shows only while it is watched: by calling this repeatedly, or by
+        having published an entry, which watches all the time. A client leaves out entries of peers
+        that its server does not list as connected.
 
         Raises:
             ClosedError: the directory or the region is closed.
@@ -289,7 +292,7 @@ class Directory(Uncopied):
             pause = min(pause * 2, longest)
 
     def _go_through(self, steps: Generator[float, None, _T]) -> _T:
-        """Carry out what yields pauses; close() ends each pause. (aio.py does it in a loop.)"""
+        """Run a generator of pauses; close() ends each pause. (aio.py runs it in a loop.)"""
         while True:
             try:
                 pause = next(steps)
@@ -310,16 +313,18 @@ class Directory(Uncopied):
     ) -> Publication:
         """Enter a name into the table, and keep it there until it is withdrawn.
 
-        An entry of this id and name is taken over at once: it is from before a restart. (But not if
-        the endpoint has no vectors: all plain devices have id 0.) Another's, and a full
-        table, is watched until it is known who lives: a beat if they do, the lease if they do not.
+        An entry with the same id and name is taken over at once: it is from before a restart. (But
+        not if the endpoint has no vectors: all plain devices have id 0.) If another peer has the
+        name, or the table is full, the entries are watched until it is known whether they are
+        alive: a beat if they are, the lease if they are not. This blocks; `aio.publish_async` does
+        not.
 
-        The thread that keeps it touches the memory about once a second: where that can vanish, as
-        sysfs's mapping of a device does when it is unplugged, close the directory before.
+        The thread that keeps the entry touches the memory about once a second. If the memory can
+        vanish, as sysfs's mapping of a device does when it is unplugged, close the directory first.
 
         Args:
             name: printable text without a space at either end, 1 to 47 bytes of UTF-8.
-            role: the same, 0 to 31 bytes.
+            role: such a text of 0 to 31 bytes.
             vector_range: the vectors that this name listens on; None: all of the endpoint's.
             id: of the peer; None: the endpoint's.
             timeout: seconds to wait at most until it is known who lives; 0: try once. None: as long
@@ -369,8 +374,8 @@ class Directory(Uncopied):
         publication = Publication._draft(
             self, peer, name, role, vector_range, follows=number is None
         )
-        # It is decided within the lease, unless this process is stopped for a while, or somebody
-        # does what only a hostile peer does.
+        # It is decided within the lease, unless this process is stopped for a while, or a hostile
+        # peer prevents it.
         begun = time.monotonic()
         last = begun + 2 * self._lease
         deadline = last if timeout is None else min(begun + _limit(timeout), last)
@@ -395,13 +400,13 @@ class Directory(Uncopied):
                     f"{refusal.error}; after {float(timeout or 0):g} s it is not known yet whether"
                     " that peer lives: give it more time"
                 ) from refusal.error
-            # At random, so as not to stay in step with somebody who tries the same.
+            # A random pause, so as not to stay in step with a process that tries the same.
             yield min(os.urandom(1)[0] / 12800, left)
 
     def _enter(
         self, publication: Publication, connected: frozenset[int] | None, *, take_over: bool
     ) -> _Refusal | None:
-        """Try once to get a slot for it, under the lock; None: it stands in the table."""
+        """Try once to get a slot, under the lock; None: the entry is in the table."""
         own = self._own()
         table = self._look(connected)
         for number, slot in enumerate(table):
@@ -423,9 +428,9 @@ class Directory(Uncopied):
             return _Refusal(error, all(slot.alive for slot in table))
         publication._slot, publication._owner = slot.number, owner
         self._write(publication)
-        # Two that enter the same name at the same time both write before they look: one sees the
-        # other, or both do. The one that sees the other withdraws, so that a name never stands
-        # there twice for good. Some processors look before they write, unless there is a fence.
+        # Two processes that enter the same name at the same time both write before they look: at
+        # least one sees the other. That one withdraws, so that a name never stays there twice. The
+        # fence is needed because some processors would load before they store.
         mapping.fence()
         for slot in self._look(connected):
             if slot.number == publication._slot:
@@ -439,11 +444,11 @@ class Directory(Uncopied):
         return None
 
     def _own(self) -> set[tuple[int, int]]:
-        """Slots that are ours, and what makes them so: anybody can copy a slot to another place."""
+        """Return our slots with their owners: a peer can copy a slot to another place."""
         return {(publication._slot, publication._owner) for publication in self._publications}
 
     def _write(self, publication: Publication) -> None:
-        """Fill a slot that is ours; others see it when the checksum is right."""
+        """Fill a slot that is ours; other peers see the entry once its checksum is right."""
         data = publication._data()
         for offset in range(16, SLOT_BYTES, 8):
             word = int.from_bytes(data[offset : offset + 8], "little")
@@ -460,7 +465,7 @@ class Directory(Uncopied):
             try:
                 self._free(publication._slot, publication._owner)
             except ClosedError:
-                return  # the region: the others will see that the beat has stopped
+                return  # the region is closed: other peers will see that the beat has stopped
 
     # -- the table --------------------------------------------------------------------------------
 
@@ -468,17 +473,17 @@ class Directory(Uncopied):
         return self._region.atomic_u64(self.start + number * SLOT_BYTES + offset)
 
     def _free(self, number: int, owner: int) -> None:
-        """Free a slot if it still is `owner`'s."""
+        """Free a slot if it still has this owner."""
         if owner:
             self._word(number, OWNER).compare_exchange(owner, 0)
 
     def _look(self, connected: frozenset[int] | None) -> list[_Slot]:
-        """Copy the table, and note who has shown a sign of life since the last look."""
+        """Copy the table, and note which entries showed a sign of life since the last look."""
         with self._lock:
             now = time.monotonic()
             if self._thread is not None and now - self._looked > self._lease / 2:
-                # The keeper looks at every beat: this process has been stopped, and perhaps so were
-                # the others. Nobody is dead because we did not look.
+                # The thread looks at every beat, so this process was stopped, and perhaps the
+                # others were too. No entry counts as dead because we did not look.
                 for watch in self._watch:
                     if watch is not None:
                         watch.since = now
@@ -502,8 +507,8 @@ class Directory(Uncopied):
         entry = parse(raw)
         lease = self._lease
         if entry is not None and connected is not None and entry.id not in connected:
-            # It has left, or the server's news of it are still to come. (A broker's clients are
-            # told of a peer by way of the directory itself, so they can be a second late.)
+            # The peer has left, or the server has not announced it yet. (A broker's clients hear
+            # of a peer through the directory itself, which can be a second late.)
             lease = min(lease, 2 * self._beat)
         if (number, owner) in own:
             alive: bool | None = True
@@ -516,7 +521,7 @@ class Directory(Uncopied):
         return _Slot(number, owner, entry, alive)
 
     def _connected(self) -> frozenset[int] | None:
-        """Ids of those who are connected now, this one included; None if nobody says."""
+        """Return the ids of all connected peers, this one included; None if they are unknown."""
         if not hasattr(type(self._endpoint), "peers"):
             return None  # a guest's device, or no endpoint at all
         follower = cast(_Follower, self._endpoint)
@@ -540,12 +545,12 @@ class Directory(Uncopied):
             atexit.register(self._at_exit)
 
     def _keep(self) -> bool:
-        """A beat: show that our entries live, restore lost ones, remove the dead.
+        """Do one beat: show that our entries live, restore lost ones, remove dead ones.
 
-        An error is reported, and does not end it: with the next beat it may have passed.
+        An error is logged and does not end the thread: at the next beat it may have passed.
 
         Returns:
-            Whether there will be another.
+            Whether there will be another beat.
         """
         try:
             self._beat_once()
@@ -570,14 +575,14 @@ class Directory(Uncopied):
                         publication.id = self._endpoint.current_id()
                     except ClosedError:
                         raise
-                    except Exception as error:  # a device's register that cannot be read just now
-                        trouble = error  # the name lives all the same, with the id that it had
+                    except Exception as error:  # a device's register that cannot be read now
+                        trouble = error  # the entry stays alive with its former id
                 self._keep_one(publication, connected)
             for slot in self._look(connected):
                 if slot.alive is False:
                     self._free(slot.number, slot.owner)
-            with contextlib.suppress(NoDirectory):  # another version's: ours will be written over
-                if slots_of(self._region) is None:  # somebody wrote over it, and we are still here
+            with contextlib.suppress(NoDirectory):  # of another version, which will overwrite ours
+                if slots_of(self._region) is None:  # a peer overwrote it, and we still use it
                     write_trailer(self._region, self.slots)
         if trouble is not None:
             self._note_trouble(trouble)
@@ -586,7 +591,7 @@ class Directory(Uncopied):
             self._trouble = ""
 
     def _note_trouble(self, error: Exception) -> None:
-        """Write to the log, once for the same trouble."""
+        """Log a trouble once, not at each beat."""
         if self._trouble != _told(error):
             self._trouble = _told(error)
             _log.warning("the directory of names: %s; trying again", self._trouble)
@@ -598,10 +603,10 @@ class Directory(Uncopied):
             if raw[16:] == publication._data()[16:]:
                 self._word(publication._slot, BEAT_OFFSET).fetch_add(1)
             else:
-                self._write(publication)  # somebody wrote over it, or the id is another now
+                self._write(publication)  # a peer overwrote it, or the id has changed
             publication.lost = ""
             return
-        # This machine was stopped for longer than the lease, or somebody wrote over the owner.
+        # This machine was stopped for longer than the lease, or a peer overwrote the owner.
         publication._owner = 0
         refusal = self._enter(publication, connected, take_over=False)
         publication.lost = "" if refusal is None else str(refusal.error)
@@ -609,14 +614,17 @@ class Directory(Uncopied):
     # -- the end ----------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Also before the lock is taken: a thread of a forked child's parent may have held it."""
+        """Raise if it is closed; before the lock, which a forked child might never get."""
         if self._closed:
             raise ClosedError("the directory is closed")
         if os.getpid() != self._pid:
             raise RuntimeError("a forked child may only close the directory")
 
     def close(self) -> None:
-        """Withdraw everything that was published here; may be called twice, from any thread."""
+        """Withdraw everything that was published here; may be called twice, from any thread.
+
+        It waits up to a second for a beat that is under way.
+        """
         if os.getpid() != self._pid:
             self._closed = True  # without the lock, which a thread of the parent may have held
             return
@@ -651,12 +659,12 @@ class Directory(Uncopied):
 
 
 class Publication(Uncopied):
-    """An entry of this process's own; made by `Directory.publish`. A context manager.
+    """An entry of this process; made by `Directory.publish`. A context manager that withdraws it.
 
     Attributes:
         id, name, role, vector_range: as in Entry.
-        lost: why it does not stand in the table at the moment, "" if it does. It comes back by
-            itself when that is over.
+        lost: why it is not in the table at the moment; "" if it is. It is entered again when the
+            reason has passed.
     """
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -673,7 +681,7 @@ class Publication(Uncopied):
         *,
         follows: bool = False,
     ) -> Publication:
-        """Make one that does not stand in the table yet.
+        """Make one that is not in the table yet.
 
         Raises:
             ValueError: a name, a role or a range that is not allowed.
@@ -707,7 +715,7 @@ class Publication(Uncopied):
             raise ValueError(f"{vector_range}: vectors are a range within 0 to {MAX_VECTORS}")
 
     def _data(self) -> bytes:
-        """The slot's bytes, as far as they are not the beat."""
+        """Return the slot's bytes, with a beat of 0."""
         return pack(self._owner, self.id, self.name, self.role, self.vector_range)
 
     def withdraw(self) -> None:
@@ -721,7 +729,7 @@ class Publication(Uncopied):
         self.withdraw()
 
     def __repr__(self) -> str:
-        # A constructor that failed did not come to them.
+        # A constructor that failed did not set them.
         name, peer = getattr(self, "name", ""), getattr(self, "id", -1)
         return f"<ivshmem.Publication {name!r} of peer {peer}>"
 
@@ -729,7 +737,7 @@ class Publication(Uncopied):
 def _keep_alive(
     directory: weakref.ReferenceType[Directory], closing: threading.Event, beat: float
 ) -> None:
-    """What the thread does: it has no hold on the directory, so that a forgotten one is found."""
+    """Run the thread. It keeps no reference, so that a forgotten directory is collected."""
     while not closing.wait(beat):
         it = directory()
         if it is None or not it._keep():
@@ -738,14 +746,14 @@ def _keep_alive(
 
 
 def _forgotten(directory: weakref.ReferenceType[Directory]) -> None:
-    """At the end of the program, while the thread still runs and can be waited for."""
+    """Close it at the end of the program, while its thread still runs and can be waited for."""
     it = directory()
     if it is not None:
         it.__del__()
 
 
 def _limit(timeout: float) -> float:
-    """A time limit in seconds that can be compared: one that is not a number would never end."""
+    """Return a time limit in seconds; refuse NaN, which would never end."""
     if timeout != timeout:
         raise ValueError("timeout is not a number")
     return timeout
@@ -757,7 +765,7 @@ def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
 
 def _taken(name: str, slot: _Slot) -> NameTaken:
     if slot.entry is None:
-        return NameTaken(f"{name!r} is being published by somebody else at this moment")
+        return NameTaken(f"{name!r} is being published by another process at this moment")
     return NameTaken(f"{name!r} is the name of peer {slot.entry.id}: choose another")
 
 

@@ -1,6 +1,7 @@
-"""A question to a server, by one who does not become its peer.
+"""Asks a server what it serves, without becoming its peer.
 
-Knows: the address from which one asks, the answer's form. Does not know: who answers.
+Knows: the address that marks a question, the form of the answer. Does not know: how a server
+answers.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from ..errors import Misshapen, ServerGone
 from ..system import json_shapes
 from .connecting import connect
 
-# The abstract address, unix(7), of somebody who connects only to ask; random bytes follow. QEMU and
-# clients of the protocol have no address at all.
+# The abstract address, unix(7), of a process that connects only to ask; random bytes follow. QEMU
+# and clients of the protocol have no address.
 ASK = b"\0ivshmem-ask-"
 _MOST_ANSWER = 4096  # bytes
 
 
 def question(path: str | os.PathLike[str], timeout: float) -> bytes:
-    """Return the first bytes that a server says to somebody with a question; it may say nothing.
+    """Return the first bytes that a server sends to a process that asks; there may be none.
 
     Raises:
         TimeoutError, OSError: as of `connect`.
@@ -28,8 +29,8 @@ def question(path: str | os.PathLike[str], timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
     with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
         data = b""
-        # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
-        # ever, or something now and then: neither is waited for.
+        # An answer is JSON. A server of another kind greets us as a peer at once, and then sends
+        # nothing, or something once in a while: this waits for neither.
         with contextlib.suppress(TimeoutError, ConnectionResetError):
             while len(data) < _MOST_ANSWER and data[:1] in (b"", b"{"):
                 sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -40,10 +41,10 @@ def question(path: str | os.PathLike[str], timeout: float) -> bytes:
 
 
 def answer_in(data: bytes) -> dict[str, int]:
-    """What a server of this package answers in such bytes.
+    """Parse the answer of a server of this package.
 
     Raises:
-        Misshapen: it is not such an answer.
+        Misshapen: the bytes are not such an answer.
     """
     answer = json_shapes.loads(data)
     _ANSWER(answer, "answer")
@@ -51,9 +52,10 @@ def answer_in(data: bytes) -> dict[str, int]:
 
 
 def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
-    """What a server of this package serves, without becoming its peer.
+    """Ask a server of this package what it serves, without becoming its peer.
 
-    Who connects from an abstract address that begins with ASK is told, in JSON, and not announced.
+    A server answers a process that connects from an abstract address that begins with ASK, in JSON,
+    and does not announce it.
 
     Returns:
         protocol, vectors, size, page_size (bytes) and peers; from newer servers also device and
@@ -61,7 +63,7 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
 
     Raises:
         ServerGone: this server does not answer questions, or its answer makes no sense. (It may
-            have taken us for a peer.)
+            have announced this process as a peer.)
         TimeoutError, OSError: as of `connect`.
     """
     data = question(path, timeout)

@@ -1,7 +1,7 @@
-"""Numbers of the table of names. They stand here so that a command line is read at once."""
+"""Numbers of the table of names, in a small module, so that a command line is parsed quickly."""
 
 from __future__ import annotations
 
 MAX_SLOTS = 4095  # of a directory of names
-SLOT_BYTES = 128  # of a slot of it, and of the trailer behind the last one, at the region's end
-MAGIC = b"IVSHNAME"  # with which that trailer begins
+SLOT_BYTES = 128  # of one slot, and of the trailer after the last slot, at the region's end
+MAGIC = b"IVSHNAME"  # the first bytes of that trailer

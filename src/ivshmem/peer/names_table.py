@@ -1,6 +1,7 @@
 """The form of a region's table of names: slots, and a trailer at the end.
 
-Knows: bytes, checksums, what is a valid entry. Does not know: who lives, who may have a slot.
+Knows: bytes, checksums, which entries are valid. Does not know: which entries are alive, which
+process may have a slot.
 
 Shared bytes are copied once, and only the copy is looked at.
 """
@@ -32,14 +33,14 @@ OWNER, BEAT_OFFSET = 0, 8  # offsets in a slot
 
 @dataclass(frozen=True)
 class Entry:
-    """What a peer says of itself. A claim, not a proof: every peer can write every byte.
+    """What a peer says of itself. It is a claim, not a proof: any peer can write any byte.
 
     Attributes:
-        id: the peer to ring, 0..65535. Several processes of a guest have the same.
+        id: the peer to ring, 0..65535. Several processes of a guest have the same id.
         name, role: printable text; the role may be empty.
         vector_range: the numbers of the vectors that this name listens on.
-        alive: True: it was seen at work within the last seconds. None: it was not watched long
-            enough to tell. (Those who are known to be dead are not listed.)
+        alive: True: it showed a sign of life within the last seconds. None: it was not watched long
+            enough to tell. (Entries that are known to be dead are not listed.)
     """
 
     id: int
@@ -53,19 +54,19 @@ class Entry:
 
 
 def default_slots(size: int) -> int:
-    """How many slots a region of `size` bytes gets if nobody says: at most half of it."""
+    """Return how many slots a region of `size` bytes gets by default: at most half of it."""
     return max(1, min(DEFAULT_SLOTS, size // 2 // SLOT_BYTES - 1))
 
 
 def pack(owner: int, peer: int, name: str, role: str, vectors: range) -> bytes:
-    """A slot's 128 bytes, the beat being 0."""
+    """Return a slot's 128 bytes, with a beat of 0."""
     fields = peer, vectors.start, len(vectors), name.encode(), role.encode()
     crc = checksum(SLOT.pack(owner, 0, 0, *fields))
     return SLOT.pack(owner, 0, crc, *fields)
 
 
 def parse(raw: bytes) -> Entry | None:
-    """The entry in a slot's 128 bytes, `alive` being None; None if they are not a valid one."""
+    """Return the entry in a slot's 128 bytes, with `alive` None; None: it is not valid."""
     owner, _, crc, peer, first, count, name, role = SLOT.unpack(raw)
     if not owner or crc != checksum(raw) or first + count > MAX_VECTORS:
         return None
@@ -76,12 +77,12 @@ def parse(raw: bytes) -> Entry | None:
 
 
 def checksum(raw: bytes) -> int:
-    """Of a slot or the trailer: all but the beat and the checksum, which stand in bytes 8 to 19."""
+    """Return the checksum of a slot or the trailer, without its bytes 8 to 19: beat, checksum."""
     return zlib.crc32(raw[:8] + raw[20:])
 
 
 def _text(field: bytes) -> str | None:
-    """The text of a field that is filled up with zeros; None if it is not one that is allowed."""
+    """Return the text of a field that is padded with zeros; None if it is not allowed."""
     data, end, rest = field.partition(b"\0")
     try:
         text = data.decode()
@@ -91,7 +92,7 @@ def _text(field: bytes) -> str | None:
 
 
 def _is_plain(text: str) -> bool:
-    """No control characters, nothing invisible or that turns a terminal's line around."""
+    """Whether no character is invisible, controls a terminal or reverses its text."""
     return text.isprintable() and text == text.strip(" ")
 
 
@@ -103,10 +104,10 @@ def check_text(what: str, text: str, least: int, most: int) -> None:
 
 
 def slots_of(region: Region) -> int | None:
-    """How many slots the directory of a region has; None if there is no valid directory.
+    """Return how many slots the directory of a region has; None: there is no valid one.
 
     Raises:
-        NoDirectory: it is of another version.
+        NoDirectory: it has another version.
     """
     if region.size < 2 * SLOT_BYTES:
         return None
@@ -125,7 +126,7 @@ def slots_of(region: Region) -> int | None:
 
 
 def make_table(region: Region, slots: int) -> None:
-    """Make a directory where there is none. Valid entries, which lost their trailer, stay."""
+    """Make a directory where there is none. Valid entries that lost their trailer stay."""
     if not _fits(region.size, slots):
         raise RegionError(
             f"a directory of {counted(slots, 'slot')} takes {(slots + 1) * SLOT_BYTES} bytes at a"
@@ -159,7 +160,7 @@ def _fits(size: int, slots: int) -> bool:
 
 
 def copy_slot(region: Region, offset: int) -> bytes:
-    """128 bytes, copied once. They begin at a multiple of 128, so memcpy makes aligned accesses
-    only, as device memory needs.
+    """Return a copy of 128 bytes. They begin at a multiple of 128, so that memcpy makes only
+    aligned accesses, as device memory needs.
     """
     return region.read(offset, SLOT_BYTES)

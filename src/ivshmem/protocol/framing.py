@@ -1,6 +1,6 @@
 """Messages of protocol version 0: 8 bytes, each with at most one descriptor.
 
-Knows: where a message ends, which descriptor is whose. Does not know: what a message means.
+Knows: where a message ends, which descriptor belongs to which. Does not know: what a message means.
 Source: QEMU, docs/specs/ivshmem-spec.rst, "Client-Server protocol".
 """
 
@@ -25,19 +25,19 @@ _MESSAGE = struct.Struct("<q")
 
 
 class Message(NamedTuple):
-    """One message: a value, and the descriptors that came with it (none or one, if all is well)."""
+    """One message: a value, and the descriptors that came with it (none or one, if correct)."""
 
     value: int
     fds: tuple[Any, ...] = ()
 
 
 def encode(value: int) -> bytes:
-    """The 8 bytes of a message: a signed little-endian integer."""
+    """Return the 8 bytes of a message: a signed little-endian integer."""
     return _MESSAGE.pack(value)
 
 
 class Framer:
-    """Puts messages together from chunks as they come off the socket, however they were cut."""
+    """Assembles messages from chunks as they come from the socket, however they were cut."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -54,7 +54,7 @@ class Framer:
         return self._fds
 
     def after(self, data: bytes, fds: tuple[Any, ...]) -> tuple[Framer, Iterable[Message]]:
-        """What `feed` does, but this stays as it is: the framer that it would be, and messages."""
+        """Do what `feed` does on a copy; return the copy and the messages. This is unchanged."""
         if not self._data and len(data) == _MESSAGE.size:
             return self, [Message(_MESSAGE.unpack(data)[0], fds)]
         framer = Framer()
@@ -62,10 +62,10 @@ class Framer:
         return framer, framer.feed(data, fds)
 
     def feed(self, data: bytes, fds: tuple[Any, ...] = ()) -> Iterable[Message]:
-        """Take a chunk and yield the messages that it ends.
+        """Take a chunk and return the messages that it ends.
 
-        `fds` belong to the message that holds the chunk's last byte: the kernel never reads past a
-        byte that carried descriptors.
+        `fds` belong to the message with the chunk's last byte: the kernel never reads past a byte
+        that carried descriptors.
         """
         if not self._data and len(data) == _MESSAGE.size:
             return [Message(_MESSAGE.unpack(data)[0], fds)]

@@ -1,4 +1,4 @@
-"""Numbers of the protocol. They stand here so that a command line is read at once."""
+"""Numbers of the protocol, in a small module, so that a command line is parsed quickly."""
 
 from __future__ import annotations
 

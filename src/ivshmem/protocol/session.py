@@ -1,9 +1,9 @@
-"""A client's side of protocol version 0: what may follow what.
+"""A client's side of protocol version 0: which message may follow which.
 
 Knows: set-up, peers, vectors. Does not know: sockets; a descriptor is an opaque value.
 
 Invariants:
-1. An object that raised ProtocolError is of no further use.
+1. An object that raised ProtocolError cannot be used any more.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _GREETED = 3  # messages in a greeting
 
 
 class SessionState(enum.Enum):
-    """Where a session stands; each member says what must come next."""
+    """The state of a session; each member says what must come next."""
 
     VERSION = enum.auto()  # the server's protocol version
     ID = enum.auto()  # this client's own id
     MEMORY = enum.auto()  # the region's descriptor
-    SETUP = enum.auto()  # vectors of the peers that are there, then this client's own
+    SETUP = enum.auto()  # vectors of the peers that are connected, then this client's own
     READY = enum.auto()  # peers that join and leave
     FAILED = enum.auto()  # nothing: a ProtocolError was raised
 
@@ -53,7 +53,7 @@ class GotMemory(NamedTuple):
 class GotVector(NamedTuple):
     """The next vector of `peer`, which may be this client's own id; the receiver owns `fd`.
 
-    `whole` says that the peer's last vector came with it, so that it counts as joined.
+    `whole`: this is the peer's last vector, so that the peer counts as joined.
     """
 
     peer: int
@@ -63,7 +63,7 @@ class GotVector(NamedTuple):
 
 
 class GotLeave(NamedTuple):
-    """A peer left. `whole` says whether it had counted as joined."""
+    """A peer left. `whole`: it had counted as joined."""
 
     peer: int
     whole: bool
@@ -73,11 +73,11 @@ class Session:
     """What a client knows from the messages of its server.
 
     Args:
-        vectors: how many vectors each peer must have, where that is known beforehand.
+        vectors: how many vectors each peer must have, if that is known beforehand.
 
-    The protocol tells neither the number of vectors nor the end of set-up. Both are known once
-    somebody else was announced completely: everyone has as many vectors as that peer. An only
-    client learns them from end_setup(), which its owner calls when nothing more is to come.
+    The protocol tells neither the number of vectors nor the end of the set-up. Both are known once
+    another peer was announced completely, because all peers have the same number of vectors. An
+    only client learns them from end_setup(), which its owner calls when nothing more will come.
     """
 
     def __init__(self, vectors: int | None = None) -> None:
@@ -85,30 +85,30 @@ class Session:
         self.id = -1
         self._expected = vectors
         self._vectors = vectors
-        self._guessed = False  # the number of vectors follows from silence
+        self._guessed = False  # the number of vectors was guessed from the server's silence
         self._counts: dict[int, int] = {}  # vectors that each peer was announced with so far
         self._last = -1  # the id in the last message of the set-up
-        # The last message, and what it was received in: see `again`.
+        # The last message, and the state before it: see `before_receive`.
         self._before: tuple[Any, ...] = (None,)
 
     @property
     def vectors(self) -> int | None:
-        """How many vectors each peer has; None while that is not known."""
+        """How many vectors each peer has; None: that is not known yet."""
         return self._vectors
 
     @property
     def peers(self) -> list[int]:
-        """Ids of the other peers that have joined, in ascending order."""
-        # A copy, since another thread may take in a message at the same time.
+        """The ids of the other peers that have joined, ascending."""
+        # A copy: another thread may take in a message at the same time.
         counts = list(self._counts.items())
         return sorted(p for p, n in counts if p != self.id and n == self._vectors)
 
     def receive(self, message: Message) -> GotMemory | GotVector | GotLeave | None:
-        """Take one message and say what it means.
+        """Take one message, and return what it means; None: nothing.
 
         Raises:
-            ProtocolError: it must not stand here. The state is FAILED then, and the descriptors of
-                the message still belong to the caller.
+            ProtocolError: the message must not come here. The state is FAILED then, and the
+                descriptors of the message still belong to the caller.
         """
         if self.state is SessionState.FAILED:
             raise ProtocolError("the session has failed before")
@@ -121,11 +121,11 @@ class Session:
             self.state = _AFTER.get(before, before)
         return event
 
-    def again(self, message: Message) -> None:
-        """Be told that this message is received next, perhaps once more.
+    def before_receive(self, message: Message) -> None:
+        """Prepare to receive this message, perhaps a second time.
 
-        The handler of a signal can raise in the middle of `receive`, or before its caller has done
-        what follows. If this message was the last one, all is as it was before it.
+        A signal handler can raise in the middle of `receive`, or before its caller has used the
+        result. If this message was received last, the state before it is restored.
         """
         if self._before[0] is message:
             _, self.state, self.id, self._vectors, self._last, count = self._before
@@ -183,10 +183,10 @@ class Session:
         return GotVector(peer, number, fd, whole)
 
     def refuse(self, peer: int) -> None:
-        """Be told that the descriptor of the last GotVector, one of `peer`, cannot be used.
+        """Take back the last GotVector, one of `peer`: its descriptor cannot be used.
 
-        The vector does not count, so that `peers` lacks a peer of which nobody is told. The state
-        is FAILED then.
+        The vector does not count, so that `peers` does not list a peer that was never reported. The
+        state is FAILED then.
         """
         self.state = SessionState.FAILED
         self._counts[peer] -= 1
@@ -195,10 +195,10 @@ class Session:
         if peer == self.id:
             raise ProtocolError(f"the server says that this client itself ({peer}) has left")
         if self._last == peer:
-            self._last = -1  # cut short: its group says nothing about the number of vectors
+            self._last = -1  # cut short: it does not tell the number of vectors
         count = self._counts.pop(peer, 0)
         if not count:
-            return None  # the example server does that when there are no vectors
+            return None  # the example server does this if there are no vectors
         return GotLeave(peer, count == self._vectors)
 
     def _close_group(self, peer: int) -> None:
@@ -208,14 +208,14 @@ class Session:
         self._last = peer
 
     def end_setup(self, *, guessed: bool = False) -> None:
-        """Be told that set-up is over: in state SETUP this client has all its vectors.
+        """End the set-up: in state SETUP this client has all its vectors.
 
-        `guessed`: this follows only from the server's silence; should more vectors of this client
-        come after all, they count until somebody else is announced, who has as many as were known
+        `guessed`: this follows only from the server's silence. If more vectors of this client come
+        later, they count until another peer is announced, which must have as many as were known
         then. In states after SETUP nothing changes.
 
         Raises:
-            ProtocolError: they are not as many as were expected. The state is FAILED then.
+            ProtocolError: there are not as many as were expected. The state is FAILED then.
         """
         if self.state is not SessionState.SETUP:
             return

@@ -282,7 +282,7 @@ class Engine(Uncopied):
             connection.taken if connection.stalled else None,
             tuple(descriptors.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
             self._roster.leaves_told(connection.member),
-            connection.member.standing.held,
+            connection.member.told.leaves_held,
             hold is not None,
             until,
         )
@@ -482,7 +482,7 @@ class Engine(Uncopied):
         since = time.time()
         # One of which that cannot be known is taken for a QEMU.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
-        member = self._roster.join(vectors, memory, holds=holds)
+        member = self._roster.join(vectors, memory, no_leaves=holds)
         self._note(JoinRecord(member.serial, sock.fileno(), fds, since, readonly, holds))
         if self._small_buffers:
             with contextlib.suppress(OSError):
@@ -527,7 +527,7 @@ class Engine(Uncopied):
 
     def _dirty_others(self) -> None:
         # Those who wait for room in their buffer are told when they have it.
-        self._dirty.update(s for s in self._roster.others if not self._connections[s].stalled)
+        self._dirty.update(s for s in self._roster.told_singly if not self._connections[s].stalled)
 
     def _leave(self, serial: int) -> None:
         """Somebody is gone: the others have to be told, and its descriptors are closed."""
@@ -591,8 +591,8 @@ class Engine(Uncopied):
         self._holds = holds
         for serial, connection in list(self._connections.items()) if holds else ():
             peer, member = connection.peer, connection.member
-            if not member.holds and is_qemu(peer.pid, peer.process) is not False:
-                self._roster.hold(member)
+            if not member.no_leaves and is_qemu(peer.pid, peer.process) is not False:
+                self._roster.stop_leaves(member)
                 self._note(HoldRecord(serial))
 
     def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
@@ -616,7 +616,7 @@ class Engine(Uncopied):
         hold.ask(asker, math.inf if linger is None else linger)
         if serial not in self._held or hold.linger != before:
             self._note(MuteRecord(serial, _or_never(hold.linger)))
-            self._roster.mute(member)
+            self._roster.pause(member)
             self._held[serial] = hold
         self._wind_clock()
         return self._roster.is_set_up(member) and not _unread(self._connections[serial].socket)
@@ -627,7 +627,7 @@ class Engine(Uncopied):
             return False
         connection = self._connections[serial]
         self._note(UnmuteRecord(serial))
-        self._roster.unmute(connection.member)
+        self._roster.resume(connection.member)
         if not connection.stalled:
             self._dirty.add(serial)
         self.wake()  # it is told by the next step
@@ -663,7 +663,7 @@ class Engine(Uncopied):
 
     def admit(self, peer_id: int, vectors: descriptors.FdArray) -> Member:
         """Announce a peer that does not connect here; `vectors` stay the caller's."""
-        member = self._roster.admit(peer_id, vectors)
+        member = self._roster.announce_remote(peer_id, vectors)
         self._dirty_others()
         return member
 
@@ -676,7 +676,7 @@ class Engine(Uncopied):
         """Give another id to all who connect from now on, and hang up on those who have the old."""
         for serial in list(self._connections):
             self._leave(serial)
-        self._roster.become(shared_id)
+        self._roster.change_shared_id(shared_id)
         self.wake()
 
     def bells(self, vector: int) -> list[int]:
@@ -698,8 +698,8 @@ class Engine(Uncopied):
 
     def _tell_crowd(self) -> None:
         """Send those who know all that there was what is new: it is the same for all of them."""
-        while runs := self._roster.news(BATCH):
-            serials = list(self._roster.crowd)
+        while runs := self._roster.messages_to_all(BATCH):
+            serials = list(self._roster.caught_up)
             fds = [self._connections[serial].fd for serial in serials]
             done = 0
             while True:
@@ -713,11 +713,11 @@ class Engine(Uncopied):
                 serial = serials.pop(done)
                 self.counts["messages"] += sent
                 member = self._connections[serial].member
-                self._roster.split(member)
+                self._roster.tell_singly(member)
                 self._roster.sent(member, runs, sent)
                 self._note(SplitRecord(serial, sent, done, count))
                 self._dirty.add(serial)
-            self._roster.sent_to_crowd(runs, count)
+            self._roster.sent_to_all(runs, count)
             self._note(CrowdRecord(count, len(fds)))
             self.counts["messages"] += count * len(fds)
 
@@ -824,7 +824,7 @@ class Engine(Uncopied):
         for serial, connection in self._connections.items():
             vectors = connection.vectors
             fds = [vectors[i] for i in range(len(vectors))]
-            since, holds = connection.peer.since, connection.member.holds
+            since, holds = connection.peer.since, connection.member.no_leaves
             held[serial] = MemberFds(connection.fd, fds, since, connection.readonly, holds)
         muted = {serial: _or_never(hold.linger) for serial, hold in self._held.items()}
         return {**snapshot(self._roster, held), "muted_for": muted, "counts": self.counts}
@@ -881,7 +881,7 @@ class Engine(Uncopied):
                 self._announce_end(connection)
         linger = muted_for(state, records)
         for member in self._roster.members:
-            if member.muted and member.serial in self._connections:
+            if member.paused and member.serial in self._connections:
                 hold = self._held[member.serial] = _Hold()
                 seconds = linger.get(member.serial, LINGER)
                 hold.ask(None, math.inf if seconds is None else seconds)
@@ -892,7 +892,7 @@ class Engine(Uncopied):
             else:
                 self._note(LeaveRecord(member.serial))
                 self._roster.leave(member)
-        self._dirty.update(self._roster.others)
+        self._dirty.update(self._roster.told_singly)
         self.wake()
 
     def adopt(self, sock: socket.socket) -> None:

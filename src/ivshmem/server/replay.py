@@ -63,15 +63,15 @@ def replay(
     told: tuple[int, int] | None = None  # the crowd's batch: how many have it, how long it is
     for record in records:
         if isinstance(record, JoinRecord):
-            member = roster.join(blank, holds=record.holds)
+            member = roster.join(blank, no_leaves=record.holds)
             members[member.serial] = member
             had[member.serial] = record.had
         elif isinstance(record, HoldRecord):
-            roster.hold(members[record.member])
+            roster.stop_leaves(members[record.member])
         elif isinstance(record, MuteRecord):
-            roster.mute(members[record.member])
+            roster.pause(members[record.member])
         elif isinstance(record, UnmuteRecord):
-            roster.unmute(members[record.member])
+            roster.resume(members[record.member])
         elif isinstance(record, LeaveRecord):
             del had[record.member]
             roster.leave(members.pop(record.member))
@@ -81,7 +81,7 @@ def replay(
             _split(roster, members[record.member], record.messages, record.batch)
             told = record.done, record.batch
         elif isinstance(record, CrowdRecord):
-            roster.sent_to_crowd(roster.news(record.batch), record.batch)
+            roster.sent_to_all(roster.messages_to_all(record.batch), record.batch)
             told = None
     if unfinished is not None:
         serial, step, count, batch = unfinished
@@ -91,14 +91,14 @@ def replay(
                 _sent(roster, members[serial], step * BATCH + count)
         else:
             told = step, batch
-            if count > 0 and step < len(roster.crowd):
-                _split(roster, list(roster.crowd.values())[step], count, batch)
-    if told is not None and roster.crowd:
+            if count > 0 and step < len(roster.caught_up):
+                _split(roster, list(roster.caught_up.values())[step], count, batch)
+    if told is not None and roster.caught_up:
         done, batch = told
-        runs = roster.news(batch)
-        for member in list(roster.crowd.values())[done:]:
-            roster.split(member)
-        roster.sent_to_crowd(runs, batch)
+        runs = roster.messages_to_all(batch)
+        for member in list(roster.caught_up.values())[done:]:
+            roster.tell_singly(member)
+        roster.sent_to_all(runs, batch)
     return had
 
 
@@ -146,6 +146,6 @@ def _sent(roster: Roster, member: Member, count: int) -> None:
 
 
 def _split(roster: Roster, member: Member, count: int, batch: int) -> None:
-    runs = roster.news(batch)
-    roster.split(member)
+    runs = roster.messages_to_all(batch)
+    roster.tell_singly(member)
     roster.sent(member, runs, count)
