@@ -141,11 +141,6 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
-# Imports in functions without a reason beside them. A line here may go, none may be added.
-NO_REASON = {
-    "peer/default_paths.py: from ..system import sockets",
-    "peer/default_paths.py: from ..system.accounts import user_name",
-}
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:)\S*(\s|$)")
 
 
@@ -188,7 +183,7 @@ def test_an_import_in_a_function_has_a_reason() -> None:
         for path in sorted(HOME.rglob("*.py"))
         for statement in without_reason(path.read_text())
     }
-    assert not found - NO_REASON, "say why on the line, or above: see CONTRIBUTING.md"
+    assert not found, "say why on the line, or above: see CONTRIBUTING.md"
 
 
 def test_the_reader_of_reasons_can_fail() -> None:

@@ -127,7 +127,7 @@ def _fault(path: str) -> str:
             return f"its directory {trouble}"
         if not stat.S_ISSOCK(status.st_mode):
             return "not a socket"
-        from ..system import sockets
+        from ..system import sockets  # here: an option needs none of it
 
         return "" if sockets.is_live(path) else "stale: nobody listens"
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def _of_another(status: os.stat_result, *, own_only: bool) -> str:
     trusted = {os.geteuid()} if own_only else {os.geteuid(), 0}
     if status.st_uid in trusted:
         return ""
-    from ..system.accounts import user_name
+    from ..system.accounts import user_name  # here: few paths are refused
 
     return f"belongs to {user_name(status.st_uid)}"
 
