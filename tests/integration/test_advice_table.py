@@ -157,7 +157,7 @@ def test_what_is_to_be_loaded_is_saved_first(
     typed(f"ivshmem save {shlex.quote(path)} --file {shlex.quote(str(memory))}", place)
     status, out, err = said(capfd, *words, path, *([] if "--check" in words else where))
     assert (status, err) == (0, ""), err
-    assert ("the file is whole" in out) == ("--check" in words)
+    assert ("the file is intact" in out) == ("--check" in words)
 
 
 @pytest.mark.parametrize("contents", [b"", b"x", b"root:x:0:0\n", bytes(4096)])

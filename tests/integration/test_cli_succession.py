@@ -260,7 +260,7 @@ def test_nobody_to_take_over_from(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "socket.control: no such socket" in done.stderr
+    assert "socket.control: no server to take over from listens here: " in done.stderr
 
 
 @pytest.mark.parametrize("after", range(4))
