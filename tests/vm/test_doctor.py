@@ -188,7 +188,7 @@ class TestWell:
         assert list(checks) == NAMES
         assert {check.state for check in checks.values()} == {"ok"}
         assert checks["device"].found == f"doorbell, {VECTORS} vectors, 1M"
-        assert checks["opening"].found == "by vfio, id 0, 1M"
+        assert checks["opening"].found == "opened with vfio, id 0, 1M"
         assert checks["self-interrupt"].found == SELF
         # It looks like a guest by itself, and a device may be named in short.
         for arguments in ([], ["--guest"], [a.address.removeprefix("0000:")]):
@@ -213,7 +213,7 @@ class TestWell:
         checks = a.doctor()
         assert a.state() == before
         assert checks["device"].found == "plain, 1M"
-        assert checks["opening"].found == "by sysfs, id 0, 1M"
+        assert checks["opening"].found == "opened with sysfs, id 0, 1M"
         skipped = [check for check in checks.values() if check.state == "skipped"]
         assert {check.found for check in skipped} == {
             "not needed: a plain device has no interrupts"
@@ -267,7 +267,7 @@ class TestFixed:
             before = patient.state()
             checks = patient.doctor()
             assert checks["driver"].found == "vfio-pci"
-            assert checks["opening"].found == "by vfio, id 0, 1M"
+            assert checks["opening"].found == "opened with vfio, id 0, 1M"
             assert patient.state() == before
 
     @pytest.mark.nightly
@@ -443,7 +443,7 @@ class TestFixedByQemu:
             # Even a plain device goes by vfio then, and needs what that needs.
             checks = a.doctor()
             assert checks["lockdown"].found == f"{closed}, but vfio can"
-            assert checks["opening"].found == "by vfio, id 0, 1M"
+            assert checks["opening"].found == "opened with vfio, id 0, 1M"
             assert a.call("access", a.address) == "vfio"
             checks = b.doctor()
             assert checks["lockdown"].found == f"{closed}, but vfio can"
