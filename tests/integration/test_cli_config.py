@@ -439,7 +439,7 @@ def test_a_successor_does_not_need_the_file(serve: Serve, file: Path) -> None:
             file.write_text("[region.a]\nsocket = 5")
             os.kill(process.pid, signal.SIGKILL)
             said = [process.stderr.readline()]
-            while "goes on with" not in said[-1]:
+            while "continues with" not in said[-1]:
                 assert said[-1], said
                 said.append(process.stderr.readline())
             assert any("region.a.socket = 5: a text" in line for line in said), said

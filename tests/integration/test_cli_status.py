@@ -199,7 +199,7 @@ class TestNoControlSocket:
 
     def test_the_wrong_socket(self, served: Child, socket_path: str) -> None:
         line = run("status", "--control", socket_path, status=1)
-        assert f"{socket_path}: this is no control socket" in line
+        assert f"{socket_path}: this is not a control socket" in line
         assert " 0 joins" in run("status", "-S", socket_path)
 
     @pytest.mark.parametrize(
@@ -537,7 +537,7 @@ class TestServe:
                 f"ivshmem: 127.0.0.1:{port}: address already in use: choose another address"
             )
         line = run("serve", "-S", socket_path, "--metrics", "x", status=1)
-        assert line.startswith("ivshmem: x is no address: give [HOST:]PORT")
+        assert line.startswith("ivshmem: x is not an address: give [HOST:]PORT")
         with self.server(
             "-S", socket_path, "--metrics", port, "--metrics-peers", "--log-format", "json"
         ) as process:

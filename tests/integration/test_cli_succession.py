@@ -286,7 +286,7 @@ def test_a_successor_that_dies(serve: Serve, peers: list[RawPeer], after: int) -
             sock.sendall(b"n")
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)
-    until(lambda: "another process wanted to go on here" in serving.log.read_text())
+    until(lambda: "another process tried to take over" in serving.log.read_text())
 
 
 def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) -> None:
@@ -383,7 +383,7 @@ def test_what_a_successor_cannot_have_it_does_without(
 def test_options_of_one_region_are_not_for_others(
     tmp_path_factory: pytest.TempPathFactory, peers: list[RawPeer]
 ) -> None:
-    """Who forgets --config goes on with what is served."""
+    """Who forgets --config continues with what is served."""
     directory = tmp_path_factory.mktemp("config")
     control, path = directory / "control", directory / "socket"
     file = directory / "file"
@@ -471,7 +471,7 @@ def test_the_interpreter_is_gone(
     peers.append(RawPeer(path).set_up(VECTORS))
     python.unlink()
     kill(serving.parent())
-    until(lambda: "nobody goes on if this one is killed" in serving.log.read_text())
+    until(lambda: "no process continues if this one is killed" in serving.log.read_text())
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)
     os.kill(child, signal.SIGTERM)

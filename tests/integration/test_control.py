@@ -636,7 +636,9 @@ class TestShortages:
 class TestTheClient:
     def test_a_server_s_other_socket(self, controlled: Controlled) -> None:
         """Whoever mistakes one for the other does not become a peer."""
-        with pytest.raises(control.ControlError, match=r"is no control socket .*socket\.control\)"):
+        with pytest.raises(
+            control.ControlError, match=r"is not a control socket .*socket\.control\)"
+        ):
             control.request(controlled.server().path, {"do": "status"}, PATIENCE)
         assert controlled.ask("status")["regions"][0]["counts"].get("joins", 0) == 0
 
@@ -648,7 +650,7 @@ class TestTheClient:
 
         with (
             FakeServer(socket_path, greet),
-            pytest.raises(control.ControlError, match="is no control socket"),
+            pytest.raises(control.ControlError, match="is not a control socket"),
         ):
             control.request(socket_path, {"do": "status"}, PATIENCE)
 
@@ -660,7 +662,7 @@ class TestTheClient:
 
         with (
             FakeServer(socket_path, answer),
-            pytest.raises(control.ControlError, match="is no control socket"),
+            pytest.raises(control.ControlError, match="is not a control socket"),
         ):
             control.request(socket_path, {"do": "status"}, PATIENCE)
 

@@ -343,10 +343,10 @@ def test_a_successor_says_what_became_of_the_path(socket_path: str, replaced: bo
             until(lambda: connected.exists())
             os.kill(first.pid, signal.SIGCONT)
             line = second.stderr.readline()
-            while "goes on with" in line:
+            while "continues with" in line:
                 line = second.stderr.readline()
             if replaced:
-                assert f"nobody can connect to {socket_path}, which leads to a file" in line
+                assert f"no client can connect to {socket_path}, which leads to a file" in line
                 assert status(socket_path)["unreachable"] != ""
             else:
                 assert "it was bound again" in line

@@ -727,7 +727,7 @@ def test_a_user_who_is_gone_ends_nothing(
     ) as runs:
         with RawPeer(config.socket) as refused:
             assert refused.take() is None
-        assert "region a: nobody is let in any more: the rule 'uid:somebody'" in caplog.text
+        assert "region a: all newcomers are refused: the rule 'uid:somebody'" in caplog.text
         monkeypatch.setattr(pwd, "getpwnam", there)
         with RawPeer(config.socket) as peer:
             peer.set_up(config.vectors)

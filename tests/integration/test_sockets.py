@@ -500,7 +500,7 @@ def test_a_swapped_path_harms_nobody(
 
     with other:
         monkeypatch.setattr(socket, "socket", Swapped)
-        with pytest.raises(OSError, match="somebody else replaced the socket") as caught:
+        with pytest.raises(OSError, match="another process replaced the socket") as caught:
             Listener(socket_path, mode=0o666, owner=os.geteuid())
         monkeypatch.undo()
     assert caught.value.filename == socket_path

@@ -217,7 +217,7 @@ def test_every_field_with_every_wrong_value(stranger: Stranger, said: Said, comm
         if code:
             assert any(
                 words in err
-                for words in ("makes no sense", "is no control socket", "it could not be done")
+                for words in ("makes no sense", "is not a control socket", "it could not be done")
             ), (changed, err)
 
 
@@ -255,7 +255,7 @@ def test_silence(socket_path: str, said: Said) -> None:
 def test_an_endless_line(stranger: Stranger, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_client, "_MOST_REPLY", 1 << 16)
     stranger.data = b"x" * (1 << 20)
-    assert "is no control socket" in said("status")[2]
+    assert "is not a control socket" in said("status")[2]
 
 
 ANSWER = {"protocol": 0, "vectors": 2, "size": 4096, "page_size": 4096, "peers": 1}

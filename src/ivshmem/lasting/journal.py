@@ -67,8 +67,9 @@ class Journal(Uncopied):
             raise
         self._end = self._memory.atomic_u64(0)
         self._rewritten = 0  # the size that the state had
-        # A successor in another process needs somebody to keep descriptors, in groups by name. A
-        # group is kept before a record mentions it, and dropped before its descriptors are closed.
+        # A successor in another process needs a process that keeps descriptors for it, in groups by
+        # name. A group is kept before a record mentions it, and dropped before its descriptors are
+        # closed.
         self.keep: Callable[[str, Sequence[int]], object] = _nothing
         self.drop: Callable[[str], object] = _nothing
         # Whether all that was to be kept or dropped has been.
@@ -143,11 +144,11 @@ class Journal(Uncopied):
         return read[0], read[1:]
 
     def spoil(self) -> None:
-        """Say that no successor can go on by it: not all that it names was kept."""
+        """Mark it as useless for a successor: not all descriptors that it names were kept."""
         self._memory.write(_ABOUT, _SPOILT)
 
     def close(self) -> None:
-        """Forget the file, which goes on to exist while others have it."""
+        """Close the file, which exists as long as other processes have it open."""
         if self._fd >= 0:
             del self.outbox  # it holds the memory
             self._memory.close()

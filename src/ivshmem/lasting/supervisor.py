@@ -1,4 +1,5 @@
-"""A small parent that keeps a server's descriptors: when the server is killed, a child goes on.
+"""A small parent that shares a server's descriptors: when a signal kills the server, the parent
+starts another, which continues.
 
 Knows: processes that share their descriptors, death by signals. Does not know: what a server does.
 
@@ -157,12 +158,12 @@ def _end_with(run: Callable[[list[str]], int], told: list[str]) -> None:
 
 @contextlib.contextmanager
 def left_to_another(tell: Callable[[str], object] = say) -> Iterator[None]:
-    """In a child: if the block fails, end at once, with nothing closed, and another goes on."""
+    """In a child: if the block fails, end at once and close nothing, so that another continues."""
     try:
         yield
     except Exception as error:
         try:
-            tell(f"pid {os.getpid()} cannot go on: {_described(error)}")
+            tell(f"pid {os.getpid()} cannot continue: {_described(error)}")
         finally:
             os._exit(AGAIN)
 
@@ -200,7 +201,7 @@ def _wait(child: int, wanted: set[signal.Signals], owed: int) -> tuple[int, int]
         try:
             pid, status = os.waitpid(child, os.WNOHANG)
         except OSError:
-            return AGAIN << 8, owed  # ECHILD: how it ended, nobody knows
+            return AGAIN << 8, owed  # ECHILD: how it ended cannot be known
         if pid:
             return status, owed
         number = signal.sigwait(wanted)

@@ -5,27 +5,25 @@ does), threads, signals (the server does).
 
 Invariants:
 1. Nothing here blocks, except the wait in `step`; a peer that does not read delays no other peer.
-2. A connection is accepted only when all that its set-up needs is at hand, for QEMU spins for ever
-   on one that ends early; until then newcomers wait in the listening socket's queue.
+2. A connection is accepted only when all that its set-up needs is at hand, because QEMU busy-loops
+   on a connection that ends early. Until then newcomers wait in the listen backlog.
 3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server
    notices only that it goes.
-4. Whatever is to be done later makes `fileno()` readable when its time has come.
-5. What a successor must know is in the journal before anything rests on it: who joined before it is
-   sent anything, who left before its descriptors are closed. A newcomer joins only when whoever
-   keeps descriptors for a successor (a service manager) has its own; until then it waits, and so do
-   those behind it.
-6. `work` is held during each change, and never while code of others runs: the gate, the callbacks,
-   handlers of the log. What is to be said or called waits in `_later` until the change is complete.
+4. Work that is postponed makes `poller.fileno()` readable when its time has come.
+5. What a successor must know is in the journal before anything relies on it: a join before the peer
+   is sent anything, a leave before the peer's descriptors are closed. If a service manager keeps
+   descriptors for a successor, a newcomer joins only when the manager has the newcomer's. Until
+   then the newcomer waits, and so do those behind it.
+6. `work` is held during each change, and never while other people's code runs: the gate, the
+   callbacks, handlers of the log. Such calls wait in `_later` until the change is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import math
 import os
-import select
 import socket
 import threading
 import time
@@ -46,6 +44,9 @@ from ..system.uncopied import Uncopied
 from ..text import counted
 from . import log_events
 from .access import Verdict
+from .complaints import Complaints
+from .connection import Connection, disconnect, has_left, is_privileged, rung
+from .holds import MessageHold, MessageHolds, or_none
 from .limits import LINGER
 from .records import (
     CrowdRecord,
@@ -72,22 +73,12 @@ _log = late_logging.log_of("ivshmem.server")
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
-_COMPLAIN_SECONDS = 60.0
 _FEW_IDS = 4096  # of 65,536: worth a word
-_COMPLAINTS = 1000  # kinds of which is known when they were last logged
 
 # What passes: memory, descriptors in the process or the system, descriptors in flight (unix(7)).
 _SHORTAGES = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
 )
-
-# The kernel's least. A default buffer holds 278 messages, and each has a descriptor in flight: of
-# these an unprivileged server can have RLIMIT_NOFILE, over all of its user's sockets. Four peers
-# that do not read would stop it from sending anything to anybody.
-_SMALLEST_BUFFER = 4608
-_SIOCOUTQ = 0x5411  # sockios.h; of a Unix socket: the memory that unread messages take
-_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # capabilities(7): either lifts that limit
-
 
 # Says who may join. It is given the credentials, and the number of peers that the same user has, or
 # None if the other end only asks a question. If it raises, the newcomer is refused.
@@ -98,71 +89,6 @@ Gate = Callable[[credentials.Credentials, int | None], Verdict]
 _Newcomer = tuple[socket.socket, credentials.Credentials, "descriptors.FdArray | None"]
 
 
-class _Connection:
-    """One peer's socket, and where it stands."""
-
-    __slots__ = ("announced", "events", "fd", "member", "peer", "readonly", "socket", "taken")
-
-    def __init__(self, sock: socket.socket, member: Member, peer: Peer, readonly: bool) -> None:
-        self.socket = sock
-        self.fd = sock.fileno()
-        self.member = member
-        self.peer = peer
-        self.readonly = readonly
-        self.events = 0  # watched for beside EPOLLHUP: EPOLLOUT while its buffer is full
-        self.taken = 0.0  # when it last took something, if its buffer is full
-        self.announced = False  # its set-up is complete, and it was told so
-
-    @property
-    def vectors(self) -> descriptors.FdArray:
-        vectors = self.member.vectors
-        assert isinstance(vectors, descriptors.FdArray)
-        return vectors
-
-    @property
-    def stalled(self) -> bool:
-        """It does not read; when it does, an event will say so."""
-        return bool(self.events & descriptors.EPOLLOUT)
-
-
-class _Hold:
-    """Why a peer is sent nothing, and for how long.
-
-    Each of those who ask names a time, and it ends when the last of these times is over.
-    """
-
-    __slots__ = ("askers", "end", "linger")
-
-    def __init__(self) -> None:
-        self.linger = 0.0  # the longest time that was asked for, in seconds; inf: for ever
-        self.askers: dict[object, float] = {}  # those who are there, and their times
-        self.end = 0.0  # when the times of the others are over, by time.monotonic()
-
-    @property
-    def deadline(self) -> float | None:
-        """When it ends by itself, by time.monotonic(); None: it is not known to."""
-        return None if self.askers or self.end == math.inf else self.end
-
-    def ask(self, asker: object | None, linger: float) -> None:
-        self.linger = max(self.linger, linger)
-        if asker is None:
-            self._count_down(linger)
-        else:
-            self.askers[asker] = linger
-
-    def is_gone(self, asker: object) -> None:
-        if asker in self.askers:
-            self._count_down(self.askers.pop(asker))
-
-    def _count_down(self, linger: float) -> None:
-        self.end = max(self.end, time.monotonic() + linger)
-
-
-def _or_never(linger: float) -> float | None:
-    """A time as the journal has it."""
-    return None if linger == math.inf else linger
-
-
 class Engine(Uncopied):
     """Serves one region on one listening socket.
 
@@ -170,14 +96,15 @@ class Engine(Uncopied):
         listener: listening; borrowed, like `memory`.
         memory: the region's descriptor, as an array of one.
         readonly_memory: gives the same for peers that can only read; borrowed, too.
-        answer: gives what those are told who only ask (`sockets.ask`), beside the number of peers.
-        on_join, on_leave: called at the end of a step. What they raise is logged, and harms nobody.
+        answer: returns what a process is told that only asks (peer/inquiry.py), beside the number
+            of peers.
+        on_join, on_leave: called at the end of a step. What they raise is logged.
         gate: asked about each newcomer before it is sent anything. If it raises, that is logged,
             and the newcomer is refused.
-        journal: where a successor finds what was done.
-        shared_id: all who connect have this id, and are told only of peers that `admit` announces.
-        work: held during each change; see turns. `step` takes it; for everything else here that
-            changes something, the caller does.
+        journal: the section in which a successor finds what was done.
+        shared_id: the id of all who connect; they are told only of peers that `admit` announces.
+        work: held during each change; see system/work_lock.py. `step` takes it; for every other
+            method that changes something, the caller does.
     """
 
     def __init__(
@@ -205,7 +132,7 @@ class Engine(Uncopied):
         self._journal = journal or Section()
         self._nobody = descriptors.FdArray.eventfds(1)  # one that nobody reads
         self._roster = Roster(vectors, memory, self._nobody, shared_id=shared_id)
-        self._connections: dict[int, _Connection] = {}  # by serial number
+        self._connections: dict[int, Connection] = {}  # by serial number
         self._of_user: Counter[int] = Counter()  # how many are connected
         self._dirty: set[int] = set()  # those outside the crowd who may have to be sent something
         self._starved: set[int] = set()  # those for whom sending failed for a shortage
@@ -221,9 +148,9 @@ class Engine(Uncopied):
         self._newcomers = False  # whether the listening socket is readable
         self._again = False  # whether to look at that queue in any case
         self.counts: Counter[str] = Counter()
-        self._complaints: dict[str, float] = {}  # when each was last logged
-        self._held: dict[int, _Hold] = {}  # peers whose news are held, by serial number
-        self._small_buffers = not _is_privileged()
+        self._complaints = Complaints()
+        self._held = MessageHolds()  # peers whose news are held, by serial number
+        self._small_buffers = not is_privileged()
         with contextlib.ExitStack() as undo:
             self._poller = Poller()
             undo.callback(self._poller.close)
@@ -253,23 +180,14 @@ class Engine(Uncopied):
 
     def report(self, *, interrupts: bool = True) -> list[PeerReport]:
         """How each peer stands, by id; by the thread that makes the steps."""
-        rung = self._rung() if interrupts else frozenset()
-        found = [self._report(c, interrupts, rung) for c in self._connections.values()]
+        signalled = rung(self._connections.values()) if interrupts else frozenset()
+        found = [self._report(c, interrupts, signalled) for c in self._connections.values()]
         return sorted(found, key=lambda report: report.peer.id)
 
-    def _rung(self) -> frozenset[int]:
-        """The eventfds that are not zero: to read the count of each takes ten times as long."""
-        poll = select.poll()
-        for connection in self._connections.values():
-            for i in range(len(connection.vectors)):
-                poll.register(connection.vectors[i], select.POLLIN)
-        return frozenset(fd for fd, _ in poll.poll(0))
-
     def _report(
-        self, connection: _Connection, interrupts: bool, rung: frozenset[int]
+        self, connection: Connection, interrupts: bool, signalled: frozenset[int]
     ) -> PeerReport:
-        fds = connection.vectors
-        vectors = [fds[i] for i in range(len(fds))] if interrupts else []
+        fds = connection.vector_fds if interrupts else []
         hold = self._held.get(connection.member.serial)
         until = None
         if hold is not None and hold.deadline is not None:
@@ -280,7 +198,7 @@ class Engine(Uncopied):
             self._roster.is_set_up(connection.member),
             self._roster.backlog(connection.member),
             connection.taken if connection.stalled else None,
-            tuple(descriptors.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
+            tuple(descriptors.count_of_eventfd(fd) if fd in signalled else 0 for fd in fds),
             self._roster.leaves_told(connection.member),
             connection.member.told.leaves_held,
             hold is not None,
@@ -317,7 +235,7 @@ class Engine(Uncopied):
             self._dirty.add(serial)
 
     def say(self, call: Callable[[], object]) -> None:
-        """Log something when nothing is being changed: handlers of the log are code of others."""
+        """Log something after the change that is under way: log handlers are not our code."""
         self._later.append(call)
 
     def _call_others(self) -> None:
@@ -346,7 +264,7 @@ class Engine(Uncopied):
             self._meet(*newcomer)
 
     def _next(self) -> tuple[socket.socket, object] | None:
-        """The next in the listening socket's queue; None: nobody is there, or has to wait."""
+        """The next connection in the listen backlog; None: there is none, or it has to wait."""
         if self._roster.full:
             self._pause("every id is taken, or known to a connected peer")
             return None
@@ -359,7 +277,7 @@ class Engine(Uncopied):
             return None
         if self._unkept is not None:
             newcomer, self._unkept = self._unkept, None
-            if _is_gone(newcomer[0]):
+            if has_left(newcomer[0]):
                 self._journal.drop(self._roster.next_serial)
                 newcomer[0].close()
             else:
@@ -385,7 +303,7 @@ class Engine(Uncopied):
 
     def _meet(self, sock: socket.socket, address: object) -> None:
         """Answer a newcomer, refuse it, or let it join."""
-        if _is_gone(sock):
+        if has_left(sock):
             sock.close()
             return
         asks = inquiry.only_asks(address)
@@ -406,7 +324,7 @@ class Engine(Uncopied):
             if not isinstance(verdict, Verdict):
                 raise TypeError(f"a gate returns an access.Verdict, not {verdict!r}")
         except Exception as error:
-            # A gate that cannot judge lets nobody in: that is its purpose.
+            # Refuse: a gate is there to keep processes out, and this one could not decide.
             reason = f"the gate failed: {type(error).__name__}"
             self._complain("the gate failed", f"gate {type(error)}", error=error)
             return Verdict(False, reason=reason)
@@ -459,7 +377,7 @@ class Engine(Uncopied):
             self._unkept = sock, who, memory
 
     def _tell(self, sock: socket.socket) -> None:
-        """Answer somebody who does not want to be a peer."""
+        """Answer a process that only asks, and does not become a peer."""
         import json  # here: see import_the_rest
 
         with sock, contextlib.suppress(OSError):
@@ -484,10 +402,9 @@ class Engine(Uncopied):
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, no_leaves=holds)
         self._note(JoinRecord(member.serial, sock.fileno(), fds, since, readonly, holds))
-        if self._small_buffers:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
         connection = self._connect(sock, who, member, since, readonly)
+        if self._small_buffers:
+            connection.use_small_buffer()
         self.counts["joins"] += 1
         if self._on_join is not None:
             self._later.append(partial(self._call_back, self._on_join, connection.peer))
@@ -506,16 +423,16 @@ class Engine(Uncopied):
         member: Member,
         since: float,
         readonly: bool,
-    ) -> _Connection:
+    ) -> Connection:
         peer = Peer(member.id, who.pid, who.uid, who.gid, who.process, self._vectors, since)
-        connection = _Connection(sock, member, peer, readonly)
+        connection = Connection(sock, member, peer, readonly)
         self._connections[member.serial] = connection
         self._of_user[who.uid] += 1
         self._begin_to_watch(member.serial)
         return connection
 
     def _begin_to_watch(self, serial: int) -> None:
-        """Watch for a peer's end; where that cannot be had at once, it is served all the same."""
+        """Watch for the end of a connection. If that is not possible yet, serve the peer anyway."""
         connection = self._connections[serial]
         try:
             heed = partial(self._heed, serial)
@@ -530,7 +447,7 @@ class Engine(Uncopied):
         self._dirty.update(s for s in self._roster.told_singly if not self._connections[s].stalled)
 
     def _leave(self, serial: int) -> None:
-        """Somebody is gone: the others have to be told, and its descriptors are closed."""
+        """A peer is gone: close its descriptors, and have the other peers told."""
         connection = self._connections.pop(serial)
         self._poller.unwatch(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
@@ -540,14 +457,15 @@ class Engine(Uncopied):
         if not self._of_user[connection.peer.uid]:
             del self._of_user[connection.peer.uid]
         self.counts["leaves"] += 1
-        # First the end that it sees, for a successor takes a connection that is not known for a
-        # newcomer's, and would tell it of a second set-up.
-        _disconnect(connection.socket)
+        # The peer must see the end before the journal says that it left. If this process is killed
+        # in between, its successor finds an open connection that the journal does not name, takes
+        # it for a newcomer's, and sends a second set-up.
+        disconnect(connection.socket)
         self._note(LeaveRecord(serial))
         if self._roster.leave(connection.member):
             self._dirty_others()
         self._journal.drop(serial)
-        _close(connection)
+        connection.close()
         if self._on_leave is not None:
             self._later.append(partial(self._call_back, self._on_leave, connection.peer))
         self._listen_again()
@@ -583,10 +501,10 @@ class Engine(Uncopied):
         return self._holds
 
     def hold_leaves(self, holds: bool) -> None:
-        """Never tell QEMU that somebody left, from now on; or only those that connect from now on.
+        """Never tell QEMU that a peer left; if `holds` is False, that ends for new connections.
 
-        QEMU (7.2 to 10.2) can crash when a device is unplugged that was told of a leave. What is
-        held back costs it the eventfds of the peer that is gone.
+        QEMU (7.2 to 10.2) can crash when a device is unplugged that was told of a leave. Each leave
+        that is held back costs that QEMU the eventfds of the peer that is gone.
         """
         self._holds = holds
         for serial, connection in list(self._connections.items()) if holds else ():
@@ -596,33 +514,33 @@ class Engine(Uncopied):
                 self._note(HoldRecord(serial))
 
     def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
-        """Send a peer nothing from the end of its set-up on; whether it has read all that it was.
+        """Send a peer nothing from the end of its set-up on; return whether it has read the rest.
 
-        Call it again until it has. It ends by `release`, when the peer disconnects, and when for
-        each of those who asked for it `linger` seconds (None: never) have passed since that one
-        went: now, without an `asker`; or when `asker_is_gone` says so; a successor takes all of
-        them for gone, and has the longest of their times.
+        Call it again until it has. The hold ends by `release`, when the peer disconnects, and when
+        the time of each asker is over: `linger` seconds (None: no limit), which begin when the
+        asker is gone (`asker_is_gone`), or now if there is no `asker`. A successor takes all askers
+        for gone, and has the longest of their times.
 
         QEMU (10.0 and newer) uses freed memory if a message comes while the device is unplugged.
 
         Args:
-            serial: the peer's number (`find`); nothing happens if that one has left.
+            serial: the peer's number (`find`). If that peer has left, nothing happens.
         """
         if serial not in self._connections:
             return False
         member = self._connections[serial].member
-        hold = self._held.get(serial) or _Hold()
+        hold = self._held.get(serial) or MessageHold()
         before = hold.linger
         hold.ask(asker, math.inf if linger is None else linger)
         if serial not in self._held or hold.linger != before:
-            self._note(MuteRecord(serial, _or_never(hold.linger)))
+            self._note(MuteRecord(serial, or_none(hold.linger)))
             self._roster.pause(member)
             self._held[serial] = hold
         self._wind_clock()
-        return self._roster.is_set_up(member) and not _unread(self._connections[serial].socket)
+        return self._roster.is_set_up(member) and not self._connections[serial].unread
 
     def release(self, serial: int) -> bool:
-        """End `hold`, whoever asked for it; whether the peer of this number was held."""
+        """End the hold of all askers; return whether the peer of this number was held."""
         if self._held.pop(serial, None) is None:
             return False
         connection = self._connections[serial]
@@ -638,25 +556,21 @@ class Engine(Uncopied):
         return serial in self._held
 
     def asker_is_gone(self, asker: object) -> None:
-        """Let the time begin to run of what only this one has asked to hold."""
-        for hold in self._held.values():
-            hold.is_gone(asker)
+        """Let the time begin of each hold that only this asker wants."""
+        self._held.asker_is_gone(asker)
         self._wind_clock()
 
     def _wind_clock(self) -> None:
-        """Let a step come when the next one is not to be held any longer."""
-        deadlines = [h.deadline for h in self._held.values() if h.deadline is not None]
-        self._clock.set(max(min(deadlines) - time.monotonic(), 0.001) if deadlines else 0)
+        """Have a step made when the next hold ends."""
+        self._clock.set(self._held.seconds_left())
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        for serial, hold in list(self._held.items()):
-            if hold.deadline is not None and hold.deadline <= now:
-                peer = self._connections[serial].peer
-                told = log_events.fields("released", peer=peer.id, reason="expired")
-                text = "peer %d is told news again: %g s ago the one who asked to hold them went"
-                self.say(partial(_log.info, text, peer.id, hold.linger, extra=told))
-                self.release(serial)
+        for serial, hold in self._held.expired():
+            peer = self._connections[serial].peer
+            told = log_events.fields("released", peer=peer.id, reason="expired")
+            text = "peer %d is told news again: %g s ago the one who asked to hold them went"
+            self.say(partial(_log.info, text, peer.id, hold.linger, extra=told))
+            self.release(serial)
         self._wind_clock()
 
     # -- peers that are elsewhere -----------------------------------------------------------------
@@ -673,7 +587,7 @@ class Engine(Uncopied):
             self._dirty_others()
 
     def become(self, shared_id: int) -> None:
-        """Give another id to all who connect from now on, and hang up on those who have the old."""
+        """Give another id to all who connect from now on; disconnect peers with the old one."""
         for serial in list(self._connections):
             self._leave(serial)
         self._roster.change_shared_id(shared_id)
@@ -686,18 +600,19 @@ class Engine(Uncopied):
     # -- sending ----------------------------------------------------------------------------------
 
     def _tell_all(self) -> None:
-        """Send everybody what it must be told, as far as the buffers take it."""
+        """Send each peer what it must be told, as far as its buffer takes it."""
         self._tell_crowd()
         while self._dirty:
             due, self._dirty = self._dirty, set()
-            # Elders first: when a newcomer's set-up is complete, those who read were told of it.
+            # Older peers first: when a newcomer's set-up is complete, every peer that reads knows
+            # of the newcomer.
             for serial in sorted(due):
                 if serial in self._connections:
                     self._flush(serial)
-            self._tell_crowd()  # somebody may have turned out to be gone
+            self._tell_crowd()  # a peer may have turned out to be gone
 
     def _tell_crowd(self) -> None:
-        """Send those who know all that there was what is new: it is the same for all of them."""
+        """Send what is new to the crowd: the peers that were told the same so far."""
         while runs := self._roster.messages_to_all(BATCH):
             serials = list(self._roster.caught_up)
             fds = [self._connections[serial].fd for serial in serials]
@@ -722,7 +637,7 @@ class Engine(Uncopied):
             self.counts["messages"] += count * len(fds)
 
     def _flush(self, serial: int) -> None:
-        """Send one outside the crowd what it has still to be told."""
+        """Send a peer outside the crowd what it has still to be told."""
         connection = self._connections[serial]
         member = connection.member
         full = False
@@ -746,14 +661,7 @@ class Engine(Uncopied):
             connection.taken = 0.0
         self._watch(serial, descriptors.EPOLLOUT if full else 0)
         if not connection.announced and self._roster.is_set_up(member):
-            self._announce_end(connection)
-
-    def _announce_end(self, connection: _Connection) -> None:
-        # Protocol version 0 cannot say that a set-up is complete. Shutting down this side's
-        # receiving says it to a client that asks, and changes nothing for one that does not.
-        connection.announced = True
-        with contextlib.suppress(OSError):  # ENOTCONN: it is gone, and the next event says so
-            connection.socket.shutdown(socket.SHUT_RD)
+            connection.announce_set_up()
 
     def _watch(self, serial: int, events: int) -> None:
         connection = self._connections[serial]
@@ -765,7 +673,7 @@ class Engine(Uncopied):
     # -- shortages --------------------------------------------------------------------------------
 
     def _starve(self, serial: int, error: OSError) -> None:
-        """Sending failed though the buffer has room: no event will come, so a clock must do."""
+        """Retry by a timer: sending failed though the buffer has room, so no event will come."""
         self.counts["starved"] += 1
         told = log_events.fields("starved", reason=error.strerror)
         self._complain(f"sending has to wait: {error.strerror}", extra=told)
@@ -788,7 +696,7 @@ class Engine(Uncopied):
     def _listen_again(self) -> None:
         if self.paused:
             self._poller.watch_for(self._listener.fileno(), descriptors.EPOLLIN)
-            self._again = True  # also if nobody waits: `paused` is to say so
+            self._again = True  # also if the backlog is empty: `paused` has to become ""
 
     def _retry(self) -> None:
         self._timer.set(0)
@@ -806,36 +714,33 @@ class Engine(Uncopied):
         extra: Mapping[str, object] | None = None,
         error: Exception | None = None,
     ) -> None:
-        """Log what may come ten times a second once a minute for each kind."""
-        now = time.monotonic()
-        last = self._complaints.get(kind or text)
-        if last is None or now > last + _COMPLAIN_SECONDS:
-            if len(self._complaints) > _COMPLAINTS:
-                self._complaints.clear()
-            self._complaints[kind or text] = now
+        """Log something, at most once a minute for each kind."""
+        if self._complaints.is_due(kind or text):
             level = late_logging.WARNING if error is None else late_logging.ERROR
             self.say(partial(_log.log, level, text, extra=extra, exc_info=error))
 
     # -- a successor ------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """What `resume` takes instead of the records up to now, in what JSON can hold."""
+        """Return what `resume` takes instead of the records up to now, in what JSON can hold."""
         held = {}
         for serial, connection in self._connections.items():
-            vectors = connection.vectors
-            fds = [vectors[i] for i in range(len(vectors))]
-            since, holds = connection.peer.since, connection.member.no_leaves
-            held[serial] = MemberFds(connection.fd, fds, since, connection.readonly, holds)
-        muted = {serial: _or_never(hold.linger) for serial, hold in self._held.items()}
+            held[serial] = MemberFds(
+                connection.fd,
+                connection.vector_fds,
+                connection.peer.since,
+                connection.readonly,
+                connection.member.no_leaves,
+            )
+        muted = {serial: or_none(hold.linger) for serial, hold in self._held.items()}
         return {**snapshot(self._roster, held), "muted_for": muted, "counts": self.counts}
 
     @property
     def descriptors(self) -> set[int]:
-        """The numbers of those that belong to peers."""
+        """The numbers of the descriptors that belong to peers."""
         found = {connection.fd for connection in self._connections.values()}
         for connection in self._connections.values():
-            vectors = connection.vectors
-            found.update(vectors[i] for i in range(len(vectors)))
+            found.update(connection.vector_fds)
         return found
 
     def resume(
@@ -845,11 +750,11 @@ class Engine(Uncopied):
         unfinished: UnfinishedBatch | None,
         find: Callable[[int], int | None],
     ) -> None:
-        """Go on where another engine was when its process ended.
+        """Continue where another engine was when its process ended.
 
         Args:
-            find: what descriptor has now the number that it had there; None: it is gone. Those
-                found belong to this engine from now on.
+            find: which descriptor has here the number that it had there; None: it is gone. The
+                descriptors that are found belong to this engine from now on.
         """
         records = list(records)
         held = replay(self._roster, state, records, unfinished)
@@ -878,11 +783,11 @@ class Engine(Uncopied):
             if None in found:
                 gone.append(member)
             elif self._roster.is_set_up(member):
-                self._announce_end(connection)
+                connection.announce_set_up()
         linger = muted_for(state, records)
         for member in self._roster.members:
             if member.paused and member.serial in self._connections:
-                hold = self._held[member.serial] = _Hold()
+                hold = self._held[member.serial] = MessageHold()
                 seconds = linger.get(member.serial, LINGER)
                 hold.ask(None, math.inf if seconds is None else seconds)
         self._wind_clock()
@@ -896,7 +801,7 @@ class Engine(Uncopied):
         self.wake()
 
     def adopt(self, sock: socket.socket) -> None:
-        """Take a connection that a predecessor accepted, and did not come to serve."""
+        """Take a connection that a predecessor accepted and did not serve."""
         address = sock.getpeername()
         if self._unkept is not None:
             self._strays.append((sock, address))
@@ -914,9 +819,9 @@ class Engine(Uncopied):
         """Disconnect all peers and close everything; `forked`: only this process's copies."""
         for serial, connection in self._connections.items():
             if not forked:
-                _disconnect(connection.socket)
+                disconnect(connection.socket)
                 self._journal.drop(serial)
-            _close(connection)
+            connection.close()
         self._connections.clear()
         waiting = [sock for sock, _ in self._strays]
         if self._unkept is not None:
@@ -925,7 +830,7 @@ class Engine(Uncopied):
                 self._journal.drop(self._roster.next_serial)
         for sock in waiting:
             if not forked:
-                _disconnect(sock)
+                disconnect(sock)
             sock.close()
         self._strays.clear()
         self._unkept = None
@@ -938,36 +843,15 @@ class Engine(Uncopied):
 
 
 def import_the_rest() -> None:
-    """Import what a server needs only when it listens. It listens the sooner, and calls this then.
+    """Import what a server needs only after it listens, so that it listens sooner.
 
-    It must not be left to when it is needed: a server that has no descriptor left says so in the
-    log, and no module can be read then.
+    This must not wait until the modules are needed: a server without a free descriptor says so in
+    the log, and could not open a module's file then.
     """
     # For `_tell`, and for a journal.
     import json  # noqa: F401
 
     late_logging.load()
-
-
-def _is_gone(sock: socket.socket) -> bool:
-    """Whether a newcomer left while it waited in the queue: thousands can be there, of a flood.
-
-    It is spared an id, eventfds, and that everybody is told. POLLHUP: both directions are closed.
-    """
-    poll = select.poll()
-    poll.register(sock, 0)
-    return bool(poll.poll(0))
-
-
-def _disconnect(sock: socket.socket) -> None:
-    """Hang up on a peer, also where others have copies of the socket."""
-    with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _unread(sock: socket.socket) -> bool:
-    """Whether the other side has not read yet all that was sent."""
-    return any(fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))
 
 
 def _counted(record: MemberRecord) -> dict[str, int]:
@@ -979,22 +863,3 @@ def _counted(record: MemberRecord) -> dict[str, int]:
     if isinstance(record, CrowdRecord):
         return {"messages": record.batch * record.members}
     return {"messages": record.messages} if isinstance(record, SentRecord | SplitRecord) else {}
-
-
-def _close(connection: _Connection) -> None:
-    connection.socket.close()
-    connection.vectors.close()
-
-
-def _is_privileged() -> bool:
-    """Whether RLIMIT_NOFILE limits the descriptors that this process has in flight."""
-    try:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("CapEff:"):
-                    capabilities = int(line.split()[1], 16)
-                    wanted = 1 << _CAP_SYS_ADMIN | 1 << _CAP_SYS_RESOURCE
-                    return bool(capabilities & wanted)
-    except OSError:
-        pass
-    return False

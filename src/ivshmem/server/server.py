@@ -4,9 +4,10 @@ Knows: running (in the foreground, in a thread, a step at a time), stopping, clo
 may be called when. Does not know: peers and messages; the engine does.
 
 Invariants:
-1. The engine is changed by one frame at a time, and closed when no step is under way; see turns.
+1. One frame at a time changes the engine, which is closed when no step is under way; see
+   system/work_lock.py.
 2. No call waits for a frame that it interrupts, or holds anything that a callback could wait for.
-3. A server that cannot go on closes itself, and says so: nobody waits for one that is dead.
+3. A server that fails closes itself and says so: no caller waits for a dead server.
 4. A forked child closes its copies, and does nothing else.
 """
 
@@ -202,9 +203,10 @@ class Server(Uncopied):
         return self._engine.poller.fileno()
 
     def step(self, timeout: float | None = None) -> None:
-        """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
+        """Wait at most `timeout` seconds (None: no limit) and do what there is to do.
 
-        A second thread that calls it waits until the first one's step has ended.
+        From any thread; a second thread waits until the step of the first one has ended. Not from a
+        callback of a step, nor from a signal handler that interrupts a call of this server.
 
         Raises:
             ClosedError: the server is closed.
@@ -230,7 +232,9 @@ class Server(Uncopied):
             self._settle()
 
     def serve_forever(self) -> None:
-        """Serve in this thread until `stop()` or `close()`, also by a signal handler.
+        """Serve in this thread until `stop()` or `close()` is called.
+
+        From any thread, as `step`. A signal handler runs at once if this is the main thread.
 
         Raises:
             ClosedError, RuntimeError: as of `step`.
@@ -255,10 +259,12 @@ class Server(Uncopied):
             )
 
     def start(self: _S) -> _S:
-        """Serve in a thread of its own, until `close()`; returns self.
+        """Serve in a thread of its own until `close()` is called; return self.
 
-        If that thread ends by an error, the log says so, the server closes, `error` has the error,
-        and from then on all calls, and the end of a `with` block, raise ServerFailed.
+        From any thread and callback, but not from a signal handler: Python's Thread.start is not
+        made for that. If the new thread ends by an error, the log says so, the server closes,
+        `error` has the error, and from then on all calls, and the end of a `with` block, raise
+        ServerFailed.
 
         Raises:
             RuntimeError: it was started already; or no thread can be started.
@@ -319,12 +325,12 @@ class Server(Uncopied):
 
     @property
     def peers(self) -> list[Peer]:
-        """The peers that are connected, by id."""
+        """The peers that are connected, by id. Never waits; may be called anywhere."""
         return [] if self._closed else self._engine.peers
 
     @property
     def paused(self) -> str:
-        """Why newcomers wait in the queue at the moment; "" when they do not."""
+        """Why newcomers wait in the listen backlog; "": they do not. May be called anywhere."""
         return self._engine.paused
 
     @property
@@ -338,6 +344,9 @@ class Server(Uncopied):
 
     def report(self, *, interrupts: bool = True) -> list[PeerReport]:
         """How each peer stands, by id.
+
+        From any thread, callback and signal handler. It waits for a change that another thread
+        makes, which takes microseconds.
 
         Args:
             interrupts: count also the rings that peers have not taken, which takes a look at each
@@ -356,8 +365,9 @@ class Server(Uncopied):
     def evict(self, peer_id: int) -> None:
         """Hang up on a peer; the others are told that it left.
 
-        It keeps its memory and its doorbells, and can ring those that it knows, like anybody who
-        was ever a peer. In a signal handler it may happen a moment later, see Server.
+        It keeps its memory and its doorbells, and can still ring the peers that it knows, like
+        every process that was ever a peer. From any thread and callback; in a signal handler it may
+        take effect a moment later, see Server.
 
         Raises:
             NoSuchPeer: there is none with this id.
@@ -378,9 +388,9 @@ class Server(Uncopied):
     def hold_leaves(self, holds: bool) -> None:
         """Never tell QEMU that a peer left, so that its device can be unplugged.
 
-        It holds for QEMUs that are connected, too, but cannot undo what they were told before:
-        `report` says how often that was. False: it ends for those who connect from now on. In a
-        signal handler it may happen a moment later, see Server.
+        This includes QEMUs that are connected, but cannot undo what they were told before: `report`
+        says how often that was. False: it ends for QEMUs that connect from now on. From any thread
+        and callback; in a signal handler it may take effect a moment later, see Server.
 
         Raises:
             ClosedError: the server is closed.
@@ -395,13 +405,14 @@ class Server(Uncopied):
     def hold(
         self, peer_id: int, *, linger: float | None = LINGER, asker: object | None = None
     ) -> bool:
-        """Send a peer no news for now.
+        """Send a peer no messages for now.
 
         QEMU 10.0 and newer uses freed memory if any message comes while its device is being
-        unplugged. Hold its news before `device_del`, call this until it returns True, and unplug
-        then. A peer whose set-up is under way is sent the rest of it. When the hold ends, the peer
-        is told the difference: who has joined, and who has left that it knew. In a signal handler
-        it may happen a moment later, see Server.
+        unplugged. Hold its messages before `device_del`: call this until it returns True, and
+        unplug then. A peer whose set-up is under way is sent the rest of it. When the hold ends,
+        the peer is told the difference: who has joined, and which of the peers that it knew have
+        left. From any thread and callback; in a signal handler it may take effect a moment later,
+        see Server.
 
         Args:
             linger: seconds after which the hold ends by itself; None: it does not. If several
@@ -425,9 +436,10 @@ class Server(Uncopied):
         return self._ask(lambda: engine.hold(engine.find(peer_id), linger, asker))
 
     def release(self, peer_id: int) -> bool:
-        """End `hold`, whoever has asked for it; whether the peer was held.
+        """End the `hold` of all askers; return whether the peer was held.
 
-        In a signal handler it may happen a moment later, see Server.
+        From any thread and callback; in a signal handler it may take effect a moment later, see
+        Server.
 
         Raises:
             NoSuchPeer: there is none with this id.
@@ -442,7 +454,9 @@ class Server(Uncopied):
         return self._ask(lambda: engine.release(engine.find(peer_id)))
 
     def asker_is_gone(self, asker: object) -> None:
-        """Let the time begin to run of each hold that only this `asker` has asked for.
+        """Let the time begin of each hold that only this `asker` wants; see `hold`.
+
+        From any thread and callback; in a signal handler it may take effect a moment later.
 
         Raises:
             ClosedError: the server is closed.
@@ -455,7 +469,10 @@ class Server(Uncopied):
             self._ask(act)
 
     def relisten(self, bind: Callable[[], None]) -> None:
-        """Have `bind` put another socket in the listener's place; it must not use the server."""
+        """Have `bind` put another socket in the listener's place; it must not use the server.
+
+        From any thread and callback; not from a signal handler.
+        """
         self._ask(partial(self._engine.relisten, bind))
 
     def _ask(self, act: Callable[[], _T]) -> _T:
@@ -482,11 +499,12 @@ class Server(Uncopied):
     # -- the end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop, disconnect all peers, remove the socket; may be called twice, and anywhere.
+        """Stop, disconnect all peers and remove the socket; may be called twice.
 
-        It waits until the step has ended that is under way, and the thread of `start()`. Called by
-        a callback or signal handler of a step, it takes effect when the step ends. `on_leave` is
-        not called for the peers that it disconnects.
+        From any thread, callback and signal handler. It waits for the end of the step that is under
+        way, and of the thread of `start()`. Called by a callback, or by a signal handler that
+        interrupts a step, it takes effect when the step ends. `on_leave` is not called for the
+        peers that it disconnects.
 
         Raises:
             BufferError: the server made the region, and a view of it is alive; all else is closed.

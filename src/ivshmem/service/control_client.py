@@ -265,7 +265,7 @@ class ControlClient(Uncopied):
 
     def _stranger(self) -> ControlError:
         return ControlError(
-            f"{self.path}: this is no control socket (that of a server on this socket would be"
+            f"{self.path}: this is not a control socket (that of a server on this socket would be"
             f" {self.path}{SUFFIX})"
         )
 

@@ -294,7 +294,7 @@ def parse_address(text: str) -> tuple[str, int]:
     elif ":" in host:
         raise ValueError(f"{text}: an IPv6 address stands in brackets, as in [::1]:9100")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
-        raise ValueError(f"{text} is no address: give [HOST:]PORT, for example 127.0.0.1:9100")
+        raise ValueError(f"{text} is not an address: give [HOST:]PORT, for example 127.0.0.1:9100")
     return host or DEFAULT_HOST, int(digits)
 
 

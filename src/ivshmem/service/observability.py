@@ -80,7 +80,7 @@ def observable(
                     f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
                 )
                 reason = error.strerror if isinstance(error, OSError) else error
-                _log.error("the peers are served all the same: %s%s", where, reason)
+                _log.error("the peers are served anyway: %s%s", where, reason)
         yield
 
 

@@ -91,7 +91,7 @@ class PathWatch(Uncopied):
             self._told[path] = why
             if before.get(path) != why:
                 _log.error(
-                    "nobody can connect to %s, which %s, and it cannot be bound again: %s",
+                    "no client can connect to %s, which %s, and it cannot be bound again: %s",
                     *(path, trouble, why),
                     extra=log_events.fields("unreachable", path=path, reason=why, region=region),
                 )

@@ -562,7 +562,7 @@ def _former_gate(name: str, config: RegionConfig) -> Gate | None:
     try:
         return _gate(config)
     except ValueError as error:
-        _log.error("region %s: nobody is let in any more: %s", name, error)
+        _log.error("region %s: all newcomers are refused: %s", name, error)
 
     repaired: list[Gate] = []
 

@@ -60,7 +60,7 @@ class Inheritance(NamedTuple):
             service.take_stray(fd)
         peers = sum(len(served.server.peers) for served in service.regions.values())
         told = log_events.fields("takeover", pid=os.getpid(), reason=self.end)
-        _log.warning("pid %d goes on with %s", os.getpid(), counted(peers, "peer"), extra=told)
+        _log.warning("pid %d continues with %s", os.getpid(), counted(peers, "peer"), extra=told)
         try:
             wanted = self._wanted(service)
             changes = [] if wanted is None else service.change(wanted)
@@ -124,7 +124,7 @@ def replacing(kept: Supervision | None, service: Service) -> Iterator[None]:
             supervisor.start_anew(service.descriptors, kept.fd, lambda: service.stopping)
         except OSError as error:
             _log.error(
-                "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
+                "%s: %s: no process continues if this one is killed: replace it with --takeover",
                 *(error.filename, error.strerror),
             )
             service.unwatch(fd)
@@ -192,11 +192,11 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
         sock, _rest = caller.detach()
         if handover.give(service, sock):
             told = log_events.fields("takeover", reason="another process goes on")
-            _log.warning("another process goes on with all peers: this one ends", extra=told)
+            _log.warning("another process continues with all peers: this one ends", extra=told)
             given.append(sock)
             service.stop()
         else:
-            _log.warning("another process wanted to go on here, and failed: nothing has changed")
+            _log.warning("another process tried to take over, and failed: nothing has changed")
             sock.close()
 
     return act

@@ -1,18 +1,18 @@
-"""Answers requests on stream sockets, a step at a time, whatever those who ask may do.
+"""Answers requests on stream sockets, a step at a time, within bounds that no client can exceed.
 
 Knows: connections, and how much of everything they may take. Does not know: what a request looks
 like, what it means, who may ask (`cut`, `answer` and `admit` do).
 
 Invariants:
-1. Nothing here blocks: somebody who does not read or send delays nobody else.
-2. Memory is bounded: CALLERS connections, each with at most LONGEST bytes that are no whole request
-   yet and one reply; all replies that wait for their readers have UNREAD bytes at most, or are one.
-3. One request is answered in a step, in turn, so that a server that also does other things in its
-   steps gets to them, however many ask, and however fast.
-4. `answer` may call `step` again, for what takes long: all other callers are answered then. One
-   that is gone before it is answered is forgotten.
-5. Where descriptors are short, one that was kept for that lets one caller in, and another is lent
-   to whoever prepares the answer: what is short can be asked just then.
+1. Nothing here blocks: a caller that does not read or send delays no other caller.
+2. Memory is bounded: CALLERS connections, each with at most LONGEST bytes of an incomplete request
+   and one reply; all replies that wait for their readers have UNREAD bytes at most, or are one.
+3. One request is answered in a step, in turn. So a server that also does other work in its steps
+   gets to it, however many requests come, and however fast.
+4. `answer` may call `step` again while it does what takes long: all other callers are answered
+   then. A caller that is gone before it is answered is forgotten.
+5. When descriptors are short, one that was reserved lets one caller in, and another is lent to
+   `answer`: a caller can ask just then what is short.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 class Caller:
-    """Somebody who is connected, as `answer` sees it.
+    """A connection, as `answer` sees it.
 
     Attributes:
-        socket: non-blocking; of the answering side as long as it was not `detach`ed.
+        socket: non-blocking; the RequestServer closes it, unless it was `detach`ed.
         closing: set it to have the connection closed after the reply.
         at_end: set it to be told when the connection has ended; it may not raise.
     """
@@ -70,7 +70,7 @@ class Caller:
 
 
 class RequestServer(Uncopied):
-    """Answers who connects to a listening socket; `step()` when `fileno()` is readable.
+    """Answers requests to a listening socket; call `step()` when `fileno()` is readable.
 
     Args:
         listener: listening, non-blocking; borrowed.
@@ -79,8 +79,8 @@ class RequestServer(Uncopied):
         answer: the reply to a request; None: nothing, now that the connection was `detach`ed. It
             may not block, except by steps of this; what it raises ends the step.
         too_long: the reply to a request that is longer than LONGEST; the connection is closed.
-        admit: looks at who has connected. What it returns is sent, and the connection is closed;
-            None: it is welcome.
+        admit: looks at a new connection. What it returns is sent, and the connection is closed;
+            None: the connection is accepted.
     """
 
     def __init__(

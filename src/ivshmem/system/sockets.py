@@ -282,7 +282,7 @@ class Listener(Uncopied):
         waiting = select.poll()
         waiting.register(self.socket, select.POLLIN)
         if waiting.poll(0):
-            raise BlockingIOError(errno.EAGAIN, "somebody waits in its queue", self.path)
+            raise BlockingIOError(errno.EAGAIN, "a connection waits in its backlog", self.path)
         former = self._file
         try:
             with Listener(self.path, mode=mode, owner=owner, group=group) as fresh:
@@ -350,7 +350,7 @@ def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
         if not expected or (mode is not None and status.st_mode & 0o777):
             raise OSError(
                 errno.EBUSY,
-                "somebody else replaced the socket: use a directory where only you may write",
+                "another process replaced the socket: use a directory where only you may write",
                 path,
             )
         # fchmod and fchown refuse such a descriptor; its name in /proc leads to the same file.
