@@ -1,7 +1,7 @@
 """The control socket: what a running server says of itself, and is asked to do.
 
-Knows: the protocol's words, who is heard. Does not know: how a server does its work (it is asked),
-how connections are kept in bounds (Answering does).
+Knows: the protocol's words, whose requests are answered. Does not know: how a server does its work,
+how connections are bounded (RequestServer does).
 
 A Unix stream socket, by default the first region's path with ".control" behind it, of mode 0600;
 whatever its permissions, only root and the server's own user are heard (SO_PEERCRED). A request is
@@ -43,8 +43,8 @@ version to version. A program must take codes that it does not know.
     system           the operating system refused something, a file for instance
     internal         the server has a fault, which its log describes
 
-Whoever reads replies must take fields that it does not know; "protocol" is raised when a known one
-changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
+A program that reads replies must take fields that it does not know; "protocol" is raised when a
+known one changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
 
     server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
              fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
@@ -65,8 +65,8 @@ a client takes answers from root and its own user, and root takes them from anyb
 
 Invariants:
 1. A request is checked whole before anything is done.
-2. Whatever a caller sends, and whatever fails on its behalf: the server goes on.
-3. What `Client.ask` returns has the fields and types above: REPLIES says so once for all callers.
+2. Whatever a caller sends, and whatever fails on its behalf, the server continues.
+3. What `ControlClient.ask` returns has the fields and types above; REPLIES checks that.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ class Control(Uncopied):
 
     @contextlib.contextmanager
     def _known(self, name: str) -> Iterator[None]:
-        """Say of a peer that is not there of which region it is not."""
+        """Add the region to the error for a peer that is not connected."""
         try:
             yield
         except NoSuchPeer as error:

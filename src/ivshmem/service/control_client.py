@@ -1,6 +1,6 @@
-"""The other side of the control socket: asks a running server.
+"""The client side of the control socket: asks a running server.
 
-Knows: the types of all replies, who is believed. Does not know: what a server is.
+Knows: the types of all replies, whose answers are trusted. Does not know: what a server does.
 
 `control.py` documents the protocol. A client takes answers from root and its own user, and root
 takes them from anybody. What `ControlClient.ask` returns has the documented fields and types.
@@ -200,7 +200,7 @@ class ControlClient(Uncopied):
         raise ControlError(text, plain(reply.get("code", ""), LONGEST_CODE))
 
     def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
-        """Have a peer sent no news, and wait until it has read what it was sent.
+        """Have a peer sent no messages, and wait until it has read what it was sent.
 
         It ends by `release`, when the peer disconnects, and `linger` seconds after this connection
         has ended. See Server.hold for why.
@@ -223,7 +223,7 @@ class ControlClient(Uncopied):
             time.sleep(_LOOK)
 
     def release(self, peer: int, *, region: str | None = None) -> bool:
-        """Have a peer sent news again; whether it was held.
+        """Have a peer sent messages again; return whether it was held.
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.
@@ -232,7 +232,7 @@ class ControlClient(Uncopied):
         return bool(reply["held"])
 
     def _send(self, data: bytes, deadline: float) -> None:
-        # Who refuses us says so and closes; so there may be something to read nonetheless.
+        # A server that refuses us says so and closes, so there may be a reply to read anyway.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             self._socket.sendall(data)

@@ -1,7 +1,7 @@
-"""`ivshmem serve` under a service manager: sockets that are there already, a word how it is.
+"""`ivshmem serve` under a service manager: socket activation, and status reports to the manager.
 
-Knows: what systemd passes to a service and wants to hear from it. Does not know: who else can have
-been there before, what is served.
+Knows: what systemd passes to a service and expects from it. Does not know: from which other process
+a server can take over, what is served.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SECONDS = 5.0  # between two words about the service, if no watchdog wants more
 
 
 class Manager(Uncopied):
-    """Whoever started this process; most often somebody who wants to hear nothing.
+    """The service manager that started this process; in most cases there is none.
 
     Attributes:
-        notifier: tells it how the service is.
-        listeners: sockets that it passed, by path.
-        journal, groups: what it had stored.
-        keeps: has it keep what is in a journal, from `keep` on.
-        warning: why it cannot be told anything; "": it can, or nobody is there.
+        notifier: tells the manager the state of the service.
+        listeners: sockets that the manager passed, by path.
+        journal, groups: what the manager had stored.
+        keeps: has the manager keep what is in a journal, from `keep` on.
+        warning: why the manager cannot be told anything; "": it can, or there is none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Manager(Uncopied):
 
     @classmethod
     def from_environment(cls) -> Manager:
-        """Whom the environment names; to be asked once, by the process that was started.
+        """The manager that the environment names; call it once, in the process that was started.
 
         Raises:
             ValueError, OSError: what was passed is no socket that a server can listen on.
@@ -71,7 +71,7 @@ class Manager(Uncopied):
 
     @classmethod
     def of_successor(cls) -> Manager:
-        """The same for a process that goes on where one was that had got the sockets."""
+        """The same for a process that continues where one was that had received the sockets."""
         return cls._notifying()
 
     @classmethod
@@ -88,7 +88,7 @@ class Manager(Uncopied):
         return paths[0] if len(paths) == 1 and paths[0] else None
 
     def for_regions(self, config: ServiceConfig) -> dict[str, Listener]:
-        """The sockets that were passed, by what the regions call them; none, if there are none.
+        """The sockets that were passed, by their paths in the configuration.
 
         Raises:
             ValueError: one is no region's.
@@ -108,7 +108,7 @@ class Manager(Uncopied):
         return found
 
     def keep(self, config: ServiceConfig) -> tuple[Journal, Inheritance | None]:
-        """Have it keep what will be in a journal; and what it has kept before, if it has.
+        """Have the manager keep what will be in a journal; return what it has kept before, if any.
 
         Raises:
             OSError: as of Journal.
@@ -134,7 +134,7 @@ class Manager(Uncopied):
         return journal, None
 
     def close(self) -> None:
-        """Forget all about it."""
+        """Close everything that belongs to the manager here."""
         if self.keeps is not None:
             self.keeps.close()
         self.notifier.close()
@@ -168,7 +168,7 @@ def keeping(manager: Manager, service: Service) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(notifier: systemd.Notifier, service: Service) -> Iterator[None]:
-    """Say that the service has begun, and then every few seconds that it lives, and how it is."""
+    """Report that the service has begun, and every few seconds that it lives, and its status."""
     if not notifier.active:
         yield
         return
@@ -213,7 +213,7 @@ def _readable(fd: int) -> Journal | None:
         snapshots.rehearse(snapshots.read(journal))
         return journal
     except JournalError as error:
-        # Nobody can serve these peers. To fail here would leave newcomers without a server, too.
+        # No process can serve these peers. To fail would leave newcomers without a server, too.
         _log.error("all peers of the last process are cut off: %s", error)
     if journal is not None:
         journal.close()

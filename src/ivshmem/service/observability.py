@@ -1,10 +1,11 @@
-"""What lets a running service be seen: its control socket, its metrics, a word about stalls.
+"""What makes a running service observable: its control socket, its metrics, lines about stalls.
 
-Knows: where these are if nobody says so, and which of them a server can do without. Does not know:
-what they say.
+Knows: where these are by default, and which of them a server can do without. Does not know: what
+they say.
 
-A control socket that cannot be made is an error: somebody else can have bound its path to be taken
-for this server (`status`, `--takeover`). Only a successor, which has peers, serves without one.
+A control socket that cannot be made is an error: another process may have bound its path in order
+to be taken for this server (`status`, `--takeover`). Only a successor, which has peers, serves
+without one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def observable(
         handlers: as of Control.
 
     Raises:
-        OSError, ValueError, MetricsError: what was asked for cannot be had.
+        OSError, ValueError, MetricsError: a part that was asked for cannot be started.
     """
     metrics = service.config.metrics
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""A region from its configuration: its socket, its memory, its names; nobody can connect yet.
+"""A region from its configuration: its socket, its memory, its names; no client can connect yet.
 
-Knows: what is made, in which order, and what is taken back if it cannot be completed. Does not
-know: who serves it, other regions.
+Knows: what is made, in which order, and what is undone if a part fails. Does not know: what serves
+the region, other regions.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _attach(config: RegionConfig) -> Region:
     )
     if config.hugepages and region.page_size == pages.PAGE:
         region.close()
-        raise RegionError(f"{region.name} is not in huge pages: leave --hugepages away")
+        raise RegionError(f"{region.name} is not in huge pages: omit --hugepages")
     return region
 
 

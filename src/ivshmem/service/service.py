@@ -1,15 +1,15 @@
 """Several servers in one loop: what a configuration asks for, and changes of it while it runs.
 
-Knows: regions that come and go, what a successor needs to go on with all of them. Does not know:
-command lines, signals, control sockets; others watch what they need by its loop.
+Knows: regions that come and go, what a successor needs to continue with all of them. Does not know:
+command lines, signals, control sockets; these have the service's loop watch their descriptors.
 
 Invariants:
-1. What cannot be done whole is not done: all that is new is opened before anything else changes,
-   and nobody can connect to it before the whole has succeeded. (QEMU spins for ever on a connection
-   that ends early.)
-2. A region that fails takes no other with it, and none waits for another: what takes long is done
-   by a thread, while the loop serves the rest.
-3. What belongs to a region is in the journal as soon as somebody can connect to it.
+1. A change happens as a whole or not at all: everything new is opened before anything else changes,
+   and no client can connect to it before the whole change has succeeded. (QEMU busy-loops on a
+   connection that ends early.)
+2. A region that fails does not affect other regions, and no region waits for another: a thread does
+   what takes long, while the loop serves the rest.
+3. What belongs to a region is in the journal before a client can connect to the region.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Served(Uncopied):
         self.config = config
         self.number = number
         self.server = server
-        # Known also when somebody has closed the server or the region.
+        # Needed also after the server or the region was closed.
         self.fd = server.fileno()
         self.fds = [opened.listener.socket.fileno(), opened.region.fileno()]
         self._opened = opened
@@ -97,14 +97,14 @@ class Served(Uncopied):
         )
 
     def close(self) -> None:
-        """Disconnect everybody, and remove what was made for it."""
+        """Disconnect all peers, and remove what was made for the region."""
         try:
             self.server.close()
         finally:
             self._opened.close(keep=self.config.keep)
 
     def abandon(self) -> None:
-        """Close this process's copies: a successor has them, too."""
+        """Close this process's copies of descriptors that a successor has, too."""
         if self.directory is not None:
             self.directory.close()
         self.listener.unlinks = False
@@ -120,15 +120,15 @@ class Service(Loop):
             regions; without any, all is as it was.
         listeners: sockets that are there already, by path (systemd's, for instance).
         on_join, on_leave: called with a region's name and a Peer.
-        journal: where a successor of this process finds what it needs to go on.
+        journal: where a successor of this process finds what it needs to continue.
         load: reads the configuration for `reload`.
 
-    All of it is for one thread, except `stop`, `wake` and `soon`, which may be called anywhere: in
-    other threads, signal handlers and callbacks. Callbacks, and what else a step does, may call
-    everything but `step` and `run`: a region that is removed by a callback of its own is closed
-    when its step ends, and `close` takes effect when the loop's step ends. A signal handler asks by
-    `soon` for anything else, for it can interrupt a change. In a forked child `close` and
-    `abandon` close the child's copies, and what changes something raises RuntimeError.
+    One thread uses a service. Only `stop`, `wake` and `soon` may be called anywhere: in other
+    threads, signal handlers and callbacks. Callbacks and other acts of a step may call everything
+    except `step` and `run`: a region that its own callback removes is closed when the step ends,
+    and `close` takes effect when the loop's step ends. A signal handler can interrupt a change, so
+    it uses `soon` for everything else. In a forked child `close` and `abandon` close the child's
+    copies, and each method that changes something raises RuntimeError.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Service(Loop):
         self._change = threading.RLock()  # held during a change of what is served
 
     def open(self) -> None:
-        """Open everything that the configuration names, or nothing, and let others connect.
+        """Open everything that the configuration names, or nothing, and let clients connect.
 
         Raises:
             ConfigError: it contradicts itself, or a region that a file names cannot be opened:
@@ -176,12 +176,12 @@ class Service(Loop):
         regions: Mapping[str, RegionConfig],
         undo: contextlib.ExitStack,
     ) -> list[Served]:
-        """Open these regions; nobody can connect to them yet."""
+        """Open these regions; no client can connect to them yet."""
         found = []
         for name, region in regions.items():
             with _told(config, name):
                 opening = partial(open_region, region, self._listeners.get(region.socket))
-                # To have memory at hand (prealloc) can take minutes.
+                # Allocating all memory at once (prealloc) can take minutes.
                 opened = self.to_thread(opening) if self.regions else opening()
                 undo.callback(opened.close)
                 served = self._serve(name, region, self._next_number, opened, _gate(region))
@@ -208,7 +208,7 @@ class Service(Loop):
         return Served(name, config, number, server, opened)
 
     def _begin(self, opened: Iterable[Served], undo: contextlib.ExitStack) -> None:
-        """Let others connect."""
+        """Let clients connect."""
         for served in opened:
             Section(self._journal, served.number).keep(served.fds)
             self._note(served.record())
@@ -237,7 +237,7 @@ class Service(Loop):
             self._journal.rewrite(self.snapshot())
 
     def _end(self, served: Served) -> None:
-        """Serve a region no more; what fails is logged, and the rest is done."""
+        """Stop serving a region. A part that fails is logged, and the rest is done."""
         if self.regions.get(served.name) is not served:
             return  # it has ended by itself
         with contextlib.suppress(OSError):  # somebody closed the server
@@ -272,7 +272,7 @@ class Service(Loop):
             note=self._note_all,
         )
         served.server.relisten(bind)
-        # Whoever keeps copies of its descriptors has one of the old socket.
+        # A service manager that keeps copies of the descriptors has one of the old socket.
         section.drop()
         section.keep(served.fds)
 
@@ -300,10 +300,10 @@ class Service(Loop):
     def change(self, config: ServiceConfig) -> list[str]:
         """Serve another configuration; a line for each change.
 
-        Regions that are in both stay as they are, with all their peers. Who may connect, and
-        `keep`, are changed in place; who is connected stays, also if they could not connect now.
-        While a new region is opened, which takes long if its memory is to be there from the start,
-        the loop serves the others.
+        Regions that are in both configurations stay as they are, with all their peers. Access rules
+        and `keep` are changed in place; connected peers stay, even if the new rules would refuse
+        them. While a new region is opened, which takes long if all its memory is allocated at the
+        start, the loop serves the other regions.
 
         Raises:
             ConfigError: it cannot be served, or would change a region beyond that; or another
@@ -397,7 +397,7 @@ class Service(Loop):
         }
 
     def _common(self) -> dict[str, Any]:
-        """What the configuration says beside the regions."""
+        """The settings of the configuration that are not of a region."""
         return {key: value for key, value in self.config.to_json().items() if key != "regions"}
 
     @property
@@ -417,8 +417,8 @@ class Service(Loop):
             find: where the descriptors are here.
 
         Returns:
-            The descriptors that were closed, of regions that are lost for instance. Their numbers
-            may be other files' already.
+            The descriptors that were closed, of lost regions for instance. Their numbers may
+            already belong to other files.
 
         Raises:
             JournalError: it is damaged, or of another version; nothing was done.
@@ -495,13 +495,13 @@ class Service(Loop):
         return served
 
     def let_go(self, *, back: bool = False) -> None:
-        """Have nothing in the journal, for all is another process's now; `back`: it is not."""
+        """Remove all regions from the journal: another process has them; `back`: put them back."""
         if self._journal is not None:
             state = self.snapshot()
             self._journal.rewrite(state if back else {**state, "regions": []})
 
     def take_stray(self, fd: int) -> None:
-        """Let a connection join that was accepted, and not noted down; close anything else."""
+        """Let a connection join that was accepted and not noted yet; close any other descriptor."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError:
@@ -539,7 +539,7 @@ class Service(Loop):
         super().close()
 
     def abandon(self) -> None:
-        """Close this process's copies, without a sign to anybody: a successor has them, too."""
+        """Close this process's copies without a sign to any peer: a successor has them, too."""
         for served in self.regions.values():
             self.unwatch(served.fd)
             served.abandon()
@@ -558,7 +558,7 @@ def _gate(config: RegionConfig) -> Gate | None:
 
 
 def _former_gate(name: str, config: RegionConfig) -> Gate | None:
-    """The same of a region with peers: that a rule's user is gone since does not end it."""
+    """The gate of a region with peers: a rule whose user is gone refuses, and ends nothing."""
     try:
         return _gate(config)
     except ValueError as error:
@@ -579,7 +579,7 @@ def _former_gate(name: str, config: RegionConfig) -> Gate | None:
 
 @contextlib.contextmanager
 def _told(config: ServiceConfig, name: str) -> Iterator[None]:
-    """Say of an error which region of which file it is about, if there is a file."""
+    """Add to an error which region of which file it is about, if there is a file."""
     if config.source is None:
         yield
         return

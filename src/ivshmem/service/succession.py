@@ -1,7 +1,7 @@
-"""How `ivshmem serve` goes on where another process was, and lets another go on.
+"""How `ivshmem serve` continues where another process was, and lets another process continue.
 
-Knows: who can have been there before: a child of the same parent, a server that hands over, one
-whose service manager kept what it had. Does not know: options, what is served.
+Knows: which processes can come before: a child of the same parent, a server that hands over, a
+server whose descriptors the service manager kept. Does not know: options, what is served.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Inheritance(NamedTuple):
     """What another process left.
 
     Attributes:
-        journal: by which this one can go on.
-        find: where the descriptors are that it names.
-        strays: others; connections among them were accepted, and not noted down yet.
+        journal: by which this process can continue.
+        find: where the descriptors are that the journal names.
+        strays: other descriptors; connections among them were accepted and not noted yet.
         end: what became of that process.
-        config: of this one, if it may be another; None: it is the same.
-        partly: this says only what is to be another: the rest stays, above all who may connect.
+        config: of this process, if it may differ; None: it is the same.
+        partly: `config` says only what differs: the rest stays, above all the access rules.
     """
 
     journal: Journal
@@ -49,11 +49,11 @@ class Inheritance(NamedTuple):
     partly: bool = False
 
     def go_on(self, service: Service) -> None:
-        """Serve who was served there.
+        """Serve the peers that the other process served.
 
         Raises:
-            JournalError: nobody can.
-            OSError, ValueError: nobody was served, and what is to be cannot be.
+            JournalError: no process can.
+            OSError, ValueError: there were no peers, and the new configuration cannot be served.
         """
         closed = service.resume(self.journal, self.find)
         for fd in set(self.strays).difference(service.descriptors, closed):
@@ -66,7 +66,7 @@ class Inheritance(NamedTuple):
             changes = [] if wanted is None else service.change(wanted)
         except (OSError, ValueError) as error:
             if not service.regions:
-                raise  # there is nobody whom it would harm to end here
+                raise  # there are no peers that would be cut off
             _log.error("the former settings stay: %s", error)
         else:
             for line in changes:
@@ -85,7 +85,7 @@ class Inheritance(NamedTuple):
         said = {key: v for key, v in given._asdict().items() if v != getattr(blank, key)}
         found = {name: served.config for name, served in service.regions.items()}
         if said and found.keys() != self.config.regions.keys():
-            # To serve one region instead would be the end for the peers of all of these.
+            # To serve one region instead would cut off the peers of all of these.
             raise ConfigError(f"give the --config FILE that has region {', '.join(found)}")
         regions = {name: each._replace(**said) for name, each in found.items()}
         return self.config._replace(regions=regions)
@@ -97,7 +97,7 @@ class Inheritance(NamedTuple):
 def past_of(kept: Supervision, journal: Journal) -> Inheritance:
     """What the last child left.
 
-    What it had for itself is closed; of the rest, somebody may be at the other end.
+    Its own files are closed. Connections stay open: a client may be at the other end.
     """
     named = {fd for fds in snapshots.read(journal).descriptors.values() for fd in fds}
     found = []
@@ -111,7 +111,7 @@ def past_of(kept: Supervision, journal: Journal) -> Inheritance:
 
 @contextlib.contextmanager
 def replacing(kept: Supervision | None, service: Service) -> Iterator[None]:
-    """While the block runs, become a parent in its place if the parent is killed."""
+    """While the block runs: if the parent is killed, this process takes its place."""
     if kept is None:
         yield
         return
@@ -169,7 +169,7 @@ def take_over(config: ServiceConfig) -> Taken:
         reason = f"no server to take over from listens here: {_LATE}"
         raise OSError(error.errno, reason, path) from None
     with connection as sock:
-        with contextlib.suppress(ConnectionError):  # if it refused us first, it said why
+        with contextlib.suppress(ConnectionError):  # a server that refuses says why, and closes
             sock.sendall(b'{"do": "takeover"}\n')
         try:
             return handover.take(sock, snapshots)
@@ -180,7 +180,7 @@ def take_over(config: ServiceConfig) -> Taken:
 
 
 def handing_over(service: Service, given: list[socket.socket]) -> control.Handler:
-    """What the control socket does when somebody wants to take over.
+    """What the control socket does when another process asks to take over.
 
     Args:
         given: gets the socket over which the service was given away; then `service` is stopped.
