@@ -374,7 +374,7 @@ def test_what_a_successor_cannot_have_it_does_without(
             settle(peers)
             log = second.log.read_text()
             assert f"no pid file: {nowhere}" in log
-            assert f"served all the same: 127.0.0.1:{port}" in log
+            assert f"served anyway: 127.0.0.1:{port}" in log
         finally:
             second.process.terminate()
             second.process.wait(PATIENCE)
