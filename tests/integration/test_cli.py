@@ -382,6 +382,7 @@ def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
 # What is used is imported first: the interpreter may be in a home of root's.
 AS_NOBODY = """
 import os, sys
+import ivshmem.cli.log_queue
 import ivshmem.cli.serve_process
 from ivshmem.cli.main import SUBCOMMANDS, main
 for home, _ in SUBCOMMANDS.values():
