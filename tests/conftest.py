@@ -40,7 +40,7 @@ for _name in [name for name in os.environ if name.startswith("PYTHON")]:
 
 # What CI may skip: what this Python, or this QEMU, cannot do, and a picture. Every other skip hides
 # a failure there: no huge pages, no right to mount, no compiler.
-_MAY_BE_SKIPPED = re.compile(r"in Python (before )?3\.|QEMU \d+|matplotlib|this is an sdist")
+_MAY_BE_SKIPPED = re.compile(r"in Python (before|3\.)|QEMU \d+|matplotlib|this is an sdist")
 
 _FAILED = pytest.StashKey[bool]()
 _numbers = itertools.count()
