@@ -311,7 +311,7 @@ def test_every_request_is_listed() -> None:
     page = (HOME / "docs/reference/control-protocol.md").read_text()
     for word in control_client.REPLIES:
         assert f'"do": "{word}"' in page
-    explained = (service_control.__doc__ or "").partition("CODE}:")[2].partition("Whoever")[0]
+    explained = (service_control.__doc__ or "").partition("CODE}:")[2].partition("In a status")[0]
     codes = re.findall(r"^    ([a-z-]+)  ", explained, re.M)
     assert re.findall(r"^\| `([a-z-]+)` \|", page[: page.index("## Fields")], re.M) == codes
     assert control.default_path("/x") == "/x.control"
