@@ -278,7 +278,7 @@ def test_a_supervisor_with_a_damaged_one(socket_path: str) -> None:
                 _damage(child)
                 os.kill(child, signal.SIGKILL)
                 line = ""
-                while "cannot go on" not in line:
+                while "cannot continue" not in line:
                     line = parent.stderr.readline()
                     assert line
                     assert "Traceback" not in line

@@ -80,7 +80,7 @@ def test_all_at_once() -> None:
 
 def test_fat(fat: Path) -> None:
     with StateFile.create(fat / "state", PLAN):
-        with pytest.raises(MigrationError, match="was begun before"):
+        with pytest.raises(MigrationError, match="an earlier migration of these VMs is unfinished"):
             StateFile.create(fat / "state", PLAN)
         assert os.listdir(fat) == ["state"]
     with StateFile.load(fat / "state") as state:

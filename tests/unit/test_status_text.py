@@ -236,5 +236,5 @@ class TestAddresses:
         "text", ["", "x", "65536", "-1", "host:", "::1:9100", "1:2:3", "\u0661"]
     )
     def test_bad(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"is no address|in brackets"):
+        with pytest.raises(ValueError, match=r"is not an address|in brackets"):
             parse_address(text)

@@ -19,6 +19,7 @@ from logging.handlers import QueueHandler, QueueListener
 
 from ..server import log_events
 from ..server.log_formatters import JsonFormatter, TextFormatter
+from ..system.uncopied import Uncopied
 from .writing import write_all
 
 _LINES = 1000  # kept for a reader that does not read
@@ -46,7 +47,7 @@ def queued(fd: int, level: int, form: str) -> Iterator[None]:
         listener.stop()
 
 
-class _LineQueue(QueueHandler):
+class _LineQueue(Uncopied, QueueHandler):
     """Formats records, and puts them into a queue if there is room; counts the others."""
 
     def __init__(self, lines: queue.SimpleQueue[logging.LogRecord]) -> None:
