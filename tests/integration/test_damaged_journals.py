@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.children import children_of
 from support.manager import Manager
 from support.waiting import until
 
@@ -274,7 +275,7 @@ def test_a_supervisor_with_a_damaged_one(socket_path: str) -> None:
                 connect(socket_path, timeout=10) as two,
             ):
                 until(lambda: two.id in one.peers)
-                (child,) = _children(parent.pid)
+                (child,) = children_of(parent.pid)
                 _damage(child)
                 os.kill(child, signal.SIGKILL)
                 line = ""
@@ -292,7 +293,3 @@ def test_a_supervisor_with_a_damaged_one(socket_path: str) -> None:
             parent.kill()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(socket_path)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import IO
 
 import pytest
 from support.children import Child, needs_root, python
+from support.emulator import QEMU, needs_qemu
 from support.hostile import (
     ATTACKS,
     CLEARS_NONBLOCK,
@@ -293,10 +293,7 @@ def test_flags_that_were_cleared_do_not_matter_to_the_server(scene: Scene) -> No
 @pytest.fixture
 def qemu(scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
     """One that is a peer, with id 3, and has not started its guest."""
-    program = os.environ.get("QEMU") or "qemu-system-x86_64"
-    if shutil.which(program) is None:
-        pytest.skip("needs QEMU: apt-get install qemu-system-x86")
-    command = [program, "-accel", "tcg", "-machine", "q35", "-nodefaults"]
+    command = [QEMU, "-accel", "tcg", "-machine", "q35", "-nodefaults"]
     command += ["-display", "none", "-S", "-qmp", "stdio"]
     command += ["-chardev", f"socket,id=bells,path={scene.path}"]
     command += ["-device", f"ivshmem-doorbell,chardev=bells,vectors={VECTORS}"]
@@ -333,6 +330,7 @@ def answers(process: subprocess.Popen[bytes]) -> bool:
     return bool(select.select([answer], [], [], 0)[0]) and b"return" in answer.readline()
 
 
+@needs_qemu
 @pytest.mark.qemu
 @pytest.mark.parametrize("name", sorted({*ATTACKS} - {"clears O_NONBLOCK"}))
 def test_qemu_goes_on(scene: Scene, qemu: subprocess.Popen[bytes], name: str) -> None:
@@ -347,6 +345,7 @@ def test_qemu_goes_on(scene: Scene, qemu: subprocess.Popen[bytes], name: str) ->
     scene.all_quiet()
 
 
+@needs_qemu
 @pytest.mark.qemu
 def test_a_peer_can_stop_qemu(scene: Scene, qemu: subprocess.Popen[bytes]) -> None:
     """It rings, and takes the interrupt away between QEMU's poll and its read, which then waits.

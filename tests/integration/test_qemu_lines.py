@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from support.emulator import QEMU, needs_qemu
 from support.peer import FakeServer
 from support.waiting import PATIENCE
 
@@ -27,11 +27,8 @@ from ivshmem.qemu import cmdline, old_device
 from ivshmem.text import command
 
 IVSHMEM = command([sys.executable, "-m", "ivshmem"])
-QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 # It sets up all devices, runs no guest, and ends by itself.
 START = f"{QEMU} -machine q35 -accel tcg -S -display none -nodefaults -monitor stdio"
-
-needs_qemu = pytest.mark.skipif(not shutil.which(QEMU), reason="needs QEMU: apt-get install qemu")
 
 
 def sh(line: str, *, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.emulator import QEMU, needs_qemu
 from support.serving import Running, running
 from support.waiting import PATIENCE, until
 
@@ -22,12 +21,7 @@ from ivshmem.migration.inspection import _Servers, inspect_qemu
 from ivshmem.qemu.monitor import Monitor
 from ivshmem.service.observability import observable
 
-QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
-
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.skipif(not shutil.which(QEMU), reason="needs QEMU: apt-get install qemu"),
-]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 
 @pytest.fixture

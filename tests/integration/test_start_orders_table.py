@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.children import NOBODY, needs_root
+from support.children import NOBODY, children_of, needs_root
 from support.leaks import open_fds
 from support.peer import memory_fd, send_raw
 from support.stopping import state, users_environment
@@ -969,10 +969,6 @@ def test_the_command_comes_later(place: Path, options: str, way: str) -> None:
             assert waiter.outcome() == "id 0"
     finally:
         waiter.end()
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize(

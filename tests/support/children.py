@@ -123,3 +123,8 @@ def python(code: str, *arguments: str, user: int | None = None) -> Iterator[Chil
             for stream in (process.stdout, process.stderr):
                 assert stream is not None
                 stream.close()
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process's first thread has made and not waited for."""
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
