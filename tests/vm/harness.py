@@ -347,7 +347,7 @@ class Guest:
             return action()
         except (TimeoutError, subprocess.TimeoutExpired):
             raise self._error(f"timed out waiting for {what}") from None
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except EOFError:
             self._running.wait(TIMEOUT)  # its sockets are closed: it ends now
             status = self._status()
             reason = "" if status is None else f": its program ended with status {status}"

@@ -56,7 +56,7 @@ class Wire:
 
         Raises:
             TimeoutError: the other side does not read; part of the line may have been sent.
-            OSError: it is gone.
+            EOFError: it is gone, as in `readline`. Which of the two notices first is chance.
         """
         data = line.encode() + b"\n"
         while data:
@@ -65,6 +65,8 @@ class Wire:
                 data = data[self._socket.send(data) :]
             except BlockingIOError:
                 continue
+            except (BrokenPipeError, ConnectionResetError):
+                raise EOFError from None
 
     def close(self) -> None:
         self._socket.close()
