@@ -43,6 +43,19 @@ def test_eventfds() -> None:
     assert not set(fds) & set(open_fds())
 
 
+def test_iteration() -> None:
+    array = FdArray.eventfds(3)
+    fds = [array[0], array[1], array[2]]
+    assert list(array) == fds
+    assert fds[1] in array
+    assert list(reversed(array)) == fds[::-1]
+    numbers = iter(array)
+    assert next(numbers) == fds[0]
+    array.close()
+    assert list(numbers) == fds[1:], "numbers that were there, whatever became of them"
+    assert list(array) == []
+
+
 def test_no_eventfds() -> None:
     array = FdArray.eventfds(0)
     assert len(array) == 0

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
 EPOLLIN: int
@@ -31,6 +31,7 @@ class FdArray:
     def close(self) -> None: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
 
 @final
 class Signaller:

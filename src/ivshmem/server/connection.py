@@ -58,8 +58,7 @@ class Connection:
     @property
     def vector_fds(self) -> list[int]:
         """The numbers of its eventfds."""
-        vectors = self.vectors
-        return [vectors[i] for i in range(len(vectors))]
+        return list(self.vectors)
 
     @property
     def stalled(self) -> bool:

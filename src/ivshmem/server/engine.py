@@ -387,8 +387,7 @@ class Engine(Uncopied):
         """Have a newcomer's descriptors kept, under the number that it will have."""
         vectors = self._spare
         assert vectors is not None
-        fds = [vectors[i] for i in range(len(vectors))]
-        self._journal.keep([sock.fileno(), *fds], self._roster.next_serial)
+        self._journal.keep([sock.fileno(), *vectors], self._roster.next_serial)
 
     def _join(
         self, sock: socket.socket, who: credentials.Credentials, memory: descriptors.FdArray | None
@@ -396,12 +395,11 @@ class Engine(Uncopied):
         vectors, self._spare = self._spare, None
         assert vectors is not None
         readonly = memory is not None
-        fds = [vectors[i] for i in range(len(vectors))]
         since = time.time()
         # One of which that cannot be known is taken for a QEMU.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, no_leaves=holds)
-        self._note(JoinRecord(member.serial, sock.fileno(), fds, since, readonly, holds))
+        self._note(JoinRecord(member.serial, sock.fileno(), [*vectors], since, readonly, holds))
         connection = self._connect(sock, who, member, since, readonly)
         if self._small_buffers:
             connection.use_small_buffer()
