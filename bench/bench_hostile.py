@@ -25,7 +25,7 @@ TRIPS, JOINS = 200, 10  # of a round
 
 SERVE = f"""
     import sys, ivshmem
-    from ivshmem.system.sockets import Listener
+    from ivshmem.system.listener import Listener
     with ivshmem.Server(Listener(sys.argv[1], mode=0o666), 65536, {VECTORS}) as server:
         server.start()
         print("READY")

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from .server.report import Peer, PeerReport, ServerCounts
     from .server.server import Server
     from .system.credentials import Credentials
-    from .system.sockets import Listener
+    from .system.listener import Listener
 
 __version__ = "0.1.0"  # pyproject.toml and the command line read it here
 
@@ -112,7 +112,7 @@ _HOMES = {
     "server.report": ("Peer", "PeerReport", "ServerCounts"),
     "server.server": ("Server",),
     "system.credentials": ("Credentials",),
-    "system.sockets": ("Listener",),
+    "system.listener": ("Listener",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -39,10 +39,10 @@ from .native.bell import Doorbell
 from .native.mapping import Atomic
 from .peer import connecting
 from .peer.client import Client
-from .peer.directory import Directory, Publication, _limit
+from .peer.directory import Directory, Publication
 from .peer.endpoint import Endpoint, Event, EventLimit
 from .peer.names_table import Entry
-from .system.sockets import deadline_of
+from .system.time_limits import deadline_of, seconds_of
 from .system.uncopied import Uncopied
 
 __all__ = [
@@ -202,7 +202,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if found:
                 queue.streak += 1
                 return found
-        if timeout is not None and _limit(timeout) == 0:
+        if timeout is not None and not (timeout := seconds_of(timeout)):
             return await self._look_after_others(queue, vectors)
         queue.streak = 0
         if not queue.watched:
@@ -256,7 +256,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if not queue.waiters and queue.streak < _STREAK and (rings := queue.take(vector)):
                 queue.streak += 1
                 return Interrupt(vector, rings)
-        if timeout is not None and _limit(timeout) == 0:
+        if timeout is not None and not (timeout := seconds_of(timeout)):
             for vector, queue in queues.items():
                 if rings := await self._look_after_others(queue, vector):
                     return Interrupt(vector, rings)
@@ -302,7 +302,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             TypeError: `sleeping` is in memory that is mapped for reading only.
         """
         loop = get_running_loop()
-        end = None if timeout is None else loop.time() + _limit(timeout)
+        end = None if timeout is None else loop.time() + seconds_of(timeout)
         while (value := word.load("seq_cst")) == old:
             left = None if end is None else max(end - loop.time(), 0.0)
             rung: int | None = 1
@@ -328,7 +328,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
 
     async def events(self, timeout: float | None = None) -> AsyncIterator[Event]:
         """Yield what happens, as Endpoint.events(): for `timeout` seconds, or until closed."""
-        limit = EventLimit(timeout if timeout is None else _limit(timeout), self.vectors)
+        limit = EventLimit(timeout, self.vectors)
         while (event := await self.next_event(limit.left)) is not None:
             yield event
             if limit.ends_after(event):

@@ -24,7 +24,7 @@ import ivshmem
 from ivshmem.peer.inquiry import ask
 from ivshmem.server.access import Rules
 from ivshmem.system.credentials import credentials
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 MIB = 1 << 20
 MakeServer = Callable[..., ivshmem.Server]

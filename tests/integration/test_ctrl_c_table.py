@@ -18,7 +18,7 @@ from support.waiting import until
 import ivshmem
 from ivshmem import Region, Server, connect
 from ivshmem.aio import connect_async
-from ivshmem.system import sockets
+from ivshmem.system.listener import Listener
 
 # The interpreter ignores what is raised while it finalizes an object.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -192,7 +192,7 @@ def over_a_stale_one(at: ServerPlace) -> None:
 
 
 def by_listener(at: ServerPlace, **how: Any) -> None:
-    with sockets.Listener(at.path, **how) as listener:
+    with Listener(at.path, **how) as listener:
         serves(lambda: Server(listener, at.region))
 
 

@@ -19,7 +19,7 @@ from support.served import Served
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
-import ivshmem.system.sockets
+import ivshmem.system.listener
 from ivshmem import control
 from ivshmem.control import ControlError
 from ivshmem.errors import UnplugPending
@@ -244,7 +244,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
     """By the journal; whoever asked for it is gone then, so the time begins to run."""
     journal = Journal()
     region = ivshmem.Region.create("4K")
-    listener = ivshmem.system.sockets.Listener(tmp_path / "s")
+    listener = ivshmem.system.listener.Listener(tmp_path / "s")
     listener.unlinks = False
     with RegionServer(listener, region, 1, journal=Section(journal, 1)) as former:
         peer, other = RawPeer(former.path), RawPeer(former.path)
@@ -262,7 +262,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
         listening = listener.socket.dup()
         former.abandon()
     state, records = journal.read()
-    again = ivshmem.system.sockets.Listener(tmp_path / "s2")
+    again = ivshmem.system.listener.Listener(tmp_path / "s2")
     with listening, RegionServer(again, region, 1, journal=Section(journal, 1)) as server:
         told = [member_record(*record) for _, *record in records]
         server.resume(state, told, None, copies.get)

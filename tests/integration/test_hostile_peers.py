@@ -35,7 +35,7 @@ from support.waiting import PATIENCE, Background, sleeps_in_read_of, until
 
 import ivshmem
 from ivshmem.server.access import Rules
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 VECTORS = 2
 SIZE = 64 * 1024

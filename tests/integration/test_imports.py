@@ -58,7 +58,8 @@ SERVES = (
     "service.open_region memory memory.pages protocol protocol.roster protocol.framing "
     "protocol.session qemu.cmdline service.path_watch memory.region server.replay "
     "system.safe_files server.server service.service system.json_shapes memory.sizes "
-    "system.sockets peer peer.inquiry peer.connecting system.credentials service.stall_log "
+    "system.sockets system.listener system.time_limits peer peer.inquiry peer.connecting "
+    "system.credentials service.stall_log "
     "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
     "cli.pid_file cli.signals service.managed cli.log_writer cli.writing cli.config_checks "
     "cli.log_queue server.log_formatters "
@@ -69,7 +70,8 @@ ASKS = (
     f"{OPTIONS} native native.descriptors system text system.accounts qemu "
     "qemu.accounts system.requests service service.control service.control_client "
     "system.processes system.locks server server.log_events system.late_logging "
-    "system.named_tuple system.json_shapes memory memory.sizes system.sockets peer "
+    "system.named_tuple system.json_shapes memory memory.sizes system.sockets system.listener "
+    "system.time_limits peer "
     "peer.inquiry peer.connecting system.credentials system.uncopied cli cli.control_connection"
 )
 LISTENS = (
@@ -81,7 +83,8 @@ LISTENS = (
     "system.late_logging system.loop system.named_tuple system.systemd "
     "service.open_region system.processes memory memory.pages protocol protocol.roster "
     "protocol.framing protocol.session memory.region server.replay system.safe_files "
-    "server.server service.service system.json_shapes memory.sizes system.sockets peer "
+    "server.server service.service system.json_shapes memory.sizes system.sockets "
+    "system.listener system.time_limits peer "
     "peer.inquiry peer.connecting system.credentials lasting.fd_store system.work_lock cli "
     "cli.daemon "
     "cli.pid_file cli.signals service.managed cli.log_writer cli.writing cli.serve "
@@ -124,7 +127,8 @@ TABLE = {
         (
             f"{OPTIONS} native native.descriptors system text system.accounts qemu "
             "qemu.accounts system.locks system.named_tuple system.json_shapes memory memory.sizes "
-            "system.sockets peer peer.inquiry peer.connecting system.credentials cli cli.qemu "
+            "system.sockets system.time_limits peer peer.inquiry peer.connecting "
+            "system.credentials cli cli.qemu "
             "qemu.cmdline qemu.old_device"
         ),
         "argparse json socket zlib",
@@ -212,12 +216,12 @@ def test_a_server_that_is_asked_imports_nothing_more(tmp_path: Path) -> None:
 
 _LISTENING = """
 import os, sys
-from ivshmem.system import sockets
+from ivshmem.system import listener
 def listen(listener, *_):
     os.unlink(listener.path)
     print(*sys.modules, flush=True)
     os._exit(0)
-sockets.Listener.listen = listen
+listener.Listener.listen = listen
 from ivshmem.cli.main import main
 main(["serve", "-S", sys.argv[1]])
 """

@@ -71,10 +71,10 @@ def test_help_that_nobody_reads(words: list[str]) -> None:
 
 _NOT_YET = """
 import os, sys
-from ivshmem.system import sockets
+from ivshmem.system import listener
 def listen(*_):
     os._exit(7)
-sockets.Listener.listen = listen
+listener.Listener.listen = listen
 from ivshmem.cli.main import main
 raise SystemExit(main(sys.argv[1:]))
 """

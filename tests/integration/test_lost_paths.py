@@ -27,7 +27,7 @@ from ivshmem import control
 from ivshmem.service import control as service_control
 from ivshmem.service import control_client, path_watch
 from ivshmem.system import sockets
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 VECTORS = 2
 

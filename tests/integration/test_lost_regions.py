@@ -14,7 +14,7 @@ from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.lasting.journal import Journal
 from ivshmem.service.service import Service
 from ivshmem.service.succession import Inheritance
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 
 def test_its_descriptors_are_closed_once(directory: Path, tmp_path: Path) -> None:

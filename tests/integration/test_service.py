@@ -24,7 +24,7 @@ from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
 from ivshmem.lasting.journal import Journal
 from ivshmem.service import open_region
 from ivshmem.service.service import Service
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 SHM = Path("/dev/shm")
 

@@ -25,7 +25,7 @@ from ivshmem.service import control as service_control
 from ivshmem.service import open_region, service
 from ivshmem.service.open_region import Opened
 from ivshmem.service.service import Service
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 BOUND = 5.0  # seconds for a join on a busy machine; alone it takes some milliseconds
 

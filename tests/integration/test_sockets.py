@@ -25,7 +25,8 @@ from support.waiting import PATIENCE, in_child, until
 import ivshmem
 from ivshmem import Server
 from ivshmem.system.credentials import credentials
-from ivshmem.system.sockets import Listener, check_path, is_live
+from ivshmem.system.listener import Listener
+from ivshmem.system.sockets import check_path, is_live
 
 SERVE = """
     import sys, ivshmem
@@ -430,7 +431,7 @@ def test_what_cannot_be_given_away(socket_path: str, arguments: str, reason: str
     """And nothing is left behind."""
     code = f"""
         import sys
-        from ivshmem.system.sockets import Listener
+        from ivshmem.system.listener import Listener
         try:
             Listener(sys.argv[1], mode=0o660, {arguments})
         except PermissionError as error:
@@ -447,7 +448,7 @@ def test_not_root(socket_path: str) -> None:
     """A mode of its own, and a group that it is in."""
     code = """
         import os, sys
-        from ivshmem.system.sockets import Listener
+        from ivshmem.system.listener import Listener
         os.umask(0o777)
         with Listener(sys.argv[1], mode=0o660, owner=65534, group="65534"):
             status = os.lstat(sys.argv[1])

@@ -25,7 +25,7 @@ import ivshmem
 from ivshmem.lasting.journal import Journal, Section
 from ivshmem.server.records import member_record
 from ivshmem.server.region_server import RegionServer
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 VECTORS = 3
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.stopping import users_environment
@@ -47,6 +50,55 @@ def test_a_call(tmp_path: Path, call: str, served: bool) -> None:
             Background(make).result()
     else:
         Background(make).result()
+
+
+SHORT: Any = Decimal("0.02")
+
+
+async def _nothing_comes(path: str) -> None:
+    async with connect_async(path, timeout=SHORT, vectors=1) as client:
+        assert await client.wait(0, SHORT) is None
+        assert await client.wait([0], SHORT) is None
+        assert await client.next_event(SHORT) is None
+        assert await client.wait_word(client.region.atomic_u32(0), 0, timeout=SHORT) is None
+        assert [event async for event in client.events(SHORT)] == []
+
+
+def test_a_decimal_is_a_limit_everywhere(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with pytest.raises(TimeoutError):
+        ivshmem.connect(path, timeout=SHORT, wait_for_server=True)
+    with ivshmem.Server(path, "64K", names=True).start():
+        with ivshmem.connect(path, timeout=SHORT + 9) as client:
+            assert client.wait(0, SHORT) is None
+            assert client.next_event(SHORT) is None
+            assert list(client.events(SHORT)) == []
+            with ivshmem.Directory.open(client) as names, pytest.raises(TimeoutError):
+                names.wait_for("nobody", SHORT)
+        asyncio.run(_nothing_comes(path))
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(path)
+        silent.listen()
+        with pytest.raises(TimeoutError, match="no reply within"):
+            control.request(path, {"do": "status"}, SHORT)
+
+
+def test_text_is_no_limit(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="seconds are a number, not '5'"):
+        ivshmem.connect(tmp_path / "s", timeout="5")  # type: ignore[arg-type]
+
+
+def test_without_a_limit_a_reply_is_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.bind(path)
+        slow.listen()
+        asking = Background(lambda: control.request(path, {"do": "version"}))
+        accepted, _ = slow.accept()
+        with accepted:
+            accepted.recv(1 << 10)
+            accepted.sendall(b'{"ok": true, "version": "x", "protocol": 1, "pid": 1}\n')
+            assert asking.result() == {"version": "x", "protocol": 1, "pid": 1}
 
 
 @pytest.mark.parametrize("limit", ["nan", "-1", "soon"])

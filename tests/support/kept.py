@@ -13,7 +13,7 @@ from ivshmem.lasting.journal import Journal, Section
 from ivshmem.lasting.supervisor import strays, supervise
 from ivshmem.server.records import member_record
 from ivshmem.server.region_server import RegionServer
-from ivshmem.system.sockets import Listener
+from ivshmem.system.listener import Listener
 
 
 def main(path: str, vectors: int) -> int:

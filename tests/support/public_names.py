@@ -156,7 +156,7 @@ def strangers(text: str) -> set[str]:
     """Return the types in such a list that are neither public nor everybody's."""
     public = set(re.findall(r"^(?:class|type|def|async def) (\w+)", text, re.MULTILINE))
     signatures = re.sub(r"Literal\[[^]]*\]|'[^']*'|= ?[\w.'-]+", "", text)
-    used = set(re.findall(r"(?:: |-> |[\[|,(] ?)([A-Z]\w+)", signatures))
+    used = set(re.findall(r"(?:: |-> |[\[|,(] ?)(?:\w+\.)*([A-Z]\w+)", signatures))
     return {name for name in used - public - _KNOWN if not re.fullmatch(r"_?[A-Z]", name)}
 
 

@@ -63,7 +63,7 @@ OWNERS = {
     "ivshmem.memory.region.Region",
     "ivshmem.server.server.Server",
     "ivshmem.service.service.Service",
-    "ivshmem.system.sockets.Listener",
+    "ivshmem.system.listener.Listener",
     "ivshmem.lasting.fd_store.FdStore",
 }
 

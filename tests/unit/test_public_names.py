@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,20 @@ def test_types_in_public_signatures_are_public() -> None:
 
 
 def test_a_stranger_is_found() -> None:
-    text = "class A\n    .b(self, c: int | Hidden) -> list[Secret]\n    .d(self) -> A\n"
-    assert public_names.strangers(text) == {"Hidden", "Secret"}
+    text = "class A\n    .b(self, c: int | Hidden) -> list[Secret]\n    .d(self, e: f.Inner) -> A\n"
+    assert public_names.strangers(text) == {"Hidden", "Inner", "Secret"}
+
+
+def test_no_time_limit_is_the_default() -> None:
+    """Except in ivshmem.testing, where a test of a broken server is to fail and not to hang."""
+    modules = dict(re.findall(r"^\[(.*)\]\n((?:.+\n)+)", public_names.listing(), re.MULTILINE))
+    assert modules.keys() == {*public_names.MODULES}
+    defaults = {
+        name: set(re.findall(r"\btimeout(?:: [^=,)]+ )?=? ?([\w.]+)", text))
+        for name, text in modules.items()
+    }
+    assert defaults.pop("ivshmem.testing") == {"10.0"}
+    assert set().union(*defaults.values()) == {"None"}
 
 
 @pytest.mark.parametrize("name", public_names.MODULES)

@@ -9,7 +9,7 @@ import time
 
 from ..peer import connecting
 from ..peer.client import connect
-from ..system.sockets import deadline_of
+from ..system.time_limits import deadline_of
 from ..text import counted
 from .arguments import OF_THE_SERVER, seconds, server_of, vectors
 from .shell import ClientShell

@@ -20,7 +20,7 @@ from ..guest.device import RESOURCE
 from ..memory.sizes import format_size, parse_size
 from ..peer import default_paths
 from ..protocol.limits import MAX_ID
-from ..system import sockets
+from ..system.listener import Listener
 from ..text import counted
 from . import daemon, pid_file, signals, terminal
 from .log_writer import LogWriter, tell_peer
@@ -288,7 +288,7 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
         signals.held(for_good=True),
         pid_file.held(options.pid_file),
         LogWriter(sys.stderr, logging.INFO),
-        sockets.Listener(options.socket or default_paths.default_socket()) as listener,
+        Listener(options.socket or default_paths.default_socket()) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,

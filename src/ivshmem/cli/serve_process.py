@@ -30,8 +30,8 @@ from ..service.managed import Manager, keeping, telling
 from ..service.open_region import holders_of_removed
 from ..service.service import Service
 from ..system import late_logging
+from ..system.listener import Listener
 from ..system.named_tuple import NamedTuple
-from ..system.sockets import Listener
 from ..text import counted
 from . import daemon, pid_file, signals
 from .arguments import check_no_region, region_of

@@ -35,7 +35,7 @@ from ..protocol.limits import MAX_ID
 from ..protocol.roster import Member
 from ..server.report import Peer
 from ..server.server import Server
-from ..system import sockets
+from ..system.listener import Listener
 from ..text import counted
 from .device import GuestDevice
 
@@ -71,7 +71,7 @@ class Broker(Server):
     def __init__(
         self,
         device: Endpoint,
-        path: str | os.PathLike[str] | sockets.Listener,
+        path: str | os.PathLike[str] | Listener,
         *,
         peers: Iterable[int] = (),
         on_join: Callable[[Peer], object] | None = None,
@@ -177,8 +177,8 @@ class Broker(Server):
     def _announce(self, peer: int) -> None:
         bells = descriptors.FdArray.eventfds(self.vectors)
         self._remote[peer] = self._engine.admit(peer, bells), bells
-        for vector in range(self.vectors):
-            self._engine.poller.watch(bells[vector], partial(self._ring, peer, vector, bells))
+        for vector, bell in enumerate(bells):
+            self._engine.poller.watch(bell, partial(self._ring, peer, vector, bells))
 
     def _ring(self, peer: int, vector: int, bells: descriptors.FdArray) -> None:
         if bells.drain(vector):
@@ -188,8 +188,8 @@ class Broker(Server):
         for peer in peers:
             member, bells = self._remote.pop(peer)
             self._engine.dismiss(member)
-            for vector in range(len(bells)):
-                self._engine.poller.unwatch(bells[vector])
+            for bell in bells:
+                self._engine.poller.unwatch(bell)
             bells.close()
 
     def _close_bells(self) -> None:

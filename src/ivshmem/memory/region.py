@@ -399,7 +399,7 @@ class Region(Uncopied, mapping.Mapping):
     @classmethod
     def from_fd(
         cls,
-        fd: int | descriptors.Fd,
+        fd: int,
         *,
         readonly: bool = False,
         source: Literal[
@@ -421,9 +421,25 @@ class Region(Uncopied, mapping.Mapping):
             OSError: as of mmap(2).
         """
         file = descriptors.FdArray()
-        if isinstance(fd, descriptors.Fd) or not keep_on_error:
+        if not keep_on_error:
             file.take(fd)
-            fd = file[0]
+        region = cls._from_open(file, fd, readonly, source, name)
+        if keep_on_error:
+            file.take(fd)
+        return region
+
+    @classmethod
+    def _from_received(cls, fd: descriptors.Fd, *, readonly: bool) -> Region:
+        """Map the file behind a descriptor that came over a socket; take it, also on an error."""
+        file = descriptors.FdArray()
+        file.take(fd)
+        return cls._from_open(file, file[0], readonly, "descriptor", None)
+
+    @classmethod
+    def _from_open(
+        cls, file: descriptors.FdArray, fd: int, readonly: bool, source: Source, name: str | None
+    ) -> Region:
+        """Map the file behind `fd`, which `file` owns, or will own when this has succeeded."""
         with safe_files.closed_on_error(file):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
@@ -435,12 +451,9 @@ class Region(Uncopied, mapping.Mapping):
             path = posix_path(name) if source == "posix" and name else name
             path = path if source in ("posix", "file") else None
             with pages.explained(status.st_size, page, path):
-                region = cls._map(
+                return cls._map(
                     file, status.st_size, page, source, name, path, readonly=readonly, fd=fd
                 )
-        if keep_on_error:
-            file.take(fd)
-        return region
 
     @classmethod
     def _anonymous(cls, size: int, huge: int, prealloc: bool) -> Region:

@@ -23,11 +23,13 @@ from ..server.limits import LINGER, LONGEST_LINGER
 from ..service import control_client
 from .model import Step
 
+_SECONDS = 10.0  # for an answer of a server, and for a peer to read what it was sent
+
 
 async def hold_leaves(step: Step, *, on: bool) -> None:
     """Let the step's server hold leaves back from QEMUs, or tell them to QEMUs that join later."""
     message = {"do": "hold-leaves", "on": on, "region": step.region}
-    await asyncio.to_thread(control_client.request, step.control, message)
+    await asyncio.to_thread(control_client.request, step.control, message, _SECONDS)
 
 
 async def evict(step: Step) -> None:
@@ -49,7 +51,7 @@ async def messages_held(step: Step, unplug_seconds: float) -> AsyncIterator[None
     if not step.control:
         yield
         return
-    client = await asyncio.to_thread(control_client.ControlClient, step.control)
+    client = await asyncio.to_thread(control_client.ControlClient, step.control, _SECONDS)
     try:
         peers = await asyncio.to_thread(_hold, client, step, _linger(unplug_seconds))
         try:
@@ -99,7 +101,7 @@ def _is_its(peer: Answer, pid: int) -> bool:
 
 def _evict(step: Step) -> None:
     assert step.peer is not None
-    with control_client.ControlClient(step.control) as client:
+    with control_client.ControlClient(step.control, _SECONDS) as client:
         wanted = (step.peer.id, step.peer.pid)
         if any((each.number("id"), each.number("pid")) == wanted for each in _peers(client, step)):
             client.ask({"do": "evict", "id": step.peer.id, "region": step.region})

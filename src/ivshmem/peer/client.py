@@ -26,7 +26,7 @@ from ..native import wire
 from ..native.descriptors import Fd
 from ..protocol.framing import Framer, Message
 from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
-from ..system.sockets import deadline_of
+from ..system.time_limits import deadline_of
 from ..text import counted
 from . import connecting
 from .endpoint import Disconnected, Endpoint, Event, PeerJoined, PeerLeft
@@ -309,7 +309,7 @@ class Client(Endpoint):
 
     def _apply(self, message: Message, event: GotMemory | GotVector | GotLeave | None) -> None:
         if isinstance(event, GotMemory):
-            self.region = Region.from_fd(event.fd, readonly=self._readonly)
+            self.region = Region._from_received(event.fd, readonly=self._readonly)
         elif isinstance(event, GotVector):
             if event.peer == self._session.id:
                 if not event.fd.taken:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from ..system import sockets
-from ..system.sockets import deadline_of
+from ..system.time_limits import deadline_of
 from ..text import counted
 
 _LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest

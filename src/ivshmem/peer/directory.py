@@ -34,6 +34,7 @@ from ..errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchN
 from ..memory.region import Region
 from ..native import mapping
 from ..protocol.limits import MAX_ID, MAX_VECTORS
+from ..system.time_limits import deadline_of, seconds_of
 from ..system.uncopied import Uncopied
 from ..text import counted
 from .endpoint import Endpoint
@@ -279,7 +280,7 @@ class Directory(Uncopied):
 
     def _wait_for(self, name: str, timeout: float | None) -> Generator[float, None, Entry]:
         """What `wait_for` does; yields how many seconds to pause."""
-        deadline = None if timeout is None else time.monotonic() + _limit(timeout)
+        deadline = deadline_of(timeout)
         pause, longest = _LOOKS
         while True:
             try:
@@ -378,7 +379,7 @@ class Directory(Uncopied):
         # peer prevents it.
         begun = time.monotonic()
         last = begun + 2 * self._lease
-        deadline = last if timeout is None else min(begun + _limit(timeout), last)
+        deadline = last if timeout is None else min(begun + seconds_of(timeout), last)
         while True:
             connected = self._connected()
             with self._lock:
@@ -750,13 +751,6 @@ def _forgotten(directory: weakref.ReferenceType[Directory]) -> None:
     it = directory()
     if it is not None:
         it.__del__()
-
-
-def _limit(timeout: float) -> float:
-    """Return a time limit in seconds; refuse NaN, which would never end."""
-    if timeout != timeout:
-        raise ValueError("timeout is not a number")
-    return timeout
 
 
 def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:

@@ -19,6 +19,7 @@ from .. import _core
 from .._core import Interrupt
 from ..errors import ClosedError
 from ..memory.region import Region
+from ..system.time_limits import deadline_of, seconds_of
 from ..system.uncopied import Uncopied
 
 
@@ -111,9 +112,9 @@ class EventLimit:
     """
 
     def __init__(self, timeout: float | None, vectors: int) -> None:
-        self.left = timeout
-        self._waits = timeout is not None and timeout > 0
-        self._deadline = time.monotonic() + timeout if timeout is not None else None
+        self.left = None if timeout is None else seconds_of(timeout)
+        self._waits = self.left is not None and self.left > 0
+        self._deadline = deadline_of(self.left)
         # The kernel reports ready descriptors in turn: so many looks have seen each of them once.
         self._interrupts, self._others = vectors + 1, _MOST_EVENTS
 
@@ -205,7 +206,7 @@ class Endpoint(Uncopied, EndpointHooks, _core.Doorbells):
         Raises:
             DeviceGone: the device was unplugged.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         looks = 0
         while not self.closed:
             if (event := self._next_peer_event()) is not None:

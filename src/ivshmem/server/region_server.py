@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ..lasting.journal import Section
 from ..memory.region import Region
-from ..system import sockets
+from ..system.listener import Listener
 from .engine import Gate
 from .replay import UnfinishedBatch
 from .report import Peer
@@ -40,7 +40,7 @@ class RegionServer(Server):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | sockets.Listener,
+        path: str | os.PathLike[str] | Listener,
         memory: Region | SupportsIndex | str,
         vectors: int = 1,
         *,

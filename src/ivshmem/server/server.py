@@ -30,7 +30,8 @@ from ..memory.sizes import check_size
 from ..native import descriptors
 from ..protocol.framing import VERSION
 from ..protocol.limits import MAX_VECTORS
-from ..system import late_logging, sockets
+from ..system import late_logging
+from ..system.listener import Listener
 from ..system.loop import woken_by_signals
 from ..system.uncopied import Uncopied
 from ..system.work_lock import WorkLock
@@ -56,7 +57,7 @@ class Server(Uncopied):
     """An ivshmem server on a Unix socket.
 
     Args:
-        path: of the socket. A stale one is replaced, a live server's never. Or a `sockets.Listener`
+        path: of the socket. A stale one is replaced, a live server's never. Or a `Listener`
             that holds it already; the server closes it, unless it cannot be made.
         memory: a Region, which stays the caller's; or the size of an anonymous one that the server
             makes and closes ("4M").
@@ -78,7 +79,7 @@ class Server(Uncopied):
 
     If the socket's file is removed or replaced while it runs, its peers stay and no newcomer finds
     it. A Server does not watch for that: it has no timer, and a program that embeds it may have
-    moved the file itself. Pass a `sockets.Listener`, whose `astray()` tells; `relisten` with
+    moved the file itself. Pass a `Listener`, whose `astray()` tells; `relisten` with
     `Listener.bind_again` binds the path again. `ivshmem serve` does that every two seconds.
 
     Each call may be made in any thread, in a callback (`on_join`, `on_leave`, `gate`) and in a
@@ -126,7 +127,7 @@ class Server(Uncopied):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | sockets.Listener,
+        path: str | os.PathLike[str] | Listener,
         memory: Region | SupportsIndex | str = "4M",
         vectors: int = 1,
         *,
@@ -165,10 +166,7 @@ class Server(Uncopied):
             undo.callback(shared.close)
             readonly = descriptors.FdArray()
             undo.callback(readonly.close)
-            if isinstance(path, sockets.Listener):
-                listener = path
-            else:
-                listener = undo.enter_context(sockets.Listener(path))
+            listener = path if isinstance(path, Listener) else undo.enter_context(Listener(path))
             self.path = listener.path
             self._engine = Engine(
                 listener.socket,
@@ -188,7 +186,7 @@ class Server(Uncopied):
                 listener.listen()
                 import_the_rest()
             self._resources = undo.pop_all()
-        if isinstance(path, sockets.Listener):
+        if isinstance(path, Listener):
             self._resources.callback(listener.close)
         self._closed = False
 
@@ -586,7 +584,7 @@ class Server(Uncopied):
 
 
 def _answer(vectors: int, region: Region) -> dict[str, int]:
-    """What is told to those who only ask; `sockets.ask` says what it means."""
+    """What is told to those who only ask; `peer/inquiry.py: ask` says what it means."""
     file = os.fstat(region.fileno())
     return {
         "protocol": VERSION,

@@ -39,7 +39,7 @@ class RegionConfig(NamedTuple):
         accept_owner: other users whose name or file is accepted; see Region.attach.
         keep: leave a name that was made here.
         names: slots in a directory of names; 0: the usual number; None: no directory.
-        mode, owner, group: of the socket; see sockets.Listener.
+        mode, owner, group: of the socket; see Listener.
         allow, deny, readonly_for, peers_per_uid, joins_per_minute: see access.Rules.
         hold_leaves: never tell QEMU that a peer left, so that its device can be unplugged.
     """

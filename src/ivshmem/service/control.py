@@ -93,7 +93,8 @@ from ..errors import (
 from ..peer.limits import MAGIC, SLOT_BYTES
 from ..server import log_events
 from ..server.limits import LINGER, LONGEST_LINGER
-from ..system import credentials, json_shapes, late_logging, sockets
+from ..system import credentials, json_shapes, late_logging
+from ..system.listener import Listener
 from ..system.processes import fd_limit, open_fds, pid_namespace, resident_bytes
 from ..system.requests import LONGEST, Caller, RequestServer
 from ..system.uncopied import Uncopied
@@ -145,7 +146,7 @@ if TYPE_CHECKING:
         @property
         def server(self) -> Inspectable: ...
         @property
-        def listener(self) -> sockets.Listener: ...
+        def listener(self) -> Listener: ...
 
     class Regions(Protocol):
         """Whatever serves regions; asked in the thread that makes the steps."""
@@ -181,7 +182,7 @@ class Control(Uncopied):
 
     def __init__(
         self,
-        listener: sockets.Listener,
+        listener: Listener,
         service: Service,
         *,
         handlers: Mapping[str, Handler] | None = None,
@@ -468,13 +469,13 @@ class Control(Uncopied):
         return directory
 
 
-def listen(path: str | os.PathLike[str]) -> sockets.Listener:
+def listen(path: str | os.PathLike[str]) -> Listener:
     """A listener for a Control: nobody but this user may connect to it, from the beginning.
 
     Raises:
-        OSError: as of sockets.Listener; ENAMETOOLONG for the default of a long socket path.
+        OSError: as of Listener; ENAMETOOLONG for the default of a long socket path.
     """
-    return sockets.Listener(path, mode=MODE)
+    return Listener(path, mode=MODE)
 
 
 def _cut_line(buffer: bytearray) -> bytes | None:

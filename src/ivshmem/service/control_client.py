@@ -21,6 +21,7 @@ from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..server.limits import LINGER
 from ..system import credentials, json_shapes
 from ..system.accounts import user_name
+from ..system.time_limits import deadline_of
 from ..system.uncopied import Uncopied
 from ..text import counted, plain
 
@@ -136,7 +137,9 @@ class ControlClient(Uncopied):
     """A connection to a control socket; a context manager.
 
     Args:
-        timeout: seconds for connecting, and for each reply.
+        timeout: seconds to wait at most for connecting, for each reply, and for a `hold`; None: for
+            ever. A server that is stopped, or hangs, answers nobody: give a limit in a program that
+            must not hang with it.
         users: uids whose servers are asked; None: root's and this process's, and root asks anybody.
 
     Attributes:
@@ -150,7 +153,7 @@ class ControlClient(Uncopied):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        timeout: float = 10.0,
+        timeout: float | None = None,
         *,
         users: Collection[int] | None = None,
     ) -> None:
@@ -173,7 +176,7 @@ class ControlClient(Uncopied):
             )
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a request, but for "ok".
+        """Return the reply to a request, without "ok".
 
         Raises:
             ControlError: the server refused it, for a reason that `code` names; or this is not a
@@ -181,12 +184,13 @@ class ControlClient(Uncopied):
             TimeoutError: no reply within the time limit. The connection is of no use any more.
             ConnectionError: the server has closed the connection.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = deadline_of(self._timeout)
         try:
             self._send(as_line(message), deadline)
             reply = self._receive(deadline)
         except TimeoutError:
-            reason = f"no reply within {counted(self._timeout, 'second')}: is the server stopped?"
+            seconds = counted(self._timeout or 0, "second")
+            reason = f"no reply within {seconds}: is the server stopped?"
             raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
         if reply.pop("ok"):
             try:
@@ -207,15 +211,15 @@ class ControlClient(Uncopied):
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.
-            TimeoutError: the peer did not read all within the time limit; it is held all the same.
+            TimeoutError: the peer did not read all within the time limit; it stays held.
             ConnectionError: the server has closed the connection.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = deadline_of(self._timeout)
         message = {"do": "hold", "id": peer, "linger": linger, "region": region}
         while not self.ask(message)["read"]:
-            if time.monotonic() > deadline:
+            if _is_over(deadline):
                 reason = (
-                    f"peer {peer} has not read all that it was sent within {self._timeout:g}"
+                    f"peer {peer} has not read all that it was sent within {self._timeout or 0:g}"
                     " seconds: is it stopped? (It is sent nothing more until `ivshmem release"
                     f" {peer}`)"
                 )
@@ -231,21 +235,21 @@ class ControlClient(Uncopied):
         reply = self.ask({"do": "release", "id": peer, "region": region})
         return bool(reply["held"])
 
-    def _send(self, data: bytes, deadline: float) -> None:
+    def _send(self, data: bytes, deadline: float | None) -> None:
         # A server that refuses us says so and closes, so there may be a reply to read anyway.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.settimeout(_left(deadline))
             self._socket.sendall(data)
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
+    def _receive(self, deadline: float | None) -> dict[str, Any]:
         chunks = [self._rest]
         size = 0
         while b"\n" not in chunks[-1]:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.settimeout(_left(deadline))
             data = b""
             with contextlib.suppress(ConnectionResetError):
                 data = self._socket.recv(1 << 18)
-            if time.monotonic() > deadline:
+            if _is_over(deadline):
                 raise TimeoutError
             size += len(data)
             chunks.append(data)
@@ -280,10 +284,22 @@ class ControlClient(Uncopied):
         self.close()
 
 
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
+
+
+def _left(deadline: float | None) -> float | None:
+    """Seconds for a socket until the deadline; 0 would make the socket non-blocking."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0.001)
+
+
 def request(
-    path: str | os.PathLike[str], message: Mapping[str, Any], timeout: float = 10.0
+    path: str | os.PathLike[str], message: Mapping[str, Any], timeout: float | None = None
 ) -> dict[str, Any]:
-    """The reply to one request, but for "ok".
+    """Return the reply to one request, without "ok".
+
+    Args:
+        timeout: seconds to wait at most for connecting, and for the reply; None: for ever.
 
     Raises:
         ControlError, TimeoutError, OSError: as of ControlClient.

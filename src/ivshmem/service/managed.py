@@ -15,7 +15,7 @@ from ..lasting import fd_store
 from ..lasting.journal import Journal
 from ..native import descriptors
 from ..system import late_logging, systemd
-from ..system.sockets import Listener
+from ..system.listener import Listener
 from ..system.uncopied import Uncopied
 from ..text import counted
 from .config import ServiceConfig

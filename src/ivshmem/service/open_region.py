@@ -14,7 +14,7 @@ from ..memory import pages
 from ..memory.region import Region, posix_path
 from ..memory.sizes import parse_size
 from ..system import processes, safe_files
-from ..system.sockets import Listener
+from ..system.listener import Listener
 from ..system.uncopied import Uncopied
 from .config import RegionConfig
 from .limits import DEFAULT_SIZE

@@ -25,7 +25,7 @@ from functools import partial
 
 from ..native import descriptors
 from ..server import log_events
-from ..system.sockets import Listener
+from ..system.listener import Listener
 from ..system.uncopied import Uncopied
 from .control import Control
 from .service import Service

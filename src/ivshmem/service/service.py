@@ -32,8 +32,8 @@ from ..server.region_server import RegionServer
 from ..server.report import Peer
 from ..system import late_logging
 from ..system.credentials import Credentials
+from ..system.listener import Listener
 from ..system.loop import Loop
-from ..system.sockets import Listener
 from ..system.uncopied import Uncopied
 from ..system.work_lock import is_mine
 from .config import RULES, RegionConfig, ServiceConfig, conflicts, from_json

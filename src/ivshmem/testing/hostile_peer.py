@@ -33,7 +33,8 @@ class HostilePeer(Uncopied):
     Args:
         path: of the server's socket.
         vectors: how many each peer has at this server; the set-up is read until all are there.
-        timeout: seconds for the set-up.
+        timeout: seconds for the set-up. It has a default, as no other call has: a test of a
+            broken server should fail, not hang.
 
     Attributes:
         id: the peer's own id.
