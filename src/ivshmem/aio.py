@@ -1,18 +1,11 @@
 """Endpoints for asyncio: `await client.wait(0, timeout=1)`, `async for event in client`.
 
-Knows: event loops, and how a task sleeps until a descriptor is readable.
-Does not know: what comes over a descriptor, or where an endpoint comes from.
+Knows: what a user calls, and which of these calls need a thread. Does not know: how tasks sleep
+(peer/waiting_tasks.py), or where an endpoint comes from.
 
-Invariants:
-1. A count is taken only for a task that continues at once, inside the reader's callback. Nothing
-   can come between, so no cancellation, time limit or close() loses one. A count that no task waits
-   for stays in its eventfd, for the next wait here or of the endpoint itself.
-2. No task is resumed inside another: only the callbacks of readers and timers resume one directly;
-   all others use call_soon.
-3. The loop watches a descriptor only while it is open, and at most once without a waiter.
-4. Nothing here blocks the loop. Rings use `ring_nowait`, which a peer that filled the counter of
-   its doorbell cannot hold up. What takes time (opening, `aclose`) has a thread. A peer that rings
-   without end does not keep the loop from turning. Only `close()` may take time.
+Nothing here blocks the loop. Rings use `ring_nowait`, which a peer that filled the counter of its
+doorbell cannot hold up. What takes time (opening, `aclose`, `close_async`) has a thread. A peer
+that rings without end does not keep the loop from turning. Only `close()` may take time.
 """
 
 from __future__ import annotations
@@ -22,12 +15,9 @@ import contextlib
 import operator
 import os
 import socket
-import threading
 from asyncio import get_running_loop
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
-from contextvars import Context
-from typing import Any, Generic, Literal, SupportsIndex, TypeVar, cast, overload
+from typing import Any, Generic, SupportsIndex, TypeVar, cast, overload
 
 from . import guest
 from ._core import Interrupt
@@ -41,24 +31,21 @@ from .peer import connecting
 from .peer.client import Client
 from .peer.directory import Directory, Publication
 from .peer.endpoint import Endpoint, Event, EventLimit
+from .peer.in_thread import close_in_thread, open_in_thread
 from .peer.names_table import Entry
+from .peer.waiting_tasks import EVENTS, STREAK, Queue, Readers, Share, Waiter
 from .system.time_limits import deadline_of, seconds_of
 from .system.uncopied import Uncopied
 
 __all__ = [
     "AsyncEndpoint",
     "Opening",
+    "close_async",
     "connect_async",
     "open_async",
     "publish_async",
     "wait_for_async",
 ]
-
-# So often in a row a ring that is there already is taken without suspending; then other tasks have
-# their turn.
-_STREAK = 64
-
-_EVENTS = object()  # the key of the queue of `async for`
 
 _E = TypeVar("_E", bound=Endpoint)
 _T = TypeVar("_T")
@@ -94,8 +81,8 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         self.ring = endpoint.ring if isinstance(endpoint, GuestDevice) else endpoint.ring_nowait
         self.endpoint = endpoint
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._readers: _Readers
-        self._queues: dict[Any, _Queue] = {}  # those of _readers
+        self._readers: Readers
+        self._queues: dict[Any, Queue] = {}  # those of _readers
 
     @property
     def id(self) -> int:
@@ -197,7 +184,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 return await self._wait_some(vectors, timeout)
             queue = self._listen(vectors)
         waiters = queue.waiters
-        if not waiters and queue.streak < _STREAK:
+        if not waiters and queue.streak < STREAK:
             found = queue.take(vectors)
             if found:
                 queue.streak += 1
@@ -209,7 +196,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             queue.watch()
         waiter = queue.spare
         if waiter is None:
-            waiter = _Waiter(queue.loop)
+            waiter = Waiter(queue.loop)
         else:
             queue.spare = None
             waiter._asyncio_future_blocking = True
@@ -230,9 +217,9 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         queue.spare = waiter
         return waiter.found
 
-    async def _look_after_others(self, queue: _Queue, what: Any) -> Any:
+    async def _look_after_others(self, queue: Queue, what: Any) -> Any:
         """Look once without waiting, after other tasks have had their turn if that is due."""
-        if queue.streak >= _STREAK and not queue.waiters:
+        if queue.streak >= STREAK and not queue.waiters:
             queue.streak = 0
             await asyncio.sleep(0)
             if not queue.waiters and (found := queue.take(what)):
@@ -240,20 +227,20 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 return found
         return None
 
-    def _listen(self, what: Any) -> _Queue:
+    def _listen(self, what: Any) -> Queue:
         if self._closing:
             raise ClosedError("the endpoint is closed")
         return self._readers.listen(what)
 
     async def _wait_some(self, vectors: Iterable[int], timeout: float | None) -> Interrupt | None:
         """Wait in the queues of several vectors at once."""
-        queues: dict[int, _Queue] = {}
+        queues: dict[int, Queue] = {}
         for vector in map(operator.index, vectors):
             queues[vector] = self._queues.get(vector) or self._listen(vector)
         if not queues:
             raise ValueError("no vector to wait for")
         for vector, queue in queues.items():
-            if not queue.waiters and queue.streak < _STREAK and (rings := queue.take(vector)):
+            if not queue.waiters and queue.streak < STREAK and (rings := queue.take(vector)):
                 queue.streak += 1
                 return Interrupt(vector, rings)
         if timeout is not None and not (timeout := seconds_of(timeout)):
@@ -261,9 +248,9 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 if rings := await self._look_after_others(queue, vector):
                     return Interrupt(vector, rings)
             return None
-        waiter = _Waiter(self._readers.loop)
+        waiter = Waiter(self._readers.loop)
         timer = None if timeout is None else waiter._loop.call_later(timeout, waiter.expire)
-        shares = [(queue, _Share(waiter, vector)) for vector, queue in queues.items()]
+        shares = [(queue, Share(waiter, vector)) for vector, queue in queues.items()]
         try:
             for queue, share in shares:
                 queue.streak = 0
@@ -322,7 +309,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
     async def next_event(self, timeout: float | None = None) -> Event | None:
         """Return the next of `events`; None: nothing happened in `timeout` seconds, or closed."""
         try:
-            return await self.wait(_EVENTS, timeout)  # type: ignore[call-overload, no-any-return]
+            return await self.wait(EVENTS, timeout)  # type: ignore[call-overload, no-any-return]
         except ClosedError:
             return None
 
@@ -357,7 +344,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 )
             self._readers.close()
         loop = get_running_loop()
-        self._readers = _Readers(loop, self.endpoint)
+        self._readers = Readers(loop, self.endpoint)
         self._queues = self._readers.queues
         self._loop = loop  # last: if it is set, there are readers to close
 
@@ -384,7 +371,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             BufferError, RuntimeError: as of `close`.
         """
         self._stop()
-        await _close_aside(self.endpoint)
+        await close_in_thread(self.endpoint)
 
     def _stop(self) -> None:
         if self._loop is not None:
@@ -410,346 +397,6 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             except RuntimeError:  # this is another thread than the loop's
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._readers.close)
-
-
-class _Waiter:
-    """What a task sleeps on: the part of a future that asyncio.Task uses.
-
-    A future wakes its task by call_soon. That takes one more turn of the loop with another select,
-    which costs about as much as all the rest. A waiter is private to one task, so its callback can
-    be called directly where no task is running.
-    """
-
-    __slots__ = ("_asyncio_future_blocking", "_loop", "callback", "context", "error", "found")
-
-    context: Context
-    found: Any
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._asyncio_future_blocking = True  # tells the task that this was awaited
-        self._loop = loop
-        self.callback: Any = None  # the task's; None: no task sleeps on this, or it is woken
-        self.error: BaseException | None = None
-
-    def __await__(self) -> Generator[_Waiter, None, None]:
-        # Yields itself once. A tuple's iterator is quicker than a generator.
-        return iter((self,))  # type: ignore[return-value]
-
-    # Called by the task.
-
-    def add_done_callback(self, callback: Callable[[_Waiter], object], *, context: Context) -> None:
-        self.callback = callback
-        self.context = context
-
-    def cancel(self, msg: object = None) -> bool:
-        return self.fail(asyncio.CancelledError(*(() if msg is None else (msg,))))
-
-    def result(self) -> None:
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                self.error = None  # else its traceback would refer to itself
-
-    # Called by readers.
-
-    def resume(self, found: object) -> None:
-        """Let the task continue at once; return when it waits for something else."""
-        callback = self.callback
-        self.callback = None
-        self.found = found
-        self.context.run(callback, self)
-
-    def expire(self) -> None:
-        """End the wait with nothing, if it has not ended; called by the loop's timer."""
-        if self.callback is not None:
-            self.resume(None)
-
-    def fail(self, error: BaseException) -> bool:
-        """Raise the error in the task; return False if it was woken before."""
-        callback = self.callback
-        if callback is None:
-            return False
-        self.callback = None
-        self.error = error
-        self._loop.call_soon(callback, self, context=self.context)
-        return True
-
-
-class _Share:
-    """A waiter's place in the queue of one of several vectors."""
-
-    __slots__ = ("_vector", "_waiter")
-
-    def __init__(self, waiter: _Waiter, vector: int) -> None:
-        self._waiter = waiter
-        self._vector = vector
-
-    @property
-    def callback(self) -> Any:
-        """None if the waiter was woken, through this queue or another one."""
-        return self._waiter.callback
-
-    def resume(self, rings: object) -> None:
-        self._waiter.resume(Interrupt(self._vector, rings))  # type: ignore[arg-type]
-
-    def fail(self, error: BaseException) -> bool:
-        return self._waiter.fail(error)
-
-
-class _Queue:
-    """The tasks that wait for the same thing, the oldest first."""
-
-    __slots__ = ("loop", "readers", "spare", "streak", "waiters", "watched")
-
-    take: Callable[[Any], Any]  # takes what is there already; called with the queue's key
-
-    def __init__(self, readers: _Readers) -> None:
-        self.readers = readers
-        self.loop = readers.loop
-        self.waiters: deque[_Waiter | _Share] = deque()
-        self.watched = False  # whether the loop watches the descriptor
-        self.streak = 0  # how often in a row something was there already
-        self.spare: _Waiter | None = None  # a waiter to be used again
-
-    def watch(self) -> None:
-        """Let the loop watch the descriptor."""
-        raise NotImplementedError
-
-    def is_awaited(self) -> bool:
-        waiters = self.waiters
-        while waiters:
-            if waiters[0].callback is not None:
-                return True
-            waiters.popleft()  # cancelled
-        return False
-
-    def give(self, found: object) -> None:
-        """Wake the oldest waiter with it; there must be one."""
-        self.waiters.popleft().resume(found)
-
-
-class _Vector(_Queue):
-    """Tasks that wait for rings of one vector."""
-
-    __slots__ = ("_fd", "_number", "take")
-
-    def __init__(self, readers: _Readers, number: int) -> None:
-        super().__init__(readers)
-        self._fd = readers.endpoint._descriptor(number)
-        self._number = number
-        self.take = readers.endpoint._take
-
-    def watch(self) -> None:
-        self.loop.add_reader(self._fd, self._ready)
-        self.watched = True
-        self.readers.watch("urgent")
-
-    def unwatch(self) -> None:
-        if self.watched:
-            self.watched = False
-            self.loop.remove_reader(self._fd)
-
-    def _ready(self) -> None:
-        if not self.is_awaited():
-            self.unwatch()
-            return
-        try:
-            rings = self.take(self._number)
-        except Exception as error:
-            self.readers.fail(error)
-            return
-        if rings:  # else another reader has taken them
-            self.waiters.popleft().resume(rings)
-
-
-class _Any(_Queue):
-    """Tasks that wait for interrupts of any vector."""
-
-    __slots__ = ()
-
-    def take(self, what: object) -> Interrupt | None:
-        # If tasks wait for a vector by number, its rings are theirs: the readers distribute them.
-        return None if self.readers.wanted() else self.readers.endpoint.wait(None, 0)
-
-    def watch(self) -> None:
-        self.readers.watch("any")
-        self.watched = True
-
-
-class _Events(_Queue):
-    """Tasks that wait for any event."""
-
-    __slots__ = ("_timer",)
-
-    def __init__(self, readers: _Readers) -> None:
-        super().__init__(readers)
-        self._timer: asyncio.TimerHandle | None = None
-
-    def take(self, what: object) -> Event | None:
-        endpoint = self.readers.endpoint
-        if endpoint.closed:
-            raise ClosedError("the endpoint is closed")
-        if self.readers.wanted() or self.readers.awaited(None):
-            return endpoint._next_peer_event()
-        return endpoint.next_event(0)
-
-    def watch(self) -> None:
-        self.readers.watch("any")
-        self.readers.watch("queued")
-        self.watched = True
-        self._look_later()
-
-    def _look_later(self) -> None:
-        """Look once a while for events that no descriptor tells of."""
-        every = self.readers.endpoint._poll_seconds
-        if every is not None and self._timer is None:
-            self._timer = self.loop.call_later(every, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        if not self.is_awaited():
-            self.watched = False  # the next waiter watches again
-            return
-        try:
-            news = self.readers.endpoint._next_peer_event()
-        except Exception as error:
-            self.readers.fail(error)
-            return
-        self._look_later()
-        if news is not None:
-            self.give(news)
-
-    def stop(self) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class _Readers(Uncopied):
-    """What one loop watches of an endpoint, and which tasks wait for what.
-
-    Nothing that the loop holds refers to the AsyncEndpoint, so that one that the program forgot is
-    collected before the loop is.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> None:
-        self.loop = loop
-        self.endpoint = endpoint
-        self.queues: dict[Any, _Queue] = {}  # by vector, None (any) and _EVENTS
-        self._vectors: list[_Vector] = []  # of these
-        self._watched: dict[str, int] = {}  # descriptors beside those of vectors
-        self._pid = os.getpid()
-
-    def listen(self, what: Any) -> _Queue:
-        """Make the queue for what a task waits for the first time."""
-        queue: _Queue
-        if what is None:
-            queue = _Any(self)
-        elif what is _EVENTS:
-            queue = _Events(self)
-        else:
-            queue = _Vector(self, what)
-            self._vectors.append(queue)
-        self.queues[what] = queue
-        return queue
-
-    def wanted(self) -> bool:
-        """Whether a task waits for a vector by number."""
-        return any(vector.waiters for vector in self._vectors)
-
-    def awaited(self, what: Any) -> _Queue | None:
-        """Return the queue if a task waits in it."""
-        queue = self.queues.get(what)
-        return queue if queue is not None and queue.is_awaited() else None
-
-    # -- what the loop calls ----------------------------------------------------------------------
-
-    def _any_ready(self) -> None:
-        """A vector was rung, or there are other events."""
-        any_waiters, followers = self.awaited(None), self.awaited(_EVENTS)
-        others = any_waiters or followers
-        if others is None:
-            self._unwatch("any")
-            return
-        try:
-            found = self.endpoint._wait_event(0)
-            if found is True:
-                news = self.endpoint._next_peer_event() if followers is not None else None
-        except Exception as error:
-            self.fail(error)
-            return
-        if found is True:
-            if followers is not None and news is not None:
-                followers.give(news)
-        elif found is not None:
-            taker = self.awaited(found.vector)
-            if taker is not None:
-                taker.give(found.rings)
-            else:
-                others.give(found)
-
-    def _queued_ready(self) -> None:
-        """There are events that another call has taken in, `peers` for instance."""
-        followers = self.awaited(_EVENTS)
-        if followers is None:
-            self._unwatch("queued")
-        elif (news := self.endpoint._next_peer_event()) is not None:
-            followers.give(news)
-
-    def _urgent_ready(self) -> None:
-        """There is an event that ends each wait for a vector."""
-        if not any(vector.is_awaited() for vector in self._vectors):
-            self._unwatch("urgent")
-            for vector in self._vectors:
-                vector.unwatch()  # watching a vector again watches for this again
-            return
-        try:
-            self.endpoint._read_news()
-        except Exception as error:
-            self.fail(error)
-
-    # -- watching ---------------------------------------------------------------------------------
-
-    def watch(self, what: Literal["any", "queued", "urgent"]) -> None:
-        if what not in self._watched:
-            fd = self.endpoint._descriptor(what)
-            if fd >= 0:
-                self.loop.add_reader(fd, getattr(self, f"_{what}_ready"))
-                self._watched[what] = fd
-
-    def _unwatch(self, what: str) -> None:
-        self.loop.remove_reader(self._watched.pop(what))
-        if what != "urgent":
-            for key in (None, _EVENTS):
-                if (queue := self.queues.get(key)) is not None:
-                    queue.watched = False
-
-    # -- the end ----------------------------------------------------------------------------------
-
-    def fail(self, error: Exception) -> None:
-        """Raise the error in every task that waits."""
-        for queue in self.queues.values():
-            for waiter in queue.waiters:
-                waiter.fail(error)
-
-    def close(self) -> None:
-        """Stop watching, and raise ClosedError in all tasks that wait."""
-        # A forked child shares the loop's epoll object with its parent, and must not change it.
-        if not self.loop.is_closed() and os.getpid() == self._pid:
-            if self.loop.is_running() and asyncio._get_running_loop() is not self.loop:
-                raise RuntimeError("the event loop runs in another thread: call_soon_threadsafe")
-            for vector in self._vectors:
-                vector.unwatch()
-            for what in list(self._watched):
-                self._unwatch(what)
-            if isinstance(events := self.queues.get(_EVENTS), _Events):
-                events.stop()
-            self.fail(ClosedError("the endpoint was closed while waiting"))
-        # They refer to this object: without a cycle the endpoint needs no garbage collection.
-        self.queues.clear()
-        self._vectors.clear()
 
 
 # -- opening --------------------------------------------------------------------------------------
@@ -808,7 +455,7 @@ def connect_async(
                 plug.shutdown(socket.SHUT_RDWR)
 
         with plug:
-            return await _by_thread(join, stop, sock.close)
+            return AsyncEndpoint(await open_in_thread(join, stop, sock.close))
 
     return Opening(opener)
 
@@ -843,123 +490,24 @@ def open_async(
     The arguments, and what is raised, are those of `guest.open`. It does not block the loop. If it
     is cancelled, the device is still opened, and then closed.
     """
-    return Opening(lambda: _by_thread(lambda: guest.open(address, access=access, memory=memory)))
 
+    async def opener() -> AsyncEndpoint[GuestDevice]:
+        device = await open_in_thread(lambda: guest.open(address, access=access, memory=memory))
+        return AsyncEndpoint(device)
 
-async def _by_thread(
-    open_: Callable[[], _E],
-    stop: Callable[[], object] | None = None,
-    abandon: Callable[[], object] | None = None,
-) -> AsyncEndpoint[_E]:
-    """Call `open_` in a thread of its own.
-
-    It is not a thread of the loop's executor. Those stay, and while there is another thread each
-    ring must release the interpreter's lock. And the end of the loop would wait for a server that
-    is silent.
-
-    Args:
-        stop: makes the call end early.
-        abandon: called instead of `open_`, if no thread can be started.
-    """
-    loop = get_running_loop()
-    done = loop.create_future()
-    lock = threading.Lock()
-    found: list[_E | BaseException] = []
-    wanted = True
-
-    def run() -> None:
-        try:
-            deliver(open_())
-        except BaseException as error:
-            deliver(error)
-
-    def deliver(result: _E | BaseException) -> None:
-        with lock:
-            if wanted:
-                found.append(result)
-                with contextlib.suppress(RuntimeError):  # the loop is closed; the task finds it
-                    loop.call_soon_threadsafe(arrive)
-                return
-        if isinstance(result, Endpoint):
-            result.close()
-
-    def arrive() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    # Without `stop` it is not a daemon: the process ends only after a device was given back.
-    thread = threading.Thread(target=run, name="ivshmem-open", daemon=stop is not None)
-    try:
-        thread.start()
-        await done
-    except BaseException:
-        with lock:
-            wanted = False
-        if stop is not None:
-            stop()
-        if thread.ident is None and abandon is not None:
-            abandon()
-        for late in found:
-            if isinstance(late, Endpoint):
-                _start_closing(late)
-        raise
-    thread.join()  # it is about to return
-    if isinstance(found[0], BaseException):
-        raise found.pop()  # type: ignore[misc]
-    return AsyncEndpoint(found[0])
-
-
-# -- closing --------------------------------------------------------------------------------------
-
-
-async def _close_aside(endpoint: Endpoint) -> None:
-    """Close the endpoint in a thread of its own, and raise what that raises."""
-    loop = get_running_loop()
-    done = loop.create_future()
-
-    def tell(error: BaseException | None) -> None:
-        if done.done():
-            return  # cancelled
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def closed(error: BaseException | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, error)
-
-    thread = _start_closing(endpoint, closed)
-    await done
-    if thread is not None:
-        thread.join()  # it is about to return
-
-
-def _start_closing(
-    endpoint: Endpoint, closed: Callable[[BaseException | None], object] | None = None
-) -> threading.Thread | None:
-    """Close it in a thread, or here if none can start; then call `closed` with the error."""
-
-    def run() -> None:
-        failure: BaseException | None = None
-        try:
-            endpoint.close()
-        except BaseException as error:
-            failure = error
-        if closed is not None:
-            closed(failure)
-
-    # Not a daemon: the process ends only after a device was given back.
-    thread = threading.Thread(target=run, name="ivshmem-close")
-    try:
-        thread.start()
-    except RuntimeError:  # no more threads: to block the loop is better than to keep the device
-        run()
-        return None
-    return thread
+    return Opening(opener)
 
 
 # -- the directory of names -----------------------------------------------------------------------
+
+
+async def close_async(directory: Directory) -> None:
+    """Close as `directory.close` does, in a thread, so that the loop continues.
+
+    (`close` waits for a sign of life that the directory's thread is writing just then, for a second
+    at most.) If this is cancelled, the thread continues by itself.
+    """
+    await close_in_thread(directory)
 
 
 async def wait_for_async(directory: Directory, name: str, timeout: float | None = None) -> Entry:

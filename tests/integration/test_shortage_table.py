@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,7 +198,6 @@ def test_few_descriptors(place: Place, command: str, limit: int) -> None:
         (RuntimeError("can't start new thread"), re.compile(r"ulimit -v unlimited.*ulimit -u")),
         (ImportError("a.so: failed to map segment from shared object"), _REMEDY["AS"]),
         (ImportError("a.so: cannot open it: Too many open files"), _REMEDY["NOFILE"]),
-        (SystemError("error return without exception set"), _REMEDY["AS"]),
         (OSError(28, os.strerror(28)), re.compile("free some space")),
     ],
     ids=repr,
@@ -215,8 +215,24 @@ def test_errors_that_mean_a_shortage(
     assert remedy.search(line), line
 
 
+_LOST = SystemError("error return without exception set")
+
+
+@pytest.mark.parametrize("limited", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_a_lost_error_under_a_limit_is_a_shortage(
+    limited: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def limits(which: int) -> tuple[int, int]:
+        return (1 << 30 if which == limited else resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+    monkeypatch.setattr(resource, "getrlimit", limits)
+    test_errors_that_mean_a_shortage(_LOST, _REMEDY["AS"], capsys)
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a fault"), ImportError("no module"), SystemError("NULL")], ids=repr
+    "error",
+    [RuntimeError("a fault"), ImportError("no module"), SystemError("NULL"), _LOST],
+    ids=repr,
 )
 def test_other_errors_stay_faults(error: Exception) -> None:
     def run() -> int:

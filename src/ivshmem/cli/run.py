@@ -146,9 +146,21 @@ def _lack(error: Exception) -> str:
     if isinstance(error, ImportError) and "Too many open files" in text:  # of dlopen(3)
         return f"too many open files{_HINTS[24]}"
     unmapped = isinstance(error, ImportError) and ("map segment" in text or "allocate" in text)
-    # Some of Python's own code tells of no memory by an error without an exception.
+    # Some of Python's own code tells of no memory by an error without an exception. Without a limit
+    # it is a fault in code in C, and not to be hidden: Linux gives memory until it kills.
     lost = isinstance(error, SystemError) and "without" in text and "exception" in text
+    lost = lost and _memory_is_limited()
     return _NO_MEMORY if unmapped or lost or isinstance(error, MemoryError) else ""
+
+
+def _memory_is_limited() -> bool:
+    """Whether this process has a limit of its own on memory; True if it cannot even ask."""
+    try:
+        import resource  # rarely needed
+    except (ImportError, MemoryError, SystemError):
+        return True
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 
 
 _errors_as_json = False

@@ -698,12 +698,9 @@ class Region(Uncopied, mapping.Mapping):
         """Remove it without a descriptor for /dev/shm, where only we and root rename our files."""
         assert self._path is not None
         try:
-            if not os.path.samestat(os.lstat(self._path), os.fstat(fd)):
-                return False
-            os.unlink(self._path)
+            return safe_files.unlink_same(self._path, os.fstat(fd))
         except OSError:
             return False
-        return True
 
     def close(self) -> None:
         """Unmap and close; may be called twice, and by any thread.

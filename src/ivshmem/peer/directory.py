@@ -624,7 +624,8 @@ class Directory(Uncopied):
     def close(self) -> None:
         """Withdraw everything that was published here; may be called twice, from any thread.
 
-        It waits up to a second for a beat that is under way.
+        It waits up to a second for a beat that is under way. (`aio.close_async` does not block the
+        event loop.)
         """
         if os.getpid() != self._pid:
             self._closed = True  # without the lock, which a thread of the parent may have held

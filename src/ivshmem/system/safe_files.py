@@ -60,6 +60,21 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
+def unlink_same(name: str, status: os.stat_result, *, dir_fd: int | None = None) -> bool:
+    """Remove a name if it is that of the file with this status; return whether it was removed.
+
+    Raises:
+        OSError: as of lstat(2) and unlink(2), except that the name is gone.
+    """
+    try:
+        if not same_file(os.stat(name, dir_fd=dir_fd, follow_symlinks=False), status):
+            return False
+        os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
     """Close a descriptor if the block fails. (If not, the exception's traceback keeps it open.)"""
@@ -212,13 +227,10 @@ class Place(Uncopied):
 
     def remove(self, fd: int) -> bool:
         """Remove the name if it is that of the open file `fd`; else return False."""
-        if self.inherited or not self.leads_to(fd):
-            return False
         try:
-            os.unlink(self.name, dir_fd=self.fd)
-        except FileNotFoundError:
-            return False
-        return True
+            return not self.inherited and unlink_same(self.name, os.fstat(fd), dir_fd=self.fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
 
     def sync(self) -> None:
         """Have the directory on the disk; some file systems cannot be asked that."""
