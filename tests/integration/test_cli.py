@@ -322,7 +322,7 @@ BAD = {
     "no power of two": (["-l", "3M"], "the nearest that works is 4M"),
     "8 exabytes": (["-l", "8E"], "the largest is 4E"),
     "4 exabytes": (["-l", "4E"], "choose a smaller size"),
-    "no size": (["-l", "many"], "'many' is no size"),
+    "no size": (["-l", "many"], "'many' is not a size"),
     "negative": (["-l", "-4M"], None),
     "no slots": (["--names", "0"], None),
     "more slots than fit": (["--names", "32", "-l", "4K"], "takes 4224 bytes"),
@@ -331,10 +331,10 @@ BAD = {
     "a socket path too long": (["-S", "/tmp/" + "x" * 200], "at most 107 bytes"),
     "a directory that is missing": (["-m", "/no/such/dir"], "/no/such/dir: no such file"),
     "a mount point that is missing": (["-m", "/no-such-mount"], "/no-such-mount: no such file"),
-    "a size of 400 digits": (["-l", "9" * 400], "is no size"),
+    "a size of 400 digits": (["-l", "9" * 400], "is not a size"),
     "a path of several lines": (["-S", "/no/such\n\33[2J/s"], r"/no/such\n\x1b[2J: no such file"),
     "a socket's directory that is missing": (["-S", "/no/such/dir/s"], "no such file"),
-    "no name": (["-M", "a/b"], "no POSIX shared memory name"),
+    "no name": (["-M", "a/b"], "not a POSIX shared memory name"),
     "no huge pages of that size": (["--hugepages", "3M"], "no huge pages of 3M; it offers"),
     "huge pages elsewhere": (
         ["--hugepages", "--file", "/tmp/ivshmem-no-file"],
@@ -610,7 +610,7 @@ class TestConnect:
         assert "not a socket: no server listens here, choose another" in one_error_line(file)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             other.bind(path)
-            assert "no ivshmem server" in one_error_line(run("connect", "-S", path, status=1))
+            assert "not an ivshmem server" in one_error_line(run("connect", "-S", path, status=1))
 
     def test_a_server_of_something_else(self, path: str) -> None:
         with socket.socket(socket.AF_UNIX) as listener:

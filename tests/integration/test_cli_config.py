@@ -199,7 +199,10 @@ def test_reloading(serve: Serve, file: Path) -> None:
 
 
 WRONG = {
-    "value": ({"a": "vectors = -2", "c": ""}, "region.a.vectors = -2: a number from 0 to 2048"),
+    "value": (
+        {"a": "vectors = -2", "c": ""},
+        "region.a.vectors = -2: expected a number from 0 to 2048",
+    ),
     "change": ({"a": "vectors = 3", "c": ""}, "region.a.vectors = 3: it cannot change from 2"),
     "new region": (
         {"a": "vectors = 2", "c": "", "d": 'file = "/none/such"'},
@@ -442,7 +445,7 @@ def test_a_successor_does_not_need_the_file(serve: Serve, file: Path) -> None:
             while "continues with" not in said[-1]:
                 assert said[-1], said
                 said.append(process.stderr.readline())
-            assert any("region.a.socket = 5: a text" in line for line in said), said
+            assert any("region.a.socket = 5: expected a text" in line for line in said), said
             until(lambda: pid_file.exists() and pid_file.read_text().strip())
             pid = int(pid_file.read_text())
             with RawPeer(f"{file.parent}/b") as comes:

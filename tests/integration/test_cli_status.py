@@ -425,7 +425,7 @@ class TestLog:
                     assert stalled.pop("pending") >= 0
                     assert re.fullmatch(
                         r"peer 0 does not read: .* \(pid \d+\), since [\d:]{8} \(\d+ s\),"
-                        r" messages that wait: \d+",
+                        r" unsent messages: \d+",
                         stalled.pop("text"),
                     )
                     expected = {"event": "stalled", "region": "default", **who}

@@ -164,7 +164,7 @@ class TestWhatItSays:
     def test_leaves_that_are_held_back(self, controlled: Controlled) -> None:
         assert controlled.ask("hold-leaves", on=True) == {"region": "default"}
         assert controlled.ask("status")["regions"][0]["holds_leaves"]
-        assert "true or false is wanted" in controlled.refused("hold-leaves", on=1)
+        assert "expected true or false" in controlled.refused("hold-leaves", on=1)
         controlled.ask("hold-leaves", on=False, region="default")
         assert not controlled.ask("status")["regions"][0]["holds_leaves"]
 
@@ -236,7 +236,7 @@ class TestWhatItDoes:
 
     @pytest.mark.parametrize("wrong", ["1", True, None, 1.0, [1], {"a": 1}])
     def test_evict_whom(self, controlled: Controlled, wrong: object) -> None:
-        assert "the number of a peer is wanted" in controlled.refused("evict", id=wrong)
+        assert "expected the number of a peer" in controlled.refused("evict", id=wrong)
 
     def test_numbers_out_of_range(self, controlled: Controlled) -> None:
         for number in (-1, 65536, 2**63):

@@ -229,7 +229,7 @@ def test_memory_that_is_none(socket_path: str, make: Callable[[], int]) -> None:
 
     error = fails(socket_path, script)
     assert isinstance(error, RegionError)
-    assert "the descriptor is no shared memory: a file of " in str(error)
+    assert "the descriptor is not shared memory: a file of " in str(error)
 
 
 def test_read_only_memory(socket_path: str, directory: Path, events: Eventfds) -> None:
@@ -323,8 +323,8 @@ def send_two_vectors(sock: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("after", "reason"),
     [
-        (lambda sock: sock.sendall(b"\xfe" + b"\xff" * 7), "message -2 is no peer id"),
-        (send_memory, "message -1 is no peer id"),
+        (lambda sock: sock.sendall(b"\xfe" + b"\xff" * 7), "message -2 is not a peer id"),
+        (send_memory, "message -1 is not a peer id"),
         (lambda sock: send_raw(sock, 3), "the server says that this client itself (3) has left"),
         (lambda sock: sock.sendall(b"\0\0\0"), "the server ended the connection"),
         (lambda _sock: None, "the server ended the connection"),
@@ -604,7 +604,7 @@ def test_datagram_socket(socket_path: str) -> None:
         sock.bind(socket_path)
         error = refused(socket_path)
         assert error.errno == errno.EPROTOTYPE
-        assert "a socket of another kind: this is no ivshmem server" in str(error)
+        assert "this socket is of another type, so it is not an ivshmem server's" in str(error)
         os.unlink(socket_path)
 
 

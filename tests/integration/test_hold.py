@@ -194,7 +194,7 @@ def test_a_peer_that_is_not_there(asker: control.ControlClient, do: str, peer: i
 @pytest.mark.parametrize("peer", [None, "0", True, [0], 0.0])
 @pytest.mark.parametrize("do", ["hold", "release"])
 def test_what_is_no_peer(asker: control.ControlClient, do: str, peer: object) -> None:
-    with pytest.raises(ControlError, match=r'"id" is .*the number of a peer is wanted'):
+    with pytest.raises(ControlError, match=r'"id" is .*expected the number of a peer'):
         asker.ask({"do": do, "id": peer})
 
 

@@ -120,7 +120,7 @@ def test_a_socket_is_nobodys(
     manage: Manage, region: list[str], listener: socket.socket, tmp_path: Path
 ) -> None:
     region[region.index("-S") + 1] = str(tmp_path / "another")
-    with pytest.raises(AssertionError, match=f"{tmp_path}/socket was passed .* is no region's"):
+    with pytest.raises(AssertionError, match=f"{tmp_path}/socket was passed .* no region uses it"):
         manage(*region, sockets=[("ivshmem.socket", listener)])
 
 

@@ -235,7 +235,7 @@ def test_the_translation_is_taken(tmp_path: Path) -> None:
         ("ivshmem,colour=red", "had no property colour"),
         ("ivshmem,shm=a,chardev=b", "shm= or chardev=: give one of them"),
         ("ivshmem,chardev=b", "also give `-chardev socket,path=PATH,id=b`"),
-        ("ivshmem,size=x", "is no size"),
+        ("ivshmem,size=x", "is not a size"),
         ("ivshmem,size=0", "allowed is more than 0"),
         ("ivshmem,vectors=many", "not a number of vectors"),
     ],

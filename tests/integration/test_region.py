@@ -409,9 +409,9 @@ def test_attached_regions_can_be_unlinked(shm_name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "/", "a/b", "//a", ".", "..", "a\0b", "x" * 256, "/../tmp/x"])
 def test_no_posix_name(name: str) -> None:
-    with pytest.raises(RegionError, match="is no POSIX shared memory name"):
+    with pytest.raises(RegionError, match="is not a POSIX shared memory name"):
         Region.create(PAGE, name=name)
-    with pytest.raises(RegionError, match="is no POSIX shared memory name"):
+    with pytest.raises(RegionError, match="is not a POSIX shared memory name"):
         Region.attach(name=name)
 
 
@@ -449,7 +449,7 @@ def test_from_descriptor_owns_it() -> None:
 def test_from_a_descriptor_that_is_no_memory(make: Callable[[], int]) -> None:
     """It is owned, and so closed, also when this fails."""
     fd = make()
-    with pytest.raises(RegionError, match="the descriptor is no shared memory"):
+    with pytest.raises(RegionError, match="the descriptor is not shared memory"):
         Region.from_fd(fd)
     assert fd not in open_fds()
 

@@ -705,7 +705,7 @@ def test_a_region_that_is_lost_takes_no_other_with_it(
         for name in ("a", "c"):
             with RawPeer(regions[name].socket) as peer:
                 peer.set_up(regions[name].vectors)
-    assert "region b is lost: the descriptor is no shared memory" in caplog.text
+    assert "region b is lost: the descriptor is not shared memory" in caplog.text
 
 
 def test_a_user_who_is_gone_ends_nothing(

@@ -618,7 +618,7 @@ def test_what_cannot_be_adopted(make: Callable[[], int], number: int, reason: st
         Listener.adopt(fd)
     assert caught.value.errno == number
     assert f"descriptor {fd} " in str(caught.value)
-    assert str(caught.value).endswith("a listening Unix stream socket is wanted")
+    assert str(caught.value).endswith("expected a listening Unix stream socket")
     assert open_fds() == before, "it was not closed"
 
 

@@ -94,20 +94,20 @@ class TestBytes:
             (b"\n", "not JSON"),
             (b'{"ok": true', "ended the connection"),
             (b'{"ok": true\n', "not JSON"),
-            (b"null\n", "an object is wanted"),
-            (b"[]\n", "an object is wanted"),
-            (b'"x"\n', "an object is wanted"),
+            (b"null\n", "expected an object"),
+            (b"[]\n", "expected an object"),
+            (b'"x"\n', "expected an object"),
             (b"{}\n", "offer has no ok"),
-            (b'{"ok": 1}\n', "true or false is wanted"),
+            (b'{"ok": 1}\n', "expected true or false"),
             (b'{"ok": false}\n', "refuses: no reason"),
-            (b'{"ok": false, "error": 7}\n', "a string is wanted"),
+            (b'{"ok": false, "error": 7}\n', "expected a string"),
             (b'{"ok": false, "error": "a\\u001b[2J\\ud800b"}\n', r"refuses: a\x1b[2J\ud800b"),
             (b'{"ok": true}\n', "offer has no version"),
             (b'{"ok": true, "version": 2, "numbers": []}\n', "of a version"),
             (b'{"ok": true, "version": 1, "numbers": []}\n', "offer has no state"),
             (b'{"ok": true, "version": 1, "numbers": [1, 1]}\n', "one number twice"),
             (b'{"ok": true, "version": 1, "numbers": [-1]}\n', "allowed are 0"),
-            (b'{"ok": true, "version": 1, "numbers": [1e3]}\n', "an integer is wanted"),
+            (b'{"ok": true, "version": 1, "numbers": [1e3]}\n', "expected an integer"),
             (b'{"ok": true, "version": NaN}\n', "NaN is not a number"),
             (b'{"ok": true, "version": -Infinity}\n', "-Infinity is not a number"),
             (b'{"ok": true, "version": 1e999}\n', "too large"),
@@ -236,7 +236,7 @@ class TestDescriptors:
 
     def test_too_few(self, service: Service) -> None:
         told = refused(json.dumps(offer_of(service)).encode() + b"\n", [service.descriptors[:-1]])
-        assert "ended in the midst" in told
+        assert "ended, or cancelled the takeover" in told
 
     def test_more_than_were_named(self, service: Service) -> None:
         fds = service.descriptors
@@ -247,7 +247,7 @@ class TestDescriptors:
         offer = offer_of(service)
         offer["numbers"][0] += 1000
         told = refused(json.dumps(offer).encode() + b"\n", [service.descriptors])
-        assert "1 of the descriptors that the state names did not come" in told
+        assert "1 of the descriptors that the state names are missing" in told
 
 
 def fifo(path: Path) -> int:

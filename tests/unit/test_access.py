@@ -198,7 +198,7 @@ def test_equal_rules_are_equal() -> None:
         ("gid:ivshmem-nobody", "the rule 'gid:ivshmem-nobody': no group 'ivshmem-nobody' on"),
         ("uid:-1", "the rule 'uid:-1': uid -1: allowed are 0 to 4294967294"),
         ("gid:4294967295", "the rule 'gid:4294967295': gid 4294967295: allowed are 0 to"),
-        ("process:/usr/bin/qemu", 'a file name without its directory is wanted, for example "proc'),
+        ("process:/usr/bin/qemu", 'expected a file name without its directory, for example "proc'),
         ("uid:a\0b", "no user"),
     ],
 )
@@ -220,12 +220,12 @@ def test_no_rule(rule: str, message: str, make: Callable[[str], Rules]) -> None:
 
 @pytest.mark.parametrize("rules", [[7], [None], ["all", b"root"]])
 def test_no_text(rules: Sequence[str]) -> None:
-    with pytest.raises(ValueError, match="is no text: allowed are"):
+    with pytest.raises(ValueError, match="is not a text: allowed are"):
         Rules(deny=rules)
 
 
 def test_a_text_is_no_list_of_rules() -> None:
-    with pytest.raises(ValueError, match=r"allow: a list of rules is wanted, not the text 'root'"):
+    with pytest.raises(ValueError, match=r"allow: expected a list of rules, got the text 'root'"):
         Rules(allow="root")
 
 

@@ -141,7 +141,7 @@ def test_all_errors_are_found_and_the_first_are_told(file: Path) -> None:
         "region.r1.vectors",
         "region.r2.socket",
     ]
-    assert said[-1].endswith("is wanted (and 35 more)")
+    assert said[-1].endswith("an absolute path (and 35 more)")
 
 
 def test_a_link_to_the_same_socket(file: Path) -> None:

@@ -209,7 +209,11 @@ except (ValueError, OSError) as error:
         ("mine", {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"}, "[('a', 3), ('b', 4)] []\n[]\n"),
         ("another's", {"LISTEN_FDS": "2"}, "[] []\n[]\n"),
         ("mine", {}, "[] []\n[]\n"),
-        ("mine", {"LISTEN_FDS": "x"}, "LISTEN_FDS='x' is no number of descriptors: who set it?\n"),
+        (
+            "mine",
+            {"LISTEN_FDS": "x"},
+            "LISTEN_FDS='x' is not a number of descriptors: which program set it?\n",
+        ),
         (
             "mine",
             {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "a"},

@@ -80,9 +80,9 @@ ILLEGAL: list[tuple[str, list[Short], str]] = [
         "message -1 came with 2 descriptors, not 0 or 1",
     ),
     ("two on a vector", [*GREETING, (4, 50, 51)], "message 4 came with 2 descriptors"),
-    ("memory again", [*GREETING, (-1, 51)], "message -1 is no peer id, allowed are 0 to 65535"),
-    ("peer 65536", [*GREETING, (65536, 51)], "message 65536 is no peer id, allowed are 0 to 65535"),
-    ("leave of -2", [*GREETING, -2], "message -2 is no peer id, allowed are 0 to 65535"),
+    ("memory again", [*GREETING, (-1, 51)], "message -1 is not a peer id (0 to 65535)"),
+    ("peer 65536", [*GREETING, (65536, 51)], "message 65536 is not a peer id (0 to 65535)"),
+    ("leave of -2", [*GREETING, -2], "message -2 is not a peer id (0 to 65535)"),
     (
         "own leave",
         [*GREETING, (3, 51), 3],

@@ -40,21 +40,24 @@ UNDERSTOOD = [
 
 REFUSED = [
     (-1, "a size cannot be negative: -1"),
-    ("", "'' is no size"),
-    ("M", "'M' is no size"),
-    ("-4M", "'-4M' is no size"),
-    ("4X", "'4X' is no size: give bytes, or a number with one of B K M G T P E, such as 4M"),
-    ("4 M B", "is no size"),
-    ("4,5M", "is no size"),
-    ("1e6", "is no size"),
-    ("0x", "is no size"),
-    ("0x1.8M", "is no size"),
-    (".", "is no size"),
-    ("4M 4M", "is no size"),
-    ("\u0664M", "is no size"),  # a digit, in Arabic
-    ("4\u212a", "is no size"),  # the sign of kelvin, which is a K without case
-    ("0.3", "'0.3' is no whole number of bytes"),
-    ("1.0001K", "is no whole number of bytes"),
+    ("", "'' is not a size"),
+    ("M", "'M' is not a size"),
+    ("-4M", "'-4M' is not a size"),
+    (
+        "4X",
+        "'4X' is not a size: expected bytes, or a number with B, K, M, G, T, P or E, such as 4M",
+    ),
+    ("4 M B", "is not a size"),
+    ("4,5M", "is not a size"),
+    ("1e6", "is not a size"),
+    ("0x", "is not a size"),
+    ("0x1.8M", "is not a size"),
+    (".", "is not a size"),
+    ("4M 4M", "is not a size"),
+    ("\u0664M", "is not a size"),  # a digit, in Arabic
+    ("4\u212a", "is not a size"),  # the sign of kelvin, which is a K without case
+    ("0.3", "'0.3' is not a whole number of bytes"),
+    ("1.0001K", "is not a whole number of bytes"),
 ]
 
 

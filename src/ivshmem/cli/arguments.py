@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ..service.config import RegionConfig
 
-# What the help says of a command that needs a server. Where that is: default_paths.py.
-OF_THE_SERVER = "default: the server that runs here, see docs/howto/qemu.md"
+# The help of commands that need a server. default_paths.py says where they look for it.
+OF_THE_SERVER = "default: the running server of this user, or else root's"
 DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
 
 
@@ -130,8 +130,8 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     access.add_argument(
         "--mode", metavar="OCTAL", type=mode, help="permissions of the socket, for instance 0660"
     )
-    access.add_argument("--owner", metavar="USER", help="of the socket")
-    access.add_argument("--group", metavar="GROUP", help="of the socket")
+    access.add_argument("--owner", metavar="USER", help="user who is to own the socket")
+    access.add_argument("--group", metavar="GROUP", help="group that is to own the socket")
     for option, text in (
         ("--allow", "admit only these clients: uid:USER, gid:GROUP, process:PROGRAM or root"),
         ("--deny", "refuse these clients, even if another rule allows them"),

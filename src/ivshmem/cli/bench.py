@@ -75,8 +75,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "-S",
         "--socket",
         metavar="PATH",
-        help="socket of the server (default: the server that runs here; in a guest: its device"
-        " instead)",
+        help="socket of the server (default: the running server; in a guest: its device instead)",
     )
     where.add_argument(
         "-a",

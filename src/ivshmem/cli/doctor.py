@@ -54,7 +54,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     place.add_argument("-M", "--name", help="the memory's POSIX name")
     place.add_argument("-f", "--file", metavar="PATH", help="the memory's file")
     place.add_argument("-m", "--directory", metavar="DIR", help="directory for the memory's file")
-    host.add_argument("-l", "--size", metavar="SIZE", help="wanted size of the memory")
+    host.add_argument("-l", "--size", metavar="SIZE", help="size that the memory is to have")
     host.add_argument(
         "--hugepages",
         nargs="?",
@@ -69,7 +69,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="check for locked memory (-overcommit mem-lock=on, or vfio on the host)",
     )
-    host.add_argument("-u", "--user", help="user who shall use socket and memory (needs root)")
+    host.add_argument(
+        "-u", "--user", help="check what this user may do with socket and memory (needs root)"
+    )
     host.add_argument(
         "--qemu", metavar="PROGRAM", help=f"the QEMU to use (default: {doctor_host.default_qemu()})"
     )

@@ -17,7 +17,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " use them. A guest's QEMU gets no more messages and does not reconnect; a"
         " QEMU that was still starting busy-loops.",
     )
-    parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
+    parser.add_argument(
+        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
+    )
     parser.add_argument(
         "--region", metavar="NAME", help="the peer's region, if the server has several"
     )

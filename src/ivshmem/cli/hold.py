@@ -21,7 +21,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " (chardev-remove), or after --seconds. Then the server sends the peer what has"
         " changed.",
     )
-    parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
+    parser.add_argument(
+        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
+    )
     parser.add_argument(
         "--region", metavar="NAME", help="the peer's region, if the server has several"
     )

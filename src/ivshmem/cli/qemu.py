@@ -57,7 +57,13 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--region", metavar="NAME", action="append", help="region of --config; may be repeated"
     )
-    parser.add_argument("-n", "--vectors", metavar="N", type=vectors, help="of the server")
+    parser.add_argument(
+        "-n",
+        "--vectors",
+        metavar="N",
+        type=vectors,
+        help="number of vectors, if the server does not tell it",
+    )
     parser.add_argument(
         "-l",
         "--size",

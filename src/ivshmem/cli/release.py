@@ -14,7 +14,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="End `ivshmem hold`: the server sends the peer what has changed since, and"
         " all later messages.",
     )
-    parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
+    parser.add_argument(
+        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
+    )
     parser.add_argument(
         "--region", metavar="NAME", help="the peer's region, if the server has several"
     )

@@ -33,8 +33,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="serve the regions that a TOML file names, and read it again on SIGHUP; see"
-        " docs/howto/several-regions.md",
+        help="serve the regions of a TOML file, each a table [region.NAME] with the options below"
+        " as keys; read it again on SIGHUP",
     )
     parser.add_argument(
         "--check",
@@ -63,10 +63,10 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     process.add_argument(
         "--takeover",
         action="store_true",
-        help="take over the peers of the server that runs here, which then ends; settings without"
+        help="take over the peers of the running server, which then ends; settings without"
         " an option stay as they are",
     )
-    looks = parser.add_argument_group("being seen")
+    looks = parser.add_argument_group("status, metrics and log")
     place = looks.add_mutually_exclusive_group()
     place.add_argument(
         "--control",
@@ -74,7 +74,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="control socket, for `ivshmem status`, `top`, `evict` and `reload` (default: the"
         " first region's socket with .control appended)",
     )
-    place.add_argument("--no-control", action="store_true", help="have none")
+    place.add_argument("--no-control", action="store_true", help="make no control socket")
     looks.add_argument(
         "--metrics",
         metavar="[HOST:]PORT",

@@ -164,7 +164,7 @@ def _no_iommu(switched_off: bool) -> str:
     text = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
     if not switched_off:
         return text
-    return f"{text}; or let vfio do without, which taints the kernel: `{vfio.ENABLE_NOIOMMU}`"
+    return f"{text}; or let vfio work without one, which taints the kernel: `{vfio.ENABLE_NOIOMMU}`"
 
 
 def _advice(device: pci.Device) -> str:

@@ -146,7 +146,8 @@ class _IommuGroup(Uncopied):
             raise VfioUnusable(
                 errno.EPERM,
                 "the IOMMU does not remap interrupts: give QEMU `-device intel-iommu,intremap=on`"
-                f" and kernel-irqchip=split, or do without (`{UNSAFE_INTERRUPTS}`)"
+                " and kernel-irqchip=split, or allow interrupts without remapping"
+                f" (`{UNSAFE_INTERRUPTS}`)"
                 if iommu
                 else _NO_RAWIO,
                 str(self.path),

@@ -1,14 +1,14 @@
-"""What a service manager keeps of a service that is killed: groups of descriptors, and a journal.
+"""Has a service manager keep groups of descriptors and a journal, for when the service is killed.
 
-Knows: the names in the manager's fd store, in what order a group comes back. Does not know: what
-descriptors are for, but that the first of a group is a socket, and the others are not.
+Knows: the names in the manager's fd store, and in what order a group is given back. Does not know:
+what descriptors are for, except that the first of a group is a socket and the others are not.
 
 Invariants:
-1. Nothing here makes the loop wait longer than _MOMENT. What the manager has no room for by then is
-   sent when it has, in order, and until all of that is sent nothing waits.
-2. `settled` says whether all was sent. A newcomer is sent nothing before that, so a SIGKILL cuts
-   nobody off who was sent anything.
-3. A name is never given to two groups at a time.
+1. The loop never waits here for longer than _MOMENT. What the manager has no room for by then goes
+   into a queue, in order, and while anything is in the queue the loop does not wait at all.
+2. `settled` says whether everything was sent. The server sends a newcomer nothing before that.
+   Therefore a SIGKILL cuts off no peer that was sent anything.
+3. No two groups have the same name at the same time.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ _log = late_logging.log_of("ivshmem.server")
 
 _JOURNAL = "journal"
 
-# Seconds that the manager may be busy with something else, as systemd is with a daemon-reload on a
-# large machine. After that the journal is given up.
+# Seconds for which the manager may read nothing, as systemd does during a daemon-reload on a large
+# machine. After that the journal is given up.
 _PATIENCE = 30.0
-# The manager's queue has room for ten datagrams, so a burst of joins fills it though the manager
-# reads. It makes room sooner than the loop would come back to a newcomer that has to wait.
+# The manager's socket has room for ten datagrams, so a burst of joins fills it even if the manager
+# reads. The manager makes room sooner than the loop would come back to a newcomer that waits.
 _MOMENT = 0.1
 _PAUSE = 0.02  # seconds between tries: no event tells when descriptors in flight have arrived
-_LAST = 5.0  # seconds that the end may take
+_LAST = 5.0  # seconds that `close` may take
 
-# Groups by name, as the manager gave them back.
+# Groups by name, as the manager gives them back.
 Groups = dict[str, list[int]]
 
 
 class FdStore(Uncopied):
-    """Has the service manager keep what a journal names, from now on.
+    """Has the service manager keep the descriptors that a journal names, from now on.
 
-    The loop calls `step()` when `fileno()` is readable, and `close()` is called at the end.
+    The loop calls `step()` when `fileno()` is readable. The owner calls `close()` at the end.
 
-    If the manager does not listen, the journal is given up: the log says so, the service runs on,
-    and a successor of it begins anew.
+    If the manager reads nothing, the journal is given up: the log says so, the service continues,
+    and a successor begins without its peers.
     """
 
     def __init__(self, notifier: Notifier, journal: Journal, patience: float = _PATIENCE) -> None:
@@ -57,22 +57,22 @@ class FdStore(Uncopied):
         self._journal = journal
         self._patience = patience
         self._given_up = False
-        # What the manager has not been told yet: a name, and a descriptor to keep (None: to drop
-        # all of that name). The descriptor is a copy, for its owner may close his before that.
+        # What is still to be sent: a name, and a descriptor to keep (None: drop all of that name).
+        # The descriptor is a copy, because its owner may close the original before it is sent.
         self._queue: deque[tuple[str, int | None]] = deque()
-        self._since = 0.0  # when it last took something, or the queue began
+        self._since = 0.0  # when the manager last read something, or the queue began
         self._timer = descriptors.Timer()
         journal.keep, journal.drop, journal.settled = self.keep, self.drop, self.settled
 
     def keep_journal(self, *, replace: bool) -> None:
-        """Have the journal itself kept: once in the time of all successors."""
+        """Have the journal itself kept. The first server does it; successors get it back."""
         if replace:
             self.drop(_JOURNAL)
         self.keep(_JOURNAL, [self._journal.fileno()])
 
     def keep(self, name: str, fds: Sequence[int]) -> None:
-        """Have a group kept, after all that were kept or dropped before."""
-        for fd in fds:  # one by one: of several in a message systemd forgets the order
+        """Have a group kept. Calls of `keep` and `drop` take effect in their order."""
+        for fd in fds:  # one in each message: of several in one, systemd loses the order
             self._add(name, fd)
 
     def drop(self, name: str) -> None:
@@ -80,27 +80,30 @@ class FdStore(Uncopied):
         self._add(name, None)
 
     def settled(self) -> bool:
-        """Whether nothing waits to be sent."""
+        """Whether everything was sent."""
         return not self._queue
 
     def fileno(self) -> int:
-        """Readable when `step` has something to do."""
+        """Return a descriptor that is readable when `step` has something to do."""
         return self._timer.fileno()
 
     def step(self) -> None:
-        """Send what the manager had no room for, as far as it has now."""
+        """Send as much of the queue as the manager has room for."""
         self._timer.set(0)
         while self._queue:
             name, fd = self._queue[0]
-            if not self._tell(name, fd):
+            if not self._send(name, fd):
                 break
             self._queue.popleft()
             _close(fd)
             self._since = time.monotonic()
-        self._wind()
+        self._set_timer()
 
     def flush(self, seconds: float) -> None:
-        """Wait until all is sent, at most so long: where nobody is served, at the start and end."""
+        """Wait until everything is sent, at most `seconds`.
+
+        Only for the start and the end, when no peer is served.
+        """
         deadline = time.monotonic() + seconds
         while self._queue and time.monotonic() < deadline:
             self.step()
@@ -108,13 +111,13 @@ class FdStore(Uncopied):
                 time.sleep(_PAUSE)
 
     def close(self) -> None:
-        """Send the rest, for at most some seconds; may be called twice."""
+        """Send the rest, which takes some seconds at most. May be called twice."""
         self.flush(_LAST)
-        self._forget()
+        self._empty_queue()
         self._timer.close()
 
     def _add(self, name: str, fd: int | None) -> None:
-        if self._given_up or (not self._queue and self._tell(name, fd, _MOMENT)):
+        if self._given_up or (not self._queue and self._send(name, fd, _MOMENT)):
             return
         if self._given_up:
             return
@@ -124,10 +127,10 @@ class FdStore(Uncopied):
             self._queue.append((name, None if fd is None else os.dup(fd)))
         except OSError as error:  # EMFILE
             self._give_up(error.strerror or str(error))
-        self._wind()
+        self._set_timer()
 
-    def _tell(self, name: str, fd: int | None, seconds: float = 0.0) -> bool:
-        """Whether the manager had room for it within that time."""
+    def _send(self, name: str, fd: int | None, seconds: float = 0.0) -> bool:
+        """Send one message; return whether the manager had room for it within `seconds`."""
         try:
             if fd is None:
                 sent = self._notifier.drop(name, timeout=seconds)
@@ -140,26 +143,24 @@ class FdStore(Uncopied):
             self._give_up("its socket is gone")
         return sent
 
-    def _wind(self) -> None:
+    def _set_timer(self) -> None:
         if not self._queue:
             return
         if time.monotonic() > self._since + self._patience:
-            self._give_up(
-                f"it does not read what it is told, for {counted(self._patience, 'second')}"
-            )
+            self._give_up(f"it has read nothing for {counted(self._patience, 'second')}")
         else:
             self._timer.set(_PAUSE)
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
-        self._forget()
+        self._empty_queue()
         self._journal.spoil()
         _log.error(
             "the service manager keeps nothing from now on (%s): a restart cuts all peers off",
             reason,
         )
 
-    def _forget(self) -> None:
+    def _empty_queue(self) -> None:
         while self._queue:
             _close(self._queue.popleft()[1])
 
@@ -170,7 +171,7 @@ def _close(fd: int | None) -> None:
 
 
 def sort_out(passed: Iterable[tuple[str, int]]) -> tuple[int | None, Groups, list[int]]:
-    """What `notify.listen_fds` has returned: the journal, stored groups, and all others."""
+    """Sort what `systemd.listen_fds` returned: the journal, the stored groups, and all others."""
     journal: int | None = None
     groups: Groups = {}
     others: list[int] = []
@@ -184,18 +185,21 @@ def sort_out(passed: Iterable[tuple[str, int]]) -> tuple[int | None, Groups, lis
     return journal, groups, others
 
 
-def place(mentioned: Mapping[str, Sequence[int]], groups: Groups) -> dict[int, int]:
-    """Where the descriptors are that a journal mentions: here, by what they were there.
+def place(named: Mapping[str, Sequence[int]], groups: Groups) -> dict[int, int]:
+    """Return the descriptors of this process by their numbers in the journal.
 
-    Groups that are whole are taken out of `groups`. A manager gives the descriptors of a name back
-    in the order in which it got them, or the other way round (systemd 252, measured); which of the
-    two it is, the socket shows.
+    A manager gives the descriptors of a name back in the order in which it got them, or in reverse
+    (systemd 252, measured). The socket shows which of the two it is.
+
+    Args:
+        named: the numbers in the journal, by group.
+        groups: what the manager gave back. Groups that are complete are removed from it.
     """
     places: dict[int, int] = {}
-    for name, numbers in mentioned.items():
+    for name, numbers in named.items():
         fds = groups.get(name, [])
         if len(fds) != len(numbers):
-            continue  # some are missing: which of them, nobody knows
+            continue  # some are missing, and nothing tells which
         if not _is_socket(fds[0]):
             fds = fds[::-1]
         if not _is_socket(fds[0]):

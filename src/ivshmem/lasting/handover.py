@@ -1,20 +1,25 @@
-"""A running service, handed from one process to another over a Unix socket.
+"""Hands a running service from one process to another, over a Unix socket.
 
-Knows: what passes between the two, and when which of them serves. Does not know: how they found
-one another.
+Knows: what the two processes send each other, and which of them serves when. Does not know: how
+they found each other.
 
-The old one says, in a line of JSON, the version of that, what a journal would say, and the numbers
-that its descriptors have; then come the descriptors, up to 200 with each byte, of which each is
-answered by one, so that no more are on their way than an unprivileged process may send (unix(7),
-ETOOMANYREFS). When the new one has understood all that, it says so (MINE); the old one lets go
-(YOURS) and ends. Until then the old one serves, whatever becomes of the new one; it makes no step
-while it gives. Both ask the kernel first who is at the other end.
+Both processes first ask the kernel which user is at the other end. Then:
+1. The old process sends a line of JSON: its version, the state as a journal would hold it, and the
+   numbers of its descriptors.
+2. It sends the descriptors, up to 200 with each byte. The new process answers each such byte with
+   one. So at most 200 are in flight, fewer than an unprivileged process may have there (unix(7),
+   ETOOMANYREFS).
+3. When the new process has checked all of that, it sends MINE.
+4. The old process lets go, sends YOURS, and ends.
+Until step 4 the service belongs to the old process, and continues with it if anything fails. During
+the steps the old process serves no peer.
 
 Invariants:
-1. Never do both serve, and never neither, unless one dies between two bytes at the end.
+1. Never do both processes serve. Never does neither, unless one of them dies between the last two
+   bytes.
 2. Neither side gives to, or takes from, a process of a user other than root and its own.
-3. The new one says MINE only after it has checked what it was told and what it was given.
-4. A new one that is stopped or silent holds up the peers for SILENCE seconds, not longer.
+3. The new process sends MINE only after it has checked the state and the descriptors.
+4. A new process that is stopped or silent delays the peers for SILENCE seconds, not longer.
 """
 
 from __future__ import annotations
@@ -46,26 +51,26 @@ if TYPE_CHECKING:
         def let_go(self, *, back: bool = ...) -> None: ...
 
     class States(Protocol):
-        """What understands a state: checks it, compares it with descriptors, renumbers them."""
+        """Checks a state, compares it with descriptors, and replaces their numbers."""
 
         def check(self, state: Any, /) -> Any: ...
         def examine(self, state: Any, found: Mapping[int, int], /) -> Any: ...
         def renumbered(self, state: Any, found: Mapping[int, int], /) -> Any: ...
 
 
-SECONDS = 10.0  # for the whole of it, at the taking side
-# The giving side serves nobody during a takeover. So it waits only for a process that makes
-# progress: one that is stopped (Ctrl-Z) is given up at the next look, and a silent one after this
-# long, plus what it needs to read a large state.
+SECONDS = 10.0  # that the new process waits for all of it
+# The old process serves nobody during a takeover. Therefore it waits only for a process that makes
+# progress. It gives up one that is stopped (Ctrl-Z) at the next look, and one that is silent after
+# this many seconds, plus the time that it takes to read a large state.
 SILENCE = 1.0
-_LOOK = 0.05  # seconds between two looks at a process that is waited for
-_BYTES_A_SECOND = 1 << 20  # of a state; a slow machine reads 5 MiB of it in one
+_LOOK = 0.05  # seconds between two looks at the other process
+_BYTES_A_SECOND = 1 << 20  # of a state; even a slow machine reads 5 MiB in a second
 
 _BATCH = 200  # descriptors in a message; the kernel takes 253
 _LONGEST = 1 << 26  # bytes of an offer
 _NEXT, _MINE, _YOURS = b"n", b"m", b"y"
 _MOST_FDS = 1 << 20
-_VERSION = 1  # raised when a state cannot be read by those who read the one before
+_VERSION = 1  # to be raised if a program that reads the states of today cannot read the new ones
 
 _OFFER = json_shapes.record(
     {"error": json_shapes.text()},
@@ -78,11 +83,11 @@ _NUMBERS = json_shapes.record(
 
 
 def give(service: Given, sock: socket.socket) -> bool:
-    """Hand everything to the process at the other end of `sock`; return whether it has it now.
+    """Hand everything to the process at the other end of `sock`; return whether that succeeded.
 
-    Then this process has only to `abandon` the service, to close whatever is to be the other's,
-    and `sock` last. Otherwise it continues with it. Only root and this process's user are given
-    anything. Blocks for as long as the other makes progress, see SILENCE.
+    If so, the caller closes its copies of what the other process has now, and `sock` last. If not,
+    the caller continues to serve. Only a process of root or of this process's user is given
+    anything. This blocks as long as the other process makes progress: see SILENCE.
     """
     who = credentials.credentials(sock)
     if who.uid not in {0, os.geteuid()}:
@@ -102,7 +107,8 @@ def give(service: Given, sock: socket.socket) -> bool:
             patience = SILENCE
         if taker.answer(patience) != _MINE:
             return False
-        # First of all no child may go on if this process is killed now: both would serve.
+        # Let go before the other process begins. If this process were killed in between, its child
+        # would continue by the journal, and both would serve.
         service.let_go()
         try:
             sock.sendall(_YOURS)
@@ -115,7 +121,7 @@ def give(service: Given, sock: socket.socket) -> bool:
 
 
 class _Taker:
-    """The process that takes, and how long it is waited for."""
+    """The process that takes over, and how long this process waits for it."""
 
     def __init__(self, sock: socket.socket, pid: int) -> None:
         self._sock = sock
@@ -123,7 +129,11 @@ class _Taker:
         sock.settimeout(_LOOK)
 
     def send(self, data: bytes) -> None:
-        """Send all of it; TimeoutError: the other has read nothing for SILENCE."""
+        """Send all of it.
+
+        Raises:
+            TimeoutError: the other process is stopped, or has read nothing for SILENCE seconds.
+        """
         rest = memoryview(data)
         heard = time.monotonic()
         while rest:
@@ -134,7 +144,11 @@ class _Taker:
                 self._look(heard + SILENCE)
 
     def send_fds(self, fds: list[int]) -> None:
-        """Send these with one byte; TimeoutError: the other has read nothing for SILENCE."""
+        """Send these descriptors with one byte.
+
+        Raises:
+            TimeoutError: as `send`.
+        """
         give_up = time.monotonic() + SILENCE
         while True:
             try:
@@ -144,7 +158,11 @@ class _Taker:
                 self._look(give_up)
 
     def answer(self, patience: float) -> bytes:
-        """Return one byte; nothing at its end. TimeoutError: it said nothing for so long."""
+        """Return the next byte, or b"" if the other process has closed the connection.
+
+        Raises:
+            TimeoutError: it is stopped, or sent nothing for `patience` seconds.
+        """
         give_up = time.monotonic() + patience
         while True:
             try:
@@ -158,7 +176,7 @@ class _Taker:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a signal or a debugger stopped a process; False if it cannot be seen from here."""
+    """Whether a signal or a debugger has stopped a process; False if /proc does not show it."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b") ")[2][:1] in (b"T", b"t")
@@ -167,19 +185,19 @@ def _is_stopped(pid: int) -> bool:
 
 
 def take(sock: socket.socket, states: States) -> tuple[Journal, set[int]]:
-    """Take over what the process at the other end of `sock` gives.
+    """Take over the service of the process at the other end of `sock`.
+
+    That process must be of root or of this process's user. Its state is checked before it lets go.
 
     Args:
-        states: understands what it says of itself.
-
-    It must be root's or this process's user's. What it says is checked before it lets go.
+        states: checks the state.
 
     Returns:
-        A journal by which `Service.resume` continues, and the descriptors that it names.
+        A journal for `Service.resume`, and the descriptors that the journal names.
 
     Raises:
-        HandoverError: the other did not let go, or what it said cannot be understood: it continues,
-            and nothing is left open here.
+        HandoverError: the other process did not let go, or its state is wrong. The other process
+            continues to serve, and no descriptor is left open here.
     """
     who = credentials.credentials(sock)
     if who.uid not in {0, os.geteuid()}:
@@ -209,15 +227,15 @@ def take(sock: socket.socket, states: States) -> tuple[Journal, set[int]]:
 def _take(
     sock: socket.socket, states: States, deadline: float, undo: contextlib.ExitStack
 ) -> tuple[Journal, set[int]]:
-    """Do it; `undo` closes what came."""
+    """Do what `take` does. `undo` closes what was received."""
     state, numbers = _offer(sock, states, deadline)
     found: dict[int, int] = {}
-    came: list[int] = []  # also what nobody has a number for
-    undo.callback(_close_all, came)
+    received: list[int] = []  # more than `found` if the other process sends too many
+    undo.callback(_close_all, received)
     while len(found) < len(numbers):
         _within(sock, deadline)
         byte, fds, flags, _ = socket.recv_fds(sock, 1, _BATCH)
-        came += fds
+        received += fds
         for fd in fds:
             os.set_inheritable(fd, False)
         found.update(zip(numbers[len(found) :], fds, strict=False))
@@ -227,8 +245,8 @@ def _take(
                 " with `ulimit -n`"
             )
         if byte != _NEXT or not fds:
-            raise HandoverError("the running server ended in the midst of it, or gave us up")
-        if len(came) > len(found):
+            raise HandoverError("the running server ended, or cancelled the takeover")
+        if len(received) > len(found):
             raise HandoverError("the running server sent descriptors that it does not name")
         sock.sendall(_NEXT)
     states.examine(state, found)
@@ -240,8 +258,8 @@ def _take(
         raise HandoverError("the running server did not let go")
     _within(sock, deadline)
     with contextlib.suppress(OSError):
-        sock.recv(1)  # nothing: it has closed all it had
-    return journal, set(came)
+        sock.recv(1)  # b"": it has closed its copies
+    return journal, set(received)
 
 
 def _close_all(fds: list[int]) -> None:
@@ -250,7 +268,7 @@ def _close_all(fds: list[int]) -> None:
 
 
 def _offer(sock: socket.socket, states: States, deadline: float) -> tuple[Any, list[int]]:
-    """The state that the other offers, checked, and the numbers of its descriptors."""
+    """Return the state that the other process offers, checked, and the numbers of descriptors."""
     offer = _line(sock, deadline)
     _OFFER(offer, "offer")
     if not offer["ok"]:
@@ -273,7 +291,7 @@ def _within(sock: socket.socket, deadline: float) -> None:
 
 
 def _line(sock: socket.socket, deadline: float) -> Any:
-    """The first line, and nothing after it: descriptors come with the byte that follows."""
+    """Read the first line, and no byte more: descriptors come with the next byte."""
     data = bytearray()
     while not data.endswith(b"\n"):
         _within(sock, deadline)

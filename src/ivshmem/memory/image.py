@@ -103,7 +103,7 @@ def save(
         ClosedError: the region is closed.
     """
     if raw and compress:
-        raise ValueError("a raw image is not compressed: leave out one of the two")
+        raise ValueError("a raw image is not compressed: omit raw=True or compress=True")
     if raw:
         return raw_image.save(region, path, progress or no_progress, accept_owner)
     target = os.fspath(path)
@@ -356,7 +356,7 @@ class _Reader(Uncopied):
             progress(self._file.tell(), self._size)
         end = self._file.tell()
         if offset != self.info.size or self._file.read(1):
-            raise self._damaged(end, "it goes on after its end")
+            raise self._damaged(end, "more bytes follow its end")
         progress(self._size, self._size)
 
     def _whole(self, where: int, data: bytes, length: int) -> bytes:

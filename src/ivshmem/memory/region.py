@@ -444,7 +444,7 @@ class Region(Uncopied, mapping.Mapping):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 raise RegionError(
-                    f"the descriptor is no shared memory: a file of {status.st_size} bytes"
+                    f"the descriptor is not shared memory: a file of {status.st_size} bytes"
                 )
             readonly = readonly or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
             page = pages.page_size_of(fd)
@@ -749,7 +749,8 @@ def posix_path(name: str) -> str:
     bare = name.removeprefix("/")
     if not bare or "/" in bare or "\0" in bare or bare in (".", "..") or len(bare) > 255:
         raise RegionError(
-            f"{name!r} is no POSIX shared memory name: 1 to 255 characters, no slash but the first"
+            f"{name!r} is not a POSIX shared memory name: expected 1 to 255 characters, and a slash"
+            " only at the start"
         )
     return f"{SHM}/{bare}"
 

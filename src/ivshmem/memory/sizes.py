@@ -41,7 +41,7 @@ def parse_size(size: SupportsIndex | str) -> int:
     match = _SIZE.fullmatch(size.strip()) if len(size) < 100 else None
     if match is None:
         raise RegionError(
-            f"{size[:100]!r} is no size: give bytes, or a number with one of B K M G T P E,"
+            f"{size[:100]!r} is not a size: expected bytes, or a number with B, K, M, G, T, P or E,"
             " such as 4M"
         )
     hexadecimal, decimal, unit = match.groups()
@@ -53,7 +53,7 @@ def parse_size(size: SupportsIndex | str) -> int:
     value: int
     value, rest = divmod(number * 1024 ** _UNITS.index((unit or "B").upper()), parts)
     if rest:
-        raise RegionError(f"{size!r} is no whole number of bytes")
+        raise RegionError(f"{size!r} is not a whole number of bytes")
     return value
 
 

@@ -1270,8 +1270,8 @@ static int __Pyx_init_tpflags_variables(void) {
 
     #include <sys/socket.h>
 
-    /* One message carries one descriptor: this is its control buffer. On 64-bit
-       CMSG_SPACE(sizeof(int)) admits a second one: a receiver must look at cmsg_len. */
+    /* The control buffer of a message, which carries one descriptor. On 64-bit machines
+       CMSG_SPACE(sizeof(int)) has room for a second one: a receiver must look at cmsg_len. */
     typedef union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -1285,7 +1285,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #define MADV_POPULATE_WRITE 23
     #endif
 
-    /* Faults one page in for writing without changing what another process may be writing there. */
+    /* Faults a page in for writing, and changes nothing that another process may be writing. */
     static inline void ivshmem_touch(volatile char *byte)
     {
         __atomic_fetch_or(byte, 0, __ATOMIC_RELAXED);
@@ -1310,7 +1310,8 @@ static int __Pyx_init_tpflags_variables(void) {
         return syscall(SYS_io_destroy, context);
     }
 
-    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    /* A context is the address of its ring, in which the kernel notes each request that has ended.
+       The ring begins with these fields. libaio relies on that as well. */
     struct ivshmem_aio_ring {
         unsigned id, nr, head, tail, magic;
     };
@@ -1324,8 +1325,9 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
     }
 
-    /* Forget the ends of the `count` requests that are the only ones under way. They end within
-       io_submit, so to advance the head in the shared ring spares a system call, a third of all. */
+    /* Takes the ends of `count` requests off the ring. There must be no other requests. They end
+       within io_submit, so it is enough to advance the ring's head, which user space may do. That
+       saves a system call, a third of the time. */
     static inline void ivshmem_io_forget(aio_context_t context, long count)
     {
         struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
@@ -1346,7 +1348,7 @@ static int __Pyx_init_tpflags_variables(void) {
 
     #include <stdint.h>
 
-    /* Everything stored to memory before, write-combined stores too, comes before what follows. */
+    /* All stores before this line, also write-combined ones, come before the stores after it. */
     static inline void ivshmem_write_barrier(void)
     {
     #if defined(__x86_64__) || defined(__i386__)
@@ -1358,7 +1360,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #endif
     }
 
-    /* A device's registers are little-endian, and one load or store each. */
+    /* A device's registers are little-endian. Each access is one load or store. */
     static inline uint32_t ivshmem_load32(const void *address)
     {
         uint32_t value = *(const volatile uint32_t *)address;
@@ -1384,7 +1386,7 @@ static int __Pyx_init_tpflags_variables(void) {
         (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
               : operation((uint32_t *)word, __VA_ARGS__))
 
-    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
     static inline uint64_t ivshmem_load(void *word, int wide, int order)
     {
         switch (order) {
@@ -1402,7 +1404,7 @@ static int __Pyx_init_tpflags_variables(void) {
         }
     }
 
-    /* Those that change the word and return what it was. */
+    /* Operations that change the word and return its old value. */
     #define IVSHMEM_CHANGE(name, operation)                                                      \
         static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
         {                                                                                        \
@@ -1421,7 +1423,7 @@ static int __Pyx_init_tpflags_variables(void) {
     IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
     IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
 
-    /* A word that is not as expected is only loaded: that has no release in its order. */
+    /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
         {                                                                                        \
             type seen = (type)expected;                                                          \
@@ -1447,11 +1449,12 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
-       the last ends it. One word, so that no order of events ends it twice, or never. */
+    /* One word that counts the calls which use an object without the GIL, and says whether the
+       object is closing. The last user of a closing object frees it. Because it is one word, no
+       order of events frees the object twice, or never. */
     #define IVSHMEM_CLOSING (1u << 31)
 
-    /* One user more; 0 when it is ending. */
+    /* Count one user more; 0: the object is closing. */
     static inline int ivshmem_enter(unsigned int *state)
     {
         unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
@@ -1462,12 +1465,12 @@ static int __Pyx_init_tpflags_variables(void) {
                                               __ATOMIC_RELAXED));
         return 1;
     }
-    /* One user less; 1 when the caller has to end it. */
+    /* Count one user less; 1: the caller must free the object. */
     static inline int ivshmem_leave(unsigned int *state)
     {
         return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
     }
-    /* No more users; 1 when the caller has to end it. */
+    /* Admit no more users; 1: the caller must free the object. */
     static inline int ivshmem_shut(unsigned int *state)
     {
         return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
@@ -1477,15 +1480,15 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(state, __ATOMIC_ACQUIRE);
     }
 
-    /* What stands before it in the program happens before what stands behind it, stores and loads
-       alike. Two sides that each store, fence, and then look at the other's word: one of them sees
-       what the other stored. */
+    /* Loads and stores before this line happen before loads and stores after it. If two sides each
+       store a word, fence, and then load the other's word, at least one of them sees the other's
+       store. */
     static inline void ivshmem_fence(void)
     {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86
+    /* Adds to a number, and returns the sum. This is a full barrier. On x86 the locked instruction
        is one by itself. On arm64 without LSE a later load can pass the addition's store. */
     static inline int ivshmem_count(int *number, int amount)
     {
@@ -1500,8 +1503,9 @@ static int __Pyx_init_tpflags_variables(void) {
     #endif
     }
 
-    /* An array that grows while others read it without a lock. Whoever finds a length finds as many
-       elements behind it, and whoever finds a new address finds the old elements there. */
+    /* For an array that grows while other threads read it without a lock. A reader that sees a
+       length finds that many elements. A reader that sees a new address finds the old elements
+       there. */
     static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
     {
         return __atomic_load_n(length, __ATOMIC_ACQUIRE);
@@ -1519,7 +1523,7 @@ static int __Pyx_init_tpflags_variables(void) {
         __atomic_store_n(elements, value, __ATOMIC_RELEASE);
     }
 
-    /* What tells the processor that a loop waits for memory. */
+    /* Tells the processor that a loop waits for memory. */
     static inline void ivshmem_pause(void)
     {
     #if defined(__x86_64__) || defined(__i386__)
@@ -1530,7 +1534,7 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    /* If there are no users, admit no more. Returns the state before; 0: the caller must free. */
     static inline unsigned int ivshmem_shut_unused(unsigned int *state)
     {
         unsigned int seen = 0;
@@ -1539,8 +1543,8 @@ static int __Pyx_init_tpflags_variables(void) {
         return seen;
     }
 
-    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
-       meanwhile, so that only builds without a GIL have to count it. */
+    /* ivshmem_enter and ivshmem_leave for a call that keeps the GIL. While it does, no other thread
+       can close the object. So only a Python without a GIL has to count such calls. */
     static inline int ivshmem_enter_held(unsigned int *state)
     {
     #ifdef Py_GIL_DISABLED
@@ -1560,11 +1564,11 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* Whether no other Python thread could want the interpreter. */
+    /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
     #ifdef Py_GIL_DISABLED
-        return 0; /* to let go of nothing is cheap */
+        return 0; /* there is no GIL: to release it costs nothing */
     #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
@@ -1578,10 +1582,10 @@ static int __Pyx_init_tpflags_variables(void) {
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* fork(2), but the child has the same descriptors, not copies: what either opens or closes, the
-       other has or lacks. glibc notes the thread's number where it has asked the kernel to clear it
-       at the thread's end; a child must have its own there, as after fork. (Kernels without
-       checkpoint/restore do not tell the address; only raise(3) would miss it.) */
+    /* fork(2), but parent and child have one table of descriptors. What either of them opens or
+       closes is open or closed in both. glibc keeps the thread's number at an address that the
+       kernel clears at the thread's end. The child needs its own number there, as after fork.
+       (Kernels without checkpoint/restore do not tell the address. Only raise(3) would need it.) */
     static inline long ivshmem_fork_sharing_files(void)
     {
         int *tid = 0;
@@ -1590,7 +1594,7 @@ static int __Pyx_init_tpflags_variables(void) {
             flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
     #if defined(__x86_64__)
         return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
-    #else /* CONFIG_CLONE_BACKWARDS: the last two the other way round */
+    #else /* CONFIG_CLONE_BACKWARDS: the last two arguments are swapped */
         return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
     #endif
     }
@@ -1602,7 +1606,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* Not by the C library: glibc has it since 2.28 only, and musl since 1.2.6. */
+    /* A system call, because older C libraries lack it: glibc before 2.28, musl before 1.2.6. */
     static inline long ivshmem_rename_exclusive(int directory, const char *from, const char *to)
     {
     #ifdef SYS_renameat2
@@ -2118,12 +2122,12 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
 };
 
 
-/* "ivshmem/native/descriptors.pyx":595
+/* "ivshmem/native/descriptors.pyx":607
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Timer:
- *     """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
+ *     """A descriptor that becomes readable at a set time (timerfd_create(2))."""
 */
 struct __pyx_obj_7ivshmem_6native_11descriptors_Timer {
   PyObject_HEAD
@@ -2137,7 +2141,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Timer {
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class FdArray:
- *     """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
+ *     """File descriptors that it owns, in order; for instance one eventfd for each vector of a peer.
 */
 
 struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
@@ -2153,12 +2157,12 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 
 
-/* "ivshmem/native/descriptors.pyx":319
+/* "ivshmem/native/descriptors.pyx":322
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Signaller:
- *     """Adds 1 to eventfds that are shared with other processes, and never waits for any.
+ *     """Adds 1 to eventfds that other processes have, too, and never waits for these processes.
 */
 
 struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
@@ -2170,12 +2174,12 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/native/descriptors.pyx":458
+/* "ivshmem/native/descriptors.pyx":466
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
  * cdef class Relay:
- *     """Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.
+ *     """Adds 1 to each of some eventfds when a descriptor becomes readable: once, without a thread.
 */
 
 struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
@@ -2185,7 +2189,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabp
 static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/native/descriptors.pyx":510
+/* "ivshmem/native/descriptors.pyx":519
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3441,7 +3445,7 @@ int __pyx_module_is_main_ivshmem__native__descriptors = 0;
 static PyObject *__pyx_builtin_staticmethod;
 static PyObject *__pyx_builtin_open;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   except those that ring by a plain write: see Doorbells.ring and ring_nowait.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
+static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL uses it: the last such call\n   closes it (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). Nor is it closed while the GIL, or\n   a critical section of its owner, is held.\n3. Another process can clear O_NONBLOCK of a shared descriptor. No call blocks because of that,\n   except those that ring by a plain write: see Doorbells.ring and ring_nowait.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self); /* proto */
@@ -3732,7 +3736,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_dev_zero __pyx_string_tab[3]
 #define __pyx_kp_u_proc_self_fdinfo __pyx_string_tab[4]
 #define __pyx_kp_u_ __pyx_string_tab[5]
-#define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[6]
+#define __pyx_kp_u_a_vector_s_descriptor_is_not_an __pyx_string_tab[6]
 #define __pyx_kp_u_descriptor __pyx_string_tab[7]
 #define __pyx_kp_u_disable __pyx_string_tab[8]
 #define __pyx_kp_u_embedded_null_byte __pyx_string_tab[9]
@@ -3910,11 +3914,11 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[181]
 #define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[182]
 #define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[188]
 #define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[189]
 #define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[190]
 #define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[191]
@@ -4693,7 +4697,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
- *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+ *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
 */
 
@@ -4712,7 +4716,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   __Pyx_RefNannySetupContext("deadline_of", 0);
 
   /* "ivshmem/native/descriptors.pyx":83
- *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+ *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
  *         return INT64_MAX
@@ -4736,7 +4740,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     goto __pyx_L0;
 
     /* "ivshmem/native/descriptors.pyx":83
- *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+ *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
  *         return INT64_MAX
@@ -4880,7 +4884,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
- *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+ *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
 */
 
@@ -5032,7 +5036,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_ob
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def taken(self):
- *         """Whether it has an owner, or was closed."""
+ *         """Whether it has an owner or was closed."""
 */
 
 /* Python wrapper */
@@ -5061,7 +5065,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
 
   /* "ivshmem/native/descriptors.pyx":117
  *     def taken(self):
- *         """Whether it has an owner, or was closed."""
+ *         """Whether it has an owner or was closed."""
  *         return self.number < 0             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
@@ -5084,7 +5088,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def taken(self):
- *         """Whether it has an owner, or was closed."""
+ *         """Whether it has an owner or was closed."""
 */
 
   /* function exit code */
@@ -5102,7 +5106,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
 */
 
@@ -5114,7 +5118,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno, "The descriptor, still owned by this.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno, "Return the descriptor, which this object still owns.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2Fd_2fileno};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_2Fd_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -5164,7 +5168,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
 
   /* "ivshmem/native/descriptors.pyx":121
  *     def fileno(self):
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the descriptor was taken or closed")
  *         return self.number
@@ -5175,7 +5179,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
 
 
     /* "ivshmem/native/descriptors.pyx":122
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
  *         return self.number
@@ -5210,7 +5214,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
 
     /* "ivshmem/native/descriptors.pyx":121
  *     def fileno(self):
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the descriptor was taken or closed")
  *         return self.number
@@ -5241,7 +5245,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
 */
 
@@ -5662,7 +5666,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
- *     """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+ *     """Return the number of `fd`, an Fd or a number. The caller owns the descriptor from now on."""
  *     cdef Fd given
 */
 
@@ -5852,7 +5856,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
- *     """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+ *     """Return the number of `fd`, an Fd or a number. The caller owns the descriptor from now on."""
  *     cdef Fd given
 */
 
@@ -5951,7 +5955,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __p
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
- *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+ *         """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
 
 /* Python wrapper */
@@ -5962,7 +5966,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds, "`count` new eventfds: counter mode, non-blocking, close-on-exec.\n\n        Raises:\n            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds, "Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.\n\n        Raises:\n            OSError: EMFILE, ENFILE or ENOMEM. Then no descriptor is left open.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds = {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_2eventfds};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_3eventfds(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6069,7 +6073,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   __Pyx_RefNannySetupContext("eventfds", 0);
 
   /* "ivshmem/native/descriptors.pyx":169
- *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
+ *             OSError: EMFILE, ENFILE or ENOMEM. Then no descriptor is left open.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
  *         cdef int fd
@@ -6262,7 +6266,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
- *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+ *         """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
 
   /* function exit code */
@@ -6285,7 +6289,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
- *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
+ *         """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 */
 
 /* Python wrapper */
@@ -6296,7 +6300,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy, "An array of one copy of `fd`, as dup(2) makes it, close-on-exec.\n\n        Raises:\n            OSError: EBADF or EMFILE.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy, "Return an array of one copy of `fd`, made as by dup(2), close-on-exec.\n\n        Raises:\n            OSError: EBADF or EMFILE.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy = {"copy", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_4copy};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_5copy(CYTHON_UNUSED PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6482,7 +6486,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
- *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
+ *         """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 */
 
   /* function exit code */
@@ -6503,7 +6507,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
- *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ *         """Call open(2) and append the descriptor, close-on-exec; return it.
  * 
 */
 
@@ -6515,7 +6519,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open, "open(2), and own what it gives at once: no signal\047s exception can come between the two.\n\n        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.\n\n        Raises:\n            OSError: as of open(2), with the path.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open, "Call open(2) and append the descriptor, close-on-exec; return it.\n\n        The array owns it. No signal handler can run between open(2) and that.\n\n        Raises:\n            OSError: as open(2), with the path.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open = {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_6open};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_7open(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6651,7 +6655,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
   __Pyx_RefNannySetupContext("open", 0);
 
   /* "ivshmem/native/descriptors.pyx":203
- *             OSError: as of open(2), with the path.
+ *             OSError: as open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
  *         cdef const char *text = where
@@ -6943,7 +6947,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
- *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ *         """Call open(2) and append the descriptor, close-on-exec; return it.
  * 
 */
 
@@ -6974,7 +6978,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
- *         """memfd_create(2), owned at once like what `open` gives.
+ *         """Call memfd_create(2) and append the descriptor, as `open` does; return it.
  * 
 */
 
@@ -6986,7 +6990,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd, "memfd_create(2), owned at once like what `open` gives.\n\n        Raises:\n            OSError: as of memfd_create(2).\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd, "Call memfd_create(2) and append the descriptor, as `open` does; return it.\n\n        Raises:\n            OSError: as memfd_create(2).\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd = {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7092,7 +7096,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   __Pyx_RefNannySetupContext("memfd", 0);
 
   /* "ivshmem/native/descriptors.pyx":225
- *             OSError: as of memfd_create(2).
+ *             OSError: as memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
@@ -7208,7 +7212,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
- *         """memfd_create(2), owned at once like what `open` gives.
+ *         """Call memfd_create(2) and append the descriptor, as `open` does; return it.
  * 
 */
 
@@ -7232,7 +7236,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
- *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))
 */
 
@@ -7244,7 +7248,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take, "Append `fd`, a number or an Fd, and own it from now on, also when this call fails.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take, "Append `fd`, a number or an Fd. The array owns it from now on, even if this raises.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7334,7 +7338,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
 
   /* "ivshmem/native/descriptors.pyx":234
  *     def take(self, fd):
- *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
@@ -7348,7 +7352,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
- *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))
 */
 
@@ -7425,7 +7429,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
  *         if self.count == self.room:
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
 */
           __pyx_t_4 = NULL;
           __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L4_error)
@@ -7467,7 +7471,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
 */
         __pyx_t_2 = (__pyx_v_self->count == __pyx_v_self->room);
@@ -7477,7 +7481,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 
           /* "ivshmem/native/descriptors.pyx":245
  *         if self.count == self.room:
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
@@ -7485,7 +7489,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           __pyx_v_grown = NULL;
 
           /* "ivshmem/native/descriptors.pyx":246
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
@@ -7506,7 +7510,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
             /* "ivshmem/native/descriptors.pyx":246
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
@@ -7621,7 +7625,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
- *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
 */
         }
@@ -7768,12 +7772,12 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def __getitem__(self, Py_ssize_t index):
- *         """The descriptor, still owned by the array."""
+ *         """Return the descriptor, which the array still owns."""
 */
 
 /* Python wrapper */
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_15__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__, "The descriptor, still owned by the array.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__, "Return the descriptor, which the array still owns.");
 #if CYTHON_UPDATE_DESCRIPTOR_DOC
 struct wrapperbase __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
 #endif
@@ -7820,7 +7824,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 
         /* "ivshmem/native/descriptors.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
- *         """The descriptor, still owned by the array."""
+ *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]
@@ -7847,7 +7851,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 
 
           /* "ivshmem/native/descriptors.pyx":268
- *         """The descriptor, still owned by the array."""
+ *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
  *         return self.fds[index]
@@ -7889,7 +7893,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 
           /* "ivshmem/native/descriptors.pyx":267
  *     def __getitem__(self, Py_ssize_t index):
- *         """The descriptor, still owned by the array."""
+ *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]
@@ -7923,7 +7927,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def __getitem__(self, Py_ssize_t index):
- *         """The descriptor, still owned by the array."""
+ *         """Return the descriptor, which the array still owns."""
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -8093,7 +8097,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
 */
 
@@ -8105,7 +8109,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18signal, "Add 1 to eventfd `index`, which no other process may have; do nothing if closed.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18signal};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8196,7 +8200,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   __Pyx_RefNannySetupContext("signal", 0);
 
   /* "ivshmem/native/descriptors.pyx":279
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
@@ -8225,7 +8229,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
     goto __pyx_L0;
 
     /* "ivshmem/native/descriptors.pyx":279
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
@@ -8298,7 +8302,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
 */
 
@@ -8319,8 +8323,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
- *         return take_count(self[index])
+ *         """Set the count of eventfd `index` to 0, and return what it was.
+ * 
 */
 
 /* Python wrapper */
@@ -8331,7 +8335,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain, "Set the count of eventfd `index` to 0, and return what it was.\n\n        It never blocks, whatever other processes that have the eventfd do.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8421,20 +8425,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/native/descriptors.pyx":288
- *     def drain(self, Py_ssize_t index):
- *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+  /* "ivshmem/native/descriptors.pyx":291
+ *         It never blocks, whatever other processes that have the eventfd do.
+ *         """
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 291, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -8452,8 +8456,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
- *         return take_count(self[index])
+ *         """Set the count of eventfd `index` to 0, and return what it was.
+ * 
 */
 
   /* function exit code */
@@ -8467,7 +8471,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":290
+/* "ivshmem/native/descriptors.pyx":293
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8482,7 +8486,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":292
+  /* "ivshmem/native/descriptors.pyx":295
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -8493,7 +8497,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":293
+  /* "ivshmem/native/descriptors.pyx":296
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -8502,7 +8506,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/native/descriptors.pyx":294
+  /* "ivshmem/native/descriptors.pyx":297
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8516,7 +8520,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":295
+    /* "ivshmem/native/descriptors.pyx":298
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -8527,7 +8531,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":290
+  /* "ivshmem/native/descriptors.pyx":293
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8540,20 +8544,20 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
 }
 
-/* "ivshmem/native/descriptors.pyx":297
+/* "ivshmem/native/descriptors.pyx":300
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One user more; False if it is closed."""
+ *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)
 */
 
 static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":299
+  /* "ivshmem/native/descriptors.pyx":302
  *     cdef bint enter(self) noexcept nogil:
- *         """One user more; False if it is closed."""
+ *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
  * 
  *     cdef void leave(self) noexcept nogil:
@@ -8564,11 +8568,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":297
+  /* "ivshmem/native/descriptors.pyx":300
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One user more; False if it is closed."""
+ *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)
 */
 
@@ -8577,20 +8581,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":301
+/* "ivshmem/native/descriptors.pyx":304
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One user less."""
+ *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
 */
 
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":303
+  /* "ivshmem/native/descriptors.pyx":306
  *     cdef void leave(self) noexcept nogil:
- *         """One user less."""
+ *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             self.release()
  * 
@@ -8600,8 +8604,8 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":304
- *         """One user less."""
+    /* "ivshmem/native/descriptors.pyx":307
+ *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
@@ -8609,27 +8613,27 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
     __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/native/descriptors.pyx":303
+    /* "ivshmem/native/descriptors.pyx":306
  *     cdef void leave(self) noexcept nogil:
- *         """One user less."""
+ *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             self.release()
  * 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":301
+  /* "ivshmem/native/descriptors.pyx":304
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """One user less."""
+ *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
 */
 
   /* function exit code */
 }
 
-/* "ivshmem/native/descriptors.pyx":306
+/* "ivshmem/native/descriptors.pyx":309
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8693,7 +8697,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":308
+        /* "ivshmem/native/descriptors.pyx":311
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8705,7 +8709,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":309
+          /* "ivshmem/native/descriptors.pyx":312
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8714,7 +8718,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
 */
           __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/native/descriptors.pyx":308
+          /* "ivshmem/native/descriptors.pyx":311
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8724,7 +8728,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":306
+      /* "ivshmem/native/descriptors.pyx":309
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8748,7 +8752,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":311
+/* "ivshmem/native/descriptors.pyx":314
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8775,7 +8779,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":313
+  /* "ivshmem/native/descriptors.pyx":316
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -8784,7 +8788,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":314
+  /* "ivshmem/native/descriptors.pyx":317
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -8793,7 +8797,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/native/descriptors.pyx":315
+  /* "ivshmem/native/descriptors.pyx":318
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -8807,7 +8811,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":316
+    /* "ivshmem/native/descriptors.pyx":319
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -8818,7 +8822,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":311
+  /* "ivshmem/native/descriptors.pyx":314
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9037,7 +9041,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":332
+/* "ivshmem/native/descriptors.pyx":336
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9111,7 +9115,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":333
+  /* "ivshmem/native/descriptors.pyx":337
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9120,7 +9124,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":334
+  /* "ivshmem/native/descriptors.pyx":338
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9129,39 +9133,39 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/native/descriptors.pyx":335
+  /* "ivshmem/native/descriptors.pyx":339
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
- *         # Requests count until their ends are reaped, which each call does for its own.
+ *         # A request counts until its end is taken off the ring. Each call does that for its own.
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":336
+  /* "ivshmem/native/descriptors.pyx":340
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
- *         # Requests count until their ends are reaped, which each call does for its own.
+ *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9183,16 +9187,16 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/native/descriptors.pyx":338
+  /* "ivshmem/native/descriptors.pyx":342
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
- *         # Requests count until their ends are reaped, which each call does for its own.
+ *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
  *             try:
  *                 fail()
@@ -9202,8 +9206,8 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/native/descriptors.pyx":339
- *         # Requests count until their ends are reaped, which each call does for its own.
+    /* "ivshmem/native/descriptors.pyx":343
+ *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
  *                 fail()
@@ -9211,18 +9215,18 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":340
+      /* "ivshmem/native/descriptors.pyx":344
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 340, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/native/descriptors.pyx":342
+    /* "ivshmem/native/descriptors.pyx":346
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -9238,7 +9242,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9272,7 +9276,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9302,16 +9306,16 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
       __pyx_L6:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":338
+    /* "ivshmem/native/descriptors.pyx":342
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
- *         # Requests count until their ends are reaped, which each call does for its own.
+ *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
  *             try:
  *                 fail()
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":332
+  /* "ivshmem/native/descriptors.pyx":336
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9337,11 +9341,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":344
+/* "ivshmem/native/descriptors.pyx":348
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
- *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
 
@@ -9353,7 +9357,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal, "Add 1 to each eventfd of a sequence; a full counter stays full.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal, "Add 1 to each eventfd of a sequence. A full counter stays full.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_9Signaller_2signal};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_9Signaller_3signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -9385,32 +9389,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 348, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 348, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 348, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 344, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 348, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 348, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 348, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9455,7 +9459,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":350
+  /* "ivshmem/native/descriptors.pyx":354
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9467,7 +9471,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":351
+    /* "ivshmem/native/descriptors.pyx":355
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9475,7 +9479,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9494,14 +9498,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 351, __pyx_L1_error)
+    __PYX_ERR(0, 355, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":350
+    /* "ivshmem/native/descriptors.pyx":354
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9510,7 +9514,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":352
+  /* "ivshmem/native/descriptors.pyx":356
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9518,11 +9522,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -9531,12 +9535,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -9544,18 +9548,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 352, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 356, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 352, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":353
+    /* "ivshmem/native/descriptors.pyx":357
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -9564,23 +9568,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/native/descriptors.pyx":354
+    /* "ivshmem/native/descriptors.pyx":358
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 358, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -9589,7 +9593,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 354, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9599,7 +9603,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 354, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9610,13 +9614,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 354, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 358, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -9626,17 +9630,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":355
+      /* "ivshmem/native/descriptors.pyx":359
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
  *                 batch[count] = <int>number
  *                 count += 1
 */
-      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/native/descriptors.pyx":356
+      /* "ivshmem/native/descriptors.pyx":360
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -9645,7 +9649,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/native/descriptors.pyx":357
+      /* "ivshmem/native/descriptors.pyx":361
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -9654,7 +9658,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/native/descriptors.pyx":354
+      /* "ivshmem/native/descriptors.pyx":358
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -9664,17 +9668,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":358
+    /* "ivshmem/native/descriptors.pyx":362
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":352
+    /* "ivshmem/native/descriptors.pyx":356
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9684,11 +9688,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":344
+  /* "ivshmem/native/descriptors.pyx":348
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
- *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
 
@@ -9713,12 +9717,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":360
+/* "ivshmem/native/descriptors.pyx":364
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
- *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
- *         cdef int code
+ *         """Add 1 to each of at most 64 eventfds.
+ * 
 */
 
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
@@ -9737,8 +9741,8 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/native/descriptors.pyx":363
- *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+  /* "ivshmem/native/descriptors.pyx":370
+ *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
  *             if self.zero < 0:
@@ -9751,7 +9755,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":364
+        /* "ivshmem/native/descriptors.pyx":371
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9763,7 +9767,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":365
+          /* "ivshmem/native/descriptors.pyx":372
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9771,7 +9775,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
  *         if code:
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 365, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -9790,14 +9794,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 365, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 365, __pyx_L4_error)
+          __PYX_ERR(0, 372, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":364
+          /* "ivshmem/native/descriptors.pyx":371
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9806,7 +9810,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":366
+        /* "ivshmem/native/descriptors.pyx":373
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
@@ -9816,8 +9820,8 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/native/descriptors.pyx":363
- *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+      /* "ivshmem/native/descriptors.pyx":370
+ *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
  *             if self.zero < 0:
@@ -9837,7 +9841,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":367
+  /* "ivshmem/native/descriptors.pyx":374
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9849,17 +9853,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":368
+    /* "ivshmem/native/descriptors.pyx":375
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":367
+    /* "ivshmem/native/descriptors.pyx":374
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9868,7 +9872,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":369
+  /* "ivshmem/native/descriptors.pyx":376
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9881,12 +9885,12 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":360
+  /* "ivshmem/native/descriptors.pyx":364
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
- *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
- *         cdef int code
+ *         """Add 1 to each of at most 64 eventfds.
+ * 
 */
 
   /* function exit code */
@@ -9904,18 +9908,18 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":371
+/* "ivshmem/native/descriptors.pyx":378
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What submit does, for a caller that has this for itself; 0 or errno."""
+ *         """Do what `submit` does; return 0 or errno. No other thread may use this object now."""
  *         cdef iocb requests[BATCH]
 */
 
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
   struct iocb __pyx_v_requests[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
   struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_6native_11descriptors_BATCH];
-  char __pyx_v_nothing[1];
+  char __pyx_v_byte[1];
   long __pyx_v_i;
   long __pyx_v_n;
   long __pyx_v_done;
@@ -9926,8 +9930,8 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":377
- *         cdef char nothing[1]
+  /* "ivshmem/native/descriptors.pyx":384
+ *         cdef char byte[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
  *         memset(requests, 0, count * sizeof(iocb))
@@ -9935,7 +9939,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/native/descriptors.pyx":378
+  /* "ivshmem/native/descriptors.pyx":385
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -9944,7 +9948,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/native/descriptors.pyx":379
+  /* "ivshmem/native/descriptors.pyx":386
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -9958,46 +9962,46 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":380
+    /* "ivshmem/native/descriptors.pyx":387
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
  *             requests[i].aio_fildes = self.zero
- *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_buf = <uint64_t>&byte[0]
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/native/descriptors.pyx":381
+    /* "ivshmem/native/descriptors.pyx":388
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
- *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1
 */
     __pyx_t_4 = __pyx_v_self->zero;
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/native/descriptors.pyx":382
+    /* "ivshmem/native/descriptors.pyx":389
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
- *             requests[i].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
+ *             requests[i].aio_buf = <uint64_t>&byte[0]             # <<<<<<<<<<<<<<
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
 */
-    (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
+    (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_byte[0])));
 
-    /* "ivshmem/native/descriptors.pyx":383
+    /* "ivshmem/native/descriptors.pyx":390
  *             requests[i].aio_fildes = self.zero
- *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/native/descriptors.pyx":384
- *             requests[i].aio_buf = <uint64_t>&nothing[0]
+    /* "ivshmem/native/descriptors.pyx":391
+ *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
  *             requests[i].aio_resfd = fds[i]
@@ -10005,7 +10009,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/native/descriptors.pyx":385
+    /* "ivshmem/native/descriptors.pyx":392
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -10014,7 +10018,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/native/descriptors.pyx":386
+    /* "ivshmem/native/descriptors.pyx":393
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -10025,7 +10029,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":387
+  /* "ivshmem/native/descriptors.pyx":394
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -10038,7 +10042,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/native/descriptors.pyx":388
+    /* "ivshmem/native/descriptors.pyx":395
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -10047,7 +10051,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/native/descriptors.pyx":389
+    /* "ivshmem/native/descriptors.pyx":396
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10059,7 +10063,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":390
+      /* "ivshmem/native/descriptors.pyx":397
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -10068,7 +10072,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":391
+      /* "ivshmem/native/descriptors.pyx":398
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -10077,7 +10081,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":389
+      /* "ivshmem/native/descriptors.pyx":396
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10087,7 +10091,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       goto __pyx_L7;
     }
 
-    /* "ivshmem/native/descriptors.pyx":392
+    /* "ivshmem/native/descriptors.pyx":399
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10106,7 +10110,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":393
+      /* "ivshmem/native/descriptors.pyx":400
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -10119,7 +10123,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":392
+      /* "ivshmem/native/descriptors.pyx":399
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10130,7 +10134,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":394
+  /* "ivshmem/native/descriptors.pyx":401
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -10143,11 +10147,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":371
+  /* "ivshmem/native/descriptors.pyx":378
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """What submit does, for a caller that has this for itself; 0 or errno."""
+ *         """Do what `submit` does; return 0 or errno. No other thread may use this object now."""
  *         cdef iocb requests[BATCH]
 */
 
@@ -10162,7 +10166,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":396
+/* "ivshmem/native/descriptors.pyx":403
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10227,7 +10231,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":398
+        /* "ivshmem/native/descriptors.pyx":405
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10253,7 +10257,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":399
+          /* "ivshmem/native/descriptors.pyx":406
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -10262,7 +10266,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/native/descriptors.pyx":398
+          /* "ivshmem/native/descriptors.pyx":405
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10271,7 +10275,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":400
+        /* "ivshmem/native/descriptors.pyx":407
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10280,7 +10284,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/native/descriptors.pyx":401
+        /* "ivshmem/native/descriptors.pyx":408
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10292,7 +10296,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":402
+          /* "ivshmem/native/descriptors.pyx":409
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -10301,7 +10305,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/native/descriptors.pyx":401
+          /* "ivshmem/native/descriptors.pyx":408
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10310,7 +10314,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":403
+        /* "ivshmem/native/descriptors.pyx":410
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -10320,7 +10324,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":396
+      /* "ivshmem/native/descriptors.pyx":403
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10344,7 +10348,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":405
+/* "ivshmem/native/descriptors.pyx":412
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10375,7 +10379,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":406
+  /* "ivshmem/native/descriptors.pyx":413
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10389,12 +10393,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":405
+  /* "ivshmem/native/descriptors.pyx":412
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10619,11 +10623,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":413
+/* "ivshmem/native/descriptors.pyx":420
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
- *     """The one of this process, which lives as long as somebody uses it; None if there can be none.
+ *     """Return the Signaller of this process, which lives as long as it is used; None: none can be.
  * 
 */
 
@@ -10647,7 +10651,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/native/descriptors.pyx":420
+  /* "ivshmem/native/descriptors.pyx":427
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -10679,19 +10683,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 427, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 420, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 427, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 427, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":421
+  /* "ivshmem/native/descriptors.pyx":428
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10716,7 +10720,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":422
+    /* "ivshmem/native/descriptors.pyx":429
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10732,7 +10736,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":423
+        /* "ivshmem/native/descriptors.pyx":430
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -10745,13 +10749,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":422
+        /* "ivshmem/native/descriptors.pyx":429
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10769,7 +10773,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":424
+      /* "ivshmem/native/descriptors.pyx":431
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -10780,7 +10784,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/native/descriptors.pyx":425
+        /* "ivshmem/native/descriptors.pyx":432
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -10799,7 +10803,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/native/descriptors.pyx":422
+      /* "ivshmem/native/descriptors.pyx":429
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10821,7 +10825,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":426
+    /* "ivshmem/native/descriptors.pyx":433
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -10829,9 +10833,9 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -10851,7 +10855,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 433, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
@@ -10859,7 +10863,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":421
+    /* "ivshmem/native/descriptors.pyx":428
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10868,7 +10872,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":427
+  /* "ivshmem/native/descriptors.pyx":434
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -10886,11 +10890,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":413
+  /* "ivshmem/native/descriptors.pyx":420
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
- *     """The one of this process, which lives as long as somebody uses it; None if there can be none.
+ *     """Return the Signaller of this process, which lives as long as it is used; None: none can be.
  * 
 */
 
@@ -10909,11 +10913,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":430
+/* "ivshmem/native/descriptors.pyx":437
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
 */
 
@@ -10926,17 +10930,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":432
+  /* "ivshmem/native/descriptors.pyx":439
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
- *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/native/descriptors.pyx":433
- *     """Add 1 to an eventfd that others share, and wait for nobody."""
+  /* "ivshmem/native/descriptors.pyx":440
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
@@ -10946,21 +10950,21 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":434
+    /* "ivshmem/native/descriptors.pyx":441
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
  *     while code == EINTR:
  *         PyErr_CheckSignals()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":433
- *     """Add 1 to an eventfd that others share, and wait for nobody."""
+    /* "ivshmem/native/descriptors.pyx":440
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
@@ -10968,7 +10972,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":435
+  /* "ivshmem/native/descriptors.pyx":442
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:             # <<<<<<<<<<<<<<
@@ -10981,17 +10985,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/native/descriptors.pyx":436
+    /* "ivshmem/native/descriptors.pyx":443
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         code = add_one_if_room(fd)
  *     if code:
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":437
+    /* "ivshmem/native/descriptors.pyx":444
  *     while code == EINTR:
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
@@ -11001,7 +11005,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
     __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(__pyx_v_fd);
   }
 
-  /* "ivshmem/native/descriptors.pyx":438
+  /* "ivshmem/native/descriptors.pyx":445
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11013,17 +11017,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":439
+    /* "ivshmem/native/descriptors.pyx":446
  *         code = add_one_if_room(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 446, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":438
+    /* "ivshmem/native/descriptors.pyx":445
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11032,7 +11036,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":440
+  /* "ivshmem/native/descriptors.pyx":447
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -11045,11 +11049,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":430
+  /* "ivshmem/native/descriptors.pyx":437
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that others share, and wait for nobody."""
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
 */
 
@@ -11063,11 +11067,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":443
+/* "ivshmem/native/descriptors.pyx":450
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Look for room in the counter, and add 1 if there is any; 0 or errno.
+ *     """If the counter has room, add 1; return 0 or errno.
  * 
 */
 
@@ -11078,7 +11082,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":450
+  /* "ivshmem/native/descriptors.pyx":458
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -11088,7 +11092,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/native/descriptors.pyx":451
+  /* "ivshmem/native/descriptors.pyx":459
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -11097,7 +11101,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/native/descriptors.pyx":452
+  /* "ivshmem/native/descriptors.pyx":460
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -11106,12 +11110,12 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/native/descriptors.pyx":453
+  /* "ivshmem/native/descriptors.pyx":461
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
  *         return add_one(fd)
- *     return 0  # a full counter is an interrupt that is pending already
+ *     return 0  # a full counter: an interrupt is already pending
 */
   __pyx_t_2 = (ppoll((&__pyx_v_one), 1, (&__pyx_v_none), NULL) == 1);
 
@@ -11132,11 +11136,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":454
+    /* "ivshmem/native/descriptors.pyx":462
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)             # <<<<<<<<<<<<<<
- *     return 0  # a full counter is an interrupt that is pending already
+ *     return 0  # a full counter: an interrupt is already pending
  * 
 */
     {
@@ -11145,19 +11149,19 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":453
+    /* "ivshmem/native/descriptors.pyx":461
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
  *         return add_one(fd)
- *     return 0  # a full counter is an interrupt that is pending already
+ *     return 0  # a full counter: an interrupt is already pending
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":455
+  /* "ivshmem/native/descriptors.pyx":463
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)
- *     return 0  # a full counter is an interrupt that is pending already             # <<<<<<<<<<<<<<
+ *     return 0  # a full counter: an interrupt is already pending             # <<<<<<<<<<<<<<
  * 
  * 
 */
@@ -11167,11 +11171,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":443
+  /* "ivshmem/native/descriptors.pyx":450
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Look for room in the counter, and add 1 if there is any; 0 or errno.
+ *     """If the counter has room, add 1; return 0 or errno.
  * 
 */
 
@@ -11182,7 +11186,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":472
+/* "ivshmem/native/descriptors.pyx":481
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11229,39 +11233,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 472, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 481, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 481, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 481, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 472, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 481, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 481, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 472, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 481, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11310,7 +11314,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":474
+  /* "ivshmem/native/descriptors.pyx":483
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -11319,7 +11323,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/native/descriptors.pyx":475
+  /* "ivshmem/native/descriptors.pyx":484
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11328,7 +11332,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":476
+  /* "ivshmem/native/descriptors.pyx":485
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11337,7 +11341,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":477
+  /* "ivshmem/native/descriptors.pyx":486
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11353,7 +11357,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":478
+      /* "ivshmem/native/descriptors.pyx":487
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11362,7 +11366,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 478, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 487, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -11380,17 +11384,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":479
+        /* "ivshmem/native/descriptors.pyx":488
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 479, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":478
+        /* "ivshmem/native/descriptors.pyx":487
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11399,7 +11403,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":480
+      /* "ivshmem/native/descriptors.pyx":489
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11411,17 +11415,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":481
+        /* "ivshmem/native/descriptors.pyx":490
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 481, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":480
+        /* "ivshmem/native/descriptors.pyx":489
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11430,7 +11434,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":482
+      /* "ivshmem/native/descriptors.pyx":491
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11442,9 +11446,9 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 482, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 491, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 482, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 491, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -11452,7 +11456,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 482, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 491, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11462,7 +11466,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 482, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 491, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11473,13 +11477,13 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 482, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 491, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 482, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 491, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -11489,7 +11493,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":483
+        /* "ivshmem/native/descriptors.pyx":492
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -11498,7 +11502,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/native/descriptors.pyx":484
+        /* "ivshmem/native/descriptors.pyx":493
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -11507,7 +11511,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/native/descriptors.pyx":485
+        /* "ivshmem/native/descriptors.pyx":494
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -11516,7 +11520,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/native/descriptors.pyx":486
+        /* "ivshmem/native/descriptors.pyx":495
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -11525,7 +11529,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/native/descriptors.pyx":487
+        /* "ivshmem/native/descriptors.pyx":496
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -11534,17 +11538,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/native/descriptors.pyx":488
+        /* "ivshmem/native/descriptors.pyx":497
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 488, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 497, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/native/descriptors.pyx":489
+        /* "ivshmem/native/descriptors.pyx":498
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11556,17 +11560,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/native/descriptors.pyx":490
+          /* "ivshmem/native/descriptors.pyx":499
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L3_error)
 
 
-          /* "ivshmem/native/descriptors.pyx":489
+          /* "ivshmem/native/descriptors.pyx":498
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11575,7 +11579,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":482
+        /* "ivshmem/native/descriptors.pyx":491
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11585,7 +11589,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":477
+      /* "ivshmem/native/descriptors.pyx":486
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11601,7 +11605,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":491
+    /* "ivshmem/native/descriptors.pyx":500
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11611,12 +11615,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 491, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 500, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/native/descriptors.pyx":492
+      /* "ivshmem/native/descriptors.pyx":501
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -11630,12 +11634,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 492, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 501, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":493
+      /* "ivshmem/native/descriptors.pyx":502
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -11647,11 +11651,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 493, __pyx_L5_except_error)
+      __PYX_ERR(0, 502, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/descriptors.pyx":477
+    /* "ivshmem/native/descriptors.pyx":486
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11667,7 +11671,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":472
+  /* "ivshmem/native/descriptors.pyx":481
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11695,11 +11699,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":495
+/* "ivshmem/native/descriptors.pyx":504
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
+ *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
 */
 
@@ -11708,9 +11712,9 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":497
+  /* "ivshmem/native/descriptors.pyx":506
  *     cdef bint fired(self) noexcept nogil:
- *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
+ *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
@@ -11736,11 +11740,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":495
+  /* "ivshmem/native/descriptors.pyx":504
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
+ *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
 */
 
@@ -11749,11 +11753,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":499
+/* "ivshmem/native/descriptors.pyx":508
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Forget about it; may be called twice."""
+ *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
 
@@ -11765,7 +11769,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close, "Forget about it; may be called twice.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close, "Stop the polls. May be called twice.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Relay_2close};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Relay_3close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11809,9 +11813,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":501
+  /* "ivshmem/native/descriptors.pyx":510
  *     def close(self):
- *         """Forget about it; may be called twice."""
+ *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
  *         self.context = 0
  *         if context and getpid() == self.pid:
@@ -11820,8 +11824,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":502
- *         """Forget about it; may be called twice."""
+  /* "ivshmem/native/descriptors.pyx":511
+ *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
  *         if context and getpid() == self.pid:
@@ -11829,7 +11833,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":503
+  /* "ivshmem/native/descriptors.pyx":512
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11855,7 +11859,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":504
+    /* "ivshmem/native/descriptors.pyx":513
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -11864,7 +11868,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/native/descriptors.pyx":503
+    /* "ivshmem/native/descriptors.pyx":512
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11873,11 +11877,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":499
+  /* "ivshmem/native/descriptors.pyx":508
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Forget about it; may be called twice."""
+ *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
 
@@ -11889,7 +11893,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":506
+/* "ivshmem/native/descriptors.pyx":515
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11920,7 +11924,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":507
+  /* "ivshmem/native/descriptors.pyx":516
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11934,12 +11938,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 507, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":506
+  /* "ivshmem/native/descriptors.pyx":515
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12164,7 +12168,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":518
+/* "ivshmem/native/descriptors.pyx":527
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12221,7 +12225,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":519
+  /* "ivshmem/native/descriptors.pyx":528
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12230,7 +12234,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":520
+  /* "ivshmem/native/descriptors.pyx":529
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -12239,7 +12243,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/native/descriptors.pyx":521
+  /* "ivshmem/native/descriptors.pyx":530
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12251,17 +12255,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":522
+    /* "ivshmem/native/descriptors.pyx":531
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":521
+    /* "ivshmem/native/descriptors.pyx":530
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12270,7 +12274,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":518
+  /* "ivshmem/native/descriptors.pyx":527
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12289,7 +12293,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":524
+/* "ivshmem/native/descriptors.pyx":533
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12353,7 +12357,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":525
+  /* "ivshmem/native/descriptors.pyx":534
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12365,7 +12369,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":526
+    /* "ivshmem/native/descriptors.pyx":535
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -12373,7 +12377,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 526, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12392,14 +12396,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 526, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 526, __pyx_L1_error)
+    __PYX_ERR(0, 535, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":525
+    /* "ivshmem/native/descriptors.pyx":534
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12408,14 +12412,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":527
+  /* "ivshmem/native/descriptors.pyx":536
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 527, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 536, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -12428,7 +12432,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":524
+  /* "ivshmem/native/descriptors.pyx":533
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12449,7 +12453,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":529
+/* "ivshmem/native/descriptors.pyx":538
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12471,7 +12475,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/native/descriptors.pyx":531
+  /* "ivshmem/native/descriptors.pyx":540
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -12480,7 +12484,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/native/descriptors.pyx":532
+  /* "ivshmem/native/descriptors.pyx":541
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -12489,7 +12493,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/native/descriptors.pyx":533
+  /* "ivshmem/native/descriptors.pyx":542
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -12498,7 +12502,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/native/descriptors.pyx":534
+  /* "ivshmem/native/descriptors.pyx":543
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12512,10 +12516,10 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 534, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -12523,17 +12527,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":535
+    /* "ivshmem/native/descriptors.pyx":544
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":534
+    /* "ivshmem/native/descriptors.pyx":543
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12542,7 +12546,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":536
+  /* "ivshmem/native/descriptors.pyx":545
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12555,7 +12559,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":529
+  /* "ivshmem/native/descriptors.pyx":538
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12576,11 +12580,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":538
+/* "ivshmem/native/descriptors.pyx":547
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
- *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+ *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
 
@@ -12592,7 +12596,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add, "Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add, "Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add = {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_4add};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_5add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12626,46 +12630,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 538, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 547, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 538, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 538, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 538, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 538, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 547, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 538, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 547, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 538, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 538, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 538, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 547, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 538, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 538, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 547, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12698,21 +12702,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/native/descriptors.pyx":540
+  /* "ivshmem/native/descriptors.pyx":549
  *     def add(self, int fd, uint64_t token, unsigned int events):
- *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+ *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":538
+  /* "ivshmem/native/descriptors.pyx":547
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
- *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+ *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
 
@@ -12728,7 +12732,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":542
+/* "ivshmem/native/descriptors.pyx":551
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12778,46 +12782,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 542, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 551, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 542, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 542, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 551, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 542, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 551, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 542, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 542, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 551, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12850,17 +12854,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/native/descriptors.pyx":543
+  /* "ivshmem/native/descriptors.pyx":552
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":542
+  /* "ivshmem/native/descriptors.pyx":551
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12880,7 +12884,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":545
+/* "ivshmem/native/descriptors.pyx":554
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -12928,32 +12932,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 545, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 545, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 554, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 554, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 545, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12984,17 +12988,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/native/descriptors.pyx":546
+  /* "ivshmem/native/descriptors.pyx":555
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 555, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":554
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13014,12 +13018,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":548
+/* "ivshmem/native/descriptors.pyx":557
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """A list of (token, events), empty when `timeout` seconds are over first."""
- *         cdef epoll_event events[BATCH]
+ *         """Wait for events, and return a list of (token, events).
+ * 
 */
 
 /* Python wrapper */
@@ -13030,7 +13034,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait, "A list of (token, events), empty when `timeout` seconds are over first.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait, "Wait for events, and return a list of (token, events).\n\n        The list is empty if nothing happened for `timeout` seconds (None: no limit).\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait = {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Epoll_10wait};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Epoll_11wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -13062,24 +13066,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 548, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 557, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 548, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 548, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 557, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 548, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13090,7 +13094,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 548, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 557, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13134,17 +13138,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":551
- *         """A list of (token, events), empty when `timeout` seconds are over first."""
+  /* "ivshmem/native/descriptors.pyx":563
+ *         """
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 563, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":553
+  /* "ivshmem/native/descriptors.pyx":565
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13158,14 +13162,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 553, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 553, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 565, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":554
+  /* "ivshmem/native/descriptors.pyx":566
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -13174,17 +13178,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":555
+    /* "ivshmem/native/descriptors.pyx":567
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 555, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 567, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/native/descriptors.pyx":556
+    /* "ivshmem/native/descriptors.pyx":568
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13196,7 +13200,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/native/descriptors.pyx":557
+      /* "ivshmem/native/descriptors.pyx":569
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -13204,7 +13208,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 557, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 569, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -13212,20 +13216,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_8genexpr1__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 557, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 569, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 557, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 569, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 557, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 569, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 557, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 569, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 557, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 569, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 557, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 569, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -13241,7 +13245,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":556
+      /* "ivshmem/native/descriptors.pyx":568
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13251,12 +13255,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     }
   }
 
-  /* "ivshmem/native/descriptors.pyx":548
+  /* "ivshmem/native/descriptors.pyx":557
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """A list of (token, events), empty when `timeout` seconds are over first."""
- *         cdef epoll_event events[BATCH]
+ *         """Wait for events, and return a list of (token, events).
+ * 
 */
 
   /* function exit code */
@@ -13280,7 +13284,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":559
+/* "ivshmem/native/descriptors.pyx":571
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13339,7 +13343,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":560
+  /* "ivshmem/native/descriptors.pyx":572
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -13350,7 +13354,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":561
+  /* "ivshmem/native/descriptors.pyx":573
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13359,7 +13363,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":562
+  /* "ivshmem/native/descriptors.pyx":574
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13371,7 +13375,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":563
+    /* "ivshmem/native/descriptors.pyx":575
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -13380,7 +13384,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/native/descriptors.pyx":562
+    /* "ivshmem/native/descriptors.pyx":574
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13389,7 +13393,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":559
+  /* "ivshmem/native/descriptors.pyx":571
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13405,7 +13409,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":565
+/* "ivshmem/native/descriptors.pyx":577
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13429,7 +13433,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObjec
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":566
+  /* "ivshmem/native/descriptors.pyx":578
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13441,7 +13445,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":567
+    /* "ivshmem/native/descriptors.pyx":579
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -13450,7 +13454,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/native/descriptors.pyx":566
+    /* "ivshmem/native/descriptors.pyx":578
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13459,7 +13463,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":565
+  /* "ivshmem/native/descriptors.pyx":577
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13677,11 +13681,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":570
+/* "ivshmem/native/descriptors.pyx":582
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
- *     """epoll_wait until `deadline`; -1 when a signal handler ran: the caller goes round again."""
+ *     """Call epoll_wait until `deadline`; return -1 if a signal handler ran: call this again."""
  *     cdef int64_t left
 */
 
@@ -13701,7 +13705,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":574
+  /* "ivshmem/native/descriptors.pyx":586
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13713,7 +13717,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":575
+    /* "ivshmem/native/descriptors.pyx":587
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -13722,7 +13726,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/native/descriptors.pyx":574
+    /* "ivshmem/native/descriptors.pyx":586
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13732,11 +13736,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/descriptors.pyx":577
+  /* "ivshmem/native/descriptors.pyx":589
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
- *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
+ *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
 */
   /*else*/ {
@@ -13752,9 +13756,9 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/native/descriptors.pyx":579
+    /* "ivshmem/native/descriptors.pyx":591
  *         left = deadline - now() if deadline else 0
- *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
+ *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
@@ -13788,8 +13792,8 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/descriptors.pyx":580
- *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
+  /* "ivshmem/native/descriptors.pyx":592
+ *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
  *         n = epoll_wait(epfd, events, limit, milliseconds)
@@ -13801,7 +13805,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":581
+        /* "ivshmem/native/descriptors.pyx":593
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -13810,7 +13814,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/native/descriptors.pyx":582
+        /* "ivshmem/native/descriptors.pyx":594
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -13820,8 +13824,8 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/native/descriptors.pyx":580
- *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
+      /* "ivshmem/native/descriptors.pyx":592
+ *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
  *         n = epoll_wait(epfd, events, limit, milliseconds)
@@ -13837,7 +13841,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":583
+  /* "ivshmem/native/descriptors.pyx":595
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13849,7 +13853,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":584
+    /* "ivshmem/native/descriptors.pyx":596
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -13862,7 +13866,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":583
+    /* "ivshmem/native/descriptors.pyx":595
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13871,7 +13875,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":585
+  /* "ivshmem/native/descriptors.pyx":597
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13883,17 +13887,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":586
+    /* "ivshmem/native/descriptors.pyx":598
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 586, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":585
+    /* "ivshmem/native/descriptors.pyx":597
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13902,17 +13906,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":587
+  /* "ivshmem/native/descriptors.pyx":599
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 599, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":588
+  /* "ivshmem/native/descriptors.pyx":600
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -13925,11 +13929,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":570
+  /* "ivshmem/native/descriptors.pyx":582
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
- *     """epoll_wait until `deadline`; -1 when a signal handler ran: the caller goes round again."""
+ *     """Call epoll_wait until `deadline`; return -1 if a signal handler ran: call this again."""
  *     cdef int64_t left
 */
 
@@ -13946,7 +13950,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":591
+/* "ivshmem/native/descriptors.pyx":603
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -13969,7 +13973,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/native/descriptors.pyx":592
+  /* "ivshmem/native/descriptors.pyx":604
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -13977,15 +13981,15 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 592, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 592, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 604, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -13993,14 +13997,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 592, __pyx_L1_error)
+  __PYX_ERR(0, 604, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":591
+  /* "ivshmem/native/descriptors.pyx":603
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14021,7 +14025,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":601
+/* "ivshmem/native/descriptors.pyx":613
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14078,7 +14082,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":602
+  /* "ivshmem/native/descriptors.pyx":614
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14087,7 +14091,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":603
+  /* "ivshmem/native/descriptors.pyx":615
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -14096,7 +14100,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/native/descriptors.pyx":604
+  /* "ivshmem/native/descriptors.pyx":616
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14108,17 +14112,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":605
+    /* "ivshmem/native/descriptors.pyx":617
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 605, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 617, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":604
+    /* "ivshmem/native/descriptors.pyx":616
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14127,7 +14131,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":601
+  /* "ivshmem/native/descriptors.pyx":613
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14146,7 +14150,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":607
+/* "ivshmem/native/descriptors.pyx":619
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14210,7 +14214,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":608
+  /* "ivshmem/native/descriptors.pyx":620
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14222,7 +14226,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":609
+    /* "ivshmem/native/descriptors.pyx":621
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -14230,7 +14234,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 621, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14249,14 +14253,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 609, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 621, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 609, __pyx_L1_error)
+    __PYX_ERR(0, 621, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":608
+    /* "ivshmem/native/descriptors.pyx":620
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14265,14 +14269,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":610
+  /* "ivshmem/native/descriptors.pyx":622
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 610, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 622, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14285,7 +14289,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":607
+  /* "ivshmem/native/descriptors.pyx":619
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14306,11 +14310,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":612
+/* "ivshmem/native/descriptors.pyx":624
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
- *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
 
@@ -14322,7 +14326,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set, "Be readable in so many seconds, from now on, and not before; 0: never.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set, "Make the descriptor readable `seconds` from now, and not before. 0: never.");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set = {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_5Timer_4set};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5Timer_5set(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -14354,32 +14358,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 612, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 624, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 612, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 624, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 612, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 624, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 612, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 624, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 612, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 624, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 612, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 624, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 612, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 624, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14415,8 +14419,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/native/descriptors.pyx":615
- *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+  /* "ivshmem/native/descriptors.pyx":627
+ *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
  *         spec.it_value.tv_sec = <long>seconds
@@ -14424,7 +14428,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/native/descriptors.pyx":616
+  /* "ivshmem/native/descriptors.pyx":628
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -14433,7 +14437,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/native/descriptors.pyx":617
+  /* "ivshmem/native/descriptors.pyx":629
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -14442,7 +14446,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/native/descriptors.pyx":618
+  /* "ivshmem/native/descriptors.pyx":630
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14456,10 +14460,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 618, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 618, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 630, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -14467,17 +14471,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":619
+    /* "ivshmem/native/descriptors.pyx":631
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 619, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":618
+    /* "ivshmem/native/descriptors.pyx":630
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14486,11 +14490,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":612
+  /* "ivshmem/native/descriptors.pyx":624
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
- *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
 
@@ -14509,7 +14513,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":621
+/* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14568,7 +14572,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":634
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -14579,7 +14583,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":623
+  /* "ivshmem/native/descriptors.pyx":635
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14588,7 +14592,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":624
+  /* "ivshmem/native/descriptors.pyx":636
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14600,7 +14604,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":625
+    /* "ivshmem/native/descriptors.pyx":637
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -14609,7 +14613,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/native/descriptors.pyx":624
+    /* "ivshmem/native/descriptors.pyx":636
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14618,7 +14622,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":621
+  /* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14634,7 +14638,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":627
+/* "ivshmem/native/descriptors.pyx":639
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14658,7 +14662,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":628
+  /* "ivshmem/native/descriptors.pyx":640
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14670,7 +14674,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":629
+    /* "ivshmem/native/descriptors.pyx":641
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -14679,7 +14683,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/native/descriptors.pyx":628
+    /* "ivshmem/native/descriptors.pyx":640
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14688,7 +14692,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":627
+  /* "ivshmem/native/descriptors.pyx":639
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14906,17 +14910,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":632
+/* "ivshmem/native/descriptors.pyx":644
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
- *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
+ *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
 
 /* Python wrapper */
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_fork_sharing_files, "os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.\n\n    What one process opens, the other has, too; when one dies, nothing is closed.\n\n    Raises:\n        OSError: as of fork(2).\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_fork_sharing_files, "Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.\n\n    A descriptor that one process opens is in the other as well. When one process ends, the kernel\n    closes nothing.\n\n    Raises:\n        OSError: as fork(2).\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files = {"fork_sharing_files", (PyCFunction)__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files, METH_NOARGS, __pyx_doc_7ivshmem_6native_11descriptors_fork_sharing_files};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_1fork_sharing_files(PyObject *__pyx_self, CYTHON_UNUSED PyObject *unused) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
@@ -14944,7 +14948,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/native/descriptors.pyx":642
+  /* "ivshmem/native/descriptors.pyx":655
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -14953,7 +14957,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/native/descriptors.pyx":643
+  /* "ivshmem/native/descriptors.pyx":656
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -14962,7 +14966,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/native/descriptors.pyx":644
+  /* "ivshmem/native/descriptors.pyx":657
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -14971,7 +14975,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/native/descriptors.pyx":645
+  /* "ivshmem/native/descriptors.pyx":658
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -14983,7 +14987,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":646
+    /* "ivshmem/native/descriptors.pyx":659
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -14992,7 +14996,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/native/descriptors.pyx":647
+    /* "ivshmem/native/descriptors.pyx":660
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15010,7 +15014,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":645
+    /* "ivshmem/native/descriptors.pyx":658
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15019,7 +15023,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":648
+  /* "ivshmem/native/descriptors.pyx":661
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -15028,7 +15032,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/native/descriptors.pyx":649
+  /* "ivshmem/native/descriptors.pyx":662
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15040,17 +15044,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":650
+    /* "ivshmem/native/descriptors.pyx":663
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 650, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 663, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":649
+    /* "ivshmem/native/descriptors.pyx":662
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15059,14 +15063,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":651
+  /* "ivshmem/native/descriptors.pyx":664
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 651, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 664, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15079,11 +15083,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":632
+  /* "ivshmem/native/descriptors.pyx":644
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
- *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
+ *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
 
@@ -15100,11 +15104,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":654
+/* "ivshmem/native/descriptors.pyx":667
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
- *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
 
@@ -15116,7 +15120,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2rename_exclusive, "Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.\n\n    Raises:\n        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_2rename_exclusive, "Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.\n\n    Raises:\n        OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive = {"rename_exclusive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_3rename_exclusive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_2rename_exclusive};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_3rename_exclusive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -15150,46 +15154,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 654, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 667, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 667, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 667, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 667, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 654, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 667, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 667, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 667, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 654, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 667, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 654, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 667, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15233,17 +15237,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/native/descriptors.pyx":660
- *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
+  /* "ivshmem/native/descriptors.pyx":673
+ *         OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -15263,14 +15267,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 660, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 660, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 673, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":661
+  /* "ivshmem/native/descriptors.pyx":674
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -15278,9 +15282,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 674, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 674, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -15300,14 +15304,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 674, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 661, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 674, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":662
+  /* "ivshmem/native/descriptors.pyx":675
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -15316,12 +15320,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 662, __pyx_L1_error)
+    __PYX_ERR(0, 675, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 675, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":663
+  /* "ivshmem/native/descriptors.pyx":676
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -15330,12 +15334,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 663, __pyx_L1_error)
+    __PYX_ERR(0, 676, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 676, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/native/descriptors.pyx":665
+  /* "ivshmem/native/descriptors.pyx":678
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15348,7 +15352,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":666
+        /* "ivshmem/native/descriptors.pyx":679
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -15358,7 +15362,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/native/descriptors.pyx":665
+      /* "ivshmem/native/descriptors.pyx":678
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15375,7 +15379,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":667
+  /* "ivshmem/native/descriptors.pyx":680
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15387,17 +15391,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/native/descriptors.pyx":668
+    /* "ivshmem/native/descriptors.pyx":681
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":667
+    /* "ivshmem/native/descriptors.pyx":680
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15406,11 +15410,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":654
+  /* "ivshmem/native/descriptors.pyx":667
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
- *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
 
@@ -15435,11 +15439,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":671
+/* "ivshmem/native/descriptors.pyx":684
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Like `look`, but raises OSError."""
+ *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
 */
 
@@ -15458,20 +15462,20 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/native/descriptors.pyx":673
+  /* "ivshmem/native/descriptors.pyx":686
  * cdef int64_t take_count(int fd) except -1:
- *     """Like `look`, but raises OSError."""
+ *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
  *     if count == -EINVAL:
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
 */
   __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/native/descriptors.pyx":674
- *     """Like `look`, but raises OSError."""
+  /* "ivshmem/native/descriptors.pyx":687
+ *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
 */
   __pyx_t_1 = (__pyx_v_count == (-EINVAL));
@@ -15479,41 +15483,41 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":675
+    /* "ivshmem/native/descriptors.pyx":688
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
  *     if count < 0:
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 675, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
-      PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_no_even};
+      PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_not_an};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 675, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 675, __pyx_L1_error)
+    __PYX_ERR(0, 688, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":674
- *     """Like `look`, but raises OSError."""
+    /* "ivshmem/native/descriptors.pyx":687
+ *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":676
+  /* "ivshmem/native/descriptors.pyx":689
  *     if count == -EINVAL:
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
  *         fail_with(<int>-count)
  *     return count
@@ -15523,26 +15527,26 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":677
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+    /* "ivshmem/native/descriptors.pyx":690
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 677, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 690, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":676
+    /* "ivshmem/native/descriptors.pyx":689
  *     if count == -EINVAL:
- *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
  *         fail_with(<int>-count)
  *     return count
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":678
+  /* "ivshmem/native/descriptors.pyx":691
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -15555,11 +15559,11 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":671
+  /* "ivshmem/native/descriptors.pyx":684
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Like `look`, but raises OSError."""
+ *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
 */
 
@@ -15577,11 +15581,11 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":681
+/* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
 
@@ -15593,7 +15597,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_4count_of_eventfd, "The count of an eventfd, which stays what it is; proc_pid_fdinfo(5).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_4count_of_eventfd, "Return the count of an eventfd without changing it: proc_pid_fdinfo(5).");
 static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd = {"count_of_eventfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_5count_of_eventfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_4count_of_eventfd};
 static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_5count_of_eventfd(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -15625,32 +15629,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 681, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 694, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 694, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 681, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 694, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 681, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 694, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 681, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 694, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15697,18 +15701,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":683
+  /* "ivshmem/native/descriptors.pyx":696
  * def count_of_eventfd(int fd):
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 696, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -15717,13 +15721,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 683, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 696, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 696, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 683, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 696, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15742,7 +15746,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 683, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -15760,8 +15764,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":684
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+          /* "ivshmem/native/descriptors.pyx":697
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
  *             if line.startswith(b"eventfd-count:"):
@@ -15772,9 +15776,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 684, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 697, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 684, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 697, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -15782,7 +15786,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 684, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 697, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -15792,7 +15796,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 684, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 697, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -15803,13 +15807,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 684, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 697, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 684, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 697, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -15819,12 +15823,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/native/descriptors.pyx":685
+            /* "ivshmem/native/descriptors.pyx":698
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
  *                 return int(line.split()[1], 16)
- *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
 */
             __pyx_t_4 = __pyx_v_line;
             __Pyx_INCREF(__pyx_t_4);
@@ -15833,19 +15837,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 685, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 698, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 685, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 698, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/native/descriptors.pyx":686
+              /* "ivshmem/native/descriptors.pyx":699
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
- *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  * 
 */
               __pyx_t_4 = NULL;
@@ -15856,10 +15860,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 686, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 699, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -15868,7 +15872,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 686, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 699, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -15883,17 +15887,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":685
+              /* "ivshmem/native/descriptors.pyx":698
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
  *                 return int(line.split()[1], 16)
- *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":684
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+            /* "ivshmem/native/descriptors.pyx":697
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
  *             if line.startswith(b"eventfd-count:"):
@@ -15902,9 +15906,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":683
+          /* "ivshmem/native/descriptors.pyx":696
  * def count_of_eventfd(int fd):
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
@@ -15922,23 +15926,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 683, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 696, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 683, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 683, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 696, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 683, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 696, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -15949,7 +15953,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 683, __pyx_L9_except_error)
+            __PYX_ERR(0, 696, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -15981,7 +15985,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 683, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 696, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -15993,7 +15997,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 683, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 696, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -16010,34 +16014,34 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_L20:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":687
+  /* "ivshmem/native/descriptors.pyx":700
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
- *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
+ *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
  * 
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 687, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
-    PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_no_even};
+    PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_not_an};
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 687, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 700, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 687, __pyx_L1_error)
+  __PYX_ERR(0, 700, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":681
+  /* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
 
@@ -16058,11 +16062,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":690
+/* "ivshmem/native/descriptors.pyx":703
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Whether `fd` is an eventfd, as `known` is one.
+ *     """Whether `fd` is an eventfd. `known` is a descriptor that is one.
  * 
 */
 
@@ -16075,7 +16079,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":701
+  /* "ivshmem/native/descriptors.pyx":716
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16101,7 +16105,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":702
+    /* "ivshmem/native/descriptors.pyx":717
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -16114,7 +16118,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":701
+    /* "ivshmem/native/descriptors.pyx":716
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16123,7 +16127,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":703
+  /* "ivshmem/native/descriptors.pyx":718
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16149,7 +16153,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":704
+    /* "ivshmem/native/descriptors.pyx":719
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -16162,7 +16166,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":703
+    /* "ivshmem/native/descriptors.pyx":718
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16171,7 +16175,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":705
+  /* "ivshmem/native/descriptors.pyx":720
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -16180,7 +16184,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/native/descriptors.pyx":706
+  /* "ivshmem/native/descriptors.pyx":721
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -16189,7 +16193,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/native/descriptors.pyx":707
+  /* "ivshmem/native/descriptors.pyx":722
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16215,7 +16219,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":708
+    /* "ivshmem/native/descriptors.pyx":723
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -16228,7 +16232,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":707
+    /* "ivshmem/native/descriptors.pyx":722
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16237,7 +16241,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":709
+  /* "ivshmem/native/descriptors.pyx":724
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -16245,7 +16249,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/native/descriptors.pyx":710
+  /* "ivshmem/native/descriptors.pyx":725
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -16256,11 +16260,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":690
+  /* "ivshmem/native/descriptors.pyx":703
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Whether `fd` is an eventfd, as `known` is one.
+ *     """Whether `fd` is an eventfd. `known` is a descriptor that is one.
  * 
 */
 
@@ -16368,13 +16372,13 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Fd[] = {
 };
 
 static struct PyGetSetDef __pyx_getsets_7ivshmem_6native_11descriptors_Fd[] = {
-  {"taken", __pyx_getprop_7ivshmem_6native_11descriptors_2Fd_taken, 0, PyDoc_STR("Whether it has an owner, or was closed."), 0},
+  {"taken", __pyx_getprop_7ivshmem_6native_11descriptors_2Fd_taken, 0, PyDoc_STR("Whether it has an owner or was closed."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Fd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Fd},
-  {Py_tp_doc, (void *)PyDoc_STR("One descriptor that the kernel has just given, until an owner takes it; else it is closed.\n\n    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises\n    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:\n    `FdArray.take` and what else says so, between two bytecodes.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("A new descriptor that has no owner yet; it is closed if no owner takes it.\n\n    If a call in C returned a plain number, and a signal handler raised before the caller\047s next\n    line, nobody would close the descriptor. Therefore such a call returns an Fd. Only code in C\n    takes it (`FdArray.take`, for example), so that no signal handler can run in between.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Fd},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_6native_11descriptors_Fd},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Fd},
@@ -16415,7 +16419,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Fd = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("One descriptor that the kernel has just given, until an owner takes it; else it is closed.\n\n    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises\n    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:\n    `FdArray.take` and what else says so, between two bytecodes.\n    "), /*tp_doc*/
+  PyDoc_STR("A new descriptor that has no owner yet; it is closed if no owner takes it.\n\n    If a call in C returned a plain number, and a signal handler raised before the caller\047s next\n    line, nobody would close the descriptor. Therefore such a call returns an Fd. Only code in C\n    takes it (`FdArray.take`, for example), so that no signal handler can run in between.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -16584,7 +16588,7 @@ static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_FdArray_slots[] = {
   {Py_sq_item, (void *)__pyx_sq_item_7ivshmem_6native_11descriptors_FdArray},
   {Py_mp_length, (void *)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_13__len__},
   {Py_mp_subscript, (void *)__pyx_mp_subscript_7ivshmem_6native_11descriptors_FdArray},
-  {Py_tp_doc, (void *)PyDoc_STR("Owned file descriptors in order, for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once; while another thread\047s call is using one, that call closes\n    them when it returns. A closed array has length 0.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("File descriptors that it owns, in order; for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once. If a call of another thread uses one of them, that call\n    closes them when it returns. A closed array has length 0.\n    ")},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_17__iter__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_FdArray},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_FdArray},
@@ -16644,7 +16648,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_FdArray = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("Owned file descriptors in order, for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once; while another thread\047s call is using one, that call closes\n    them when it returns. A closed array has length 0.\n    "), /*tp_doc*/
+  PyDoc_STR("File descriptors that it owns, in order; for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once. If a call of another thread uses one of them, that call\n    closes them when it returns. A closed array has length 0.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -16802,7 +16806,7 @@ static PyMemberDef __pyx_type_7ivshmem_6native_11descriptors_Signaller_members[]
 };
 static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Signaller_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Signaller},
-  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    three times as much as a write; 64 eventfds in one call, one and a half times as much each.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to eventfds that other processes have, too, and never waits for these processes.\n\n    A plain write waits if a process has filled the counter and cleared O_NONBLOCK, as each process\n    that has the eventfd can. A signal of the kernel does not wait: at the end of a request with\n    IOCB_FLAG_RESFD, io_submit(2) adds 1 to an eventfd. The request here is to read a byte of\n    /dev/zero, which ends at once. One eventfd costs about three times as much as a write. With 64\n    in one call each costs one and a half times as much.\n\n    Raises:\n        OSError: no /dev/zero; EAGAIN: fs.aio-max-nr is used up; ENOSYS: this kernel has no AIO.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Signaller},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Signaller},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
@@ -16843,7 +16847,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Signaller = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    three times as much as a write; 64 eventfds in one call, one and a half times as much each.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    "), /*tp_doc*/
+  PyDoc_STR("Adds 1 to eventfds that other processes have, too, and never waits for these processes.\n\n    A plain write waits if a process has filled the counter and cleared O_NONBLOCK, as each process\n    that has the eventfd can. A signal of the kernel does not wait: at the end of a request with\n    IOCB_FLAG_RESFD, io_submit(2) adds 1 to an eventfd. The request here is to read a byte of\n    /dev/zero, which ends at once. One eventfd costs about three times as much as a write. With 64\n    in one call each costs one and a half times as much.\n\n    Raises:\n        OSError: no /dev/zero; EAGAIN: fs.aio-max-nr is used up; ENOSYS: this kernel has no AIO.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -16993,7 +16997,7 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Relay[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Relay_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Relay},
-  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.\n\n    So who sleeps in a plain read of one of these eventfds hears of two things. It is the kernel\047s\n    doing: a poll by io_submit(2), since Linux 4.18, whose end is signalled (IOCB_FLAG_RESFD).\n\n    Args:\n        source: borrowed, like `targets`; it stays open as long as this.\n\n    Raises:\n        OSError: EAGAIN when fs.aio-max-nr is used up, ENOSYS or EINVAL where a kernel has none.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to each of some eventfds when a descriptor becomes readable: once, without a thread.\n\n    Therefore a thread that sleeps in a plain read of one of these eventfds is also woken by the\n    other descriptor. The kernel does it, since Linux 4.18: io_submit(2) polls the descriptor, and\n    at the end of the poll adds 1 to the eventfd (IOCB_FLAG_RESFD).\n\n    Args:\n        source: borrowed, as are `targets`. It must stay open as long as this object is.\n\n    Raises:\n        OSError: EAGAIN: fs.aio-max-nr is used up; ENOSYS or EINVAL: this kernel cannot do it.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Relay},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Relay},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
@@ -17033,7 +17037,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Relay = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.\n\n    So who sleeps in a plain read of one of these eventfds hears of two things. It is the kernel\047s\n    doing: a poll by io_submit(2), since Linux 4.18, whose end is signalled (IOCB_FLAG_RESFD).\n\n    Args:\n        source: borrowed, like `targets`; it stays open as long as this.\n\n    Raises:\n        OSError: EAGAIN when fs.aio-max-nr is used up, ENOSYS or EINVAL where a kernel has none.\n    "), /*tp_doc*/
+  PyDoc_STR("Adds 1 to each of some eventfds when a descriptor becomes readable: once, without a thread.\n\n    Therefore a thread that sleeps in a plain read of one of these eventfds is also woken by the\n    other descriptor. The kernel does it, since Linux 4.18: io_submit(2) polls the descriptor, and\n    at the end of the poll adds 1 to the eventfd (IOCB_FLAG_RESFD).\n\n    Args:\n        source: borrowed, as are `targets`. It must stay open as long as this object is.\n\n    Raises:\n        OSError: EAGAIN: fs.aio-max-nr is used up; ENOSYS or EINVAL: this kernel cannot do it.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -17187,7 +17191,7 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Epoll[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Epoll_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Epoll},
-  {Py_tp_doc, (void *)PyDoc_STR("An epoll object whose events carry a token instead of a descriptor.\n\n    A descriptor number is used again as soon as it is closed, so events that were already fetched\n    could speak of the wrong file; a token that is never used twice cannot.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("An epoll object whose events carry a token instead of a descriptor.\n\n    The kernel gives a closed descriptor\047s number to the next file. An event that was fetched before\n    could then be taken for one of that file. A token that is never used twice avoids this.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Epoll},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Epoll},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
@@ -17227,7 +17231,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Epoll = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("An epoll object whose events carry a token instead of a descriptor.\n\n    A descriptor number is used again as soon as it is closed, so events that were already fetched\n    could speak of the wrong file; a token that is never used twice cannot.\n    "), /*tp_doc*/
+  PyDoc_STR("An epoll object whose events carry a token instead of a descriptor.\n\n    The kernel gives a closed descriptor\047s number to the next file. An event that was fetched before\n    could then be taken for one of that file. A token that is never used twice avoids this.\n    "), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -17375,7 +17379,7 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_Timer[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_6native_11descriptors_Timer_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_6native_11descriptors_Timer},
-  {Py_tp_doc, (void *)PyDoc_STR("A clock as a descriptor that is readable when its time has come (timerfd_create(2)).")},
+  {Py_tp_doc, (void *)PyDoc_STR("A descriptor that becomes readable at a set time (timerfd_create(2)).")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_6native_11descriptors_Timer},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_6native_11descriptors_Timer},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
@@ -17415,7 +17419,7 @@ static PyTypeObject __pyx_type_7ivshmem_6native_11descriptors_Timer = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("A clock as a descriptor that is readable when its time has come (timerfd_create(2))."), /*tp_doc*/
+  PyDoc_STR("A descriptor that becomes readable at a set time (timerfd_create(2))."), /*tp_doc*/
   0, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -17659,14 +17663,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit;
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 322, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = &__pyx_type_7ivshmem_6native_11descriptors_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
@@ -17676,12 +17680,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17700,14 +17704,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
   __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 466, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
@@ -17717,9 +17721,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17738,14 +17742,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
   __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 510, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 519, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
@@ -17755,9 +17759,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17774,14 +17778,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 595, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 607, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 595, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
@@ -17791,8 +17795,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 595, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 595, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18239,7 +18243,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """The descriptor, still owned by this."""
+ *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
@@ -18297,7 +18301,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
- *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+ *         """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -18326,7 +18330,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
- *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
+ *         """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -18354,7 +18358,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
- *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ *         """Call open(2) and append the descriptor, close-on-exec; return it.
  * 
 */
 
@@ -18381,7 +18385,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
- *         """memfd_create(2), owned at once like what `open` gives.
+ *         """Call memfd_create(2) and append the descriptor, as `open` does; return it.
  * 
 */
   __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
@@ -18396,7 +18400,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
- *         """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+ *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))
 */
   __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
@@ -18411,7 +18415,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
 */
   __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
@@ -18426,8 +18430,8 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
- *         return take_count(self[index])
+ *         """Set the count of eventfd `index` to 0, and return what it was.
+ * 
 */
   __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -18437,19 +18441,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":306
+  /* "ivshmem/native/descriptors.pyx":309
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18479,34 +18483,34 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":344
+  /* "ivshmem/native/descriptors.pyx":348
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
- *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":396
+  /* "ivshmem/native/descriptors.pyx":403
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 396, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18536,7 +18540,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":410
+  /* "ivshmem/native/descriptors.pyx":417
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -18548,19 +18552,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/native/descriptors.pyx":499
+  /* "ivshmem/native/descriptors.pyx":508
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Forget about it; may be called twice."""
+ *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18590,95 +18594,95 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":524
+  /* "ivshmem/native/descriptors.pyx":533
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 524, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":538
+  /* "ivshmem/native/descriptors.pyx":547
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
- *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+ *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 538, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":542
+  /* "ivshmem/native/descriptors.pyx":551
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 542, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 542, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 551, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":554
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 545, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":548
+  /* "ivshmem/native/descriptors.pyx":557
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """A list of (token, events), empty when `timeout` seconds are over first."""
- *         cdef epoll_event events[BATCH]
+ *         """Wait for events, and return a list of (token, events).
+ * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 557, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 548, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 557, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":559
+  /* "ivshmem/native/descriptors.pyx":571
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 559, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 559, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18708,49 +18712,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":607
+  /* "ivshmem/native/descriptors.pyx":619
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":612
+  /* "ivshmem/native/descriptors.pyx":624
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
- *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 612, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 624, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 612, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 624, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":621
+  /* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18780,49 +18784,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":632
+  /* "ivshmem/native/descriptors.pyx":644
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
- *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
+ *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 632, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 632, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":654
+  /* "ivshmem/native/descriptors.pyx":667
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
- *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 654, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 654, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":681
+  /* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 681, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/descriptors.pyx":1
@@ -18877,7 +18881,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 162, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 683, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 696, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -18900,16 +18904,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/descriptors.pyx":683
+  /* "ivshmem/native/descriptors.pyx":696
  * def count_of_eventfd(int fd):
- *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+ *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 696, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -18918,7 +18922,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
- *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ *         """Call open(2) and append the descriptor, close-on-exec; return it.
  * 
 */
   {
@@ -18928,16 +18932,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/native/descriptors.pyx":548
+  /* "ivshmem/native/descriptors.pyx":557
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """A list of (token, events), empty when `timeout` seconds are over first."""
- *         cdef epoll_event events[BATCH]
+ *         """Wait for events, and return a list of (token, events).
+ * 
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 548, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -18978,31 +18982,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{386},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{15},{40},{31},{68},{81},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{386},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1773 bytes) */
-static const char cstring[] = "x\332\245U\315S\033G\026\227l\034\013[\216\021\301v\250\315\246\006\234\304\330N\240d\0236\265\273U)l I\2312\006\354\335${\230j\246{\240\343\321\2644\335\022(U[\305Q\307>\366q\216s\324\221\243\217\0349\352\310\237\340?a\337\353\236\021\302\362mU\320\037\357\373\343\327o<\021z\013*a\314\013\023\262\337`\261z\270\270DYg\351O\226\210\245f\"\202%\311\242p)\244<\016\305\322\217\304\353\260@\211\344\201\364(\223A\302\233p\361\270\364b\341\261\016\250\207t\204N\271${\021c\215=\006d\352\305\355(\362\366\272\212\261\030\351\373\001\227\356DyG\0364Xc\221%\211Hd~[\212\211\342\035\266taQ.6\273G\340\212\262\220\264#\345\371~\302h;`\276\357\3216\363\224\2008\342\357T\302;\234D\300\rx\314\225\357\253\0036\032\356!\221\236\"oY\354\301%\210\204d\364\262\204\364H\302F8\254) p\261\367\007\344\216\311^p$\337\217I\024\261\3442Y\361\306%\022\\E[\271:)\217@!\240$\311s\313\\\307\224\327_mmn\256\357\354\330\375\3477\257\354\376\313K\273m\275y\275\216\001\330eq\230r\320U\007\"\366\375\202,\231\222\212\250\017\031\204Rw\260\241\270c\310#\026\013wn\010\312\303\256;\047\254!:\271\314!\341j\203n\320q\207\2266\346\r\250\326\003\354\316\374\006]M\022\322\315\267\217\231)\030\037\261\345X\271\301\374\"\232Cc4!<..9\356dq\007\344\204\264\270\210&\033\n\272f\0257D\300\226\377|sk\375\327\365\347[\376\316\332\326\313\315\337vXD\272v\031\017\270 \217\205\353\0306\330\335\002\017\303\303\270\235Q\326\230\255\013\346e{y\360\257\021Xv\031\267[\220\307l:\206\265\347\216\256A\356\014\322\276\357\277\352\036\301\377\032\017\224\377\222\035\251\035\026\372>\211\001\254h\007~\0249\360\203J\263\304\036\216\270%\204\3558\300}\277p\n\277\0064\307\356\202\266#K\211I\303\356\360z\375\2004yq\316U\360\330Q8\010\220\321j\223\250P(\236\367X\262C\002;\302\013fQ\350\310\221P\306j\001\303\200I\214\234K?\020\t\274J\0363x#\0041Ad7\016\270X\0342\344\036Q\301A\200\035\240A\004\004\0372S\t\t\330\036\t\336\332\212\006\202\302?\224\345H!B\003\321\216\225]|\021\372\303\221H(jS\236\370p\343\211\235\241]\213b\326\014\251\233z\005""\216\355.C\nG\327\250\220\047R\205\021\331\227\241H\336\372\362\200$<\336\367\221)C\230\240\030\002\3471\205\236\300\220\346\2125\212\t\272\350&\350\342\310h\3038\354\013\201\3560\367\370c\254\\\314\016\341\317\307<\334t\022\021\205?K\300G$\244\200\311\2264\211:hr\332\024\315d/a\241\233\030\t\263\265gGA\324\006\327p\2270\235\26161\225\370\375\30060\225Om\207d)\332I\300d\223\005\262\031q\354R\242\344!W\007\330/\0364\030\364\213J\3704am\360\255\202\000\200\314\255\022\243\312\247\252\0220\311;$j3\2113\353\220\221\267\020\330!\304\312\362\212~g\373\361w\036+o\341Uw\313\215\361G\017K\226\000\313\303\322\360\370\255g\357\027W\210\240\r\322\366\013\340\332\351=\262BvYY\366\013\351\\\320\201\031>\025\376\337\362\036\370+\256\t~\275>\322\206\213\207\236\333\313\315t\004\247\366\210\246\307\302uD+\375\177\370\313\235\330O`\t\260\357\013\004v\350\047B4J!\341\221\217}(\301\013\311\013Xr\351K\370\2247\207\n\261\300r[\371R\001p\300\2745\353\333\212\227\020\251\214\372\303\217\344qy0q\243\367Xo\037\227\317\047o\365\266\317>\235O\347\322\225l\266?7\250T{?\353\325A\365vO\351\177\030bZ\203\251{Z\2329\263l:\351N\332\312&\262U\324~\240kz\301\314\035\227\337WK\327\356\352\035\335M\313im0q\347\342\350\245e\273\234O\336\030Tjg\265\207Y-{\334\377\375\2445\230\270~|\330\333\323e\364\266\n&fJ\327ft\035\314\236\335\370*\005\3637{u\224Q\275\247=2\250|aV\007\225\333=P\23355G\177\322\333\006\223\020\302\234\025>\006\201\233\275e\010\371\211\336\036T\247\365c\263m\010*)=dv \262\326\307\2306c\355\247k\331\325\354\003B\245_F\302]M\215-\315O\020%\030{\332\013tmP\375L\327\365*\362?7\023\306\352\375\002\356\201\377\275\276\n\202\005\377\334\272?\322\tD?\346\3361\273``#\275\237\356\332\362V\277\204\302\253\264\216\026_@\314y\370\273\246\354l\256\231r\356\314\351\377S\267L\331\314\030H}JWL\031\251\325\336\232.\353;\232\350\226\273^J\351\034\334\377ij\346+\3540^\277N_g\265\021\177?\350e\3351\273\351\325t9m\271\200@\356\375\047\245\311\252\315\005\020q)\226\027z\204\375_\263\n9\322\024Dna\242\207\020""\205\002\000\265\322\233\331\223l\267_9\2318\331<\265z\033\320\301\n\266\273zGok\342l\334\356\221^K\177\242\003s/\3153\375\035\320\267\355\216\377I+\220\304\225\3767\047\223\357\246\337\331~\374h\361y\230\322\354~\266\235\205\375\215\223\371\223U,\006\244\n\370\264A}\330~4\365\006\364\236\232 \255\245\337dP\333\031m\225\320q\315,\000\355J67\230B\320Mat\334\264\001\234\366\016R\327\241\350\327mQ\300\301_\3153\303\341q\224\021+\021<\246\037\262\225\376t?\007\013\"\035\203\031\344]\251Y8\203\346\247\245\311/\315\277\301he\326\334\301\236\237\335_\356[\270\256\350iD\220U\272\325{m\221\376\201\0226u\335uxP\255\351Y\233K\224\315g\366\365J=\017\331L\325\0063\237\233\362\371\314\254\271k\254\330\014\226\331\232:\233\370\213\251c\271\347\240-\365\014\354!\214\177B\330M\242\347\233\246\016\230\\\310\036\364kh0\321\237\241\301{\000c0\225^I\277N;\331\277\372\365\376\263>?Q\357\276?\275v\272}J\316&V\316V^\234\326\337O\225&\2770O\314o)\001\374Tp\n\330\254\320\006\364\340\021\"\004\375\324\246\261\266\277BK\016\3220\333\350\317\367_\234\330\221\323rI\334\207\00755\203(\303.\344\344\266~\016\207\251\273z\037\364\302\364Y\312\263V\377z\337\341\364\177\367\226\034\275";
-    PyObject *data = __Pyx_DecompressString(cstring, 1773, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1778 bytes) */
+static const char cstring[] = "x\332\245U\317S\033G\026\226l\034\013[\216%\202q\250dS\003Nbl\047P\262\t\233JR\225\302\006\222\224)c\201\275\233d\017S\315L\017t<\232\226\246[\022J\325Vq\324\261\217}\234\343\034u\344\350#G\216:\362\047\370O\330\367\272g\204\260|[\025\314t\277\367\372{\277\276~\343\360\300Y\2221\245N\020\223\203\006\215\344\203\345\025\237vV\376\2461_i\306\334[\0214\014V\002\237E\001_\371\2318\035\352I\036\337\027\216O\205\027\263&l\034&\234\210K\207D\016\355\000D\340\217\351|&\310~Hic\237\202\330w\242v\030:\373=Ii\204\362\003\217\t\273\362YG\0346hc\231\3061\217E\266[\211\210d\035\272r\201(\226\233\275\243\210\203\377\200\264C\351\270nL\375\266G]\327\361\333\324\221\034b\211\276\2251\3530\022\202\326c\021\223\256+\017\351x\310]\"\034I\336\320\310\201\215\027rA\375\313\026\302!1\035\323\320&\207\300\371\376_\220?&|\241\021\354 \"aH\343\313b\311\032\227D\260\345m9\252\025\024\002J\022?3\312MLy\363\345\316\366\366\346\356\256y\377\372\372\245y\377\366\302\274v^\277\332\304\000\314cy\224\262\327\223\207<r\335\\,\250\024\222\310\367\025\304\367\355\302\204b\227\001\013i\304\355\272\301}\026\364\354:\246\r\336\311l\272\204\311-\177\313\237thd\023\336@j<\300\333\302o\371\353qLz\331\353C0\271\342\003XV\225\001f\033\336\034\201\3711aQ\276\311x\047\362=0\047\360\363\ro\322\221\241mV\276C\006\354\270\317\266w6\177\337|\266\343\356n\354\274\330\376c\227\206\244g\036\223\001\347\342\211p\255\302\004\273\227\363a\264\230\304\031WM`](/\343e\301\277Bb\231\307$n.\236\300\264\n\203g\227\266Av\r\326\256\353\276\354\035\301\377\006\363\244\373\202\036\311]\032\270.\211\200\254\210\003?\0375\360\203J\323\330,\216\230\021\004\355\310\303\367A\356\024~\rh\216ys\277\035\032ID\032\346\r\267\327\365H\223\345\353\354\010.;\022\007\001*Zm\022\346\007\362\353=\221\354H@\217p\203Y\344g\304X(\023\265\200a@\005F\316\204\353\361\030n%\213(\334\021\202\234 \242\027y\214/\217\024b\237H\357\320\303\016\370^\010\002\0272\2231\361\350>\361\336\230\212z\334\207\177(\313\221D\206z\274\035I\363py\340\216F\"\361\361\264""\317b\027v,6s\264gXL\233\201o\247^\316c\363\026\201\017K\333\250\200\305B\006!9\020\001\217\337\270\342\220\304,:pQ)\002\230\240\030\002c\221\017=\201A\315$m\344\023t\331N\320\345\261\321\206q\230\033\002\335\241\366\362GX\271\210v\341\317\305<\354t\342\241\017\177F\200\227\210\013\016\223-n\022y\330d~\2237\343\375\230\006vb\304\324\324\236\036ya\033\\\303^\300t\306\332D\276\300o\010\266\201\312lj[&\013\336\216=*\232\324\023\315\220a\227b)\272L\036b\277\230\327\240\320/_\300\347\tk\203w\025\014\200d\366)0\252l\252J\016\223\274C\3026\0258\263\272\224\274\201\300\272\020+\315*\372\255\351\307\017,\222\316\322\313\336\216\035\343\017\037\024\214\000\036\017\n\243\3457\216\331_l!\2026X\233/\200m\247\363\320\030\231\307\332\252\233[g\206\226\314\360\251p\377\231\365\300]\263Mpk\265\2616\\\\\364\014/\203\351p\346\233%BO\204k\205\306\372\377\360\22791\237\300\002p\337\345H\354\300\2159o\024\002\302B\027\373P\200\033\222\025\260`\323\027\360)o\216\016D\034\313m\354\0139\301\201\363\006\3265\025/ S\251\357\216>\222\307\305\341\324\215\376#U?.\236O\337\352\327\317>^L\026\222\265t~\2600,\225\373\277\252\365a\371v_\252\0375\321\255a\345\256\022zA\257\352N\262\233\264\322\251t\035O\337WU\265\244\027\216\213\357\312\205ksjW\365\222bR\035N\335\271X:I\321<\316\247o\014K\325\263\352\203\264\232>\032\374y\322\032N]?\356\366\367U\021\275\255\003\304\\\341\332\254\252\001\354\331\215/\023\200\277\331\257\241\215\354?\351\223a\351s\275>,\335\356\303\261y]\265\362\307\375:@B\010\013\306\370\030\014n\366W!\344\307\252>,\317\250G\272\256\t\036\222j\244\354@d\255\017)M\306\312M6\322\253\351{\202\322\240\210\2029\345kS\232_ J\000{\322\367TuX\376D\325\324:\352?\325S\332\234\373\r\334\203\376;u\025\014s\375\271q\177\244b\210~\302\275U\366\000`+\271\227\354\231\362\226\277\200\302\313\244\206\210\317!\346,\374=]\264\230\033\272\2309\263\347\177R-]\324\263\032R\257\250\222.\242\264\334\337PEuG\021\325\262\333K)\235\227\276J^\245\3251\007\337\253U\325\321{\311\325d5i\331\010\340\340\273\217\n""\323e\023<P\340\222\363\347jL\375_\275\016I\371\t\230\334\302\314\272\340V\002cZ\311\315\364q\2727(\235L\235l\237\232s[\320\262\022\366\267|G\325\025\261\030\267\373\244\337R\037)O\337M\262\324\376\004\272\325\355\362?I\t\242\2762\370\372d\372\355\314[\323\200\237\r!\273\211\237\336K\353i0\330:Y<Y\307\354!\267w7\n\323\225\376\337\272\252\277\314\222(\333(\337\047\000b\277\006\240\047\332K\252\311\327)TwV\031\024\214\244\252\227@v%]\030V\220v\025\014\227\3516\320\323\354\301\352:\224\375z\356\340\037\372\251fp=\212\310\226\020\256\323\367\351\332`f\220\321\005\271\216\321\r\263\276T\r\241\341\344\307\205\351/\364\277\001\2644\257\357`\327\317\356\255\016\014a\327\324\014r\310\034\272\325\177e\270\376\336!l\353\246\355\361\260\\U\363&\2270]L\315\375\025j\021\262\251T\207\263\237\352\342\371\354\274\236\323\306l\026\353n\240\316\246>\3235\014~\001\372TK\001\017\211\374\013\022o\032=\337\3245`\345Rz\177PE\300X}\202\200w\201\310\000\225\\I\276J:\351\277\006\265\301\323\001;\221o\277;\275vZ?%gSkgk\317Ok\357*\205\351\317\365c\375GB\200P%\234\003&+\304\200\036<D\312\240\237\352\014\326\366wh\311a\022\244[\203\305\301\363\0233tZ6\211{p\245*\263H;\354B&n\253g\260\250\314\251\0038\027$O\023\226\266\006\327\007\226\270\377\003%u\036D";
+    PyObject *data = __Pyx_DecompressString(cstring, 1778, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2337 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\177native/`\007\337s.pyxh\000de\377fault __\377reduce__\177 due to\205\000\377n-trivia\375l\033\000cinit_\357_the\243\twas\377 taken o\377r closed\276\024\013s are\017\010e;po\266\000obj\371\000\351\001\376*\007signall;er\t\013tim\006\n\014\000wout\242#t a\206 \326\220 rCv\002E\357\001EP\277OLLERR\003\002H\333UP\013\002IN\022\002OU\323TE}\001\000\002.\352\006cy\277thon__\017\005s\377etstate_\216\013\013add3\003\344\002>\003f\337ilenoJ\003mo\357difyV\003rem\367oveb\003wait\017FdFd_\017\017\002]\016\047\000\370\306\"/\000Y\003FdArr\003ay\000\0043\021\033\002\316\0009\020\025\003\354J\004\006\004opD\006dra\223inR\005\361dsb\005\305`f\035do\005ope \006\247C\211\005\376\376AO_CLOEX\377ECO_RDON\177LYRelay\000\002 \327/\017\005\330.*\003\304bS\210e\000\006\240\237O\017\t\244N.\007B\013.\344cT\000\325a\000\002\367O\017\005\370N*\003\344\204\0025\003\370\372CA\003\264`___Py\375x\001\000Dict_N\377extRef__Oanno\314b\035\000d\026\001\276%\000enter-\000_\373ex\325\205\001__fun%c\014\001g\366eJ\000m\232@ \001\356\330`ule*\001namz\003\002pd\000capi>\0014\010\001\253\204\003_\023\001vt\247\207\001W\001\017qual)\005\327\206\005\345\204\016\361\206\006#ex\213\001\302\001]\005s\200\010\204\205\016\277__test\357\000i\377s_corout\177ineadda\250\204\001\377asyncio.\376\020\006sbatchc\356\336\206\001dcl\047\000_in\377_traceba\373ck\266\207\002codec\375o\224 xtcopy\317coun\006\000\002\000_o\333f_\212\211\006ad:\001diOr_fd\003\000\277\211\002y\301\204\002\217epfd\360\210\003\300\204\005\303\211\002s\337fdfds\243\206\003fi\377rstflags\377fork_sha\337ring_\302\206\001sf\367sen\177\001iind\376\221@nfoitem\212\272\211\005.\274\211\003.\267\211\010\302\001\235\205\002mt\266\000\367\206\003n\233Anew\000\000\336\233 xtnu\232\210\001ol\361d\000\000\014\002\301\205""\001osot\377herpathp\377idpoprbr\333ef\254\207\003re\334Bex\377clusiver\277esults\224!d\231s\274\213\001\230\210\001et\257\212\004\256\211\003s\377ourcespe\337cspli\267\210\001rt\337swith\301\210\001ic\377methodst9r\215\213\002\252\212\001tar\342`\000\003\277stextt\320\211\003t\377okenvalu{es\260\210\001weak\226\000\325w\251\000e\213\214\004-\220B:i\177nt (PyO\301\212\003g*)\000\014\002\023\000)\000\002\006\263, \013\002\022\005, \177\000ugct \375\212\002\311C * \002\236%\00264_tA\004\"\004_\276\310\204\002obj_7\315\214\004_]6\301\214\003_11\276\214\010_\241\207\006<I\004\210\004void\225\002W\001\220\236\016\017\003\256\00258(_\003\376\214\002\000\377add_one_\377if_room\000\337fail_\204A\000i\365s\270\204\005\000\371\003slee\315p(\006no\237\213\001+\002\000d\275e\333\204\003_of\000\326\215\001_\272\202\205\002\000\246\204\001ed_\234\215\006\200\377\001\330\004\n\210+\220Q\377\200\001\340\t\r\210Q\320\377\016\"\240!\2406\250\031\377\260!\330\010\014\210H\220\377A\330\014\017\210t\220;\377\230a\230q\330\020\027\220\377s\230!\2304\230v\240\177R\240q\250\004\250A:\001\377\047\220\021\220(\230!\200\377\001\360\014\000\005\026\220R\377\220y\240\001\240\021\330\004\315\025\001\007 \240e\000\002\000\340\t\377\n\330\010\021\320\021)\250\377\021\250+\260Z\270q\330\377\004\007\200w\210b\220\001\372j\001A@\000\024\000\005\024\220\2751\222\000\320\n$\240\\\000\013\375\210\n\000\007\200t\2103\210\377a\330\010\034\230A\330\010\233\017\2104\000\031\230_\000\024\0012s\210QP\000\200\000!\330\004*\000\335\200\036\000\013\2104\260\0002\220\377Q\330\014\022\220+\230Q\251\2307\000\301\0011\025\005v\242\000q\374\t\021\355\002\220_\240D\250\003\271\250)\002\007\007\010\260\001X\001\026\327\220d\230\226\"G\243\000\010\013\376\224\000c\220\021\330\014\023\220w1\220Ax\001\030\230\004\240\001\347\014\210I|\000\035\0005\220\003\364\314\000\030\005\340/\0004\210x\220\321r\273\000\213\016\027\003y>\000F\240\267#\240S\332\"\014\036\366 t{\2401\211AK\220q\330;\002\337v\220S\230\001n\003D\230\354""\265\"j\000\200AY\001<\220q\337\230\001\230\024\230\370\000\020\220\353\010\230\260\000\340\304@D\220\001?\220\025\220a\220q!\001\304\014}\340\315 z\230\021\230$\336A\276A\001%\240T\250\021e\0108\377\2204\220v\230S\240\003\327\2404\240\262 \036\"\003\360\006\027\000\t\014\345 x\216a\177\n\244\000\273\200A\027\005}\230A\375 d_\240!\330\014\r\266Aw\203\000\375t\276`q\240\013\2502\250\377S\260\010\270\004\270L\310\346\371BF\220\360`\353A\014\025\220\367Q\220a>\003\017\210a\210\377q\220\006\220c\230\027\240\342\343\004Z\373`\360@\336![\240\010\377\250\010\260\002\260&\270\tw\300\022\300\242 \013\210?\233\204\002\377w\240d\250#\250Q\250\377f\260F\270\"\270A\3307\014\020\220\273@\360\014\256\003\357M\376\251AU\230!\2303\230c_\240\021\240&\250\331 \024\365\204\001\335\020t\002\021\230(\021\000\002\250\327!\330\020\361a\020\232\001i\230\247u\240A\n\003X\000\007\362 \007\371\230\332 ]\001\035\230B\230i\373\240qB\000\010\026\220l\240\377!\2408\2506\260\022\260R\230\0023\345\204\002\211\001\330\217D\021\312\204\002\376\255 \016\000\t\036\230W\240\277A\330\010\031\230\025\360A\320w#4\260\307\204\0026\220\022\276a>\277\000\330\010\r\210T\345\204\002\200\205\001\364*\010\340AE\334C\330\014\021\220\275\031\307\002l\250\"\250\271\206\002s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\345q#\001\024\343!\312\205\002\320\004\033k\2301\316A!\224@1\250\307`\352\303\204\001G\363a\t\270!\013\2301\377\230F\240(\250\047\260\021\356\213\207\001r\220\023M\001\027\220r\376G\001\240\002\240%\240v\250\377V\2601\260B\260i\270\377t\3005\310\005\310Q\310\377a\320\0046\3206K\310\3771\360\020\000\t\034\2302\257\230Y\240a\275`\010\202\207\001\010\367\013\2106?\002\014\022\220*\376\236a\330\010\t\330\021\022\330\376\331 X\230Q\230h\240f\177\250F\260\"\260K\270\356\207\002\375q\377\207\001s\220#\220Q\330\377\020\024\220D\230\001\230\021\374\206\210\001\022\002u\220C\220q\330\377\020\026\220g\230Q\230f\377\240B\240i\250q\260\007\001\260\242\204\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2337, 3403);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2347 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\007\004/nati\367ve/d\007s.py\367xno}\000faul\377t __redu\377ce__ due\367 to\211\000n-tr\337ivial\033\000ci\377nit__the\376\247\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\266\000o\343bj\375\000\355\001*\007sig\277naller\t\013tsim\006\n\014\000out\243&\254\206 \220 rCv\002E\357\001E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\361dsb\005\305`;fdo\005ope \006\247C\374\211\005\376AO_CLOE\377XECO_RDO\377NLYRelay@\000\002\327/\017\005\330.*\003\304bS\210e@\000\006\237O\017\t\244N.\007B\013.\344c\001T\325a\000\002\367O\017\005\370N*\003\344\204\002\3605\003\372CA\003\264`___P\373yx\001\000Dict_\377NextRef_\237_anno\314b\035\000d|\026\001%\000enter-\000\367_ex\325\205\001__fuKnc\014\001g\366eJ\000m\232@\334 \001\330`ule*\001na\365m\003\002pd\000capih>\001\010\001\253\204\003_\023\001vt\247\207\001\036W\001qual)\005\327\206\005\345\204\016F\361\206\006ex\213\001\302\001]\005s\200\010~\204\205\016__test\357\000\377is_corou\377tineadda\376\250\204\001asyncio\375.\020\006sbatch\335c\336\206\001dcl\047\000_i\377n_traceb\367ack\266\207\002code\373co\224 xtcop\237ycoun\006\000\002\000_\267of_\212\211\006ad:\001d\237ir_fd\003\000\303\211\002y\036\301\204\002epfd\360\210\003\300\204\005\303\211\002\277sfdfds\243\206\003f\377irstflag\377sfork_sh\277aring_\302\206\001s\357fsen\177\001iin\375d\221@nfoite\025m\272\211\005.\274\211\003.\267\211\010\302\001\235\205\002\351m\266\000\367\206\003n\233Anew\274\000\000\233 xtnu\232\210\001o\343ld\000\000\014""\002\301\205\001oso\377therpath\377pidpoprb\267ref\254\207\003re\334Be\377xclusive\177results\224!\363ds\300\213\001\230\210\001etde\374\261\212\002\256\211\003source\377specspli\376\267\210\001rtswith\376\301\210\001icmetho\317dstr\215\213\002\252\212\001ta\371r\342`\000\003stext\375t\320\211\003tokenv\337alues\260\210\001we\253ak\226\000w\251\000e\213\214\004-\376\220B:int (P;yO\301\212\003*)\000\014\002\023\000\233)\000\002\006, \013\002\022\005,= \177\000uct \375\212\002\311C\363 * \002%\00264_t\364A\004\"\004_\310\204\002obj_\3557\315\214\004_6\301\214\003_11\342\276\214\010_\241\207\006I\004\210\004voi\201d\225\002W\001\236\016\017\003\256\00258(\374_\003\376\214\002\000add_o\377ne_if_ro\377om\000fail_\256\204A\000is\270\204\005\000\371\003soleep(\006no\237\213\001\356+\002\000de\333\204\003_of\325\000\326\215\001_\202\205\002\000\246\204\001ed\375_\234\215\006\200\001\330\004\n\210\377+\220Q\200\001\340\t\r\377\210Q\320\016\"\240!\240\3776\250\031\260!\330\010\014\377\210H\220A\330\014\017\210\377t\220;\230a\230q\330\377\020\027\220s\230!\2304\377\230v\240R\240q\250\004\373\250A:\001\047\220\021\220(\377\230!\200\001\360\014\000\005\377\026\220R\220y\240\001\240o\021\330\004\025\001\007 \240e\000\376\002\000\340\t\n\330\010\021\320\377\021)\250\021\250+\260Z\377\270q\330\004\007\200w\210\327b\220\001j\001A@\000\026\000\357\005\024\2201\222\000\320\n$\355\240\\\000\013\210\n\000\007\200t\377\2103\210a\330\010\034\230\337A\330\010\017\2104\000\031\230\234_\000\024\0012\210QP\000\200\000!\353\330\004*\000\200\036\000\013\2104\376\260\0002\220Q\330\014\022\220O+\230Q\2307\000\301\0011\025\005\345v\242\000q\t\021\355\002\220_\240\317D\250\003\250)\002\007\007\010\260\275\001X\001\026\220d\230\226\"G\366\243\000\010\013\224\000c\220\021\330\277\014\023\2201\220Ax\001\030;\230\004\240\001\014\210I|\000\035\000\2475\220\003\314\000\030\005\340/\0004\217\210x\220r\273\000\213\016\027\003y\276>\000F\240#\240S\332\"\014\335\036\366 t\2401\211AK\220\373q\330;\002v\220S""\230\001fn\003D\230\265\"j\000\200AY\001\377<\220q\230\001\230\024\230^\370\000\020\220\010\230\260\000\340\304@\377D\220\001\220\025\220a\220\371q!\001\304\014\340\010%\240T\373\250\021V\0108\2204\220v\177\230S\240\003\2404\240\243 |~\0016\000\360\006\000\t\014\326 \261x\377Ap\n\225\000\200A\027\005}\373\230A\356 d\240!\330\014\325\r\247Awt\000t\257`q\240\377\013\2502\250S\260\010\270o\004\270L\310\352BF\220\341`~\334A\014\025\220Q\220a>\003\377\017\210a\210q\220\006\220/c\230\027\240\324\004Z\354`\341@\376\317![\240\010\250\010\260\002\177\260&\270\t\300\022\300\223 \367\013\210?\214\204\002w\240d\250\377#\250Q\250f\260F\270\177\"\270A\330\014\020\220\254@\377\360\n\000\t\020\210z\230\047\021\230$\274\204\001\243\000\014\277\003\361M\376\253AU\230!\2303\230c_\240\021\240&\250\333 \024\367\204\001\335\020\205\002\021\230(\021\000\002\250\327!\330\020\363a\020\253\001i\230\247u\240A\n\003i\000\007\364 \007\373\230q[\003\035\230B\230i\373\240qB\000\010\026\220l\240\377!\2408\2506\260\022\260R\251\0023\347\204\002\232\001\330\221D\021\314\204\002\376\276 \016\000\t\036\230W\240\277A\330\010\031\230\025\362A\320w#4\260\311\204\0026\220\022\300a>\320\000\330\010\r\210T\347\204\002\202\205\001\364*\010\342AE\336C\330\014\021\220\275\031\307\002l\250\"\250\273\206\002s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\345q#\001\024\364!\314\205\002\320\004\033\327\2301\360\233 !\245@1\250\324\311`\305\204\001G\365a\t\311!\013\230\3771\230F\240(\250\047\260\335\021\215\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230_2\230Y\240a\316`\010\204\207\001\357\010\013\2106?\002\014\022\220\375*\257a\330\010\t\330\021\022\375\330\331 X\230Q\230h\240\377f\250F\260\"\260K\270\372\360\207\002q\201\210\001s\220#\220Q\377\330\020\024\220D\230\001\230\371\021\210\210\001\022\002u\220C\220q\377\330\020\026\220g\230Q\230\377f\240B\240i\250q\260\003""\007\260\263\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2347, 3409);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3403 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (""int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a""\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330""\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3409 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64""_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s""\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#""\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -19181,7 +19185,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -19196,12 +19200,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 348};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 396};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 403};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
@@ -19216,7 +19220,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 499};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 508};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
@@ -19231,32 +19235,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 524};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 533};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 538};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 547};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 542};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 551};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 545};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 548};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 557};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 559};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 571};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
@@ -19271,17 +19275,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 607};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 619};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 612};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 624};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 621};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
@@ -19296,17 +19300,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 632};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 644};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 654};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 681};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 694};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }

@@ -8,10 +8,10 @@ Does not know: what a descriptor means, any default or policy.
 Invariants, of all modules in Cython:
 1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,
    unless the name says `take`.
-2. A descriptor is not closed while a call that runs without the GIL is using it: the last user
-   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical
-   section of its owner, it cannot be closed either.
-3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,
+2. A descriptor is not closed while a call that runs without the GIL uses it: the last such call
+   closes it (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). Nor is it closed while the GIL, or
+   a critical section of its owner, is held.
+3. Another process can clear O_NONBLOCK of a shared descriptor. No call blocks because of that,
    except those that ring by a plain write: see Doorbells.ring and ring_nowait.
 4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.
 """
@@ -55,7 +55,7 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* Not by the C library: glibc has it since 2.28 only, and musl since 1.2.6. */
+    /* A system call, because older C libraries lack it: glibc before 2.28, musl before 1.2.6. */
     static inline long ivshmem_rename_exclusive(int directory, const char *from, const char *to)
     {
     #ifdef SYS_renameat2
@@ -78,7 +78,7 @@ EPOLLHUP = _EPOLLHUP
 # -- time and errors ------------------------------------------------------------------------------
 
 cdef int64_t deadline_of(object timeout) except -1:
-    """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+    """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
     cdef double seconds
     if timeout is None:
         return INT64_MAX
@@ -101,11 +101,11 @@ cdef int fail() except -1:
 
 @cython.final
 cdef class Fd:
-    """One descriptor that the kernel has just given, until an owner takes it; else it is closed.
+    """A new descriptor that has no owner yet; it is closed if no owner takes it.
 
-    A call in C that returns a plain number leaves it to nobody, if the handler of a signal raises
-    before the caller has come to its next line. Such a call returns an Fd. Only C takes it:
-    `FdArray.take` and what else says so, between two bytecodes.
+    If a call in C returned a plain number, and a signal handler raised before the caller's next
+    line, nobody would close the descriptor. Therefore such a call returns an Fd. Only code in C
+    takes it (`FdArray.take`, for example), so that no signal handler can run in between.
     """
 
     def __cinit__(self):
@@ -113,11 +113,11 @@ cdef class Fd:
 
     @property
     def taken(self):
-        """Whether it has an owner, or was closed."""
+        """Whether it has an owner or was closed."""
         return self.number < 0
 
     def fileno(self):
-        """The descriptor, still owned by this."""
+        """Return the descriptor, which this object still owns."""
         if self.number < 0:
             raise ClosedError("the descriptor was taken or closed")
         return self.number
@@ -135,7 +135,7 @@ cdef class Fd:
 
 
 cdef int taken(object fd) except? -1:
-    """The number of a descriptor, an Fd's or a plain one, which the caller owns from now on."""
+    """Return the number of `fd`, an Fd or a number. The caller owns the descriptor from now on."""
     cdef Fd given
     cdef int number
     if not isinstance(fd, Fd):
@@ -150,10 +150,10 @@ cdef int taken(object fd) except? -1:
 
 @cython.final
 cdef class FdArray:
-    """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
+    """File descriptors that it owns, in order; for instance one eventfd for each vector of a peer.
 
-    `close()` closes all of them, once; while another thread's call is using one, that call closes
-    them when it returns. A closed array has length 0.
+    `close()` closes all of them, once. If a call of another thread uses one of them, that call
+    closes them when it returns. A closed array has length 0.
     """
 
     def __cinit__(self):
@@ -161,10 +161,10 @@ cdef class FdArray:
 
     @staticmethod
     def eventfds(Py_ssize_t count):
-        """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+        """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 
         Raises:
-            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
+            OSError: EMFILE, ENFILE or ENOMEM. Then no descriptor is left open.
         """
         cdef FdArray array = FdArray()
         cdef int fd
@@ -180,7 +180,7 @@ cdef class FdArray:
 
     @staticmethod
     def copy(int fd):
-        """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
+        """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 
         Raises:
             OSError: EBADF or EMFILE.
@@ -193,12 +193,12 @@ cdef class FdArray:
         return array
 
     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):
-        """open(2), and own what it gives at once: no signal's exception can come between the two.
+        """Call open(2) and append the descriptor, close-on-exec; return it.
 
-        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.
+        The array owns it. No signal handler can run between open(2) and that.
 
         Raises:
-            OSError: as of open(2), with the path.
+            OSError: as open(2), with the path.
         """
         cdef bytes where = os.fsencode(path)
         cdef const char *text = where
@@ -217,10 +217,10 @@ cdef class FdArray:
             PyErr_CheckSignals()
 
     def memfd(self, name, unsigned int flags):
-        """memfd_create(2), owned at once like what `open` gives.
+        """Call memfd_create(2) and append the descriptor, as `open` does; return it.
 
         Raises:
-            OSError: as of memfd_create(2).
+            OSError: as memfd_create(2).
         """
         cdef bytes called = os.fsencode(name)
         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
@@ -230,7 +230,7 @@ cdef class FdArray:
         return fd
 
     def take(self, fd):
-        """Append `fd`, a number or an Fd, and own it from now on, also when this call fails."""
+        """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
         self.add(taken(fd))
 
     @cython.critical_section
@@ -241,7 +241,7 @@ cdef class FdArray:
             c_close(fd)
             raise ClosedError("the descriptors are closed")
         if self.count == self.room:
-            # Who reads `fds` without the GIL may still have its former address: that stays valid.
+            # A thread that reads `fds` without the GIL may have the old address: keep it valid.
             grown = NULL
             if self.outgrown_count < OUTGROWN:
                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
@@ -263,7 +263,7 @@ cdef class FdArray:
 
     @cython.critical_section
     def __getitem__(self, Py_ssize_t index):
-        """The descriptor, still owned by the array."""
+        """Return the descriptor, which the array still owns."""
         if index < 0 or index >= len(self):
             raise IndexError(f"descriptor {index} of {len(self)}")
         return self.fds[index]
@@ -274,7 +274,7 @@ cdef class FdArray:
         return iter([self.fds[i] for i in range(len(self))])
 
     def signal(self, Py_ssize_t index):
-        """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+        """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
         cdef int code
         if not ivshmem_enter(&self.state):
             return
@@ -284,7 +284,10 @@ cdef class FdArray:
             fail_with(code)
 
     def drain(self, Py_ssize_t index):
-        """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+        """Set the count of eventfd `index` to 0, and return what it was.
+
+        It never blocks, whatever other processes that have the eventfd do.
+        """
         return take_count(self[index])
 
     cdef void release(self) noexcept nogil:
@@ -295,11 +298,11 @@ cdef class FdArray:
             c_close(self.fds[i])
 
     cdef bint enter(self) noexcept nogil:
-        """One user more; False if it is closed."""
+        """Count one more user, and return True; return False if the array is closed."""
         return ivshmem_enter(&self.state)
 
     cdef void leave(self) noexcept nogil:
-        """One user less."""
+        """Count one user less. The last user of a closed array closes the descriptors."""
         if ivshmem_leave(&self.state):
             self.release()
 
@@ -318,15 +321,16 @@ cdef class FdArray:
 
 @cython.final
 cdef class Signaller:
-    """Adds 1 to eventfds that are shared with other processes, and never waits for any.
+    """Adds 1 to eventfds that other processes have, too, and never waits for these processes.
 
-    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who
-    shares the eventfd can. The kernel's own signal does not: io_submit(2) sends it when a request
-    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about
-    three times as much as a write; 64 eventfds in one call, one and a half times as much each.
+    A plain write waits if a process has filled the counter and cleared O_NONBLOCK, as each process
+    that has the eventfd can. A signal of the kernel does not wait: at the end of a request with
+    IOCB_FLAG_RESFD, io_submit(2) adds 1 to an eventfd. The request here is to read a byte of
+    /dev/zero, which ends at once. One eventfd costs about three times as much as a write. With 64
+    in one call each costs one and a half times as much.
 
     Raises:
-        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.
+        OSError: no /dev/zero; EAGAIN: fs.aio-max-nr is used up; ENOSYS: this kernel has no AIO.
     """
 
     def __cinit__(self):
@@ -334,7 +338,7 @@ cdef class Signaller:
         self.zero = -1
         self.pid = getpid()
         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-        # Requests count until their ends are reaped, which each call does for its own.
+        # A request counts until its end is taken off the ring. Each call does that for its own.
         if ivshmem_io_setup(BATCH, &self.context) < 0:
             try:
                 fail()
@@ -342,7 +346,7 @@ cdef class Signaller:
                 self.close()
 
     def signal(self, fds):
-        """Add 1 to each eventfd of a sequence; a full counter stays full."""
+        """Add 1 to each eventfd of a sequence. A full counter stays full."""
         cdef int batch[BATCH]
         cdef Py_ssize_t first
         cdef long count
@@ -358,7 +362,10 @@ cdef class Signaller:
             self.submit(batch, count)
 
     cdef int submit(self, int *fds, long count) except -1:
-        """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+        """Add 1 to each of at most 64 eventfds.
+
+        If one of `fds` is not an eventfd, those before it are done, and OSError is raised.
+        """
         cdef int code
         with cython.critical_section(self):
             if self.zero < 0:
@@ -369,17 +376,17 @@ cdef class Signaller:
         return 0
 
     cdef int send(self, int *fds, long count) noexcept nogil:
-        """What submit does, for a caller that has this for itself; 0 or errno."""
+        """Do what `submit` does; return 0 or errno. No other thread may use this object now."""
         cdef iocb requests[BATCH]
         cdef iocb *pointers[BATCH]
-        cdef char nothing[1]
+        cdef char byte[1]
         cdef long i, n
         cdef long done = 0
         memset(requests, 0, count * sizeof(iocb))
         for i in range(count):
             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
             requests[i].aio_fildes = self.zero
-            requests[i].aio_buf = <uint64_t>&nothing[0]
+            requests[i].aio_buf = <uint64_t>&byte[0]
             requests[i].aio_nbytes = 1
             requests[i].aio_flags = IOCB_FLAG_RESFD
             requests[i].aio_resfd = fds[i]
@@ -411,10 +418,10 @@ cdef object _shared = None
 
 
 cdef Signaller shared_signaller():
-    """The one of this process, which lives as long as somebody uses it; None if there can be none.
+    """Return the Signaller of this process, which lives as long as it is used; None: none can be.
 
-    Without AIO in the kernel, without a descriptor or room in fs.aio-max-nr, `add_one_nowait` does
-    without.
+    None, if the kernel has no AIO, or descriptors or fs.aio-max-nr are used up. Then
+    `add_one_nowait` looks for room in the counter instead.
     """
     global _shared
     cdef Signaller signaller = None if _shared is None else _shared()
@@ -428,7 +435,7 @@ cdef Signaller shared_signaller():
 
 
 cdef int add_one_nowait(Signaller signaller, int fd) except -1:
-    """Add 1 to an eventfd that others share, and wait for nobody."""
+    """Add 1 to an eventfd that other processes have, too, without waiting for them."""
     cdef int code = EINTR
     if signaller is not None:
         return signaller.submit(&fd, 1)
@@ -441,9 +448,10 @@ cdef int add_one_nowait(Signaller signaller, int fd) except -1:
 
 
 cdef int add_one_if_room(int fd) noexcept nogil:
-    """Look for room in the counter, and add 1 if there is any; 0 or errno.
+    """If the counter has room, add 1; return 0 or errno.
 
-    A hostile peer can fill the counter in the microsecond between, so this is the second best.
+    A hostile peer can fill the counter in the microsecond between the look and the write, which
+    then waits. Therefore this is only for processes without a Signaller.
     """
     cdef pollfd one
     cdef timespec none
@@ -452,21 +460,22 @@ cdef int add_one_if_room(int fd) noexcept nogil:
     one.events = POLLOUT
     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
         return add_one(fd)
-    return 0  # a full counter is an interrupt that is pending already
+    return 0  # a full counter: an interrupt is already pending
 
 
 @cython.final
 cdef class Relay:
-    """Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.
+    """Adds 1 to each of some eventfds when a descriptor becomes readable: once, without a thread.
 
-    So who sleeps in a plain read of one of these eventfds hears of two things. It is the kernel's
-    doing: a poll by io_submit(2), since Linux 4.18, whose end is signalled (IOCB_FLAG_RESFD).
+    Therefore a thread that sleeps in a plain read of one of these eventfds is also woken by the
+    other descriptor. The kernel does it, since Linux 4.18: io_submit(2) polls the descriptor, and
+    at the end of the poll adds 1 to the eventfd (IOCB_FLAG_RESFD).
 
     Args:
-        source: borrowed, like `targets`; it stays open as long as this.
+        source: borrowed, as are `targets`. It must stay open as long as this object is.
 
     Raises:
-        OSError: EAGAIN when fs.aio-max-nr is used up, ENOSYS or EINVAL where a kernel has none.
+        OSError: EAGAIN: fs.aio-max-nr is used up; ENOSYS or EINVAL: this kernel cannot do it.
     """
 
     def __cinit__(self, int source, targets):
@@ -493,11 +502,11 @@ cdef class Relay:
             raise
 
     cdef bint fired(self) noexcept nogil:
-        """Whether it has come to that. No system call: the kernel notes it in shared memory."""
+        """Whether that has happened. This takes no system call: the kernel's ring shows it."""
         return self.context != 0 and ivshmem_io_any_end(self.context)
 
     def close(self):
-        """Forget about it; may be called twice."""
+        """Stop the polls. May be called twice."""
         cdef aio_context_t context = self.context
         self.context = 0
         if context and getpid() == self.pid:
@@ -511,8 +520,8 @@ cdef class Relay:
 cdef class Epoll:
     """An epoll object whose events carry a token instead of a descriptor.
 
-    A descriptor number is used again as soon as it is closed, so events that were already fetched
-    could speak of the wrong file; a token that is never used twice cannot.
+    The kernel gives a closed descriptor's number to the next file. An event that was fetched before
+    could then be taken for one of that file. A token that is never used twice avoids this.
     """
 
     def __cinit__(self):
@@ -536,7 +545,7 @@ cdef class Epoll:
         return 0
 
     def add(self, int fd, uint64_t token, unsigned int events):
-        """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+        """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
         self.control(EPOLL_CTL_ADD, fd, events, token)
 
     def modify(self, int fd, uint64_t token, unsigned int events):
@@ -546,7 +555,10 @@ cdef class Epoll:
         self.control(EPOLL_CTL_DEL, fd, 0, 0)
 
     def wait(self, timeout=None):
-        """A list of (token, events), empty when `timeout` seconds are over first."""
+        """Wait for events, and return a list of (token, events).
+
+        The list is empty if nothing happened for `timeout` seconds (None: no limit).
+        """
         cdef epoll_event events[BATCH]
         cdef int64_t deadline = deadline_of(timeout)
         cdef int n
@@ -568,14 +580,14 @@ cdef class Epoll:
 
 
 cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:
-    """epoll_wait until `deadline`; -1 when a signal handler ran: the caller goes round again."""
+    """Call epoll_wait until `deadline`; return -1 if a signal handler ran: call this again."""
     cdef int64_t left
     cdef int milliseconds, n, code
     if deadline == INT64_MAX:
         milliseconds = -1
     else:
         left = deadline - now() if deadline else 0
-        # Rounded up, or the last fraction of a millisecond would be spent spinning.
+        # Round up: otherwise the last fraction of a millisecond would be spent spinning.
         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
     with nogil:
         n = epoll_wait(epfd, events, limit, milliseconds)
@@ -594,7 +606,7 @@ cdef int fail_with(int code) except -1:
 
 @cython.final
 cdef class Timer:
-    """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
+    """A descriptor that becomes readable at a set time (timerfd_create(2))."""
 
     cdef int fd
 
@@ -610,7 +622,7 @@ cdef class Timer:
         return self.fd
 
     def set(self, double seconds):
-        """Be readable in so many seconds, from now on, and not before; 0: never."""
+        """Make the descriptor readable `seconds` from now, and not before. 0: never."""
         cdef itimerspec spec
         memset(&spec, 0, sizeof(spec))
         spec.it_value.tv_sec = <long>seconds
@@ -630,12 +642,13 @@ cdef class Timer:
 
 
 def fork_sharing_files():
-    """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
+    """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
 
-    What one process opens, the other has, too; when one dies, nothing is closed.
+    A descriptor that one process opens is in the other as well. When one process ends, the kernel
+    closes nothing.
 
     Raises:
-        OSError: as of fork(2).
+        OSError: as fork(2).
     """
     cdef long pid
     cdef int code
@@ -652,10 +665,10 @@ def fork_sharing_files():
 
 
 def rename_exclusive(int directory, source, target):
-    """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+    """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
 
     Raises:
-        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
+        OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
     """
     cdef bytes old = os.fsencode(source)
     cdef bytes new = os.fsencode(target)
@@ -669,31 +682,33 @@ def rename_exclusive(int directory, source, target):
 
 
 cdef int64_t take_count(int fd) except -1:
-    """Like `look`, but raises OSError."""
+    """Do what `look` does, but raise OSError on failure."""
     cdef int64_t count = look(fd)
     if count == -EINVAL:
-        raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+        raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
     if count < 0:
         fail_with(<int>-count)
     return count
 
 
 def count_of_eventfd(int fd):
-    """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+    """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
         for line in info:
             if line.startswith(b"eventfd-count:"):
                 return int(line.split()[1], 16)
-    raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+    raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
 
 
 cdef bint is_eventfd(int fd, int known) noexcept nogil:
-    """Whether `fd` is an eventfd, as `known` is one.
+    """Whether `fd` is an eventfd. `known` is a descriptor that is one.
 
-    Both have the one inode of all files without a name. (So it is not a pipe, a socket or a file of
-    somebody's own file system, where a write could wait as long as that somebody likes.) It reads
-    like one: less than 8 bytes are EINVAL, and the count stays. Timers, signalfds and epoll objects
-    have all that, too, but nobody can write to them: writev(2) of no bytes tells, and writes none.
+    Three tests, none of which changes a count:
+    - Both have the inode that all anonymous files share. So `fd` is not a pipe, not a socket, and
+      not a file of a user's own file system, where a write could wait without end.
+    - A read of less than 8 bytes fails with EINVAL. Timers, signalfds and epoll objects do that,
+      too.
+    - A writev(2) of no bytes succeeds. Those other objects cannot be written.
     """
     cdef char data[7]
     cdef iovec iov

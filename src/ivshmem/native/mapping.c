@@ -1330,8 +1330,8 @@ static int __Pyx_init_tpflags_variables(void) {
 
     #include <sys/socket.h>
 
-    /* One message carries one descriptor: this is its control buffer. On 64-bit
-       CMSG_SPACE(sizeof(int)) admits a second one: a receiver must look at cmsg_len. */
+    /* The control buffer of a message, which carries one descriptor. On 64-bit machines
+       CMSG_SPACE(sizeof(int)) has room for a second one: a receiver must look at cmsg_len. */
     typedef union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -1345,7 +1345,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #define MADV_POPULATE_WRITE 23
     #endif
 
-    /* Faults one page in for writing without changing what another process may be writing there. */
+    /* Faults a page in for writing, and changes nothing that another process may be writing. */
     static inline void ivshmem_touch(volatile char *byte)
     {
         __atomic_fetch_or(byte, 0, __ATOMIC_RELAXED);
@@ -1370,7 +1370,8 @@ static int __Pyx_init_tpflags_variables(void) {
         return syscall(SYS_io_destroy, context);
     }
 
-    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    /* A context is the address of its ring, in which the kernel notes each request that has ended.
+       The ring begins with these fields. libaio relies on that as well. */
     struct ivshmem_aio_ring {
         unsigned id, nr, head, tail, magic;
     };
@@ -1384,8 +1385,9 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
     }
 
-    /* Forget the ends of the `count` requests that are the only ones under way. They end within
-       io_submit, so to advance the head in the shared ring spares a system call, a third of all. */
+    /* Takes the ends of `count` requests off the ring. There must be no other requests. They end
+       within io_submit, so it is enough to advance the ring's head, which user space may do. That
+       saves a system call, a third of the time. */
     static inline void ivshmem_io_forget(aio_context_t context, long count)
     {
         struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
@@ -1406,7 +1408,7 @@ static int __Pyx_init_tpflags_variables(void) {
 
     #include <stdint.h>
 
-    /* Everything stored to memory before, write-combined stores too, comes before what follows. */
+    /* All stores before this line, also write-combined ones, come before the stores after it. */
     static inline void ivshmem_write_barrier(void)
     {
     #if defined(__x86_64__) || defined(__i386__)
@@ -1418,7 +1420,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #endif
     }
 
-    /* A device's registers are little-endian, and one load or store each. */
+    /* A device's registers are little-endian. Each access is one load or store. */
     static inline uint32_t ivshmem_load32(const void *address)
     {
         uint32_t value = *(const volatile uint32_t *)address;
@@ -1444,7 +1446,7 @@ static int __Pyx_init_tpflags_variables(void) {
         (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
               : operation((uint32_t *)word, __VA_ARGS__))
 
-    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
     static inline uint64_t ivshmem_load(void *word, int wide, int order)
     {
         switch (order) {
@@ -1462,7 +1464,7 @@ static int __Pyx_init_tpflags_variables(void) {
         }
     }
 
-    /* Those that change the word and return what it was. */
+    /* Operations that change the word and return its old value. */
     #define IVSHMEM_CHANGE(name, operation)                                                      \
         static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
         {                                                                                        \
@@ -1481,7 +1483,7 @@ static int __Pyx_init_tpflags_variables(void) {
     IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
     IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
 
-    /* A word that is not as expected is only loaded: that has no release in its order. */
+    /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
         {                                                                                        \
             type seen = (type)expected;                                                          \
@@ -1507,11 +1509,12 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
-       the last ends it. One word, so that no order of events ends it twice, or never. */
+    /* One word that counts the calls which use an object without the GIL, and says whether the
+       object is closing. The last user of a closing object frees it. Because it is one word, no
+       order of events frees the object twice, or never. */
     #define IVSHMEM_CLOSING (1u << 31)
 
-    /* One user more; 0 when it is ending. */
+    /* Count one user more; 0: the object is closing. */
     static inline int ivshmem_enter(unsigned int *state)
     {
         unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
@@ -1522,12 +1525,12 @@ static int __Pyx_init_tpflags_variables(void) {
                                               __ATOMIC_RELAXED));
         return 1;
     }
-    /* One user less; 1 when the caller has to end it. */
+    /* Count one user less; 1: the caller must free the object. */
     static inline int ivshmem_leave(unsigned int *state)
     {
         return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
     }
-    /* No more users; 1 when the caller has to end it. */
+    /* Admit no more users; 1: the caller must free the object. */
     static inline int ivshmem_shut(unsigned int *state)
     {
         return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
@@ -1537,15 +1540,15 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(state, __ATOMIC_ACQUIRE);
     }
 
-    /* What stands before it in the program happens before what stands behind it, stores and loads
-       alike. Two sides that each store, fence, and then look at the other's word: one of them sees
-       what the other stored. */
+    /* Loads and stores before this line happen before loads and stores after it. If two sides each
+       store a word, fence, and then load the other's word, at least one of them sees the other's
+       store. */
     static inline void ivshmem_fence(void)
     {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86
+    /* Adds to a number, and returns the sum. This is a full barrier. On x86 the locked instruction
        is one by itself. On arm64 without LSE a later load can pass the addition's store. */
     static inline int ivshmem_count(int *number, int amount)
     {
@@ -1560,8 +1563,9 @@ static int __Pyx_init_tpflags_variables(void) {
     #endif
     }
 
-    /* An array that grows while others read it without a lock. Whoever finds a length finds as many
-       elements behind it, and whoever finds a new address finds the old elements there. */
+    /* For an array that grows while other threads read it without a lock. A reader that sees a
+       length finds that many elements. A reader that sees a new address finds the old elements
+       there. */
     static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
     {
         return __atomic_load_n(length, __ATOMIC_ACQUIRE);
@@ -1579,7 +1583,7 @@ static int __Pyx_init_tpflags_variables(void) {
         __atomic_store_n(elements, value, __ATOMIC_RELEASE);
     }
 
-    /* What tells the processor that a loop waits for memory. */
+    /* Tells the processor that a loop waits for memory. */
     static inline void ivshmem_pause(void)
     {
     #if defined(__x86_64__) || defined(__i386__)
@@ -1590,7 +1594,7 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    /* If there are no users, admit no more. Returns the state before; 0: the caller must free. */
     static inline unsigned int ivshmem_shut_unused(unsigned int *state)
     {
         unsigned int seen = 0;
@@ -1599,8 +1603,8 @@ static int __Pyx_init_tpflags_variables(void) {
         return seen;
     }
 
-    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
-       meanwhile, so that only builds without a GIL have to count it. */
+    /* ivshmem_enter and ivshmem_leave for a call that keeps the GIL. While it does, no other thread
+       can close the object. So only a Python without a GIL has to count such calls. */
     static inline int ivshmem_enter_held(unsigned int *state)
     {
     #ifdef Py_GIL_DISABLED
@@ -1620,11 +1624,11 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
-    /* Whether no other Python thread could want the interpreter. */
+    /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
     #ifdef Py_GIL_DISABLED
-        return 0; /* to let go of nothing is cheap */
+        return 0; /* there is no GIL: to release it costs nothing */
     #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
@@ -1638,10 +1642,10 @@ static int __Pyx_init_tpflags_variables(void) {
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* fork(2), but the child has the same descriptors, not copies: what either opens or closes, the
-       other has or lacks. glibc notes the thread's number where it has asked the kernel to clear it
-       at the thread's end; a child must have its own there, as after fork. (Kernels without
-       checkpoint/restore do not tell the address; only raise(3) would miss it.) */
+    /* fork(2), but parent and child have one table of descriptors. What either of them opens or
+       closes is open or closed in both. glibc keeps the thread's number at an address that the
+       kernel clears at the thread's end. The child needs its own number there, as after fork.
+       (Kernels without checkpoint/restore do not tell the address. Only raise(3) would need it.) */
     static inline long ivshmem_fork_sharing_files(void)
     {
         int *tid = 0;
@@ -1650,7 +1654,7 @@ static int __Pyx_init_tpflags_variables(void) {
             flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
     #if defined(__x86_64__)
         return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
-    #else /* CONFIG_CLONE_BACKWARDS: the last two the other way round */
+    #else /* CONFIG_CLONE_BACKWARDS: the last two arguments are swapped */
         return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
     #endif
     }

@@ -5,8 +5,8 @@
 Knows: sendmmsg, recvmmsg, SCM_RIGHTS. Does not know: what a message means.
 
 Invariants:
-1. Whoever reads an outbox's memory after its process was killed knows how many messages went out:
-   the kernel writes that there itself, see Outbox.
+1. The memory of an outbox shows how many messages were sent, even if its process was killed: the
+   kernel itself writes that there. See Outbox.
 """
 
 cimport cython
@@ -31,19 +31,19 @@ cdef enum:
 
 cdef extern from *:
     """
-    /* What was stored before this is there if what is stored after it is, for whoever looks when
-       the process has died. The processor keeps to that by itself, the compiler must be told. */
+    /* If a store after this line is in the memory of a process that was killed, the stores before
+       this line are there, too. The processor keeps that order by itself. The compiler does not. */
     #define ivshmem_in_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
     """
     void ivshmem_in_order() nogil
 
 
 cdef struct Box:
-    uint64_t end  # how far the owner's record has got
-    uint64_t open  # what `end` was when the sending began that is under way; 0: none is
-    int64_t region, serial  # whom it is for; serial -1: one batch for many
-    int64_t step  # how many batches before this one are out, all whole
-    int64_t filled[2]  # messages in a batch; a batch is the (step & 1)th
+    uint64_t end  # how far the owner's record goes
+    uint64_t open  # the value of `end` when the current sending began; 0: nothing is being sent
+    int64_t region, serial  # the peer that it is for; serial -1: one batch for many peers
+    int64_t step  # how many batches before this one were sent, each completely
+    int64_t filled[2]  # messages in a batch; the current batch has the index (step & 1)
     mmsghdr messages[2][BATCH]
 
 
@@ -52,20 +52,22 @@ OUTBOX_BYTES = sizeof(Box)
 
 @cython.final
 cdef class Outbox:
-    """Sends messages in batches, and leaves in its memory what went out.
+    """Sends messages in batches. Its memory shows which of them were sent.
 
-    sendmmsg(2) writes into each message's header that it was sent, before it comes to the next one,
-    and a process that is killed in a system call dies when it leaves that call. So if the headers
-    are in memory that outlives the process, and what is sent is noted there before, a successor
-    knows exactly what went out. (Measured: 2,946 kills in the midst of a loop of such calls, none
-    told wrong.)
+    sendmmsg(2) writes into each message's header that it was sent, before it begins with the next
+    one. A process that is killed in a system call dies when it leaves that call. Therefore, if the
+    headers are in memory that outlives the process, and that memory says before the call what is
+    about to be sent, a successor knows exactly which messages were sent. (Measured: 2,946 processes
+    killed in the middle of a loop of such calls. None left a wrong count.)
 
-    The owner keeps a record of what was sent, in the same memory. Its first 8 bytes, `end`, say how
-    far that has got. A call here counts as under way until the owner adds to its record, which
-    changes `end`; so one store says both that the record is longer and that the call is in it.
+    The owner keeps a record of what was sent, in the same memory. The first 8 bytes, `end`, say how
+    far that record goes. A call of this class counts as unfinished until the owner adds to its
+    record, which changes `end`. So one store says both: the record is longer, and the call is
+    in it.
 
     Args:
-        buffer: OUTBOX_BYTES of writable memory, held until the outbox is forgotten; None: its own.
+        buffer: OUTBOX_BYTES of writable memory, held as long as the outbox exists; None: memory of
+            its own.
     """
 
     cdef Box *box
@@ -90,7 +92,8 @@ cdef class Outbox:
             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
         self.borrowed = True
         self.box = <Box *>self.view.buf
-        # A page that must be fetched when the kernel writes to it would not be, for the dying.
+        # For a process that is being killed, the kernel does not fetch a page that is not in
+        # memory: what it writes there would be lost.
         mlock(self.box, sizeof(Box))
 
     def __dealloc__(self):
@@ -100,17 +103,17 @@ cdef class Outbox:
             free(self.box)
 
     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):
-        """Send messages without blocking, in batches of sendmmsg.
+        """Send messages in batches of sendmmsg, without blocking.
 
         Args:
-            runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where
-                `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is
-                None nothing.
-            region, serial: left in the memory, to say whose messages these are.
+            runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`. If
+                `fds` is an FdArray, they carry fds[first], fds[first + 1] and so on. If it is
+                None, they carry nothing.
+            region, serial: written into the memory; they say for which peer the messages are.
 
         Returns:
-            How many messages went out, in order, before the socket's buffer was full (or the kernel
-            refused for want of memory or of descriptors in flight: the next call says so).
+            How many messages were sent, in order, until the socket's buffer was full. Or until the
+            kernel was short of memory or of descriptors in flight: then the next call raises that.
 
         Raises:
             OSError: the first message could not be sent, for another reason than a full buffer.
@@ -141,15 +144,15 @@ cdef class Outbox:
         return total
 
     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):
-        """Send the same batch to many, until one takes less than all of it.
+        """Send the same batch to many sockets, until one of them takes less than all of it.
 
         Args:
-            socks: descriptors of sockets, of which the first `first` have got it already.
-            runs: as for `send`; only the first messages of them, at most 64, are sent.
+            socks: descriptors of sockets. The first `first` of them got the batch before.
+            runs: as for `send`. Only the first messages, at most 64, are sent.
 
         Returns:
-            (done, sent, error, count): socks[:done] have got all `count` messages; if that are not
-            all, socks[done] has got `sent`, and `error` is 0 or what its errno was.
+            (done, sent, error, count): socks[:done] got all `count` messages. If these are not all
+            sockets, socks[done] got `sent` messages, and `error` is its errno, or 0.
         """
         cdef Py_ssize_t total = len(socks)
         cdef Py_ssize_t start, length, i, done
@@ -185,14 +188,15 @@ cdef class Outbox:
         return done, sent if done < total else 0, code, filled
 
     def unfinished(self):
-        """What a sending was about whose end is not in the record: None, or a tuple.
+        """Return the sending whose end is not in the record, or None if there is none.
 
-        (region, serial, step, sent, count): after `step` whole batches, `sent` messages of one of
-        `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer's.
+        (region, serial, step, sent, count): `step` batches were sent completely, and of the next
+        one, which has `count` messages, the first `sent`. If it was `send_to_all`, `serial` is -1,
+        and each batch was for one peer.
         """
         cdef int which = self.box.step & 1
         cdef int sent = 0
-        # One copy: the memory is a journal's, which another process can have damaged.
+        # Copy it once: the memory is a journal's, which another process can have damaged.
         cdef int64_t filled = self.box.filled[which]
         if self.box.open == 0 or self.box.open != self.box.end:
             return None
@@ -242,13 +246,14 @@ cdef class Outbox:
         return sent
 
     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:
-        """Send a batch that is written: how many messages of it went out.
+        """Send a batch that `put` has written; return how many of its messages were sent.
 
-        0 with `code` 0: the buffer is full. 8 bytes written to a Unix stream socket are not split.
+        0, and `code` 0: the buffer is full. The kernel does not split 8 bytes that are written to a
+        Unix stream socket.
         """
         cdef int which = step & 1
         cdef int i, n
-        # `step` still means the other batch, or none is open.
+        # These stores do no harm: `box.step` still selects the other batch, or `open` is 0.
         for i in range(count):
             self.box.messages[which][i].msg_len = 0
         self.box.filled[which] = count
@@ -269,21 +274,22 @@ cdef class Outbox:
 
 
 def receive(int sock, Py_ssize_t limit, list into=None):
-    """Take up to about `limit` messages off a socket without blocking.
+    """Receive about `limit` messages at most from a socket, without blocking.
 
     Args:
-        into: an empty list, to which the chunks are added: so they are its owner's before the
-            handler of a signal can raise.
+        into: an empty list, to which this call adds the chunks. So the list's owner has them before
+            a signal handler can raise.
 
     Returns:
-        (chunks, eof): chunks is `into`, or a new list, of (data, fds): at most 8 bytes and a tuple
-        with an Fd for each descriptor that came with them. The kernel never reads past a byte that
-        carried descriptors, so they belong to the message that holds the chunk's last byte.
+        (chunks, eof): `chunks` is `into`, or a new list. Each chunk is (data, fds): at most 8
+        bytes, and a tuple with an Fd for each descriptor that came with them. The kernel never
+        reads past a byte that carried descriptors. Therefore the descriptors belong to the message
+        that holds the chunk's last byte.
 
     Raises:
-        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which nothing can repair.
-        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors
-            of this call are closed.
+        ProtocolError: the kernel dropped a descriptor (MSG_CTRUNC). Nothing can repair that.
+        OSError: as recvmsg(2), if nothing was received before. After any error all descriptors that
+            this call received are closed.
     """
     cdef mmsghdr messages[BATCH]
     cdef iovec iov[BATCH]
@@ -291,7 +297,7 @@ def receive(int sock, Py_ssize_t limit, list into=None):
     cdef ivshmem_control controls[BATCH]
     cdef int n, i, want
     cdef list chunks = [] if into is None else into
-    cdef list came
+    cdef list received
     cdef bint lost = False
     cdef bint eof = False
     while len(chunks) < limit and not eof and not lost:
@@ -311,7 +317,7 @@ def receive(int sock, Py_ssize_t limit, list into=None):
             if errno == EAGAIN or chunks:
                 break
             fail()
-        came = _descriptors(messages, n)
+        received = _descriptors(messages, n)
         for i in range(n):
             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
             eof = eof or messages[i].msg_len == 0
@@ -319,7 +325,7 @@ def receive(int sock, Py_ssize_t limit, list into=None):
                 chunks.append(
                     (
                         PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len),
-                        came[i],
+                        received[i],
                     )
                 )
         if n < want:
@@ -337,12 +343,16 @@ def receive(int sock, Py_ssize_t limit, list into=None):
 
 
 cdef list _descriptors(mmsghdr *messages, int count):
-    """A tuple of Fds for each message; if memory is short, all are closed."""
+    """Return a tuple of Fds for each message.
+
+    Raises:
+        MemoryError: then all these descriptors are closed.
+    """
     cdef cmsghdr *header
     cdef int *place
     cdef int i
     cdef size_t j
-    cdef bint short = False
+    cdef bint out_of_memory = False
     cdef Fd fd
     cdef list fds
     cdef list found = []
@@ -359,9 +369,9 @@ cdef list _descriptors(mmsghdr *messages, int count):
                         fd.number = place[0]
                     except MemoryError:
                         c_close(place[0])
-                        short = True
+                        out_of_memory = True
             header = CMSG_NXTHDR(&messages[i].msg_hdr, header)
         found.append(tuple(fds))
-    if short:
+    if out_of_memory:
         raise MemoryError
     return found

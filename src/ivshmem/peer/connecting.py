@@ -23,7 +23,7 @@ _START = "start the server (ivshmem serve), or give the path of one that runs"
 CONNECT_HINTS = {
     errno.ENOENT: f"no such socket: {_START}",
     errno.ECONNREFUSED: f"nobody listens here: {_START}",
-    errno.EPROTOTYPE: "a socket of another kind: this is no ivshmem server",
+    errno.EPROTOTYPE: "this socket is of another type, so it is not an ivshmem server's",
     errno.EACCES: "permission denied: the server's user must let you write to its socket",
 }
 

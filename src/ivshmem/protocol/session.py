@@ -159,7 +159,7 @@ class Session:
                 )
             return GotMemory(fds[0])
         elif not 0 <= value <= MAX_ID:
-            raise ProtocolError(f"message {value} is no peer id, allowed are 0 to {MAX_ID}")
+            raise ProtocolError(f"message {value} is not a peer id (0 to {MAX_ID})")
         elif fds:
             return self._vector(state, value, fds[0])
         else:

@@ -173,7 +173,9 @@ def _limit(value: SupportsIndex | None, what: str) -> int | None:
 def _texts(rules: Iterable[str], what: str) -> tuple[str, ...]:
     """A text is iterable itself: its letters would each be refused, with a puzzling message."""
     if isinstance(rules, str):
-        raise ValueError(f"{what}: a list of rules is wanted, not the text {rules!r}: [{rules!r}]")
+        raise ValueError(
+            f"{what}: expected a list of rules, got the text {rules!r}: write [{rules!r}]"
+        )
     return tuple(rules)
 
 
@@ -187,7 +189,7 @@ def parse(text: str) -> _Test:
         ValueError: it cannot be read, or names a user or a group that does not exist.
     """
     if not isinstance(text, str):
-        raise ValueError(f"the rule {text!r} is no text: allowed are {_FORMS}")
+        raise ValueError(f"the rule {text!r} is not a text: allowed are {_FORMS}")
     if text == "all":
         return lambda _: True
     kind, colon, name = text.partition(":")
@@ -215,7 +217,7 @@ def _in_group(who: Credentials, group: int) -> bool | None:
 def _process(text: str, name: str) -> _Test:
     if "/" in name:
         raise ValueError(
-            f"the rule {text!r}: a file name without its directory is wanted, for example"
+            f"the rule {text!r}: expected a file name without its directory, for example"
             f' "process:{os.path.basename(name) or "qemu-system-x86_64"}"'
         )
     return lambda who: _runs(who, name)

@@ -566,7 +566,10 @@ class Engine(Uncopied):
         for serial, hold in self._held.expired():
             peer = self._connections[serial].peer
             told = log_events.fields("released", peer=peer.id, reason="expired")
-            text = "peer %d is told news again: %g s ago the one who asked to hold them went"
+            text = (
+                "messages to peer %d are sent again: the program that asked to hold them back ended"
+                " %g s ago"
+            )
             self.say(partial(_log.info, text, peer.id, hold.linger, extra=told))
             self.release(serial)
         self._wind_clock()

@@ -122,7 +122,7 @@ def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceC
     service = _table("service", tables.get("service", {}), SERVICE, errors)
     named = tables.get("region", {})
     if not isinstance(named, dict) or not named:
-        errors.append("no region: a table [region.NAME] with a socket is wanted")
+        errors.append("no region: add a table [region.NAME] with a socket")
         named = {}
     regions = {}
     for name, table in named.items():
@@ -132,7 +132,7 @@ def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceC
         before = len(errors)
         settings = _table(f"region.{name}", table, REGION, errors)
         if isinstance(table, dict) and "socket" not in table:
-            errors.append(f"region.{name}: no socket: its path is wanted")
+            errors.append(f"region.{name}: no socket: add its path")
         if "socket" in settings:
             regions[name] = RegionConfig(**settings)
         if len(errors) == before:
@@ -146,7 +146,7 @@ def _table(
     where: str, table: object, known: Mapping[str, Setting], errors: list[str]
 ) -> dict[str, Any]:
     if not isinstance(table, dict):
-        errors.append(f"{where}: a table is wanted")
+        errors.append(f"{where}: expected a table")
         return {}
     found = {}
     for key, value in table.items():

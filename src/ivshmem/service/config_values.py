@@ -56,20 +56,20 @@ class Setting(NamedTuple):
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError("true or false is wanted")
+        raise ValueError("expected true or false")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError("a text of printable characters is wanted")
+        raise ValueError("expected a text of printable characters")
     return value
 
 
 def _path(value: object) -> str:
     path = _text(value)
     if not os.path.isabs(path):
-        raise ValueError("a path from the root on is wanted")
+        raise ValueError("expected an absolute path")
     return path
 
 
@@ -84,7 +84,7 @@ def _name(value: object) -> str:
 
 def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError('a size is wanted, such as "4M"')
+        raise ValueError('expected a size, such as "4M"')
     if isinstance(value, int) and value > LARGEST:
         raise ValueError(f"the largest is {format_size(LARGEST)}")
     size = parse_size(value)
@@ -95,7 +95,7 @@ def _size(value: object) -> int:
 def _number(lowest: int, highest: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-            raise ValueError(f"a number from {lowest} to {highest} is wanted")
+            raise ValueError(f"expected a number from {lowest} to {highest}")
         return value
 
     return check
@@ -118,14 +118,14 @@ def _log_format(value: object) -> str:
 
 def _one_of(value: object, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise ValueError(f"one of {', '.join(allowed)} is wanted")
+        raise ValueError(f"expected one of {', '.join(allowed)}")
     return str(value)
 
 
 def _mode(value: object) -> int:
     # A number could be meant as octal or as decimal.
     if not isinstance(value, str) or not re.fullmatch(_MODE, value):
-        raise ValueError('up to three octal digits in quotes are wanted, such as "0660"')
+        raise ValueError('expected up to three octal digits in quotes, such as "0660"')
     return int(value, 8)
 
 
@@ -140,7 +140,7 @@ def _account(find: Callable[[int | str], int]) -> Callable[[object], int | str]:
 
 def _users(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError('a list of users is wanted, such as ["libvirt-qemu"]')
+        raise ValueError('expected a list of users, such as ["libvirt-qemu"]')
     return tuple(str(_account(user_id)(user)) for user in value)
 
 
@@ -152,7 +152,7 @@ def _names(value: object) -> int | None:
 
 def _rules(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise ValueError('a list of texts is wanted, such as ["uid:1000"]')
+        raise ValueError('expected a list of texts, such as ["uid:1000"]')
     Rules(allow=value)
     return tuple(value)
 
@@ -161,7 +161,7 @@ def _address(value: object) -> str:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
     match = re.fullmatch(_ADDRESS, text)
     if match is None or int(match[1]) > 65535:
-        raise ValueError('[HOST:]PORT is wanted, such as "127.0.0.1:9400" or "[::1]:9400"')
+        raise ValueError('expected [HOST:]PORT, such as "127.0.0.1:9400" or "[::1]:9400"')
     return text
 
 

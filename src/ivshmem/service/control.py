@@ -308,7 +308,7 @@ class Control(Uncopied):
     def _hold_leaves(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         on = message.get("on")
         if not isinstance(on, bool):
-            raise ControlError(f'"on" is {_shown(on)}: true or false is wanted', "bad-field")
+            raise ControlError(f'"on" is {_shown(on)}: expected true or false', "bad-field")
         name, served = self._named(message)
         served.server.hold_leaves(on)
         by = _who(caller)
@@ -337,7 +337,9 @@ class Control(Uncopied):
             told = log_events.fields("holding", peer=peer, region=name, linger=linger, **by)
             by_uid = by["by_uid"]
             _log.info(
-                "peer %d of %s is sent no news, as uid %d asked", peer, name, by_uid, extra=told
+                "messages to peer %d of %s are held back, as uid %d asked",
+                *(peer, name, by_uid),
+                extra=told,
             )
         return {"region": name, "read": read}
 
@@ -351,7 +353,9 @@ class Control(Uncopied):
             told = log_events.fields("released", peer=peer, region=name, **by)
             by_uid = by["by_uid"]
             _log.info(
-                "peer %d of %s is sent news again, as uid %d asked", peer, name, by_uid, extra=told
+                "messages to peer %d of %s are sent again, as uid %d asked",
+                *(peer, name, by_uid),
+                extra=told,
             )
         return {"region": name, "held": held}
 
@@ -494,7 +498,7 @@ def _parse(request: bytes) -> dict[str, Any]:
         reason = f'no JSON ({_one_line(error)}): send {{"do": "status"}}'
         raise ControlError(reason, "bad-request") from None
     if not isinstance(message, dict):
-        reason = f'{_shown(message)} is no JSON object: send {{"do": "status"}}'
+        reason = f'{_shown(message)} is not a JSON object: send {{"do": "status"}}'
         raise ControlError(reason, "bad-request")
     return message
 
@@ -502,7 +506,7 @@ def _parse(request: bytes) -> dict[str, Any]:
 def _id(message: Mapping[str, Any]) -> int:
     peer = message.get("id")
     if not isinstance(peer, int) or isinstance(peer, bool):
-        raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted', "bad-field")
+        raise ControlError(f'"id" is {_shown(peer)}: expected the number of a peer', "bad-field")
     return peer
 
 

@@ -102,8 +102,8 @@ class Manager(Uncopied):
                 found[region.socket] = listener
         for path in there:
             raise ValueError(
-                f"the socket {path} was passed by the service manager, and is no region's: give"
-                " one of them this path, or take it out of the socket unit"
+                f"the socket {path} was passed by the service manager, but no region uses it:"
+                " give a region this path, or remove it from the socket unit"
             )
         return found
 

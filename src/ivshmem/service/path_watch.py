@@ -1,19 +1,21 @@
-"""Notices when nobody can connect to a served path any more, and binds the path again if it can.
+"""Notices when a socket's path no longer leads to the server, and binds the path again if it can.
 
 Knows: when a path may be bound again. Does not know: what is said over a socket.
 
 A socket's file can be removed or replaced while its server runs: by a clean-up of /tmp, by hand, by
-another server. The peers that are connected notice nothing, and no newcomer finds the server. A
-path is bound again only by the process that bound it before, only if nothing or a stale socket is
-there, and only when nobody waits in the queue of the old socket. What cannot be bound again is
-logged, once for each reason.
+another server. Connected peers do not notice, but no newcomer finds the server.
 
-*Rejected:* inotify. A directory that is itself replaced, or a mount over it, sends no event for the
-path; a look takes three microseconds.
+A path is bound again only under three conditions: this process bound it before, nothing or a stale
+socket is there now, and no newcomer waits in the queue of the old socket. If that fails, the log
+says why, once for each reason.
+
+*Rejected:* inotify. If the directory is replaced, or a file system is mounted over it, there is no
+event for the path. To look takes three microseconds.
 
 Invariants:
-1. The file of another process is left alone.
-2. The listening socket keeps its descriptor's number: a journal and a parent know it by that.
+1. The file of another process is neither removed nor replaced.
+2. The listening socket keeps the number of its descriptor: a journal and a supervisor know the
+   socket by that number.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from .service import Service
 
 _log = logging.getLogger("ivshmem.reachable")
 
-SECONDS = 2.0  # between looks
+SECONDS = 2.0  # between two looks
 
 
 class PathWatch(Uncopied):
-    """Watches the paths of a service and of its control socket, if it has one.
+    """Watches the paths of a service and of its control socket, if it has one. A context manager.
 
-    `step()` when `fileno()` is readable; the first look is made at once. A context manager.
+    The constructor looks at once. Afterwards the owner calls `step()` when `fileno()` is readable.
     """
 
     def __init__(
@@ -50,24 +52,24 @@ class PathWatch(Uncopied):
         self._service = service
         self._control = control
         self._seconds = seconds
-        self._told: dict[str, str] = {}  # what was logged of each path that is not reachable
+        self._logged: dict[str, str] = {}  # by path that leads elsewhere: the reason in the log
         self._timer = descriptors.Timer()
         self.step()
 
     def fileno(self) -> int:
-        """Readable when it is time for a look."""
+        """Return a descriptor that is readable when it is time for `step`."""
         return self._timer.fileno()
 
     def step(self) -> None:
-        """Look at all paths."""
+        """Look at all paths, and bind again those that can be."""
         self._timer.set(self._seconds)
-        before, self._told = self._told, {}
+        before, self._logged = self._logged, {}
         for name, served in self._service.regions.items():
-            self._look(served.listener, partial(self._service.bind_again, name), name, before)
+            self._check(served.listener, partial(self._service.bind_again, name), name, before)
         if control := self._control():
-            self._look(control.listener, control.bind_again, "", before)
+            self._check(control.listener, control.bind_again, "", before)
 
-    def _look(
+    def _check(
         self,
         listener: Listener,
         bind_again: Callable[[], None],
@@ -80,30 +82,30 @@ class PathWatch(Uncopied):
         try:
             bind_again()
         except BlockingIOError:
-            # Somebody is in the queue of the old socket, and is served first.
+            # A newcomer is in the queue of the old socket. It is served first.
             if path in before:
-                self._told[path] = before[path]
+                self._logged[path] = before[path]
             return
         except OSError as error:
-            why = error.strerror or str(error)
+            reason = error.strerror or str(error)
             if error.errno == errno.EADDRINUSE:
-                why = "another process listens there"
-            self._told[path] = why
-            if before.get(path) != why:
+                reason = "another process listens there"
+            self._logged[path] = reason
+            if before.get(path) != reason:
                 _log.error(
                     "no client can connect to %s, which %s, and it cannot be bound again: %s",
-                    *(path, trouble, why),
-                    extra=log_events.fields("unreachable", path=path, reason=why, region=region),
+                    *(path, trouble, reason),
+                    extra=log_events.fields("unreachable", path=path, reason=reason, region=region),
                 )
         else:
             _log.warning(
-                "%s %s: it was bound again, so that others can connect",
+                "%s %s: it was bound again, and clients can connect",
                 *(path, trouble),
                 extra=log_events.fields("rebound", path=path, region=region),
             )
 
     def close(self) -> None:
-        """Look no more; may be called twice."""
+        """Stop watching. May be called twice."""
         self._timer.close()
 
     def __enter__(self) -> PathWatch:

@@ -1,17 +1,17 @@
-"""What a service says of itself to a successor, checked before anything is done with it.
+"""The state of a service as a successor gets it, and the checks before the successor uses it.
 
-Knows: the types in a snapshot and in a journal's records, what their descriptors must be. Does not
-know: who wrote them, at which place in a record a field stands (server/records.py does).
+Knows: the types in a snapshot and in a journal's records, and of what kind each descriptor must be.
+Does not know: who wrote them, or the order of fields in a record (server/records.py does).
 
-A snapshot is {"next": number, "service": {setting: value}, "regions": [[REGION, STATE], ..]}:
-REGION has the fields of records.RegionRecord, STATE is what replay.snapshot makes. A journal holds
-a snapshot and the records since.
+A snapshot is {"next": number, "service": {setting: value}, "regions": [[REGION, STATE], ..]}.
+REGION has the fields of records.RegionRecord. STATE is what replay.snapshot returns. A journal
+holds a snapshot, and the records of what happened since.
 
 Invariants:
-1. A snapshot that passes `check`, and a history that passes `rehearse`, can be resumed: the types
-   are right, and a rehearsal on a roster succeeded.
-2. What `examine` lets through is what the snapshot says that it is: a listening socket is bound to
-   the region's path, a connection is one, an eventfd is one.
+1. If `check` accepts a snapshot, or `rehearse` a history, a successor can resume it: the types are
+   right, and a rehearsal on a roster succeeded.
+2. If `examine` accepts descriptors, each is what the snapshot says: a listening socket that is
+   bound to the region's path, a connection, or an eventfd.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _CONFIG = json_shapes.record(
 
 
 def _in_order(made: Any, **shapes: json_shapes.Shape) -> list[json_shapes.Shape]:
-    """The shapes of a record's fields, in its order, but for those that have a default."""
+    """Return the shapes of a record's fields, in their order, without those that have a default."""
     assert set(shapes) == {*made._fields} - {*made._field_defaults}
     return [shapes[name] for name in made._fields if name in shapes]
 
@@ -158,11 +158,11 @@ _OF_MEMBERS: Mapping[str, json_shapes.Shape] = {
 
 
 class RegionPast(NamedTuple):
-    """What is said of a region.
+    """What a snapshot or a journal says of one region.
 
     Attributes:
-        state, records: as replay takes them.
-        unfinished: what was being sent to a member of it at the end.
+        state, records: as `replay` takes them.
+        unfinished: the batch that was being sent when the server ended; None: there was none.
     """
 
     record: records.RegionRecord
@@ -172,10 +172,10 @@ class RegionPast(NamedTuple):
 
 
 def check(snapshot: Any) -> None:
-    """Check a snapshot whole.
+    """Check all of a snapshot.
 
     Raises:
-        Misshapen: a successor cannot resume it; the message says what is wrong.
+        Misshapen: a successor cannot resume it. The message says what is wrong.
     """
     _SNAPSHOT(snapshot, "state")
     regions = [
@@ -188,7 +188,7 @@ def check(snapshot: Any) -> None:
 def _check_meaning(
     where: str, service: Mapping[str, Any], regions: Iterable[RegionPast], named: list[int]
 ) -> None:
-    """Check what types do not say; for that, do with a roster what a successor would do."""
+    """Check what types do not show: do on a new roster what a successor would do."""
     ServiceConfig.from_json({"regions": {}, **service})
     names = set()
     for place, past in enumerate(regions):
@@ -200,7 +200,7 @@ def _check_meaning(
             _rehearse(past, which)
         except Misshapen:
             raise
-        # The roster's own state has no types here, so what does not fit is one of these.
+        # `check` does not know the types in a roster's own state. A wrong one raises one of these.
         except (IvshmemError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise Misshapen(f"{which} makes no sense ({json_shapes.shown(str(error))})") from None
     if len(named) != len(set(named)):
@@ -226,13 +226,16 @@ def descriptors(snapshot: Mapping[str, Any]) -> Iterator[int]:
 
 
 def examine(snapshot: Mapping[str, Any], found: Mapping[int, int]) -> None:
-    """Look at the descriptors themselves, which `found` has by the numbers of the snapshot.
+    """Check the descriptors themselves.
+
+    Args:
+        found: the descriptors of this process, by their numbers in the snapshot.
 
     Raises:
         Misshapen: one is missing, or is not what the snapshot says.
     """
     if missing := set(descriptors(snapshot)) - set(found):
-        raise Misshapen(f"{len(missing)} of the descriptors that the state names did not come")
+        raise Misshapen(f"{len(missing)} of the descriptors that the state names are missing")
     for record, state in snapshot["regions"]:
         region = records.RegionRecord(*record)
         whose = f"region {json_shapes.shown(region.name)}"
@@ -243,13 +246,13 @@ def examine(snapshot: Mapping[str, Any], found: Mapping[int, int]) -> None:
             if not sockets.is_connection(found[fd]):
                 raise Misshapen(f"{whose}: a peer's connection is not a connected Unix socket")
             for each in fds:
-                # The kernel's name for it; there is no system call that asks.
+                # No system call tells what a descriptor is; the kernel's name for it does.
                 if os.readlink(f"/proc/self/fd/{found[each]}") != "anon_inode:[eventfd]":
                     raise Misshapen(f"{whose}: a peer's doorbell is not an eventfd")
 
 
 def _examine_listener(fd: int, path: str, whose: str) -> None:
-    """Check that `fd` listens at `path`, and that root or our user made it do so."""
+    """Check that `fd` listens at `path`, and that root or this process's user called listen(2)."""
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
@@ -260,7 +263,7 @@ def _examine_listener(fd: int, path: str, whose: str) -> None:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise Misshapen(f"{whose}: its socket does not listen")
         bound = sock.getsockname()
-        # An abstract address, or a socket without one: a service manager passed it.
+        # Otherwise a service manager passed the socket: it has an abstract address, or none.
         named = isinstance(bound, str) and bound.startswith("/")
         if named and os.path.realpath(bound) != os.path.realpath(path):
             raise Misshapen(
@@ -283,10 +286,11 @@ class History(NamedTuple):
     """What a journal says.
 
     Attributes:
-        next_number: of the next region.
-        service: settings beside the regions.
-        regions: those that are served, by number.
-        descriptors: the numbers that are named, by group: first the socket, then what goes with it.
+        next_number: the number of the next region.
+        service: the settings that belong to no region.
+        regions: the regions that are served, by number.
+        descriptors: the numbers of all descriptors, by group: first a socket, then the descriptors
+            that belong to it.
     """
 
     next_number: int
@@ -296,28 +300,28 @@ class History(NamedTuple):
 
     @property
     def config(self) -> ServiceConfig:
-        """What it says beside the regions."""
+        """The configuration without the regions."""
         return ServiceConfig.from_json({"regions": {}, **self.service})
 
 
 def read(journal: Journal) -> History:
-    """Put together what a journal says, and check its types.
+    """Read a journal, and check its types.
 
     Raises:
         JournalError: it is damaged.
     """
     state, records = journal.read()
     try:
-        return _told(state, records, journal.outbox.unfinished())
+        return _history(state, records, journal.outbox.unfinished())
     except Misshapen as error:
         raise JournalError(f"the journal is damaged: {error}") from None
 
 
 def rehearse(history: History) -> None:
-    """Do with a roster what a successor would do.
+    """Do on a new roster what a successor would do.
 
     Raises:
-        JournalError: a successor cannot do it: the journal is damaged.
+        JournalError: that fails, so the journal is damaged.
     """
     named = [fd for fds in history.descriptors.values() for fd in fds]
     try:
@@ -326,33 +330,33 @@ def rehearse(history: History) -> None:
         raise JournalError(f"the journal is damaged: {error}") from None
 
 
-def _told(
+def _history(
     state: Any, lines: list[Record], unfinished: tuple[int, int, int, int, int] | None
 ) -> History:
-    told = _JournalReader()
+    reader = _JournalReader()
     if state is not None:
-        told.begin(state)
+        reader.begin(state)
     for place, line in enumerate(lines):
         where = f"journal.records[{place}]"
         json_shapes.begins_with(*_BEGINNING)(line, where)
         section, kind, *fields = line
         if section != records.SERVICE_SECTION:
             _shape_of(_OF_MEMBERS, kind, where)(line, where)
-            told.add_of_region(section, records.member_record(kind, *fields))
+            reader.add_of_region(section, records.member_record(kind, *fields))
         elif kind == "region":
             _REGION(fields, where)
-            told.add(records.RegionRecord(*fields))
+            reader.add(records.RegionRecord(*fields))
         else:
             _shape_of(_OF_THE_SERVICE, kind, where)(line, where)
-            told.add(records.service_record(kind, *fields))
-    regions = told.regions
+            reader.add(records.service_record(kind, *fields))
+    regions = reader.regions
     if unfinished and unfinished[0] in regions:
         regions[unfinished[0]] = regions[unfinished[0]]._replace(unfinished=unfinished[1:])
-    return History(told.next_number, told.service, regions, told.descriptors)
+    return History(reader.next_number, reader.service, regions, reader.descriptors)
 
 
 class _JournalReader:
-    """What a journal has said so far; the attributes are those of History."""
+    """What the lines of a journal say so far. The attributes are those of History."""
 
     def __init__(self) -> None:
         self.next_number = 1
@@ -404,7 +408,7 @@ def _shape_of(known: Mapping[str, json_shapes.Shape], kind: str, where: str) -> 
 
 
 def renumbered(snapshot: Any, found: Mapping[int, int]) -> Any:
-    """A snapshot, with the numbers that its descriptors have in this process."""
+    """Return the snapshot with the numbers that its descriptors have in this process."""
     regions = []
     for fields, state in snapshot["regions"]:
         region = records.RegionRecord(*fields)

@@ -1,9 +1,9 @@
-"""Tells the log of peers that do not read what they are sent, and of their reading again.
+"""Logs which peers do not read what the server sends, and when they read again.
 
-Knows: how long a peer may take before it is worth a line. Does not know: who writes the log.
+Knows: how long a peer must not read before that is worth a line. Does not know: who writes the log.
 
-A buffer that is full for a moment is nothing: every burst of joins fills some. So this looks at all
-peers every few seconds, and does nothing else; a stall is told when it was seen to last.
+Each burst of joins fills the buffers of some peers for a moment, which is worth no line. Therefore
+this looks at all peers every few seconds, and logs only the stalls that have lasted that long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ivshmem.stalls")
 
-SECONDS = 5.0  # between looks; and how long a stall has to last
+SECONDS = 5.0  # between two looks, and the shortest stall that is logged
 
 
 class _Stall(NamedTuple):
@@ -33,22 +33,25 @@ class _Stall(NamedTuple):
 
 
 class StallLog(Uncopied):
-    """Watches the peers of a service; `step()` when `fileno()` is readable. A context manager."""
+    """Watches the peers of a service. A context manager.
+
+    The owner calls `step()` when `fileno()` is readable.
+    """
 
     def __init__(self, service: Regions, seconds: float = SECONDS) -> None:
         self._service = service
         self._seconds = seconds
-        # By region, id, and when the peer joined, for an id can be another's later.
+        # By region, id and time of joining: another peer can have the same id later.
         self._stalled: dict[tuple[str, int, float], _Stall] = {}
         self._timer = descriptors.Timer()
         self._timer.set(seconds)
 
     def fileno(self) -> int:
-        """Readable when it is time for a look."""
+        """Return a descriptor that is readable when it is time for `step`."""
         return self._timer.fileno()
 
     def step(self) -> None:
-        """Look at all peers."""
+        """Look at all peers, and log what is new."""
         self._timer.set(self._seconds)
         now = time.time()
         before, self._stalled = self._stalled, {}
@@ -59,19 +62,19 @@ class StallLog(Uncopied):
                 key = (name, report.peer.id, report.peer.since)
                 since, stall = report.stalled_since, before.get(key)
                 if since is not None and stall is not None:
-                    # It may have taken a little and be stuck again: that is the same stall.
+                    # Even if it has read a little in between, that is the same stall.
                     self._stalled[key] = stall
                 elif since is not None and now - since >= self._seconds:
                     self._stalled[key] = _Stall(report, since)
-                    self._tell_stalled(where, name, report, since, now)
+                    self._log_stalled(where, name, report, since, now)
                 elif since is None and stall is not None:
-                    self._tell_reading(where, name, report, now - stall.since)
+                    self._log_reading(where, name, report, now - stall.since)
 
-    def _tell_stalled(
+    def _log_stalled(
         self, where: str, region: str, report: PeerReport, since: float, now: float
     ) -> None:
         _log.warning(
-            "%speer %d does not read: %s (pid %d), since %s (%.0f s), messages that wait: %d",
+            "%speer %d does not read: %s (pid %d), since %s (%.0f s), unsent messages: %d",
             where,
             report.peer.id,
             report.peer.process,
@@ -80,11 +83,11 @@ class StallLog(Uncopied):
             now - since,
             report.pending,
             extra=log_events.fields(
-                "stalled", pending=report.pending, since=since, **_who(report, region)
+                "stalled", pending=report.pending, since=since, **_fields(report, region)
             ),
         )
 
-    def _tell_reading(self, where: str, region: str, report: PeerReport, seconds: float) -> None:
+    def _log_reading(self, where: str, region: str, report: PeerReport, seconds: float) -> None:
         _log.info(
             "%speer %d reads again: %s (pid %d), after %.0f s",
             where,
@@ -92,11 +95,13 @@ class StallLog(Uncopied):
             report.peer.process,
             report.peer.pid,
             seconds,
-            extra=log_events.fields("reading", seconds=round(seconds, 3), **_who(report, region)),
+            extra=log_events.fields(
+                "reading", seconds=round(seconds, 3), **_fields(report, region)
+            ),
         )
 
     def close(self) -> None:
-        """Look no more; may be called twice."""
+        """Stop watching. May be called twice."""
         self._timer.close()
 
     def __enter__(self) -> StallLog:
@@ -106,7 +111,7 @@ class StallLog(Uncopied):
         self.close()
 
 
-def _who(report: PeerReport, region: str) -> Mapping[str, object]:
+def _fields(report: PeerReport, region: str) -> Mapping[str, object]:
     peer = report.peer
     return {
         "region": region,

@@ -191,7 +191,7 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
             raise ControlError("a reload is under way: try again when it is done", "busy")
         sock, _rest = caller.detach()
         if handover.give(service, sock):
-            told = log_events.fields("takeover", reason="another process goes on")
+            told = log_events.fields("takeover", reason="another process continues")
             _log.warning("another process continues with all peers: this one ends", extra=told)
             given.append(sock)
             service.stop()

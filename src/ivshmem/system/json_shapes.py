@@ -155,7 +155,7 @@ def tuple_of(*shapes: Shape) -> Shape:
         if type(value) is not list:
             raise _wrong(value, where, "an array")
         if len(value) != len(shapes):
-            raise Misshapen(f"{where} has {len(value)} elements: {len(shapes)} are wanted")
+            raise Misshapen(f"{where} has {len(value)} elements: expected {len(shapes)}")
         for number, (shape, each) in enumerate(zip(shapes, value, strict=True)):
             shape(each, f"{where}[{number}]")
 
@@ -229,7 +229,7 @@ def _object(value: Any, where: str) -> None:
 
 
 def _wrong(value: Any, where: str, wanted: str) -> Misshapen:
-    return Misshapen(f"{where} is {_shown(value)}: {wanted} is wanted")
+    return Misshapen(f"{where} is {_shown(value)}: expected {wanted}")
 
 
 def _shown(value: Any) -> str:

@@ -331,7 +331,7 @@ def _adopted(fd: int, begin: bool) -> socket.socket:
     """The listening socket that `fd` is, or an error that says what else it is; `fd` is closed."""
 
     def refuse(code: int, what: str) -> OSError:
-        return OSError(code, f"descriptor {fd} {what}: a listening Unix stream socket is wanted")
+        return OSError(code, f"descriptor {fd} {what}: expected a listening Unix stream socket")
 
     try:
         sock = socket.socket(fileno=fd)

@@ -1,17 +1,18 @@
-"""Files in directories that others can write: found, opened and removed safely.
+"""Finds, opens and removes files safely in directories that other users can write.
 
-Knows: whose links and files can be trusted, and that a path may lead elsewhere a moment later.
-Does not know: what the files are for, or how a new one gets its name (new_files.py).
+Knows: whose links and files can be trusted, and that a path can lead elsewhere a moment later.
+Does not know: what the files are for, or how a new file gets its name (new_files.py).
 
-Trusted are root, the user of this process, and the users that a caller accepts. Nothing here rests
-on fs.protected_symlinks and its like: some distributions switch them off.
+Trusted are root, the user of this process, and the users that a caller accepts. Nothing here relies
+on fs.protected_symlinks or similar settings, because some distributions switch them off.
 
 Invariants:
-1. A path is walked once, by descriptors of its directories. What was checked is what is used.
+1. A path is walked once, by descriptors of its directories. The file that is checked is the file
+   that is used.
 2. A symbolic link is followed only if a trusted user made it.
-3. Opening a file creates nothing, truncates nothing and waits for nobody. The caller gets the file
-   only when its type, its owner and its hard links are right.
-4. Each descriptor has an owner from the system call on that makes it: an `FdArray`.
+3. To open a file creates nothing, truncates nothing and waits for no other process. The caller gets
+   the file only if its type, its owner and its hard links are right.
+4. Each descriptor has an owner, an `FdArray`, from the system call on that makes it.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     # Users whose files are accepted, by name or number.
     Users: TypeAlias = Iterable[SupportsIndex | str]
 
-# What a caller says who has no option to accept users with, so that no message names one.
+# For callers that have no option to accept further users. Their messages name no such option.
 NOBODY = None
 
-_MOST_LINKS = 40  # on the way to one file, as in the kernel
-_OVERFLOW = 65534  # what a user namespace shows for every user that it does not map
+_MOST_LINKS = 40  # in one path: the kernel's limit
+_OVERFLOW = 65534  # the uid that a user namespace shows for every user that it does not map
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -51,12 +52,12 @@ _KINDS = {
 
 
 def kind_word(mode: int) -> str:
-    """What a mode from stat(2) says, for a message: "a FIFO"."""
+    """Return the kind of file that a mode from stat(2) says, for a message: "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
 def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether two results of stat(2) are of one file: names and times say nothing about that."""
+    """Whether two results of stat(2) are of one file. Names and times do not tell that."""
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
@@ -77,7 +78,7 @@ def unlink_same(name: str, status: os.stat_result, *, dir_fd: int | None = None)
 
 @contextlib.contextmanager
 def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
-    """Close a descriptor if the block fails. (If not, the exception's traceback keeps it open.)"""
+    """Close a descriptor if the block fails: otherwise the exception's traceback keeps it open."""
     try:
         yield file
     except BaseException:
@@ -89,15 +90,15 @@ def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
 
 
 class Place(Uncopied):
-    """A name in an open directory: what a path led to when `find` walked it. A context manager.
+    """A name in an open directory, to which a path led when `find` walked it. A context manager.
 
     Attributes:
-        path: as it was given; for messages only.
-        name: in the directory `fd`. Nothing need have that name.
+        path: the path as the caller gave it, for messages only.
+        name: a name in the directory `fd`. There need not be a file of that name.
         shared: whether users who are not trusted can make or replace names in the directory.
-        by_link: whether the path's own last name was a link, and `name` is what it leads to.
-        inherited: the path is /proc/self/fd/N, which /dev/stdout leads to: the descriptor was
-            given to us, so nobody's ownership is asked for.
+        by_link: whether the path's last name was a link. Then `name` is where the link leads.
+        inherited: whether the path is /proc/self/fd/N, where /dev/stdout leads. This process was
+            given that descriptor, so it does not matter who owns the file.
     """
 
     def __init__(
@@ -121,11 +122,11 @@ class Place(Uncopied):
 
     @property
     def fd(self) -> int:
-        """The directory's descriptor, still owned by this object."""
+        """The directory's descriptor, which this object owns."""
         return self._directory[0]
 
     def status(self) -> os.stat_result | None:
-        """What has the name now, by lstat(2); None: nothing has it."""
+        """Return lstat(2) of the name, or None if no file has it."""
         try:
             return os.stat(self.name, dir_fd=self.fd, follow_symlinks=self.inherited)
         except FileNotFoundError:
@@ -141,21 +142,21 @@ class Place(Uncopied):
     def open(
         self, flags: int, *, lone: bool = False, strict: bool = True, streams: bool = False
     ) -> descriptors.FdArray:
-        """Open the file that has the name, if it can be trusted; its only descriptor is returned.
+        """Open the file that has the name, if it can be trusted; return its descriptor.
 
-        It is never created or truncated, and a FIFO is not waited for.
+        The call never creates or truncates a file, and does not wait for a FIFO.
 
         Args:
             flags: O_RDONLY, O_WRONLY or O_RDWR, and O_APPEND.
-            lone: refuse a file with several hard links anywhere; else only in a shared directory,
-                where another user may have made the link.
-            strict: refuse a file of another user anywhere; else only in a shared directory.
-            streams: take a device, FIFO or socket, too.
+            lone: refuse a file with several hard links in any directory. False: refuse it only in a
+                shared directory, where another user may have made the link.
+            strict: refuse a file of another user in any directory. False: only in a shared one.
+            streams: also accept a device, FIFO or socket.
 
         Raises:
             PermissionError: the owner is not trusted, or there are several hard links.
             WrongKind: it is not a regular file (EISDIR or EINVAL).
-            OSError: as of open(2), with the path.
+            OSError: as open(2), with the path.
         """
         flags |= os.O_NONBLOCK | os.O_NOCTTY
         if not self.inherited:
@@ -178,10 +179,10 @@ class Place(Uncopied):
         strict: bool = True,
         streams: bool = False,
     ) -> None:
-        """Judge a file that has the name, as `open` does.
+        """Check a file that has the name, as `open` does.
 
         Raises:
-            OSError: as of `open`.
+            OSError: as `open`.
         """
         if not stat.S_ISREG(found.st_mode) and not streams:
             raise self.wrong_kind(found.st_mode)
@@ -198,25 +199,25 @@ class Place(Uncopied):
             )
 
     def _explain(self, error: OSError) -> None:
-        """Raise something better than what open(2) said, if its cause is the kind of file."""
+        """Raise a clearer error than open(2) did, if the kind of file is the cause."""
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             found = self.status()
             if found is not None and not stat.S_ISREG(found.st_mode):
                 raise self.wrong_kind(found.st_mode) from None
 
     def wrong_kind(self, mode: int) -> WrongKind:
-        """The error for what is not a regular file."""
+        """Return the error for a file that is not a regular one."""
         what = f"it is {kind_word(mode)}, not a regular file: choose another path"
         if stat.S_ISDIR(mode):
             return WrongKindDirectory(errno.EISDIR, what, self.path)
         return WrongKind(errno.EINVAL, what, self.path)
 
     def create(self, flags: int, mode: int) -> descriptors.FdArray:
-        """Make an empty file that has the name, and open it.
+        """Make an empty file with the name, and open it.
 
         Raises:
-            FileExistsError: something has the name; a link that leads nowhere, too.
-            OSError: as of open(2), with the path.
+            FileExistsError: a file has the name, or a link that leads nowhere.
+            OSError: as open(2), with the path.
         """
         file = descriptors.FdArray()
         try:
@@ -226,21 +227,21 @@ class Place(Uncopied):
         return file
 
     def remove(self, fd: int) -> bool:
-        """Remove the name if it is that of the open file `fd`; else return False."""
+        """Remove the name if it leads to the open file `fd`; return whether it was removed."""
         try:
             return not self.inherited and unlink_same(self.name, os.fstat(fd), dir_fd=self.fd)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from None
 
     def sync(self) -> None:
-        """Have the directory on the disk; some file systems cannot be asked that."""
+        """Write the directory to the disk, if its file system can do that."""
         with contextlib.suppress(OSError):
             directory = descriptors.FdArray()
             directory.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
             os.fsync(directory[0])
 
     def close(self) -> None:
-        """Close the directory; may be called twice."""
+        """Close the directory. May be called twice."""
         self._directory.close()
 
     def __enter__(self) -> Place:
@@ -253,19 +254,19 @@ class Place(Uncopied):
 def find(
     path: str | os.PathLike[str], *, accept: Users | None = NOBODY, links: bool = True
 ) -> Place:
-    """Walk a path to the directory that its last name is in; that name need not exist.
+    """Walk a path to the directory of its last name. That name need not exist.
 
-    A symbolic link is followed if root, this process's user or an accepted user made it. So a link
-    that another user put somewhere on the way leads nobody to another file.
+    A symbolic link is followed only if root, this process's user or an accepted user made it. So a
+    link of another user, anywhere in the path, cannot lead to another file.
 
     Args:
-        accept: users who are trusted like ourselves; NOBODY: the caller cannot be told any.
+        accept: further users who are trusted. NOBODY: the caller has no option for that.
         links: whether the last name may be a link.
 
     Raises:
-        PermissionError: a link is another user's.
+        PermissionError: another user made a link.
         ValueError: `accept` names a user who does not exist.
-        OSError: ELOOP, the last name is a link and must not be; or as of open(2).
+        OSError: ELOOP: the last name is a link, and `links` is False; or as open(2).
     """
     given = os.fsdecode(path)
     trusted = _Trusted(accept)
@@ -283,14 +284,14 @@ class _Trusted:
         self._optional = accept is not NOBODY
 
     def with_directory(self, uid: int) -> bool:
-        """Whether a user is trusted with a directory: also the root of the namespaces above."""
+        """Whether a directory of this user is trusted: also one of root of an outer namespace."""
         return uid in self.users or (uid == _OVERFLOW and _is_unmapped(uid))
 
     def check_link(self, link: os.stat_result, shared: bool) -> None:
-        """Refuse a link that somebody may have put there who is not trusted."""
+        """Refuse a link that a user who is not trusted may have put there."""
         if not (link.st_uid in self.users or (not shared and self.with_directory(link.st_uid))):
             raise self.refusal(None, link.st_uid, "a symbolic link on the way")
-        if shared and link.st_nlink > 1:  # a second name of root's link, made by anybody
+        if shared and link.st_nlink > 1:  # any user can make a second name of root's link
             raise PermissionError(
                 errno.EPERM,
                 "a symbolic link on the way has several hard links, so another user may have put"
@@ -298,7 +299,7 @@ class _Trusted:
             )
 
     def refusal(self, path: str | None, uid: int, what: str) -> PermissionError:
-        """The error for what is another user's."""
+        """Return the error for a file or link of another user."""
         user = user_name(uid)
         way = (
             ", or if you trust that user,"
@@ -346,7 +347,7 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
                 )
             trusted.check_link(found, shared)
             if name.isdigit() and found.st_dev == os.stat("/proc").st_dev:
-                # Its text is no path, so the kernel has to follow it.
+                # A link of /proc/PID/fd: its text need not be a path, so the kernel follows it.
                 return Place(path, here, name, trusted, shared=shared, inherited=True)
             text = os.readlink("", dir_fd=child[0])
             if text.startswith("/"):
@@ -360,7 +361,7 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
 
 
 def _parts(path: str) -> list[str]:
-    """The names in a path, the last one first."""
+    """Return the names in a path, the last one first."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
@@ -369,7 +370,7 @@ def _directory(name: str, inside: int | None) -> descriptors.FdArray:
     directory = descriptors.FdArray()
     where = {} if inside is None else {"dir_fd": inside}
     try:
-        # O_RDONLY, since O_PATH does not mount what autofs has there.
+        # Not O_PATH: it does not make autofs mount the file system.
         directory.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, **where)
     except PermissionError:
         directory.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, **where)
@@ -377,7 +378,7 @@ def _directory(name: str, inside: int | None) -> descriptors.FdArray:
 
 
 def _is_unmapped(uid: int) -> bool:
-    """Whether a uid stands for users outside of this user namespace; user_namespaces(7)."""
+    """Whether a uid stands for users outside this user namespace: user_namespaces(7)."""
     try:
         with open("/proc/self/uid_map") as lines:
             spans = [[int(number) for number in line.split()] for line in lines]
@@ -391,12 +392,12 @@ def _is_unmapped(uid: int) -> bool:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], *, accept: Users | None = NOBODY) -> Iterator[BinaryIO]:
-    """A regular file, open for reading while the block runs.
+    """Open a regular file for reading while the block runs.
 
-    In a directory that only trusted users can write, it may be anybody's.
+    In a directory that only trusted users can write, the file may belong to any user.
 
     Raises:
-        OSError: as of `find` and `Place.open`.
+        OSError: as `find` and `Place.open`.
     """
     with find(path, accept=accept) as place:
         file = place.open(os.O_RDONLY, strict=False)

@@ -59,7 +59,9 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[tuple[str
     if pid != str(os.getpid()) or number is None:
         return []  # meant for a parent, or for nobody
     if not (number.isascii() and number.isdigit()):
-        raise ValueError(f"LISTEN_FDS={number!r} is no number of descriptors: who set it?")
+        raise ValueError(
+            f"LISTEN_FDS={number!r} is not a number of descriptors: which program set it?"
+        )
     fds = range(_FIRST, _FIRST + int(number))
     named = ["unknown"] * len(fds) if names is None else names.split(":") if fds else []
     if len(named) != len(fds):
