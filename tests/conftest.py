@@ -16,7 +16,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support.leaks import OWN, SHM, resources
+from support.leaks import OWN, SHM, Guard
 
 import ivshmem
 
@@ -43,6 +43,7 @@ for _name in [name for name in os.environ if name.startswith("PYTHON")]:
 _MAY_BE_SKIPPED = re.compile(r"in Python (before|3\.)|QEMU \d+|matplotlib|this is an sdist")
 
 _FAILED = pytest.StashKey[bool]()
+_GUARD = Guard()
 _numbers = itertools.count()
 
 
@@ -60,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What stands now is no garbage; the guard's collections need not look at it each time.
+    # What exists now is not garbage: a later collection need not look at it.
     gc.collect()
     gc.freeze()
 
@@ -83,11 +84,11 @@ def pytest_runtest_makereport(
 @pytest.fixture(autouse=True)
 def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a shared mapping or a name in /dev/shm behind."""
-    before = resources()
+    _GUARD.begin()
     yield
     # A failed test's traceback keeps its objects alive, which says nothing.
     if not request.node.stash.get(_FAILED, False):
-        left = resources().beyond(before)
+        left = _GUARD.left()
         assert not left, "left behind:\n  " + "\n  ".join(left)
 
 

@@ -202,14 +202,14 @@ def forged(size: object, *pieces: tuple[int, int, bytes], **values: object) -> b
 
 
 SMALL = zlib.compress(bytes(4096))
-BOMB = zlib.compress(bytes(1 << 30), 9)
+BOMB = zlib.compress(bytes(8 << 20), 9)[:4000]  # how one of any length begins
 
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (forged(4096, (0, 4096, BOMB[:4000]), (4096, 0, b"")), "another length"),
+        (forged(4096, (0, 4096, BOMB), (4096, 0, b"")), "another length"),
         (forged(4096, (0, 4096, SMALL + b"more"), (4096, 0, b"")), "another length"),
         (forged(4096, (0, 4096, SMALL[:-1]), (4096, 0, b"")), "another length"),
         (forged(4096, (0, 100, b"x" * 90), (4096, 0, b"")), "incorrect header"),

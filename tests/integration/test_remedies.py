@@ -32,24 +32,9 @@ IVSHMEM = command([sys.executable, "-m", "ivshmem"])
 
 def texts(path: Path) -> Iterator[str]:
     """What a module can say: its strings, with X where a value goes, without its docstrings."""
-    tree = ast.parse(path.read_text())
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    inner = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in ast.walk(node)
-        if part is not node
-    }
-    for node in ast.walk(tree):
-        if id(node) in docs or id(node) in inner:
-            continue
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.JoinedStr):
             yield "".join(
                 part.value
@@ -57,8 +42,11 @@ def texts(path: Path) -> Iterator[str]:
                 else "X"
                 for part in node.values
             )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                yield node.value
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            todo.extend(ast.iter_child_nodes(node))
 
 
 SAID = [

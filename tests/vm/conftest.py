@@ -13,12 +13,12 @@ from . import image
 from .harness import Guest, MakeGuest
 from .host import TIMEOUT, Events
 
-HERE = Path(__file__).parent
+HERE = f"{Path(__file__).parent}/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(HERE):
+        if str(item.path).startswith(HERE):  # is_relative_to: a second for all tests
             item.add_marker("vm")
             if item.get_closest_marker("timeout") is None:
                 # An emulated guest takes four times as long on a machine with much else to do.
