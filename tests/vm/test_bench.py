@@ -101,7 +101,7 @@ def test_host_and_guest(guest: MakeGuest, server: ivshmem.Server) -> None:
     a.send("--echo")
     status, out, errors_there, free = ended(a)
     assert (status, out, free) == (1, "", True)
-    assert "give the id that the other end prints (--echo ID)" in errors_there[0]
+    assert "Give the id that the other end prints (--echo ID)" in errors_there[0]
     a.send("--peer 9 --timeout 0.5")
     status, out, errors_there, free = ended(a)
     assert (status, out, free) == (1, "", True)

@@ -454,7 +454,7 @@ def check_shared_page(guest: Guest, host: ivshmem.Client) -> None:
     """Both devices were found, each with its own id, and rang by its own register."""
     guest.send("plugged")
     assert guest.wait() == 0
-    assert [host.wait(vector, 0) for vector in range(4)] == [0, 1, 1, 0]
+    assert [host.wait(vector, 0) for vector in range(4)] == [None, 1, 1, None]
     with memoryview(host.region) as memory:
         assert bytes(memory[:4]) == bytes([0, 1, 1, 0])
 
@@ -570,7 +570,7 @@ def test_several_devices(
         iommu=True,
     )
     assert a.wait() == 0
-    assert [host.wait(vector, 0) for vector in range(4)] == [1, 0, 0, 1]
+    assert [host.wait(vector, 0) for vector in range(4)] == [1, None, None, 1]
 
 
 @pytest.mark.nightly
