@@ -97,7 +97,7 @@ class _LineWriter(QueueListener):
             self._thread = None
 
 
-class _Descriptor(logging.Handler):
+class _Descriptor(Uncopied, logging.Handler):
     """Writes lines, which are formatted already, to a descriptor; without a lock."""
 
     def __init__(self, fd: int, source: _LineQueue) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from ..native import descriptors
 from ..protocol.roster import Member
+from ..system.uncopied import Uncopied
 from .report import Peer
 
 # The kernel's least. A default buffer holds 278 messages, and each has a descriptor in flight: of
@@ -23,7 +24,7 @@ _SIOCOUTQ = 0x5411  # sockios.h; of a Unix socket: the memory that unread messag
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # capabilities(7): either lifts that limit
 
 
-class Connection:
+class Connection(Uncopied):
     """One peer's socket, and what it has been sent.
 
     Attributes:
