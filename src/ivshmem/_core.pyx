@@ -464,7 +464,7 @@ cdef class Doorbells:
     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):
         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
 
-        C code can ring it without the GIL; see _core.pxd.
+        Other Cython code can ring it without the GIL: the package has declarations for cimport.
 
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
@@ -605,7 +605,7 @@ cdef class Doorbells:
                 the peer from running costs more than it saves. "auto": spin for 20 to 50
                 microseconds if that succeeded of late. A number of seconds is spun under the same
                 condition: after two spins in a row that brought nothing, the next waits sleep at
-                once (see native/spin.pyx).
+                once.
 
         May be called by any thread, and by a signal handler. A client that only ever calls
         `wait(number, 0)` takes nothing from the server, which then lists it as stalled: `events`,

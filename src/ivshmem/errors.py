@@ -142,9 +142,9 @@ class ConfigError(IvshmemError, ValueError):
 class ControlError(IvshmemError):
     """A running server refused a request at its control socket; the message says why.
 
-    `code` is a word for programs, one of those that service/control.py lists; "" where a server of
-    an older version refused, or where the client itself found the fault. Newer servers may have
-    more codes.
+    `code` is a word for programs (docs/reference/control-protocol.md lists them). It is "" where a
+    server of an older version refused, or where the client itself found the fault. Newer servers
+    may have more codes.
     """
 
     def __init__(self, message: str, code: str = "") -> None:

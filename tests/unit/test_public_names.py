@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -64,6 +65,49 @@ def test_all_else_says_that_it_is_internal() -> None:
         if path.stem not in {"__init__", "__main__", *public}:
             doc = ast.get_docstring(ast.parse(path.read_text())) or ""
             assert doc.startswith("Internal:"), path
+
+
+# Internal rooms and modules, by path, by dotted name, or by the class that has no public name.
+_INTERNAL = re.compile(
+    r"\bivshmem\.(?:{rooms})\b|\b(?:{rooms})/\w+|\w+\.(?:py|pyx|pxd)\b|\b(?:{modules})\.(?=\w)"
+    r"|\b(?:Engine|RegionServer|Roster)\b".format(
+        rooms="|".join(path.parent.name for path in HOME.glob("*/__init__.py")),
+        modules="|".join(
+            {path.stem for path in HOME.glob("*/*.py*")}
+            # Public modules, and variables of examples.
+            - {"__init__", "client", "config", "control", "device", "directory", "endpoint"}
+            - {"guest", "image", "loop", "region", "server", "service"}
+        ),
+    )
+)
+
+
+def internal_mentions(doc: str) -> list[str]:
+    """What a docstring says of rooms and modules that users do not import."""
+    of_public_rooms = tuple(f"ivshmem.{room}" for room in PUBLIC_ROOMS)
+    return [each for each in _INTERNAL.findall(doc) if not each.startswith(of_public_rooms)]
+
+
+@pytest.mark.parametrize("name", public_names.MODULES)
+def test_help_names_nothing_internal(name: str) -> None:
+    module = importlib.import_module(name)
+    found = {}
+    for public in module.__all__:
+        thing = getattr(module, public)
+        documented = {public: thing} if inspect.isroutine(thing) or isinstance(thing, type) else {}
+        if isinstance(thing, type):
+            members = {each for each in dir(thing) if not each.startswith("_")}
+            documented |= {f"{public}.{each}": getattr(thing, each) for each in members}
+        for where, each in documented.items():
+            if mentions := internal_mentions(inspect.getdoc(each) or ""):
+                found[where] = mentions
+    assert not found
+
+
+def test_internal_mentions_are_found() -> None:
+    text = "see native/spin.pyx, ivshmem.server.log_events, sockets.Listener, Engine.hold"
+    assert len(internal_mentions(text)) >= 4
+    assert internal_mentions("see ivshmem.guest.open, Server.hold and asyncio.to_thread") == []
 
 
 def test_star_imports_replace_nothing_of_python() -> None:

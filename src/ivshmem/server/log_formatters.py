@@ -24,9 +24,9 @@ class JsonFormatter(logging.Formatter):
         logging.getLogger("ivshmem").addHandler(handler)
 
     Each object has "time" (UTC), "level", "event" and "text", and the fields of its event: the peer
-    that joined, for instance. `pydoc ivshmem.server.log_events` lists the events. Records of other
-    loggers have the event "log". A traceback is a part of "text". What is not printable is
-    escaped, so that no line can be taken for two.
+    that joined, for instance. The reference lists the events (docs/reference/log-events.md).
+    Records of other loggers have the event "log". A traceback is a part of "text". What is not
+    printable is escaped, so that no line can be taken for two.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -36,8 +36,8 @@ class PeerReport(NamedTuple):
         stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
         interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
         leaves_told: how often it was told that somebody left.
-        leaves_held: how often it was not, and never will be: see Engine.hold_leaves.
-        held: whether it is sent nothing for now: see Engine.hold.
+        leaves_held: how often it was not, and never will be: see Server.hold_leaves.
+        held: whether it is sent nothing for now: see Server.hold.
         held_until: seconds since the epoch, if that ends by itself.
     """
 

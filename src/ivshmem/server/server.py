@@ -67,8 +67,8 @@ class Server(Uncopied):
         on_join, on_leave: called with a Peer, by the thread that runs the server. `on_leave` is not
             called for peers that `close()` disconnects. What they raise is logged.
         gate: called with the credentials of each process that connects, and the number of peers
-            that its user has, before the process is sent anything. It returns an access.Verdict
-            (see access.Rules). If it raises an Exception, that is logged, and the newcomer is
+            that its user has, before the process is sent anything. It returns a Verdict
+            (see Rules). If it raises an Exception, that is logged, and the newcomer is
             refused. A newcomer that is refused is disconnected; QEMU then spins until it is
             stopped.
 

@@ -40,7 +40,7 @@ class RegionConfig(NamedTuple):
         keep: leave a name that was made here.
         names: slots in a directory of names; 0: the usual number; None: no directory.
         mode, owner, group: of the socket; see Listener.
-        allow, deny, readonly_for, peers_per_uid, joins_per_minute: see access.Rules.
+        allow, deny, readonly_for, peers_per_uid, joins_per_minute: see Rules.
         hold_leaves: never tell QEMU that a peer left, so that its device can be unplugged.
     """
 

@@ -147,7 +147,8 @@ class ControlClient(Uncopied):
 
     Raises:
         ControlError: another user answers at this path.
-        TimeoutError, OSError: as of connecting.connect.
+        TimeoutError: the server did not accept the connection in time.
+        OSError: as of connect(2).
     """
 
     def __init__(

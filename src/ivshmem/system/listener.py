@@ -211,7 +211,7 @@ class Listener(Uncopied):
     ) -> None:
         """Have `path` lead to a new listening socket, in the place of the one that is here.
 
-        Its descriptor keeps its number. (An epoll object has to be told: see Engine.relisten.)
+        Its descriptor keeps its number. (An epoll object has to be told: see Server.relisten.)
 
         Args:
             mode, owner, group: as for a new one.
