@@ -17,7 +17,7 @@ from support.waiting import Background, in_child, until
 
 import ivshmem
 from ivshmem import Directory, Entry, Region
-from ivshmem.peer import directory, names_table
+from ivshmem.peer import directory, names_table, slot_watch
 
 QUICK = {"beat": 0.002, "lease": 0.02}  # seconds; nobody who is alive is to be seen alive with it
 
@@ -40,7 +40,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(directory, "time", made)
+    for module in (directory, slot_watch):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 
@@ -345,7 +346,7 @@ class TestNames:
             write(self, publication)
             put(region, 9, entry(2, "a"))
 
-        def beating(self: Directory, connected: frozenset[int] | None) -> list[directory._Slot]:
+        def beating(self: Directory, connected: frozenset[int] | None) -> list[slot_watch.Slot]:
             beat(region, 9)
             return look(self, connected)
 

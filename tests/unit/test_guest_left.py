@@ -19,7 +19,7 @@ from ivshmem.cli.main import main
 from ivshmem.doctor.guest import DeviceSteps
 from ivshmem.errors import VfioUnusable
 from ivshmem.guest import pci, uio, vfio
-from ivshmem.guest.device import best_way
+from ivshmem.guest.opening import best_way
 from ivshmem.testing.fake_pci import FakePci
 from ivshmem.testing.fake_vfio import FakeVfio
 
@@ -252,4 +252,4 @@ def test_python_keeps_its_open() -> None:
     code = "from ivshmem.guest import *; open('/dev/null').close(); print(devices)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.startswith("<function devices")
-    assert guest.open is guest.device.open_device
+    assert guest.open is guest.open_device

@@ -27,7 +27,6 @@ from ..errors import (
     DeviceGone,
     GroupHeld,
     NoInterrupts,
-    NoSuchDevice,
     NoSuchPeer,
     NoSuchVector,
     VfioUnusable,
@@ -58,7 +57,7 @@ _UNALIGNED_IS_FINE = platform.machine() in ("x86_64", "i686")
 # The file of sysfs that maps the memory by default.
 RESOURCE: Memory = "resource2" if _UNALIGNED_IS_FINE else "resource2_wc"
 
-_VFIO = "vfio-pci"  # the driver
+VFIO_PCI = "vfio-pci"  # the driver
 
 # The options of QEMU and of the kernel that give a guest what vfio needs.
 IOMMU_HINT = (
@@ -67,99 +66,7 @@ IOMMU_HINT = (
 )
 
 
-def open_device(
-    address: str | None = None, *, access: Access | None = None, memory: Memory | None = None
-) -> GuestDevice:
-    """Open the only ivshmem device of this machine, or the one at a PCI address, as an endpoint.
-
-    Args:
-        address: such as "0000:00:04.0", or "00:04.0".
-        access: "vfio" (has interrupts; needs an IOMMU in the guest), "noiommu" (vfio without an
-            IOMMU, if the kernel has that mode), "uio" (if a UIO driver for ivshmem has the device;
-            one vector) or "sysfs" (no interrupts, no driver). None: the first of them that works
-            here. If none has interrupts, `wait` raises NoInterrupts, which says why.
-        memory: how the shared memory is mapped. Through "vfio" or "uio", or by sysfs's "resource2":
-            these are uncached, so that peers see stores at once and in order; bulk copies are slow
-            if the host applies the guest's memory type. Or by "resource2_wc": bulk writes are
-            faster, and peers see them at the latest at the next `ring`. None: the way that `access`
-            has, or else "resource2". `measure` tells which is the fastest here.
-
-    Returns:
-        The device; close it, or use it in a `with` statement, to give it back.
-
-    Raises:
-        NoSuchDevice: there is none at `address`; or there are several, and no address was given.
-        OSError: no permission (root has it), a process uses the device already (EBUSY), or this way
-            does not exist here; the message says what is missing. The device is as it was before.
-
-    One process at a time can open the devices of one IOMMU group (several devices on one
-    pcie-to-pci-bridge, for instance).
-    """
-    device = choose(address)
-    if access is not None:
-        return (_PLAIN_WAYS if device.variant == "plain" else _WAYS)[access](device, memory)
-    return _open_best(device, memory)
-
-
-def choose(address: str | None) -> pci.Device:
-    """Return the device at an address, or the only one.
-
-    Raises:
-        NoSuchDevice: there is none, or several to choose from.
-    """
-    found = pci.devices()
-    wanted = [d for d in found if address is None or _normal(address) == d.address]
-    if len(wanted) == 1:
-        return wanted[0]
-    there = ", ".join(d.address for d in found)
-    if not found:
-        raise NoSuchDevice(
-            "no ivshmem device in this machine: give QEMU the arguments that `ivshmem qemu` prints"
-            " on the host"
-        )
-    if address is None:
-        raise NoSuchDevice(f"there are several ivshmem devices, name one: {there}")
-    raise NoSuchDevice(f"no ivshmem device at {address}; there is {there}")
-
-
-def _normal(address: str) -> str:
-    """Return an address in sysfs's form, from a short form as lspci prints it."""
-    address = address.lower()
-    if address.count(":") == 1:
-        address = f"0000:{address}"
-    return address if "." in address else f"{address}.0"
-
-
-def best_way(device: pci.Device) -> Access:
-    """Return the way that `open` tries first, if none is chosen."""
-    if uio.name(device) is not None:
-        return "uio"
-    # For a device without interrupts sysfs is as good, and changes no driver. But lockdown(7)
-    # forbids it, and a user who was given the device by vfio can use it only by vfio.
-    plain = device.variant == "plain" and device.driver != _VFIO
-    if device.iommu_group is not None:
-        return "sysfs" if plain and not pci.locked_down() else "vfio"
-    if device.noiommu_group is not None or (vfio.noiommu_enabled() and not plain):
-        return "noiommu"
-    return "sysfs"
-
-
-def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
-    way = best_way(device)
-    if device.variant == "plain":
-        return _PLAIN_WAYS[way](device, memory)
-    if way == "sysfs":
-        return SysfsDevice(device, memory, why=_no_iommu(vfio.has_noiommu()))
-    try:
-        return _WAYS[way](device, memory)
-    except VfioUnusable as error:
-        if device.driver == _VFIO:  # then sysfs cannot open it either
-            raise
-        why = f"vfio cannot be used: {error.strerror}"
-    return SysfsDevice(device, memory, why=why)
-
-
-def _no_iommu(switched_off: bool) -> str:
+def no_iommu(switched_off: bool) -> str:
     """Say what a guest without an IOMMU lacks; `switched_off`: its kernel could work without."""
     text = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
     if not switched_off:
@@ -358,7 +265,7 @@ class VfioDevice(GuestDevice):
     _iommu = True
 
     def _open(self, memory: Memory | None) -> None:
-        if not pci.load_driver(_VFIO):
+        if not pci.load_driver(VFIO_PCI):
             raise VfioUnusable(
                 errno.ENODEV, "this kernel has no vfio-pci: load or install that module"
             )
@@ -393,7 +300,7 @@ class VfioDevice(GuestDevice):
     def _check(self) -> None:
         """Raise VfioUnusable before anything is changed, if vfio cannot have the device."""
         if self.device.iommu_group is None:
-            raise VfioUnusable(errno.EINVAL, _no_iommu(vfio.has_noiommu()), self.device.address)
+            raise VfioUnusable(errno.EINVAL, no_iommu(vfio.has_noiommu()), self.device.address)
 
     def _bind(self, loan: _Borrowed) -> int:
         """Give vfio-pci the device until the end; return its group."""
@@ -405,7 +312,7 @@ class VfioDevice(GuestDevice):
             raise OSError(errno.EBUSY, reason, device.address)
         try:
             with _explained(device, str(device.path / "driver_override"), mapping=False):
-                loan.restore = pci.bind(device, _VFIO)
+                loan.restore = pci.bind(device, VFIO_PCI)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -420,7 +327,7 @@ class VfioDevice(GuestDevice):
     def _held(self, error: GroupHeld) -> OSError:
         """Say which process has the group open, and what can be done."""
         who = processes.described(processes.pids_with_open(error.filename))
-        mates = [a for a, driver in pci.group_mates(self.device).items() if driver == _VFIO]
+        mates = [a for a, driver in pci.group_mates(self.device).items() if driver == VFIO_PCI]
         if not mates:
             reason = (
                 f"another process has the device open ({who}): stop it, or let it be `ivshmem"
@@ -515,7 +422,7 @@ class NoIommuDevice(VfioDevice):
                 f" the kernel: as root, `{vfio.ENABLE_NOIOMMU}`"
             )
         else:
-            reason = f"this kernel's vfio has no no-IOMMU mode; {_no_iommu(False)}"
+            reason = f"this kernel's vfio has no no-IOMMU mode; {no_iommu(False)}"
         raise VfioUnusable(errno.EINVAL, reason, device.address)
 
 
@@ -585,7 +492,7 @@ class SysfsDevice(_WithoutInterrupts):
     access: Access = "sysfs"
 
     def __init__(self, device: pci.Device, memory: Memory | None, *, why: str = "") -> None:
-        use = _advice(device) or _no_iommu(vfio.has_noiommu())
+        use = _advice(device) or no_iommu(vfio.has_noiommu())
         self._why = why or f"by way of sysfs there are none: {use}"
         super().__init__(device, memory)
 
@@ -595,7 +502,7 @@ class SysfsDevice(_WithoutInterrupts):
             # Unbinding vfio-pci would wait for a process that has the device open.
             unbind = f"as root: echo {device.address} > {device.path}/driver/unbind"
             ways = [way for way in (_advice(device), unbind) if way]
-            if device.driver == _VFIO:
+            if device.driver == VFIO_PCI:
                 ways.remove(unbind)
             raise OSError(
                 errno.EBUSY,
@@ -636,14 +543,14 @@ class PlainNoIommuDevice(_WithoutInterrupts, NoIommuDevice):
     """A plain device by vfio without an IOMMU: memory only."""
 
 
-_WAYS: dict[Access, type[GuestDevice]] = {
+WAYS: dict[Access, type[GuestDevice]] = {
     "vfio": VfioDevice,
     "noiommu": NoIommuDevice,
     "uio": UioDevice,
     "sysfs": SysfsDevice,
 }
-_PLAIN_WAYS: dict[Access, type[GuestDevice]] = {
-    **_WAYS,
+PLAIN_WAYS: dict[Access, type[GuestDevice]] = {
+    **WAYS,
     "uio": PlainUioDevice,
     "vfio": PlainVfioDevice,
     "noiommu": PlainNoIommuDevice,

@@ -1,7 +1,8 @@
 """A directory of names at the end of a region, so that peers find one another by name.
 
-Knows: claiming and losing a slot of the table, which entries are alive.
-Does not know: the table's format (names_table.py); where a region comes from; what names mean.
+Knows: claiming and losing a slot of the table, and the thread that keeps what is published.
+Does not know: which entries are alive (slot_watch.py); the table's format (names_table.py); where a
+region comes from; what names mean.
 
 Invariants:
 1. Shared bytes are copied once, and only the copy is looked at. Whatever other peers write, at any
@@ -26,7 +27,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
@@ -44,18 +44,16 @@ from .names_table import (
     NAME_BYTES,
     OWNER,
     ROLE_BYTES,
-    SLOT,
     Entry,
     check_text,
     copy_slot,
     default_slots,
     make_table,
     pack,
-    parse,
     slots_of,
-    start_of,
     write_trailer,
 )
+from .slot_watch import Slot, WatchedSlots
 
 _log = logging.getLogger("ivshmem.directory")
 
@@ -67,25 +65,6 @@ LEASE = 5.0  # seconds without one after which its owner counts as dead
 _SHOWN = 20  # names in an error message
 _LAST_BEAT = 1.0  # seconds that closing waits for the last step of the thread
 _LOOKS = (0.002, 0.05)  # seconds between two looks for a name: first, and at most
-
-
-class _Slot(NamedTuple):
-    """A slot as it was when its 128 bytes were copied."""
-
-    number: int
-    owner: int  # 0: free
-    entry: Entry | None  # None: free, being written, or not valid
-    alive: bool | None  # False: dead
-
-
-@dataclass
-class _Watch:
-    """When a slot last showed a sign of life, by this process's clock: peers share no clock."""
-
-    owner: int
-    beat: int
-    since: float
-    moved: bool = False  # a sign of life was seen since it is watched
 
 
 class _Refusal(NamedTuple):
@@ -142,13 +121,12 @@ class Directory(Uncopied):
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
         self._region, self._endpoint = _found_in(place)
         self.slots = slots
-        self.start = start_of(self._region.size, slots)
+        self._table = WatchedSlots(self._region, slots, beat, lease)
+        self.start = self._table.start
         self._beat = beat
         self._lease = lease
         self._pid = os.getpid()
         self._lock = threading.RLock()  # of all below; a signal handler may come in between
-        self._watch: list[_Watch | None] = [None] * slots
-        self._looked = 0.0  # when that was last done
         self._publications: list[Publication] = []
         self._trouble = ""  # of the last beat, as it stands in the log
         self._closing = threading.Event()
@@ -414,13 +392,16 @@ class Directory(Uncopied):
             rival = slot.entry is not None and slot.entry.name == publication.name
             mine = rival and slot.entry is not None and slot.entry.id == publication.id
             if slot.alive is False or (mine and take_over and slot[:2] not in own):
-                self._free(slot.number, slot.owner)
-                table[number] = _Slot(number, 0, None, None)
+                self._table.free(slot.number, slot.owner)
+                table[number] = Slot(number, 0, None, None)
             elif rival:
                 return _Refusal(_taken(publication.name, slot), slot.alive is True)
         owner = int.from_bytes(os.urandom(8), "little") or 1
         for slot in table:
-            if not slot.owner and self._word(slot.number, OWNER).compare_exchange(0, owner) == 0:
+            if (
+                not slot.owner
+                and self._table.word(slot.number, OWNER).compare_exchange(0, owner) == 0
+            ):
                 break
         else:
             error = DirectoryFull(
@@ -439,7 +420,7 @@ class Directory(Uncopied):
                     continue
             elif slot.entry is None or slot.entry.name != publication.name or slot.alive is False:
                 continue
-            self._free(publication._slot, owner)
+            self._table.free(publication._slot, owner)
             publication._owner = 0
             return _Refusal(_taken(publication.name, slot), False)
         return None
@@ -453,8 +434,8 @@ class Directory(Uncopied):
         data = publication._data()
         for offset in range(16, SLOT_BYTES, 8):
             word = int.from_bytes(data[offset : offset + 8], "little")
-            self._word(publication._slot, offset).store(word)
-        self._word(publication._slot, BEAT_OFFSET).fetch_add(1)
+            self._table.word(publication._slot, offset).store(word)
+        self._table.word(publication._slot, BEAT_OFFSET).fetch_add(1)
 
     def _withdraw(self, publication: Publication) -> None:
         if os.getpid() != self._pid:
@@ -464,62 +445,16 @@ class Directory(Uncopied):
                 return
             self._publications.remove(publication)
             try:
-                self._free(publication._slot, publication._owner)
+                self._table.free(publication._slot, publication._owner)
             except ClosedError:
                 return  # the region is closed: other peers will see that the beat has stopped
 
     # -- the table --------------------------------------------------------------------------------
 
-    def _word(self, number: int, offset: int) -> mapping.AtomicU64:
-        return self._region.atomic_u64(self.start + number * SLOT_BYTES + offset)
-
-    def _free(self, number: int, owner: int) -> None:
-        """Free a slot if it still has this owner."""
-        if owner:
-            self._word(number, OWNER).compare_exchange(owner, 0)
-
-    def _look(self, connected: frozenset[int] | None) -> list[_Slot]:
+    def _look(self, connected: frozenset[int] | None) -> list[Slot]:
         """Copy the table, and note which entries showed a sign of life since the last look."""
         with self._lock:
-            now = time.monotonic()
-            if self._thread is not None and now - self._looked > self._lease / 2:
-                # The thread looks at every beat, so this process was stopped, and perhaps the
-                # others were too. No entry counts as dead because we did not look.
-                for watch in self._watch:
-                    if watch is not None:
-                        watch.since = now
-            self._looked = now
-            own = self._own()
-            return [self._examine(n, now, own, connected) for n in range(self.slots)]
-
-    def _examine(
-        self, number: int, now: float, own: set[tuple[int, int]], connected: frozenset[int] | None
-    ) -> _Slot:
-        raw = copy_slot(self._region, self.start + number * SLOT_BYTES)
-        owner, beat = SLOT.unpack(raw)[:2]
-        if not owner:
-            self._watch[number] = None
-            return _Slot(number, 0, None, None)
-        watch = self._watch[number]
-        if watch is None or watch.owner != owner:
-            watch = self._watch[number] = _Watch(owner, beat, now)
-        elif watch.beat != beat:
-            watch.beat, watch.since, watch.moved = beat, now, True
-        entry = parse(raw)
-        lease = self._lease
-        if entry is not None and connected is not None and entry.id not in connected:
-            # The peer has left, or the server has not announced it yet. (A broker's clients hear
-            # of a peer through the directory itself, which can be a second late.)
-            lease = min(lease, 2 * self._beat)
-        if (number, owner) in own:
-            alive: bool | None = True
-        elif now - watch.since > lease:
-            alive = False
-        else:
-            alive = True if watch.moved else None
-        if entry is not None:
-            entry = Entry(entry.id, entry.name, entry.role, entry.vector_range, alive)
-        return _Slot(number, owner, entry, alive)
+            return self._table.look(connected, self._own(), regularly=self._thread is not None)
 
     def _connected(self) -> frozenset[int] | None:
         """Return the ids of all connected peers, this one included; None if they are unknown."""
@@ -581,7 +516,7 @@ class Directory(Uncopied):
                 self._keep_one(publication, connected)
             for slot in self._look(connected):
                 if slot.alive is False:
-                    self._free(slot.number, slot.owner)
+                    self._table.free(slot.number, slot.owner)
             with contextlib.suppress(NoDirectory):  # of another version, which will overwrite ours
                 if slots_of(self._region) is None:  # a peer overwrote it, and we still use it
                     write_trailer(self._region, self.slots)
@@ -602,7 +537,7 @@ class Directory(Uncopied):
         raw = copy_slot(self._region, self.start + publication._slot * SLOT_BYTES)
         if owner and int.from_bytes(raw[:8], "little") == owner:
             if raw[16:] == publication._data()[16:]:
-                self._word(publication._slot, BEAT_OFFSET).fetch_add(1)
+                self._table.word(publication._slot, BEAT_OFFSET).fetch_add(1)
             else:
                 self._write(publication)  # a peer overwrote it, or the id has changed
             publication.lost = ""
@@ -758,7 +693,7 @@ def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
     return (place.region, place) if isinstance(place, Endpoint) else (place, None)
 
 
-def _taken(name: str, slot: _Slot) -> NameTaken:
+def _taken(name: str, slot: Slot) -> NameTaken:
     if slot.entry is None:
         return NameTaken(f"{name!r} is being published by another process at this moment")
     return NameTaken(f"{name!r} is the name of peer {slot.entry.id}: choose another")
