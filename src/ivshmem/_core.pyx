@@ -603,13 +603,13 @@ cdef class Doorbells:
             spin: seconds to look again and again before sleeping. To wake a sleeper takes ten times
                 as long as all the rest, so a spin that succeeds saves much time. A spin that keeps
                 the peer from running costs more than it saves. "auto": spin for 20 to 50
-                microseconds if that succeeded of late. A number of seconds is spun under the same
+                microseconds if that succeeded recently. A number of seconds is spun under the same
                 condition: after two spins in a row that brought nothing, the next waits sleep at
                 once.
 
-        May be called by any thread, and by a signal handler. A client that only ever calls
-        `wait(number, 0)` takes nothing from the server, which then lists it as stalled: `events`,
-        `peer_events`, `peers` and longer waits do.
+        May be called by any thread, and by a signal handler. A client that only waits for given
+        vectors reads nothing that the server sends, and the server lists it as stalled. `events`,
+        `peer_events`, `peers` and a wait for any vector (None) read it.
 
         Returns:
             For one vector: how often it was rung since the last look, at least 1.
