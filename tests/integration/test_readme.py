@@ -28,6 +28,7 @@ from support.served import Served
 
 import ivshmem
 from ivshmem import control, errors
+from ivshmem.cli import guest as guest_commands
 from ivshmem.cli import main, shell
 from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.migration import group_file
@@ -246,6 +247,12 @@ def all_tests() -> str:
 # -- what is complete -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("index", sorted((HOME / "docs").glob("*/index.md")), ids=name_of)
+def test_an_index_links_to_each_of_its_pages(index: Path) -> None:
+    links = re.findall(r"^- \[.+\]\(([\w-]+)\.md\): ", index.read_text(), re.M)
+    assert sorted(links) == sorted(p.stem for p in index.parent.glob("*.md") if p != index)
+
+
 def test_every_module_is_in_the_architecture() -> None:
     """Each room has a paragraph that names its modules, a subcommand's excepted."""
     listed = dict(re.findall(r"^\*\*(\w+)/\*\*:? (.*?)\n\n", ARCHITECTURE, re.DOTALL | re.M))
@@ -266,6 +273,8 @@ def test_every_subcommand_has_its_help() -> None:
     assert set(re.findall(r"^## ivshmem (\w+)$", page, re.M)) == set(main.SUBCOMMANDS)
     for name in main.SUBCOMMANDS:
         assert f"```{{help-of}} {name}\n" in page
+    of_guest = [name for name, *_ in guest_commands._COMMANDS]
+    assert re.findall(r"^```\{help-of\} guest (\w+)$", page, re.M) == of_guest
 
 
 def test_every_record_is_listed() -> None:
@@ -322,3 +331,20 @@ def test_every_public_name_is_in_the_reference() -> None:
     for module in ("ivshmem", *(f"ivshmem.{name}" for name in PUBLIC)):
         for name in __import__(module, fromlist=["__all__"]).__all__:
             assert f"{module}.{name}" in text or hasattr(errors, name), f"{module}.{name}"
+
+
+def test_the_names_in_the_changelog_exist() -> None:
+    """Each new spelling in the table is a public name, or a module for `cimport`."""
+    changelog = (HOME / "CHANGELOG.md").read_text()
+    rows = re.findall(r"^\| `.*\| (.+) \|$", changelog, re.M)
+    assert len(rows) > 20
+    known = set(re.findall(r"[A-Za-z_]\w*", (HOME / "tests/unit/public_names.txt").read_text()))
+    for row in rows:
+        spans = re.findall(r"`(.*?)`", row)
+        assert spans or row.startswith(("internal", "TypeError", "TimeoutError", "returns "))
+        modules = re.findall(r"`(?:from )?(?:ivshmem\.)?(native\.\w+|_core)\b", row)
+        for module in modules:
+            assert (SOURCE / f"{module.replace('.', '/')}.pxd").exists(), row
+        for span in [] if modules else spans:
+            names = set(re.findall(r"[A-Za-z_]\w*", span))
+            assert names <= known, f"{row}: {names - known}"
