@@ -63,16 +63,14 @@ SERVES = (
     "lasting.fd_store system.work_lock system.uncopied cli cli.banner cli.daemon "
     "cli.pid_file cli.signals service.managed cli.log_writer cli.writing cli.config_checks "
     "cli.log_queue server.log_formatters "
-    "service.observability "
+    "service.observability service.status "
     "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
 ASKS = (
-    f"{OPTIONS} native native.descriptors system text system.accounts qemu "
-    "qemu.accounts system.requests service service.control service.control_client "
-    "system.processes system.locks server server.log_events system.late_logging "
-    "system.named_tuple system.json_shapes memory memory.sizes system.sockets system.listener "
-    "system.time_limits peer "
-    "peer.inquiry peer.connecting system.credentials system.uncopied cli cli.control_connection"
+    f"{OPTIONS} native native.descriptors system text system.accounts qemu qemu.accounts service "
+    "service.control_client server system.named_tuple system.json_shapes memory memory.sizes "
+    "system.sockets system.time_limits peer peer.inquiry peer.connecting system.credentials "
+    "system.uncopied cli cli.control_connection"
 )
 LISTENS = (
     f"{OPTIONS} native native.descriptors native.mapping native.wire server server.access "
@@ -115,8 +113,8 @@ TABLE = {
     "status": (
         [*IVSHMEM, "status", "-S", "PATH"],
         (
-            f"{ASKS} qemu qemu.programs cli cli.tables cli.status cli.status_text qemu.cmdline "
-            "qemu.guest_name"
+            f"{ASKS} qemu qemu.programs system.processes cli cli.tables cli.status cli.status_text "
+            "qemu.cmdline qemu.guest_name"
         ),
         f"{COSTLY_TO_ASK} shutil zlib",
     ),

@@ -1,7 +1,7 @@
-"""The control socket: what a running server says of itself, and is asked to do.
+"""The control socket: what a running server is asked to say of itself, and to do.
 
 Knows: the protocol's words, whose requests are answered. Does not know: how a server does its work,
-how connections are bounded (RequestServer does).
+what it says of itself (status.py), how connections are bounded (RequestServer does).
 
 A Unix stream socket, by default the first region's path with ".control" behind it, of mode 0600;
 whatever its permissions, only root and the server's own user are heard (SO_PEERCRED). A request is
@@ -75,9 +75,7 @@ import contextlib
 import functools
 import json
 import os
-import resource
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -87,27 +85,23 @@ from ..errors import (
     ControlError,
     IvshmemError,
     Misshapen,
-    NoDirectory,
     NoSuchPeer,
 )
-from ..peer.limits import MAGIC, SLOT_BYTES
 from ..server import log_events
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..system import credentials, json_shapes, late_logging
 from ..system.listener import Listener
-from ..system.processes import fd_limit, open_fds, pid_namespace, resident_bytes
 from ..system.requests import LONGEST, Caller, RequestServer
 from ..system.uncopied import Uncopied
 from ..text import command, plain
 from .control_client import PROTOCOL, as_line
+from .status import Status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, TypeAlias
 
-    from ..memory.region import Region
-    from ..peer.directory import Directory
-    from ..server.report import PeerReport, ServerCounts
+    from .status import Reporting
 
 _log = late_logging.log_of("ivshmem.control")
 MODE = 0o600
@@ -118,21 +112,10 @@ _MOST_ERROR = 500  # characters of an error
 
 if TYPE_CHECKING:
 
-    class Inspectable(Protocol):
+    class Inspectable(Reporting, Protocol):
         """What is asked of a Server."""
 
-        region: Region
-        path: str
-        vectors: int
-
-        @property
-        def paused(self) -> str: ...
-        @property
-        def counts(self) -> ServerCounts: ...
-        def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
         def evict(self, peer_id: int) -> None: ...
-        @property
-        def holds_leaves(self) -> bool: ...
         def hold_leaves(self, holds: bool) -> None: ...
         def hold(
             self, peer_id: int, *, linger: float | None = ..., asker: object | None = ...
@@ -190,8 +173,7 @@ class Control(Uncopied):
     ) -> None:
         self._service = service
         self._uids = frozenset({0, os.geteuid()}) if uids is None else uids
-        self._since = time.time()
-        self._directories: dict[int, tuple[Region, Directory | None]] = {}
+        self._state = Status()
         # Who has asked to hold which peers' news, and is still connected.
         self._askers: dict[Caller, set[tuple[str, int]]] = {}
         self._handlers: dict[str, Handler] = {
@@ -288,10 +270,10 @@ class Control(Uncopied):
         if message.get("region") is not None:
             name, served = self._named(message)
             regions = {name: served}
-        shown = [self._region(name, served, peers) for name, served in regions.items()]
-        known = {id(served.server.region) for served in self._service.regions.values()}
-        self._directories = {k: v for k, v in self._directories.items() if k in known}
-        return {"server": self._process(), "regions": shown}
+        status = self._state
+        shown = [status.of_region(name, each, peers=peers) for name, each in regions.items()]
+        status.forget_all_but(each.server.region for each in self._service.regions.values())
+        return {"server": status.of_process(), "regions": shown}
 
     def _evict(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer = _id(message)
@@ -407,71 +389,6 @@ class Control(Uncopied):
             reason = f"region {name}: {error} (`{listing}` lists who is)"
             raise ControlError(reason, "no-such-peer") from None
 
-    # -- the state --------------------------------------------------------------------------------
-
-    def _process(self) -> dict[str, Any]:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return {
-            "pid": os.getpid(),
-            "uid": os.geteuid(),
-            "version": __version__,
-            "protocol": PROTOCOL,
-            "since": self._since,
-            "time": time.time(),
-            "cpu": used.ru_utime + used.ru_stime,
-            "resident": resident_bytes(),
-            "fds": {"open": open_fds(), "limit": fd_limit()},
-            "pid_namespace": pid_namespace(),
-        }
-
-    def _region(self, name: str, served: Served, peers: bool) -> dict[str, Any]:
-        server = served.server
-        region = server.region
-        shown: dict[str, Any] = {
-            "name": name,
-            "socket": server.path,
-            "unreachable": served.listener.astray(),
-            "vectors": server.vectors,
-            "size": region.size,
-            "page_size": region.page_size,
-            "file_system": _file_system(region),
-            "source": region.source,
-            "memory": region.name or "",
-            "memory_leads_to": region.name_leads_to() or "",
-            "paused": server.paused,
-            "holds_leaves": server.holds_leaves,
-            "counts": server.counts._asdict(),
-        }
-        if peers:
-            names = self._names(region)
-            shown["peers"] = [_peer(report, names) for report in server.report(interrupts=True)]
-        return shown
-
-    def _names(self, region: Region) -> dict[int, list[str]]:
-        """What peers say in the directory of names that they are called, if there is one."""
-        directory = self._directory(region)
-        found: dict[int, list[str]] = {}
-        if directory is not None:
-            with contextlib.suppress(ClosedError):
-                for entry in directory.entries():
-                    found.setdefault(entry.id, []).append(entry.name)
-        return found
-
-    def _directory(self, region: Region) -> Directory | None:
-        # Kept, so that it sees by whom an entry is kept alive. One may be made at any time.
-        known = self._directories.get(id(region))
-        if known is not None and known[1] is not None:
-            return known[1]
-        directory: Directory | None = None
-        with contextlib.suppress(NoDirectory, ClosedError):
-            if region.read(region.size - SLOT_BYTES, len(MAGIC)) == MAGIC:
-                # Not before: the import takes a while, and nobody is served then.
-                from ..peer.directory import Directory
-
-                directory = Directory.open(region)
-        self._directories[id(region)] = (region, directory)
-        return directory
-
 
 def listen(path: str | os.PathLike[str]) -> Listener:
     """A listener for a Control: nobody but this user may connect to it, from the beginning.
@@ -546,34 +463,3 @@ def _one_line(error: BaseException) -> str:
 def _who(caller: Caller) -> dict[str, Any]:
     who = credentials.credentials(caller.socket)
     return {"by_uid": who.uid, "by_pid": who.pid}
-
-
-def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
-    peer = report.peer
-    return {
-        "id": peer.id,
-        "pid": peer.pid,
-        "uid": peer.uid,
-        "gid": peer.gid,
-        "process": peer.process,
-        "names": names.get(peer.id, []),
-        "vectors": peer.vectors,
-        "since": peer.since,
-        "readonly": report.readonly,
-        "set_up": report.set_up,
-        "pending": report.pending,
-        "stalled_since": report.stalled_since,
-        "leaves_told": report.leaves_told,
-        "leaves_held": report.leaves_held,
-        "held": report.held,
-        "held_until": report.held_until,
-        "interrupts": list(report.interrupts),
-    }
-
-
-def _file_system(region: Region) -> str:
-    from ..memory import pages  # here: only a status needs it
-
-    with contextlib.suppress(OSError):  # no descriptor is left, say
-        return pages.file_system(region.fileno())
-    return ""
