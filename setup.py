@@ -17,7 +17,8 @@ def extensions(suffix: str) -> list[Extension]:
         Extension(
             f"ivshmem.{name.replace('/', '.')}",
             [f"src/ivshmem/{name}{suffix}"],
-            extra_compile_args=["-O2", "-fvisibility=hidden"],
+            # No -O: it would stand behind the one in CFLAGS, of a distribution for example.
+            extra_compile_args=["-fvisibility=hidden"],
         )
         for name in (*(f"native/{name}" for name in NATIVE), "_core")
     ]
