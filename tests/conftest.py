@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from support.commands import forking
 from support.leaks import OWN, SHM, Guard
 
 import ivshmem
@@ -90,6 +91,13 @@ def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.node.stash.get(_FAILED, False):
         left = _GUARD.left()
         assert not left, "left behind:\n  " + "\n  ".join(left)
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[None]:
+    """What support.commands.run needs; before the guard looks, since it lasts."""
+    with forking():
+        yield
 
 
 @pytest.fixture

@@ -18,10 +18,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from support import commands
 
 import ivshmem
 from ivshmem.peer import inquiry
 from ivshmem.qemu import cmdline
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 TIMEOUT = 30.0
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -29,14 +32,7 @@ IVSHMEM_SERVER = [str(Path(sysconfig.get_path("scripts"), "ivshmem-server"))]
 
 
 def run(*arguments: str, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [*IVSHMEM, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    result = commands.run(*arguments, input=stdin)
     assert result.returncode == status, result.stderr
     return result
 

@@ -18,19 +18,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
 import ivshmem
 from ivshmem.qemu import cmdline
 
+pytestmark = pytest.mark.usefixtures("commands")
 IVSHMEM = [sys.executable, "-W", "error", "-m", "ivshmem"]
 
 
 def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [*IVSHMEM, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    result = commands.run(*arguments)
     assert result.returncode == status, result.stderr
     return result
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import commands
 from support.children import Child, python
 from support.peer import FakeServer, RawPeer
 from support.waiting import PATIENCE, until
@@ -30,6 +31,7 @@ from support.waiting import PATIENCE, until
 import ivshmem
 from ivshmem import control
 
+pytestmark = pytest.mark.usefixtures("commands")
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 TESTS = str(Path(__file__).parents[1])
 VECTORS = 2
@@ -80,9 +82,7 @@ def served(socket_path: str) -> Iterator[Child]:
 
 def run(*arguments: str, status: int = 0) -> str:
     """Standard output of the command; its one line of errors, if it is to fail."""
-    done = subprocess.run(
-        [*IVSHMEM, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = commands.run(*arguments)
     assert done.returncode == status, done.stderr
     if not status:
         assert done.stderr == ""

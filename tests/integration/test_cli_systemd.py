@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.waiting import PATIENCE
 
 from ivshmem.cli import systemd
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 UNITS = ["ivshmem.service", "ivshmem@.service", "ivshmem@.socket"]
 
 
 def install(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "ivshmem", "systemd", "install", *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = commands.run("systemd", "install", *arguments)
     assert done.returncode == status, done.stderr
     return done
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.peer import RawPeer
 from support.served import Served
 from support.waiting import PATIENCE, Background, until
@@ -28,6 +29,8 @@ from ivshmem.migration.model import Step
 from ivshmem.migration.servers import messages_held
 from ivshmem.server.records import member_record
 from ivshmem.server.region_server import RegionServer
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 VECTORS = 2
 LONG = 1e5  # seconds: it does not end by itself
@@ -293,13 +296,7 @@ def test_a_successor_goes_on_with_it(tmp_path: Path, rewritten: bool, linger: fl
 
 
 def ivshmem_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ivshmem", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return commands.run(*arguments)
 
 
 def test_by_hand(served: Served) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.mounts import huge_pages, mounted, root
 from support.waiting import in_child, until
 
@@ -23,6 +24,7 @@ import ivshmem
 from ivshmem import ImageError, Region
 from ivshmem.memory import image
 
+pytestmark = pytest.mark.usefixtures("commands")
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 SIZE = 4 << 20
 
@@ -365,9 +367,7 @@ def test_saved_while_somebody_writes(region: Region, file: Path) -> None:
 
 
 def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*IVSHMEM, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = commands.run(*arguments, timeout=60)
     assert done.returncode == status, done.stderr
     return done
 

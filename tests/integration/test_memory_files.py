@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.children import NOBODY, python
 from support.leaks import SHM
 from support.waiting import PATIENCE
@@ -26,6 +27,8 @@ from support.waiting import PATIENCE
 import ivshmem
 from ivshmem import Region, RegionError
 from ivshmem.memory import pages
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 MIB = 1 << 20
 ANY = None  # exit status
@@ -36,13 +39,7 @@ USER = {key: value for key, value in os.environ.items() if not key.startswith("P
 
 def run(*arguments: object, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """A command to its end; what it says on stderr is one line, if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ivshmem", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=USER,
-    )
+    done = commands.run(*arguments, env=USER)
     assert status in (ANY, done.returncode), (done.stdout, done.stderr)
     if status and arguments[0] != "doctor":
         assert len(done.stderr.splitlines()) == 1, done.stderr

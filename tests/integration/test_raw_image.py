@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import commands
 
 import ivshmem
 from ivshmem import ImageError, Region
@@ -159,16 +158,9 @@ def test_a_process_that_maps_the_file_sees_the_memory(region: Region, file: Path
         ivshmem.check_image(file, raw=True)
 
 
+@pytest.mark.usefixtures("commands")
 def test_the_command_line(region: Region, tmp_path: Path, shm_name: str) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "ivshmem", *words],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
+    run = commands.run
     file = str(tmp_path / "raw")
     with Region.create(SIZE, name=shm_name) as named:
         named.write(0, content(region))

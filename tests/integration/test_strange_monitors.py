@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import commands
 from support.fake_qmp import FakeMonitor, FakeQemu, Refusal
 
 from ivshmem import migration
@@ -124,20 +123,13 @@ def test_what_is_no_answer(
     assert words in text
 
 
+@pytest.mark.usefixtures("commands")
 def test_what_a_user_sees(pair: Pair) -> None:
     """One line and exit status 1."""
     pair.source.instead = {"query-status": {"status": 5}}
     vm = pair.vm
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ivshmem", "migrate", "--dry-run"),
-            *("--vm", f"db={vm.source},{vm.destination},{vm.uri}"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    named = f"db={vm.source},{vm.destination},{vm.uri}"
+    done = commands.run("migrate", "--dry-run", "--vm", named)
     assert done.returncode == 1
     assert done.stderr == (
         "ivshmem: db at the source: query-status: status is 5, not text: is this a monitor of QEMU"

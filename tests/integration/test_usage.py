@@ -13,16 +13,20 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.stopping import users_environment
 
 import ivshmem
 from ivshmem.cli.main import SUBCOMMANDS
 
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
+pytestmark = pytest.mark.usefixtures("commands")
 SERVER = [str(Path(sysconfig.get_path("scripts"), "ivshmem-server"))]
 
 
-def run(*arguments: str, command: list[str] = IVSHMEM) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    if command is None:
+        return commands.run(*arguments, env=users_environment())
     return subprocess.run(
         [*command, *arguments],
         capture_output=True,
