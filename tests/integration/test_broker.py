@@ -17,6 +17,7 @@ from support.children import NOBODY, Child, python
 from support.waiting import PATIENCE, until
 
 import ivshmem
+from ivshmem import testing
 from ivshmem.guest import Broker
 from ivshmem.native.descriptors import FdArray
 
@@ -69,7 +70,7 @@ class Scene(NamedTuple):
 @pytest.fixture
 def scene(directory: Path) -> Iterator[Scene]:
     with (
-        ivshmem.Server(directory / "host", "1M", vectors=VECTORS).start() as server,
+        testing.server("1M", vectors=VECTORS) as server,
         ivshmem.connect(server.path) as far,
         ivshmem.connect(server.path) as device,
         Broker(device, directory / "guest", peers=[0]).start() as broker,
@@ -82,7 +83,7 @@ def test_the_id_is_another_after_a_migration(
 ) -> None:
     """Clients are hung up on, and those who connect again have the new one."""
     with ExitStack() as stack:
-        server = stack.enter_context(ivshmem.Server(directory / "host", "1M", vectors=2).start())
+        server = stack.enter_context(testing.server("1M", vectors=2))
         device = stack.enter_context(ivshmem.connect(server.path))
         broker = Broker(device, directory / "guest", peers=[5, 6])
         stack.enter_context(broker.start())
@@ -159,7 +160,7 @@ def test_a_client_of_another_user(scene: Scene) -> None:
 
 def test_peers_in_the_directory_are_offered_as_they_come_and_go(directory: Path) -> None:
     with (
-        ivshmem.Server(directory / "host", "1M", vectors=VECTORS).start() as server,
+        testing.server("1M", vectors=VECTORS) as server,
         ivshmem.connect(server.path) as far,
         ivshmem.connect(server.path) as device,
         Broker(device, directory / "guest").start() as broker,
@@ -194,7 +195,7 @@ def test_memory_that_cannot_be_handed_on(directory: Path) -> None:
 
 def test_ids_that_no_peer_has(directory: Path) -> None:
     with (
-        ivshmem.Server(directory / "host", "4K").start() as server,
+        testing.server("4K") as server,
         ivshmem.connect(server.path) as device,
     ):
         with pytest.raises(ValueError, match="peer 65536: ids are 0 to 65535"):

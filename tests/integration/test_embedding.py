@@ -16,6 +16,7 @@ import pytest
 from support.waiting import Background, interrupt_when_asleep
 
 import ivshmem
+from ivshmem import testing
 
 SOURCE = """
 # cython: language_level=3
@@ -118,9 +119,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[ivshmem.Client, ivshmem.Client]]:
+def pair() -> Iterator[tuple[ivshmem.Client, ivshmem.Client]]:
     with (
-        ivshmem.Server(tmp_path / "socket", "64K", vectors=2).start() as server,
+        testing.server("64K", vectors=2) as server,
         ivshmem.connect(server.path) as a,
         ivshmem.connect(server.path) as b,
     ):

@@ -21,7 +21,7 @@ from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 import ivshmem.system.listener
-from ivshmem import control
+from ivshmem import control, testing
 from ivshmem.control import ControlError
 from ivshmem.errors import UnplugPending
 from ivshmem.lasting.journal import Journal, Section
@@ -204,8 +204,8 @@ def test_what_is_no_peer(asker: control.ControlClient, do: str, peer: object) ->
 # -- the library ----------------------------------------------------------------------------------
 
 
-def test_a_server_of_ones_own(tmp_path: Path) -> None:
-    with ivshmem.Server(tmp_path / "s", "4K", vectors=1).start() as server:
+def test_a_server_of_ones_own() -> None:
+    with testing.server("4K", vectors=1) as server:
         with RawPeer(server.path).set_up(1) as peer:
             until(lambda: server.hold(0, linger=None))
             assert [(r.held, r.held_until) for r in server.report()] == [(True, None)]

@@ -12,6 +12,7 @@ from support.serving import running
 from support.waiting import until
 
 import ivshmem
+from ivshmem import testing
 from ivshmem.config import RegionConfig, ServiceConfig
 
 VECTORS = 2
@@ -30,8 +31,8 @@ def called(name: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ivshmem.Server]:
-    with ivshmem.Server(tmp_path / "socket", "4K", vectors=VECTORS).start() as server:
+def server() -> Iterator[ivshmem.Server]:
+    with testing.server("4K", vectors=VECTORS) as server:
         yield server
 
 

@@ -21,7 +21,7 @@ from support.mounts import huge_pages, mounted, root
 from support.waiting import in_child, until
 
 import ivshmem
-from ivshmem import ImageError, Region
+from ivshmem import ImageError, Region, testing
 from ivshmem.memory import image
 
 pytestmark = pytest.mark.usefixtures("commands")
@@ -372,8 +372,8 @@ def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[
     return done
 
 
-def test_commands_and_a_server(file: Path, tmp_path: Path) -> None:
-    with ivshmem.Server(tmp_path / "socket", "64K").start() as server:
+def test_commands_and_a_server(file: Path) -> None:
+    with testing.server("64K") as server:
         with ivshmem.connect(server.path) as client:
             client.region.write(100, b"precious")
             said = run("save", file, "-S", server.path, "--compress").stdout

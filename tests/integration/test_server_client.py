@@ -42,6 +42,7 @@ from ivshmem import (
     PeerJoined,
     PeerLeft,
     Server,
+    testing,
 )
 
 MakeServer = Callable[..., Server]
@@ -794,9 +795,9 @@ def test_closing_is_noticed_though_a_child_has_copies(
             assert isinstance(client.next_event(5), PeerLeft)
 
 
-def test_ring_all_knows_who_has_just_come(tmp_path: Path) -> None:
+def test_ring_all_knows_who_has_just_come() -> None:
     with (
-        ivshmem.Server(tmp_path / "socket", "4K").start() as server,
+        testing.server("4K") as server,
         ivshmem.connect(server.path) as a,
         ExitStack() as others,
     ):

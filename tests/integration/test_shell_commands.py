@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.stopping import users_environment
 from support.waiting import PATIENCE
 
-import ivshmem
+from ivshmem import testing
 from ivshmem.cli.shell import ClientShell
 
 # Of each command, a line, and the start of what it prints; "": nothing has happened.
@@ -40,13 +39,12 @@ def test_the_table_has_each_command() -> None:
 
 @pytest.mark.parametrize("json_wanted", [False, True], ids=["text", "json"])
 @pytest.mark.parametrize("command", LINES)
-def test_a_command(tmp_path: Path, command: str, json_wanted: bool) -> None:
+def test_a_command(command: str, json_wanted: bool) -> None:
     line, start = LINES[command]
-    path = str(tmp_path / "s")
-    with ivshmem.Server(path, "64K", 2, names=True).start():
+    with testing.server("64K", 2, names=True) as server:
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "ivshmem", "connect", "-S", path, "-c", line),
+                *(sys.executable, "-m", "ivshmem", "connect", "-S", server.path, "-c", line),
                 *(["--json"] if json_wanted else []),
             ],
             capture_output=True,
@@ -65,11 +63,10 @@ def test_a_command(tmp_path: Path, command: str, json_wanted: bool) -> None:
     assert bool(told) == bool(start)
 
 
-def test_info_names_what_it_tells(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with ivshmem.Server(path, "64K").start() as server:
+def test_info_names_what_it_tells() -> None:
+    with testing.server() as server:
         done = subprocess.run(
-            [sys.executable, "-m", "ivshmem", "connect", "--json", "-S", path, "-c", "info"],
+            [sys.executable, "-m", "ivshmem", "connect", "--json", "-S", server.path, "-c", "info"],
             capture_output=True,
             timeout=PATIENCE,
             env=users_environment(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ivshmem
+from ivshmem import testing
 from ivshmem.cli import status_text
 from ivshmem.memory.sizes import format_size
 from ivshmem.text import counted
@@ -33,9 +34,8 @@ def test_of_everything_one() -> None:
     assert format_size(1) == "1 byte"
 
 
-def test_reprs(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with ivshmem.Server(path, "64K", vectors=1).start() as server, ivshmem.connect(path) as client:
+def test_reprs() -> None:
+    with testing.server() as server, ivshmem.connect(server.path) as client:
         assert repr(client).endswith(", id 0, 1 vector>")
         assert "1 peer>" in repr(server)
         with pytest.raises(ivshmem.NoSuchVector, match=r"has 1 vector$"):

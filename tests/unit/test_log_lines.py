@@ -13,6 +13,7 @@ import pytest
 from support.waiting import until
 
 import ivshmem
+from ivshmem import testing
 from ivshmem.cli import log_queue
 from ivshmem.server import log_events
 
@@ -28,7 +29,7 @@ def logger() -> Iterator[logging.Logger]:
     logger.setLevel(before)
 
 
-def test_a_program_s_own_handler(logger: logging.Logger, tmp_path: object) -> None:
+def test_a_program_s_own_handler(logger: logging.Logger) -> None:
     """As JsonFormatter's docstring shows."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
@@ -36,7 +37,7 @@ def test_a_program_s_own_handler(logger: logging.Logger, tmp_path: object) -> No
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with ivshmem.Server(f"{tmp_path}/s", gate=lambda *_: 1 / 0).start() as server:  # type: ignore[arg-type]
+        with testing.server(gate=lambda *_: 1 / 0) as server:
             with pytest.raises(ivshmem.ServerGone):
                 ivshmem.connect(server.path, timeout=5)
             until(lambda: "refused" in stream.getvalue())
