@@ -2,11 +2,11 @@
 
 Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
 
-    Server       what guests connect to: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
+    Server       guests connect to it: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
     connect      makes this process a peer, with an id, a region, doorbells and vectors
     Region       the shared memory itself: `memoryview(region)`, `region.array()` for numpy
     Directory    names in the region, by which peers find one another: `publish`, `lookup`
-    save, load   write a region to a file, whole or not at all; check the file and read it back
+    save, load   write a region to a file, completely or not at all; check the file and restore it
 
 A peer rings another with `ring(peer, vector)`. It listens with `wait(vector, timeout)`, or by
 iterating over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`.

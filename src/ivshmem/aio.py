@@ -403,7 +403,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
 
 
 class Opening(Generic[_E]):
-    """What `connect_async` and `open_async` return: `await` or `async with` opens the endpoint."""
+    """Opens an endpoint by `await` or `async with`; made by `connect_async` and `open_async`."""
 
     def __init__(self, opener: Callable[[], Coroutine[Any, Any, AsyncEndpoint[_E]]]) -> None:
         self._opener = opener

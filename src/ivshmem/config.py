@@ -1,7 +1,7 @@
-"""What a service is to serve: regions, each with a socket, memory and access rules.
+"""The configuration of a service: regions, each with a socket, memory and access rules.
 
-load(path)    the configuration in a TOML file
-parse(data)   the same of text that is at hand already
+load(path)    return the configuration in a TOML file
+parse(data)   do the same for data that was read before
 """
 
 from .errors import ConfigError

@@ -85,7 +85,7 @@ class ImageError(IvshmemError, ValueError):
 
 
 class NoSuchPeer(IvshmemError, LookupError):
-    """Nobody with that id is connected, as far as the server has told."""
+    """No peer with that id is connected, as far as the server has told this endpoint."""
 
 
 class NoSuchVector(IvshmemError, LookupError):
@@ -97,11 +97,11 @@ class NoDirectory(IvshmemError, LookupError):
 
 
 class NoSuchName(IvshmemError, LookupError):
-    """Nobody who is alive has published that name."""
+    """No living peer has published that name."""
 
 
 class NameTaken(IvshmemError):
-    """Somebody else who is alive has published that name."""
+    """Another living peer has published that name."""
 
 
 class DirectoryFull(IvshmemError):

@@ -208,7 +208,7 @@ WRONG = {
         {"a": "vectors = 2", "c": "", "d": 'file = "/none/such"'},
         "region.d: /none: No such file or directory",
     ),
-    "no TOML": ({"a": "vectors"}, "no TOML: "),
+    "no TOML": ({"a": "vectors"}, "not TOML: "),
 }
 
 

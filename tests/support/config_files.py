@@ -7,17 +7,17 @@ A = f"[region.a]\n{SOCKET}"
 
 WRONG: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "no region: add a table [region.NAME] with a socket"),
-    "no TOML": ("a", "no TOML: "),
-    "no text": (b"\xff", "no TOML: 'utf-8' codec can't decode byte 0xff"),
-    "twice": (A + SOCKET, "no TOML: "),
-    "deep": (f"a = {'[' * 10**5}", "no TOML: "),
-    "decimal": (f"{A}size = {'9' * 9999}", "no TOML: Exceeds the limit"),
+    "no TOML": ("a", "not TOML: "),
+    "no text": (b"\xff", "not TOML: 'utf-8' codec can't decode byte 0xff"),
+    "twice": (A + SOCKET, "not TOML: "),
+    "deep": (f"a = {'[' * 10**5}", "not TOML: "),
+    "decimal": (f"{A}size = {'9' * 9999}", "not TOML: Exceeds the limit"),
     "hexadecimal": (
         f"{A}size = 0x{'f' * 9999}",
         "region.a.size = ...: TOML's numbers have 63 bits",
     ),
     "64 bits": (f"{A}vectors = {1 << 63}", f"region.a.vectors = {1 << 63}: TOML's numbers"),
-    "large": ("#" * (1 << 20) + "\n", "more than 1M: no configuration is that"),
+    "large": ("#" * (1 << 20) + "\n", "the file is larger than 1M, the limit"),
     "table": (f"regions = 1\n{A}", "regions: unknown (is region meant?)"),
     "control character": (
         f'"\\u001b[2J" = 1\n{A}',

@@ -179,7 +179,7 @@ def test_a_group_file(tmp_path: Path) -> None:
         ("", "no VM"),
         ("vm = 1", "no VM"),
         ("[vm]", "no VM"),
-        ("[", "no TOML"),
+        ("[", "not TOML"),
         ("[vms.a]", "unknown key 'vms'"),
         ("[vm]\na = 1", "vm.'a': not a table"),
         ("[vm.a]\nsource='x'", "vm.'a': destination is missing"),

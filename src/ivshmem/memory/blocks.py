@@ -36,7 +36,7 @@ OnProgress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a saved region is.
+    """Facts about a saved region.
 
     Attributes:
         id: 32 hexadecimal digits, another for each save; "" of a raw image without checksums.

@@ -85,9 +85,9 @@ def save(
 ) -> ImageInfo:
     """Write a region's bytes to a file, which only its owner can read.
 
-    Pages of zeros take no space. A file that is there is replaced when the new one is whole and on
-    the disk; whatever happens before, it stays as it was. Nobody who writes to the region is
-    stopped: what they write during the call is saved or not.
+    Pages of zeros take no space. A file that exists is replaced only when the new one is complete
+    and on the disk. The call does not pause writers: what they write during the call may or may not
+    be saved.
 
     Args:
         compress: by zlib; not with `raw`.
@@ -97,8 +97,8 @@ def save(
         accept_owner: other users, by name or uid, whose symbolic links are followed to the file.
 
     Raises:
-        PermissionError: a link on the way is of a user who is not accepted.
-        OSError: as of open(2), write(2), fsync(2) or rename(2), with the path; or somebody has
+        PermissionError: a symbolic link in the path belongs to a user who is not accepted.
+        OSError: as of open(2), write(2), fsync(2) or rename(2), with the path; or a process has
             truncated the region's memory (ENODATA).
         ClosedError: the region is closed.
     """

@@ -49,7 +49,7 @@ _PATIENCE = 2.0
 
 
 class RegionInfo(NamedTuple):
-    """What a region consists of, at one moment.
+    """Facts about a region, at one moment.
 
     Attributes:
         size: bytes.

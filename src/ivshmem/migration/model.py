@@ -262,7 +262,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a migration does, in order; `notes` say what its user may want to know before."""
+    """The steps of a migration, in order; `notes` has remarks that the user should read before."""
 
     vms: tuple[Vm, ...]
     options: Options
@@ -275,7 +275,7 @@ class Plan:
         return next(vm for vm in self.vms if vm.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` takes."""
+        """Return the plan as a dict for `from_json`."""
         return asdict(self)
 
     @classmethod

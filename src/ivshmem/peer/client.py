@@ -169,7 +169,7 @@ class Client(Endpoint):
     def peer_events(self) -> list[Event]:
         """Return the events that are there now: peers that joined or left, or Disconnected.
 
-        Interrupts are left out. Never waits. `events` does not yield them again.
+        Never waits. Interrupts are not included. `events` does not yield these events again.
         """
         if not self.closed:
             self._read_news()
@@ -177,7 +177,7 @@ class Client(Endpoint):
 
     @property
     def connected(self) -> bool:
-        """Whether the connection to the server is open, so that joins and leaves are heard of."""
+        """Whether the connection to the server is open, so that it can tell of joins and leaves."""
         return self._socket.fileno() >= 0
 
     # -- set-up -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a client and a guest device have in common, so that a program for one runs on the other.
+"""The interface that a client and a guest device share: a program for one runs on the other.
 
 Knows: the interface and the life cycle. Does not know: where peers and memory come from.
 

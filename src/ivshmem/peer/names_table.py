@@ -33,7 +33,7 @@ OWNER, BEAT_OFFSET = 0, 8  # offsets in a slot
 
 @dataclass(frozen=True)
 class Entry:
-    """What a peer says of itself. It is a claim, not a proof: any peer can write any byte.
+    """An entry that a peer has published. It is a claim, not a proof: any peer can write any byte.
 
     Attributes:
         id: the peer to ring, 0..65535. Several processes of a guest have the same id.

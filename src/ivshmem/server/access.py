@@ -39,12 +39,12 @@ _Test: TypeAlias = Callable[[Credentials], "bool | None"]
 
 
 class Verdict(NamedTuple):
-    """What becomes of somebody who connects.
+    """A decision about a process that connects.
 
     Attributes:
-        allowed: they become a peer.
-        readonly: they get the memory in a descriptor that is open for reading only.
-        reason: why they are refused, or get no more, in a few words; "" if they get everything.
+        allowed: whether it becomes a peer.
+        readonly: whether it gets a descriptor of the memory that is open for reading only.
+        reason: why it is refused, or can only read, in a few words; "" if neither.
     """
 
     allowed: bool
@@ -53,18 +53,19 @@ class Verdict(NamedTuple):
 
 
 class Rules:
-    """Who may become a peer of a server, and what they get.
+    """Rules about which processes may become peers of a server, and whether they may write.
 
     Args:
-        allow: who may, and nobody else; without any, everybody may who can open the socket.
-        deny: who may not, also if `allow` names them.
-        readonly: who can read the memory only.
-        peers_per_uid: how many peers a user can have at a time. root, too: guests run as root on
-            many a host, and the limit is there so that nobody takes all ids and descriptors.
-        joins_per_minute: how often a user's peers can join, root's as well; so many may come at
-            once, and then each after its share of a minute. There are 65,536 ids, and one that
-            QEMU was told of is not used again while that QEMU runs: without a limit a user who
-            connects thousands of times a second has used them up before long.
+        allow: these processes may be peers, and no others. Without any, each process that can open
+            the socket may.
+        deny: these may not, even if `allow` names them.
+        readonly: these get memory that they can only read.
+        peers_per_uid: how many peers a user can have at a time, so that no user takes all ids and
+            descriptors. It limits root, too: on many hosts guests run as root.
+        joins_per_minute: how often a user's peers can join, root's, too. So many may come at once,
+            and then each after its share of a minute. There are 65,536 ids, and one that QEMU was
+            told of is not used again while that QEMU runs. Without a limit, a user who connects
+            thousands of times a second uses them up in seconds.
 
     Each rule is a text:
 
@@ -76,18 +77,17 @@ class Rules:
     | `root` | the same as `uid:0` |
     | `all` | everybody |
 
-    Users and groups are those of the process at the time when it connected; the kernel says so,
-    and nobody can pretend. Names are looked up once, here.
+    The kernel tells user and groups as they were when the process connected, so a process cannot
+    pretend to be another user. Names are looked up once, here.
 
-    A rule about processes is a help against mistakes. Against attackers it is none, unless other
-    rules say which users are let in: anybody can give a program any name, make a debugger of it,
-    or connect and then run another program; and the number of a process that is gone can be
-    another's. The name is that of the executable file. Where that may not be looked at, it is what
-    the process calls itself, of which the kernel keeps 15 bytes.
+    A rule about processes helps against mistakes. Against attackers it does not help, unless other
+    rules restrict the users. Any user can give a program any name, debug it, or connect and then
+    run another program, and pids are used again. The name is that of the executable file. If that
+    is hidden, it is the name that the process gives itself, of which the kernel keeps 15 bytes.
 
     Raises:
-        ValueError: a rule that cannot be read, a user or a group that does not exist, a limit that
-            would let nobody in.
+        ValueError: a rule cannot be read, a user or a group does not exist, or a limit would admit
+            no process.
     """
 
     # What __repr__ finds where a constructor has failed.

@@ -33,9 +33,10 @@ class PeerReport(NamedTuple):
         readonly: whether it was given memory that it can only read.
         set_up: whether it was sent its whole set-up.
         pending: messages that it must still be sent.
-        stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
+        stalled_since: if its socket is full: when the server could last put a message into it, in
+            seconds since the epoch. None: its socket has room.
         interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
-        leaves_told: how often it was told that somebody left.
+        leaves_told: how often it was told that a peer left.
         leaves_held: how often it was not, and never will be: see Server.hold_leaves.
         held: whether it is sent nothing for now: see Server.hold.
         held_until: seconds since the epoch, if that ends by itself.

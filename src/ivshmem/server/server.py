@@ -72,30 +72,29 @@ class Server(Uncopied):
             refused. A newcomer that is refused is disconnected; QEMU then spins until it is
             stopped.
 
-    It listens from the start; peers are served while one of these runs: `serve_forever()` in the
+    It listens from the start. It serves peers while one of these runs: `serve_forever()` in the
     calling thread until `stop()`, `start()` in a thread of its own, or `step()` from another loop,
     which watches `fileno()` (asyncio: `loop.add_reader(server.fileno(), server.step, 0)`).
-    `close()` ends all and removes the socket; peers keep their memory and doorbells.
+    `close()` disconnects all peers and removes the socket. Peers keep their memory and doorbells.
 
-    If the socket's file is removed or replaced while it runs, its peers stay and no newcomer finds
+    If the socket's file is removed or replaced while it runs, its peers stay, but no newcomer finds
     it. A Server does not watch for that: it has no timer, and a program that embeds it may have
     moved the file itself. Pass a `Listener`, whose `astray()` tells; `relisten` with
     `Listener.bind_again` binds the path again. `ivshmem serve` does that every two seconds.
 
     Each call may be made in any thread, in a callback (`on_join`, `on_leave`, `gate`) and in a
-    signal handler, whatever that interrupts; none can deadlock. It acts at once, except:
+    signal handler. None can deadlock. Each takes effect at once, except:
 
     - A signal handler can interrupt a change, which is some microseconds of each step. Then
-      `evict`, `hold_leaves`, `hold` and `release` return, and the interrupted step does what they
-      ask when its change is complete. `report` tells what it finds, with or without a peer that is
-      joining or leaving.
+      `evict`, `hold_leaves`, `hold` and `release` return at once, and take effect when that change
+      is complete. `report` may or may not include a peer that is joining or leaving.
     - `close` in a callback, or in a signal handler that interrupts a step, takes effect when that
       step ends. Elsewhere it waits for the step that is under way.
     - `step` and `serve_forever` raise RuntimeError in a callback, and in a signal handler that
       interrupts a call of this server.
-    - `start` is not for signal handlers, because Python's Thread.start is not.
-    - In a forked child `close` closes the child's copies. `stop` does nothing there, and what is
-      not a property raises RuntimeError.
+    - `start` and `relisten` are not for signal handlers.
+    - In a forked child `close` closes the child's copies, and `stop` does nothing. All other
+      methods raise RuntimeError there; properties work.
 
     A callback must not wait for a thread that calls `close`, which waits for the callback. With
     asyncio, make all calls except `serve_forever` in the loop's thread.
@@ -361,11 +360,11 @@ class Server(Uncopied):
     # -- peers ------------------------------------------------------------------------------------
 
     def evict(self, peer_id: int) -> None:
-        """Hang up on a peer; the others are told that it left.
+        """Disconnect a peer, and tell the others that it left.
 
-        It keeps its memory and its doorbells, and can still ring the peers that it knows, like
-        every process that was ever a peer. From any thread and callback; in a signal handler it may
-        take effect a moment later, see Server.
+        The process keeps its memory and its doorbells, and can still ring the peers that it knows,
+        as each process that was once a peer. From any thread and callback; in a signal handler it
+        may take effect a moment later, see Server.
 
         Raises:
             NoSuchPeer: there is none with this id.
@@ -416,7 +415,7 @@ class Server(Uncopied):
             linger: seconds after which the hold ends by itself; None: it does not. If several
                 have asked, it lasts for the longest of their times. It ends at `release` in any
                 case, and when the peer disconnects. If another process takes over, the
-                time begins anew there.
+                time starts again there.
             asker: any object; then the time runs from `asker_is_gone(asker)` on.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What a service is to serve: regions, each with a socket, memory and access rules.
+"""The configuration of a service: regions, each with a socket, memory and access rules.
 
 Knows: the settings, what they contradict, which of them can change. Does not know: how they are
 written (config_file.py and the command line do), how anything is opened.
@@ -33,11 +33,11 @@ class RegionConfig(NamedTuple):
         vectors: of each peer.
         name, file, directory: where the memory is, at most one of them; see Region.create.
         hugepages: True, or the size of a huge page.
-        prealloc: take all pages at start.
-        existing: what becomes of a name or file that exists: one of EXISTING.
+        prealloc: allocate all pages at start.
+        existing: what to do with a name or file that exists: one of EXISTING.
         readonly: attach for reading only.
         accept_owner: other users whose name or file is accepted; see Region.attach.
-        keep: leave a name that was made here.
+        keep: do not remove the name at the end, even if this server made it.
         names: slots in a directory of names; 0: the usual number; None: no directory.
         mode, owner, group: of the socket; see Listener.
         allow, deny, readonly_for, peers_per_uid, joins_per_minute: see Rules.
@@ -68,7 +68,7 @@ class RegionConfig(NamedTuple):
     hold_leaves: bool = False
 
     def rules(self) -> Rules:
-        """Who may join; made anew, for it counts joins."""
+        """Return new Rules from these settings. They count joins, so each server needs its own."""
         return Rules(
             self.allow,
             self.deny,
@@ -79,7 +79,7 @@ class RegionConfig(NamedTuple):
 
     @property
     def restricts(self) -> bool:
-        """Whether anybody at all is to be asked who he is."""
+        """Whether there is any rule or limit."""
         return self.rules() != Rules()
 
 
@@ -90,13 +90,13 @@ CHANGEABLE = RULES | {"mode", "owner", "group", "accept_owner", "keep", "hold_le
 
 
 class ServiceConfig(NamedTuple):
-    """Regions by name, and what concerns all of them.
+    """Regions by name, and the settings of the whole service.
 
     Attributes:
-        control: path of the control socket; None: as the caller likes.
+        control: path of the control socket; None: the caller decides.
         metrics: "HOST:PORT" or "PORT"; None: no metrics.
         log_format: one of LOG_FORMATS.
-        source: the file that says so, if there is one.
+        source: the file that the configuration was read from; None: there is none.
     """
 
     regions: Mapping[str, RegionConfig] = MappingProxyType({})
@@ -106,24 +106,27 @@ class ServiceConfig(NamedTuple):
     source: str | None = None
 
     def error(self, text: str) -> ConfigError:
-        """What is wrong with it, and in which file."""
+        """Return a ConfigError with this text, and the file in front."""
         return ConfigError(text if self.source is None else f"{self.source}: {text}")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in what JSON can hold."""
+        """Return all settings as a dict that JSON can hold."""
         regions = {name: region._asdict() for name, region in self.regions.items()}
         return {**self._asdict(), "regions": regions}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ServiceConfig:
-        """What `to_json` gave, also that of an older or a newer version: what is unknown goes."""
+        """Return the configuration that `to_json` gave, also in an older or a newer version.
+
+        Settings that this version does not know are dropped.
+        """
         known = {key: values[key] for key in cls._fields if key in values}
         regions = {name: from_json(each) for name, each in known.pop("regions").items()}
         return cls(regions, **known)
 
 
 def problems(region: RegionConfig) -> list[str]:
-    """What contradicts itself in a region's settings, as the rest of a sentence each."""
+    """Return the contradictions in a region's settings, each as the rest of a sentence."""
     found = []
     given = [key for key in ("name", "file", "directory") if getattr(region, key) is not None]
     if len(given) > 1:
@@ -149,7 +152,7 @@ def problems(region: RegionConfig) -> list[str]:
 
 
 def places(region: RegionConfig) -> dict[str, str]:
-    """What only one region can have: the paths that it names, by their keys."""
+    """Return the paths that no other region can have, by their keys."""
     found = {"socket": region.socket, "file": region.file}
     if region.name is not None:
         found["name"] = posix_path(region.name)
@@ -157,7 +160,7 @@ def places(region: RegionConfig) -> dict[str, str]:
 
 
 def conflicts(config: ServiceConfig) -> list[str]:
-    """What two regions, or a region and the service, would both have."""
+    """Return which paths two regions, or a region and the service, would both use."""
     found = []
     taken = {} if config.control is None else {os.path.realpath(config.control): "service.control"}
     for name, region in config.regions.items():
@@ -171,9 +174,9 @@ def conflicts(config: ServiceConfig) -> list[str]:
 
 
 def from_json(values: Mapping[str, Any]) -> RegionConfig:
-    """A region's settings from what `_asdict` and JSON made of them.
+    """Return a region's settings from the dict that `_asdict` and JSON made of them.
 
-    What this version does not know goes.
+    Settings that this version does not know are dropped.
     """
     known = {key: values[key] for key in RegionConfig._fields if key in values}
     lists = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}

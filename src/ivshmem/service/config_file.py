@@ -1,6 +1,6 @@
-"""A service's configuration in a TOML file.
+"""Reads a service's configuration from a TOML file.
 
-Knows: tables and keys, and how to say what is wrong. Does not know: what a value may be
+Knows: tables and keys, and how to report errors. Does not know: which values are allowed
 (config_values.py does), what a setting means.
 
 A file has a table for each region, and one for the service:
@@ -23,8 +23,8 @@ The first line is a comment. Editors with a TOML language server (taplo) find by
 which `ivshmem serve --print-schema` prints.
 
 Invariants:
-1. All that is wrong is found before anything is done, and said with file, table, key and value.
-2. Nothing that a file can hold raises anything but ConfigError.
+1. All errors are found before anything is done, and reported with file, table, key and value.
+2. Whatever a file holds, only ConfigError is raised.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _NAME = re.compile(NAME_OF_A_REGION)
 
 
 def load(path: str | os.PathLike[str]) -> ServiceConfig:
-    """What a TOML file says.
+    """Return the configuration in a TOML file.
 
     Raises:
-        ConfigError: with all that is wrong in it, or the first of that.
+        ConfigError: the file has errors. The message has all of them, or the first five.
         OSError: it cannot be read.
     """
     where = os.fspath(path)
@@ -72,10 +72,10 @@ def load(path: str | os.PathLike[str]) -> ServiceConfig:
 
 
 def parse(data: bytes, source: str) -> ServiceConfig:
-    """The same, of what was read from `source`.
+    """Return the configuration in bytes that were read from `source`.
 
     Raises:
-        ConfigError: as of `load`.
+        ConfigError: as `load`.
     """
     tables = read_toml(data, source)
     errors: list[str] = []
@@ -87,10 +87,10 @@ def parse(data: bytes, source: str) -> ServiceConfig:
 
 
 def read_toml(data: bytes, source: str) -> dict[str, Any]:
-    """A file's tables, whatever they say.
+    """Return a file's tables, without checking them.
 
     Raises:
-        ConfigError: it is no TOML, or not of a size that anybody writes.
+        ConfigError: it is not TOML, or larger than 1 MiB.
     """
     try:
         import tomllib  # here: Python 3.11 has it, and this module can be used without any
@@ -105,12 +105,12 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
             ) from None
     if len(data) > _MOST_BYTES:
         raise ConfigError(
-            f"{source}: more than {format_size(_MOST_BYTES)}: no configuration is that"
+            f"{source}: the file is larger than {format_size(_MOST_BYTES)}, the limit"
         )
     try:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # ValueError also of numbers without end
-        raise ConfigError(f"{source}: no TOML: {plain(str(error), 200)}") from None
+        raise ConfigError(f"{source}: not TOML: {plain(str(error), 200)}") from None
     return tables
 
 

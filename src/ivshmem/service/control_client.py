@@ -41,7 +41,7 @@ _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has
 
 
 def default_path(server: str | os.PathLike[str]) -> str:
-    """Where the control socket of a server is, if nobody said otherwise."""
+    """Return the default path of a server's control socket."""
     return os.path.abspath(os.fsdecode(server)) + SUFFIX
 
 
@@ -138,12 +138,13 @@ class ControlClient(Uncopied):
 
     Args:
         timeout: seconds to wait at most for connecting, for each reply, and for a `hold`; None: for
-            ever. A server that is stopped, or hangs, answers nobody: give a limit in a program that
-            must not hang with it.
-        users: uids whose servers are asked; None: root's and this process's, and root asks anybody.
+            ever. A server that is stopped or hangs does not answer: give a limit if your program
+            must not wait for it.
+        users: uids whose servers may be asked. None: root's and this process's; root may ask a
+            server of any user.
 
     Attributes:
-        server: who answers, as the kernel says.
+        server: the credentials of the server's process, from the kernel.
 
     Raises:
         ControlError: another user answers at this path.
@@ -205,10 +206,10 @@ class ControlClient(Uncopied):
         raise ControlError(text, plain(reply.get("code", ""), LONGEST_CODE))
 
     def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
-        """Have a peer sent no messages, and wait until it has read what it was sent.
+        """Let the server hold back messages to a peer, and wait until the peer has read the rest.
 
-        It ends by `release`, when the peer disconnects, and `linger` seconds after this connection
-        has ended. See Server.hold for why.
+        The hold ends by `release`, when the peer disconnects, and `linger` seconds after this
+        connection has ended. Server.hold says why that is needed.
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.
@@ -228,7 +229,7 @@ class ControlClient(Uncopied):
             time.sleep(_LOOK)
 
     def release(self, peer: int, *, region: str | None = None) -> bool:
-        """Have a peer sent messages again; return whether it was held.
+        """Let the server send a peer messages again; return whether the peer was held.
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.

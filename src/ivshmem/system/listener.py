@@ -35,22 +35,22 @@ class Listener(Uncopied):
     A stale socket at `path` is replaced. Until `listen` is called, connecting is refused.
 
     Args:
-        mode: the permissions of the socket's file, 0 to 0o777; who may write may connect. None:
-            what the process's umask leaves.
+        mode: the permissions of the socket's file, 0 to 0o777. A process that may write to the file
+            may connect. None: as the process's umask says.
         owner, group: of the file, by name or number; None: the process's.
 
-    The file has these from the moment it can be connected to; umask(2), which is the whole
-    process's, is not touched.
+    No process can connect before the file has mode, owner and group. umask(2) is not changed,
+    because it belongs to the whole process.
 
     Attributes:
-        path: absolute. "@" stands before an abstract address, and nothing if it has no address.
+        path: absolute. An abstract address begins with "@"; "": the socket has no address.
         unlinks: whether `close` removes the path.
 
     Raises:
-        ValueError: a mode that is none, a user or a group that does not exist.
-        OSError: EADDRINUSE when a live process is bound there, EEXIST when `path` is no socket,
-            EPERM when the file cannot be given to that owner or group; or as of bind(2). What was
-            there is left alone then.
+        ValueError: the mode is out of range; or there is no such user or group.
+        OSError: EADDRINUSE: a live process is bound there. EEXIST: `path` is not a socket. EPERM:
+            the file cannot be given to that owner or group. Or as bind(2). A file that was there
+            has not changed.
     """
 
     def __init__(

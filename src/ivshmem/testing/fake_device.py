@@ -29,7 +29,7 @@ _NOTHING = 0xFFFFFFFF  # no vector of no peer: what the Doorbell register holds 
 
 
 class FakeDevice(Uncopied):
-    """What a test does to the device; made by `fake_device`.
+    """The side of a fake device that a test uses; made by `fake_device`.
 
     The program under test opens it by `guest.open()`, and finds a real GuestDevice.
 
