@@ -50,8 +50,11 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	@$(MAKE) --no-print-directory -j2 lint parallel-tests
-	$(BIN)/python -m pytest -m 'serial and not nightly'
+	$(BIN)/python -m pytest -m 'serial and not nightly' $(call marked,serial)
 endif
+
+# The files that have tests with a mark: to collect all tests takes longer than to run these.
+marked = $(shell grep -rl --include='*.py' 'mark\.$(1)\b' tests)
 
 parallel-tests:
 	$(BIN)/python -m pytest -n $(JOBS) -m 'not nightly and not serial'
@@ -64,7 +67,7 @@ NEWEST_QEMU = $$($(PYTHON) tests/vm/newest_qemu.py $(CACHE)/newest-qemu)
 
 test-newest-qemu: $(VENV)/tested
 	qemu=$(NEWEST_QEMU) && \
-	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly')
+	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly' $(call marked,qemu))
 
 # What depends on the interpreter: the C modules, asyncio, threads. All unit tests by night.
 WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
@@ -82,11 +85,12 @@ test-python:
 	    $(or $(ARGS),$(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY)))))
 
 nightly: lint
+	$(BIN)/pylint --disable=all --enable=duplicate-code src/ivshmem
 	$(MAKE) sanitize NIGHTLY=true
 	$(MAKE) test-pythons NIGHTLY=true
 	free=$$($(PYTHON) tests/support/free_threaded.py $(CACHE)/free-threaded) && CI=true \
 	    IVSHMEM_FREE_THREADED=$$free $(BIN)/python -m pytest -n $(JOBS) -m 'not serial' --hypothesis-profile=nightly
-	CI=true $(BIN)/python -m pytest -m serial
+	CI=true $(BIN)/python -m pytest -m serial $(call marked,serial)
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
 
@@ -95,7 +99,6 @@ lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
-	$(BIN)/pylint --disable=all --enable=duplicate-code src/ivshmem
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 

@@ -82,7 +82,7 @@ def complete(peers: list[RawPeer]) -> bool:
     return all(sum(p.counts.values()) == PEERS * VECTORS for p in peers if p.drain() is not None)
 
 
-@pytest.mark.parametrize("lazy", [0, 10])
+@pytest.mark.parametrize("lazy", [pytest.param(0, marks=pytest.mark.nightly), 10])
 def test_everyone_gets_every_vector(server: MakeServer, crowd: Crowd, lazy: int) -> None:
     """Of ten who do not read, five stop after their set-up, and five never begin."""
     with open_files(8192):

@@ -32,6 +32,7 @@ def gone(pid: int, timeout: float) -> bool:
 
 
 class TestProgram:
+    @pytest.mark.nightly  # each test that boots a guest talks with it and looks at its status
     def test_talks_and_leaves_its_status(self, guest: MakeGuest) -> None:
         a = guest(
             """
