@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import commands
 from support.children import NOBODY, needs_root
 from support.isolated import environment
 from support.peer import RawPeer
@@ -358,15 +359,10 @@ def test_a_successor_says_what_became_of_the_path(socket_path: str, replaced: bo
         os.unlink(socket_path)
 
 
+@pytest.mark.usefixtures("commands")
 def test_what_the_commands_say(socket_path: str) -> None:
     def ivshmem(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ivshmem", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment(),
-        )
+        done = commands.run(*words, env=environment())
         return done.stdout + done.stderr
 
     with serving("-S", socket_path):

@@ -6,11 +6,10 @@ import configparser
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.waiting import PATIENCE
+from support import commands
 
 from ivshmem.cli.config_checks import obstacles
 from ivshmem.config import RegionConfig, ServiceConfig
@@ -78,16 +77,11 @@ def test_the_unit_s_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SupplementaryGroups=daemon" in said
 
 
+@pytest.mark.usefixtures("commands")
 def test_check_says_so(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(f'[region.a]\nsocket = "{tmp_path}/a"\nhugepages = true\nsize = "1P"\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "ivshmem", "serve", "--check", "--config", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = commands.run("serve", "--check", "--config", file)
     assert done.returncode == 1
     assert "1 region" in done.stdout  # the plan, all the same
     assert done.stderr.startswith("ivshmem: ")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import commands
 from support.stopping import users_environment
-from support.waiting import PATIENCE, Background
+from support.waiting import Background
 
 import ivshmem
 from ivshmem import control
 from ivshmem.aio import connect_async
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 NAN = float("nan")
 
@@ -113,15 +114,7 @@ def test_without_a_limit_a_reply_is_waited_for(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_a_command(tmp_path: Path, words: list[str], limit: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ivshmem", *words, f"--timeout={limit}"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=users_environment(),
-        cwd=tmp_path,
-        check=False,
-    )
+    done = commands.run(*words, f"--timeout={limit}", env=users_environment(), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"argument --timeout: not a time: {limit} (allowed are 0 seconds or more" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -132,9 +125,4 @@ def test_no_limit(tmp_path: Path) -> None:
     with ivshmem.Server(path, "64K").start():
         for limit in ("inf", "1e300"):
             words = ["connect", "--wait", "-S", path, "--timeout", limit, "-c", "peers"]
-            subprocess.run(
-                [sys.executable, "-m", "ivshmem", *words],
-                stdout=subprocess.DEVNULL,
-                timeout=PATIENCE,
-                check=True,
-            )
+            assert commands.run(*words).returncode == 0

@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.peer import FakeServer
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 from ivshmem.aio import connect_async
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 
 def sync(path: str, timeout: float | None) -> int:
@@ -37,14 +40,7 @@ def in_loop(path: str, timeout: float | None) -> int:
 
 def command(path: str, timeout: float | None) -> int:
     limit = [] if timeout is None else ["--timeout", str(timeout)]
-    done = subprocess.run(
-        [sys.executable, "-m", "ivshmem", "connect", "--wait", "-S", path, *limit, "-c", "dump"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
-        check=False,
-    )
+    done = commands.run("connect", "--wait", "-S", path, *limit, "-c", "dump")
     if done.returncode:
         assert done.stderr.count("\n") == 1, done.stderr
         raise (TimeoutError if "no server came" in done.stderr else OSError)(done.stderr)
