@@ -10,7 +10,7 @@ Invariants:
 1. A path is walked once, by descriptors of its directories. The file that is checked is the file
    that is used.
 2. A symbolic link is followed only if a trusted user made it.
-3. To open a file creates nothing, truncates nothing and waits for no other process. The caller gets
+3. Opening a file creates nothing, truncates nothing and waits for no other process. The caller gets
    the file only if its type, its owner and its hard links are right.
 4. Each descriptor has an owner, an `FdArray`, from the system call on that makes it.
 """
