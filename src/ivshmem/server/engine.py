@@ -4,18 +4,18 @@ Knows: sockets, eventfds, readiness, shortages. Does not know: what the messages
 does), threads, signals (the server does).
 
 Invariants:
-1. Nothing here blocks, except the wait in `step`; a peer that does not read delays no other peer.
-2. A connection is accepted only when all that its set-up needs is at hand, because QEMU busy-loops
-   on a connection that ends early. Until then newcomers wait in the listen backlog.
-3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server
-   notices only that it goes.
-4. Work that is postponed makes `poller.fileno()` readable when its time has come.
-5. What a successor must know is in the journal before anything relies on it: a join before the peer
-   is sent anything, a leave before the peer's descriptors are closed. If a service manager keeps
-   descriptors for a successor, a newcomer joins only when the manager has the newcomer's. Until
-   then the newcomer waits, and so do those behind it.
-6. `work` is held during each change, and never while other people's code runs: the gate, the
-   callbacks, handlers of the log. Such calls wait in `_later` until the change is complete.
+1. Nothing here blocks, except the wait in `step`. A peer that does not read delays no other peer.
+2. A connection is accepted only when its set-up can be completed, because QEMU busy-loops on a
+   connection that ends early. Until then newcomers wait in the listen backlog.
+3. The server reads nothing that a peer sends. After the set-up a peer cannot send (SHUT_RD). The
+   server notices only that the peer disconnects.
+4. Work that is postponed makes `poller.fileno()` readable when it is due.
+5. The journal has everything that a successor must know, before anything relies on it: a join
+   before the peer is sent anything, a leave before the peer's descriptors are closed. If a service
+   manager keeps descriptors for a successor, a newcomer joins only when the manager has the
+   newcomer's descriptors. Until then that newcomer waits, and so do those behind it.
+6. `work` is held during each change, and never while code of others runs: the gate, the callbacks,
+   handlers of the log. Such calls wait in `_later` until the change is complete.
 """
 
 from __future__ import annotations
@@ -73,19 +73,20 @@ _log = late_logging.log_of("ivshmem.server")
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
-_FEW_IDS = 4096  # of 65,536: worth a word
+_FEW_IDS = 4096  # of 65,536: so few are left that the log says so
 
-# What passes: memory, descriptors in the process or the system, descriptors in flight (unix(7)).
+# Shortages that pass: of memory, of descriptors in the process or the system, of descriptors in
+# flight (unix(7)).
 _SHORTAGES = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
 )
 
-# Says who may join. It is given the credentials, and the number of peers that the same user has, or
+# Decides who may join. It gets the credentials, and the number of peers that the same user has, or
 # None if the other end only asks a question. If it raises, the newcomer is refused.
 Gate = Callable[[credentials.Credentials, int | None], Verdict]
 
 
-# Whose connection it is, and the memory that it is given, if that is not the usual one.
+# The connection, whose it is, and the memory for it, if that is not the usual one.
 _Newcomer = tuple[socket.socket, credentials.Credentials, "descriptors.FdArray | None"]
 
 
@@ -135,14 +136,15 @@ class Engine(Uncopied):
         self._connections: dict[int, Connection] = {}  # by serial number
         self._of_user: Counter[int] = Counter()  # how many are connected
         self._dirty: set[int] = set()  # those outside the crowd who may have to be sent something
-        self._starved: set[int] = set()  # those for whom sending failed for a shortage
+        self._starved: set[int] = set()  # those to whom sending failed because of a shortage
         self._unwatched: set[int] = set()  # those for whom there was no room in the epoll object
-        # Calls of code of others, to be made when nothing is being changed.
+        # Calls of code of others, to be made when no change is under way.
         self._later: deque[Callable[[], object]] = deque()
         self._spare: descriptors.FdArray | None = None  # eventfds for the next newcomer
-        # The newcomer who waits until its descriptors are kept; the spare eventfds are for it.
+        # A newcomer that waits until the service manager has its descriptors. It will get the spare
+        # eventfds.
         self._unkept: _Newcomer | None = None
-        # Connections of a predecessor that have to wait for that one, and their addresses.
+        # Connections of a predecessor that must wait for that newcomer, and their addresses.
         self._strays: deque[tuple[socket.socket, object]] = deque()
         self.paused = ""  # why newcomers wait in the queue at the moment
         self._newcomers = False  # whether the listening socket is readable
@@ -175,11 +177,11 @@ class Engine(Uncopied):
 
     @property
     def peers(self) -> list[Peer]:
-        """Who is connected, by id; from any thread."""
+        """The connected peers, by id. From any thread."""
         return sorted((c.peer for c in list(self._connections.values())), key=lambda peer: peer.id)
 
     def report(self, *, interrupts: bool = True) -> list[PeerReport]:
-        """How each peer stands, by id; by the thread that makes the steps."""
+        """Return a report on each peer, by id. Only for the thread that makes the steps."""
         signalled = rung(self._connections.values()) if interrupts else frozenset()
         found = [self._report(c, interrupts, signalled) for c in self._connections.values()]
         return sorted(found, key=lambda report: report.peer.id)
@@ -206,7 +208,7 @@ class Engine(Uncopied):
         )
 
     def step(self, timeout: float | None) -> None:
-        """Wait at most `timeout` seconds and do what there is to do."""
+        """Wait at most `timeout` seconds, and handle what is ready."""
         ready = self._poller.wait(timeout)
         try:
             with self._work:
@@ -228,14 +230,14 @@ class Engine(Uncopied):
         self._newcomers = True  # they are accepted when `_work` is not held
 
     def _heed(self, serial: int, events: int) -> None:
-        """Do what an event of a peer's connection asks for."""
+        """Handle an event of a peer's connection."""
         if events & (descriptors.EPOLLHUP | descriptors.EPOLLERR):
             self._leave(serial)
         else:
             self._dirty.add(serial)
 
     def say(self, call: Callable[[], object]) -> None:
-        """Log something after the change that is under way: log handlers are not our code."""
+        """Log something when the current change is complete: log handlers are code of others."""
         self._later.append(call)
 
     def _call_others(self) -> None:
@@ -264,7 +266,10 @@ class Engine(Uncopied):
             self._meet(*newcomer)
 
     def _next(self) -> tuple[socket.socket, object] | None:
-        """The next connection in the listen backlog; None: there is none, or it has to wait."""
+        """Accept the next connection in the listen backlog.
+
+        None: there is no connection, or it must wait.
+        """
         if self._roster.full:
             self._pause("every id is taken, or known to a connected peer")
             return None
@@ -310,7 +315,7 @@ class Engine(Uncopied):
         gate = self.gate
         if gate is None and not asks:
             with self._work:
-                self._keep(sock)  # early: nobody else has it
+                self._keep(sock)  # early, because no other process has it
         who = credentials.credentials(sock)
         verdict = Verdict(True) if gate is None else self._judged(gate, sock, who, asks)
         with self._work:
@@ -342,7 +347,7 @@ class Engine(Uncopied):
         *,
         kept: bool,
     ) -> None:
-        """Do with a newcomer what was decided."""
+        """Refuse a newcomer, answer it, or let it join, as the gate decided."""
         if not verdict.allowed:
             self.counts["refused"] += 1
             self._complain(
@@ -384,7 +389,7 @@ class Engine(Uncopied):
             sock.send(json.dumps({**self._answer(), "peers": len(self._connections)}).encode())
 
     def _keep(self, sock: socket.socket) -> None:
-        """Have a newcomer's descriptors kept, under the number that it will have."""
+        """Have a newcomer's descriptors kept, by the serial number that it will have."""
         vectors = self._spare
         assert vectors is not None
         self._journal.keep([sock.fileno(), *vectors], self._roster.next_serial)
@@ -396,7 +401,7 @@ class Engine(Uncopied):
         assert vectors is not None
         readonly = memory is not None
         since = time.time()
-        # One of which that cannot be known is taken for a QEMU.
+        # If it cannot be known whether it is a QEMU (None), it counts as one.
         holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, no_leaves=holds)
         self._note(JoinRecord(member.serial, sock.fileno(), [*vectors], since, readonly, holds))
@@ -430,7 +435,10 @@ class Engine(Uncopied):
         return connection
 
     def _begin_to_watch(self, serial: int) -> None:
-        """Watch for the end of a connection. If that is not possible yet, serve the peer anyway."""
+        """Watch for the end of a connection. If that is not possible yet, serve the peer anyway.
+
+        The timer tries again.
+        """
         connection = self._connections[serial]
         try:
             heed = partial(self._heed, serial)
@@ -441,11 +449,11 @@ class Engine(Uncopied):
             self._timer.set(_RETRY_SECONDS)
 
     def _dirty_others(self) -> None:
-        # Those who wait for room in their buffer are told when they have it.
+        # Peers whose buffer is full are told when it has room (EPOLLOUT).
         self._dirty.update(s for s in self._roster.told_singly if not self._connections[s].stalled)
 
     def _leave(self, serial: int) -> None:
-        """A peer is gone: close its descriptors, and have the other peers told."""
+        """Close the descriptors of a peer that is gone, and have the other peers told."""
         connection = self._connections.pop(serial)
         self._poller.unwatch(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
@@ -469,7 +477,7 @@ class Engine(Uncopied):
         self._listen_again()
 
     def find(self, peer_id: int) -> int:
-        """The serial number of a peer, which no other has later.
+        """Return the serial number of a peer, which no other peer gets later.
 
         Raises:
             NoSuchPeer: there is none with this id.
@@ -480,7 +488,7 @@ class Engine(Uncopied):
         raise NoSuchPeer(f"peer {peer_id} is not connected")
 
     def evict(self, peer_id: int) -> None:
-        """Hang up on a peer.
+        """Disconnect a peer.
 
         Raises:
             NoSuchPeer: there is none with this id.
@@ -488,7 +496,7 @@ class Engine(Uncopied):
         self.hang_up(self.find(peer_id))
 
     def hang_up(self, serial: int) -> None:
-        """The same by serial number; nothing if that one has left."""
+        """Disconnect the peer with this serial number. Do nothing if it has left."""
         if serial in self._connections:
             self._leave(serial)
             self.wake()  # the others are told by the next step
@@ -554,7 +562,7 @@ class Engine(Uncopied):
         return serial in self._held
 
     def asker_is_gone(self, asker: object) -> None:
-        """Let the time begin of each hold that only this asker wants."""
+        """Start the time limit of each hold that no other asker wants."""
         self._held.asker_is_gone(asker)
         self._wind_clock()
 
@@ -595,13 +603,13 @@ class Engine(Uncopied):
         self.wake()
 
     def bells(self, vector: int) -> list[int]:
-        """The eventfds of this vector, one for each client; they belong to the connections."""
+        """Return the eventfds of this vector, one for each client. The connections own them."""
         return [connection.vectors[vector] for connection in self._connections.values()]
 
     # -- sending ----------------------------------------------------------------------------------
 
     def _tell_all(self) -> None:
-        """Send each peer what it must be told, as far as its buffer takes it."""
+        """Send each peer the messages that it must be told, as far as its buffer has room."""
         self._tell_crowd()
         while self._dirty:
             due, self._dirty = self._dirty, set()
@@ -613,7 +621,7 @@ class Engine(Uncopied):
             self._tell_crowd()  # a peer may have turned out to be gone
 
     def _tell_crowd(self) -> None:
-        """Send what is new to the crowd: the peers that were told the same so far."""
+        """Send the next messages to the crowd: the peers that were told everything else."""
         while runs := self._roster.messages_to_all(BATCH):
             serials = list(self._roster.caught_up)
             fds = [self._connections[serial].fd for serial in serials]
@@ -624,7 +632,7 @@ class Engine(Uncopied):
                 )
                 if done == len(fds):
                     break
-                # It took only a part: `_flush` finds out why.
+                # The peer took only a part of the batch: `_flush` finds out why.
                 del fds[done]
                 serial = serials.pop(done)
                 self.counts["messages"] += sent
@@ -638,7 +646,7 @@ class Engine(Uncopied):
             self.counts["messages"] += count * len(fds)
 
     def _flush(self, serial: int) -> None:
-        """Send a peer outside the crowd what it has still to be told."""
+        """Send a peer outside the crowd the messages that it must still be told."""
         connection = self._connections[serial]
         member = connection.member
         full = False
@@ -723,7 +731,7 @@ class Engine(Uncopied):
     # -- a successor ------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what `resume` takes instead of the records up to now, in what JSON can hold."""
+        """Return a state for `resume` that replaces all records so far, as JSON can hold it."""
         held = {}
         for serial, connection in self._connections.items():
             held[serial] = MemberFds(
@@ -754,8 +762,8 @@ class Engine(Uncopied):
         """Continue where another engine was when its process ended.
 
         Args:
-            find: which descriptor has here the number that it had there; None: it is gone. The
-                descriptors that are found belong to this engine from now on.
+            find: returns the descriptor of this process for a number of the other one; None: it is
+                gone. This engine owns the descriptors that are found.
         """
         records = list(records)
         held = replay(self._roster, state, records, unfinished)
@@ -846,8 +854,8 @@ class Engine(Uncopied):
 def import_the_rest() -> None:
     """Import what a server needs only after it listens, so that it listens sooner.
 
-    This must not wait until the modules are needed: a server without a free descriptor says so in
-    the log, and could not open a module's file then.
+    This must not wait until the modules are needed: a server without a free descriptor must log
+    that, and could not open a module's file then.
     """
     # For `_tell`, and for a journal.
     import json  # noqa: F401
