@@ -57,7 +57,7 @@ SHORT: Any = Decimal("0.02")
 
 
 async def _nothing_comes(path: str) -> None:
-    async with connect_async(path, timeout=SHORT, vectors=1) as client:
+    async with connect_async(path, timeout=SHORT + 9, vectors=1) as client:
         assert await client.wait(0, SHORT) is None
         assert await client.wait([0], SHORT) is None
         assert await client.next_event(SHORT) is None
