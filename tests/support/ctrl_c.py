@@ -153,8 +153,11 @@ def ctrl_c_anywhere(
         with finalizing_quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # of objects that nobody was given
             came, where = interrupted(call, at, opcodes, calls)
-            if not clean():
-                gc.collect()  # an exception raised while another is handled is in a cycle
+            for generation in range(3):
+                if clean():
+                    break
+                # An exception raised while another is handled is in a cycle, and is young.
+                gc.collect(generation)
         after(where)
         give_up = time.monotonic() + PATIENCE / 10
         while not clean() and time.monotonic() < give_up:
