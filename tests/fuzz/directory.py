@@ -21,12 +21,13 @@ from unittest import mock
 import ivshmem
 from ivshmem.memory.region import Region
 from ivshmem.peer import directory as module
-from ivshmem.peer import names_table
+from ivshmem.peer import names_table, slot_watch
 from ivshmem.peer.directory import Directory, Publication
 from ivshmem.peer.endpoint import Endpoint
 from ivshmem.peer.limits import MAGIC, MAX_SLOTS, SLOT_BYTES
 from ivshmem.peer.names_table import DEFAULT_SLOTS, NAME_BYTES, ROLE_BYTES, VERSION, Entry
 from ivshmem.protocol.limits import MAX_ID, MAX_VECTORS
+from ivshmem.system import time_limits
 
 from .script import Grammar, Op
 from .target import Finding, Scripted
@@ -204,8 +205,11 @@ class Player:
         )
         with (
             mock.patch.object(module, "copy_slot", copied),
+            mock.patch.object(slot_watch, "copy_slot", copied),
             mock.patch.object(module, "os", system),
             mock.patch.object(module, "time", self.clock),
+            mock.patch.object(slot_watch, "time", self.clock),
+            mock.patch.object(time_limits, "time", self.clock),
             mock.patch.object(module, "threading", threads),
         ):
             yield
@@ -386,7 +390,7 @@ class DirectoryTarget(Scripted):
     """What peers write into a directory of names."""
 
     name = "directory"
-    modules = ("peer/directory", "peer/names_table")
+    modules = ("peer/directory", "peer/names_table", "peer/slot_watch")
     share = 4
     grammar = Grammar(
         FORMS,
