@@ -138,7 +138,7 @@ def test_a_source_that_is_readable_already() -> None:
 
 def test_many_targets() -> None:
     source, targets = FdArray.eventfds(1), FdArray.eventfds(300)
-    relay = Relay(source[0], [targets[i] for i in range(300)])
+    relay = Relay(source[0], list(targets))
     source.signal(0)
     for i in range(300):
         until(partial(targets.drain, i))
