@@ -198,7 +198,13 @@ class ControlTarget(Scripted):
     """What callers of the control socket send."""
 
     name = "control"
-    modules = ("service/control", "system/requests", "service/service", "service/reload_plan")
+    modules = (
+        "service/control",
+        "service/status",
+        "system/requests",
+        "service/service",
+        "service/reload_plan",
+    )
     share = 1
     grammar = Grammar(
         FORMS,

@@ -230,7 +230,7 @@ def run(tmp_path: Path, lives: contextlib.ExitStack, case: tuple[str, str, int])
 
 def test_killed_before_it_listens(tmp_path: Path, lives: contextlib.ExitStack) -> None:
     """Its socket is bound and noted down; the successor has to let others connect."""
-    life = Life(tmp_path, "binding", launched=False, place="sockets.py:listen")
+    life = Life(tmp_path, "binding", launched=False, place="listener.py:listen")
     lives.callback(life.close)
     life.arrive()
     os.kill(life.stopped, signal.SIGKILL)

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 MODULES = (
     "cli/pid_file",
     "guest/device",
+    "guest/opening",
     "memory/image",
     "migration/state_file",
     "memory/region",
