@@ -239,6 +239,19 @@ def test_what_a_page_names_exists(page: Path) -> None:
             assert re.search(rf"\b(def|class) {name}\b", all_tests()), span
 
 
+def test_each_claim_about_security_names_the_file_of_its_test() -> None:
+    """`::test` alone is in the file that the page named before it."""
+    page = (HOME / "SECURITY.md").read_text()
+    file, found = "", 0
+    for path, name in re.findall(r"`([\w/]+\.py)?(?:::(test_\w+|Test\w+)(?:\[[^]`]+\])?)?`", page):
+        file = path or file
+        if name:
+            home = HOME / "tests" / (file if "/" in file else f"integration/{file}")
+            assert re.search(rf"\b(def|class) {name}\b", home.read_text()), f"{file}: {name}"
+            found += 1
+    assert found > 40
+
+
 @functools.cache
 def all_tests() -> str:
     return "\n".join(file.read_text() for file in (HOME / "tests").rglob("test_*.py"))
